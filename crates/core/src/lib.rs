@@ -1,0 +1,8 @@
+//! The pure heart of Espalier: what a job, a lease, a trace and an object path are, and the rules they obey.
+//!
+//! Nothing here does IO, reads a clock, draws a random number or knows an async runtime: all of that comes in as
+//! arguments. Every other crate depends on this one; this one depends on none of them.
+
+pub mod error;
+pub mod id;
+pub mod time;
