@@ -20,7 +20,11 @@ pub struct FieldError {
 
 impl FieldError {
     /// Shortens `value` to what an error may show.
-    pub fn new(field: impl Into<String>, value: impl fmt::Display, rule: impl Into<String>) -> Self {
+    pub fn new(
+        field: impl Into<String>,
+        value: impl fmt::Display,
+        rule: impl Into<String>,
+    ) -> Self {
         Self {
             field: field.into(),
             value: shorten(&value.to_string()),
@@ -94,7 +98,10 @@ mod tests {
     #[test]
     fn a_field_error_names_field_value_and_rule() {
         let error = FieldError::new("top_p", 1.7, "must be in (0, 1]").under("sampling");
-        assert_eq!(error.to_string(), "`sampling.top_p` must be in (0, 1], got `1.7`");
+        assert_eq!(
+            error.to_string(),
+            "`sampling.top_p` must be in (0, 1], got `1.7`"
+        );
     }
 
     #[test]

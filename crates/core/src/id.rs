@@ -12,7 +12,10 @@ use crate::error::FieldError;
 pub const NAME_BYTES_MAX: usize = 128;
 
 fn check_name(field: &str, value: &str) -> Result<(), FieldError> {
-    let first_ok = value.as_bytes().first().is_some_and(u8::is_ascii_alphanumeric);
+    let first_ok = value
+        .as_bytes()
+        .first()
+        .is_some_and(u8::is_ascii_alphanumeric);
     let rest_ok = value
         .bytes()
         .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
@@ -22,7 +25,9 @@ fn check_name(field: &str, value: &str) -> Result<(), FieldError> {
     Err(FieldError::new(
         field,
         value,
-        format!("must be 1 to {NAME_BYTES_MAX} of A-Z a-z 0-9 . _ - and begin with a letter or a digit"),
+        format!(
+            "must be 1 to {NAME_BYTES_MAX} of A-Z a-z 0-9 . _ - and begin with a letter or a digit"
+        ),
     ))
 }
 
@@ -106,7 +111,11 @@ pub struct JobKey {
 impl JobKey {
     /// Joins three checked names.
     pub fn new(project: ProjectId, batch: BatchId, job: JobId) -> Self {
-        Self { project, batch, job }
+        Self {
+            project,
+            batch,
+            job,
+        }
     }
 }
 
@@ -127,7 +136,11 @@ impl FromStr for JobKey {
                 batch: batch.parse()?,
                 job: job.parse()?,
             }),
-            _ => Err(FieldError::new("job", value, "must have the form project/batch/job")),
+            _ => Err(FieldError::new(
+                "job",
+                value,
+                "must have the form project/batch/job",
+            )),
         }
     }
 }
@@ -147,7 +160,9 @@ impl From<JobKey> for String {
 
 /// The number of a lease. Fences only grow, over every job of a queue, so that of two holders of one job the later
 /// one is known by comparison alone.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Fence(pub u64);
 

@@ -6,7 +6,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// Microseconds since the Unix epoch, by the clock of the coordinator (or of Redis).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Timestamp(pub u64);
 
@@ -30,7 +32,10 @@ impl Timestamp {
 impl std::ops::Add<Duration> for Timestamp {
     type Output = Self;
     fn add(self, by: Duration) -> Self {
-        Self(self.0.saturating_add(u64::try_from(by.as_micros()).unwrap_or(u64::MAX)))
+        Self(
+            self.0
+                .saturating_add(u64::try_from(by.as_micros()).unwrap_or(u64::MAX)),
+        )
     }
 }
 
@@ -62,6 +67,9 @@ mod tests {
     #[test]
     fn never_goes_below_zero_or_over_the_top() {
         assert_eq!(Timestamp(1).since(Timestamp(5)), Duration::ZERO);
-        assert_eq!(Timestamp(u64::MAX) + Duration::from_secs(1), Timestamp(u64::MAX));
+        assert_eq!(
+            Timestamp(u64::MAX) + Duration::from_secs(1),
+            Timestamp(u64::MAX)
+        );
     }
 }
