@@ -1,0 +1,117 @@
+//! Where things lie in object storage. No path is built anywhere else.
+//!
+//! ```text
+//! {project}/batches/{batch}/jobs/{job}/a-{fence}/…    private to an attempt
+//! {project}/batches/{batch}/jobs/{job}/manifest.json  published once, names the winning attempt
+//! {project}/batches/{batch}/jobs/{job}/patches/{n}.json  corrections, append-only
+//! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
+//! ```
+
+use crate::error::FieldError;
+use crate::id::{BatchId, Fence, JobKey, ProjectId};
+
+/// Everything of a project.
+pub fn project(project: &ProjectId) -> String {
+    format!("{project}/")
+}
+
+/// All batches of a project.
+pub fn batches(project: &ProjectId) -> String {
+    format!("{project}/batches/")
+}
+
+/// Everything of a batch.
+pub fn batch(project: &ProjectId, batch: &BatchId) -> String {
+    format!("{project}/batches/{batch}/")
+}
+
+/// Everything of a job.
+pub fn job(key: &JobKey) -> String {
+    format!("{}/batches/{}/jobs/{}/", key.project, key.batch, key.job)
+}
+
+/// What one attempt wrote; of no worth unless the manifest names it.
+pub fn attempt(key: &JobKey, fence: Fence) -> String {
+    format!("{}a-{fence}/", job(key))
+}
+
+/// The steps of a rollout as they happened, the `n`th piece.
+pub fn segment(key: &JobKey, fence: Fence, n: u32) -> String {
+    format!("{}steps-{n:05}.jsonl.zst", attempt(key, fence))
+}
+
+/// The whole trace of one attempt.
+pub fn trace(key: &JobKey, fence: Fence) -> String {
+    format!("{}trace.json.zst", attempt(key, fence))
+}
+
+/// The manifest, created once and written last.
+pub fn manifest(key: &JobKey) -> String {
+    format!("{}manifest.json", job(key))
+}
+
+/// Where the coordinator moves a manifest whose files do not verify.
+pub fn manifest_aside(key: &JobKey, fence: Fence) -> String {
+    format!("{}manifest.invalid-{fence}.json", job(key))
+}
+
+/// The corrections of a trace.
+pub fn patches(key: &JobKey) -> String {
+    format!("{}patches/", job(key))
+}
+
+/// The `n`th correction of a trace; created if absent, so that two editors cannot take one number.
+pub fn patch(key: &JobKey, n: u32) -> String {
+    format!("{}{n:06}.json", patches(key))
+}
+
+/// A file named by what it holds.
+pub fn blob(project: &ProjectId, sha256_hex: &str) -> String {
+    format!("{project}/blobs/{sha256_hex}")
+}
+
+/// The job whose manifest lies at `path`, or the rule that the path breaks.
+pub fn job_of_manifest(path: &str) -> Result<JobKey, FieldError> {
+    let parts: Vec<&str> = path.split('/').collect();
+    match parts[..] {
+        [project, "batches", batch, "jobs", job, "manifest.json"] => {
+            Ok(JobKey::new(project.parse()?, batch.parse()?, job.parse()?))
+        }
+        _ => Err(FieldError::new(
+            "path",
+            path,
+            "must be {project}/batches/{batch}/jobs/{job}/manifest.json",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_paths() {
+        let key: JobKey = "shop/b1/j1".parse().unwrap();
+        assert_eq!(manifest(&key), "shop/batches/b1/jobs/j1/manifest.json");
+        assert_eq!(
+            segment(&key, Fence(7), 2),
+            "shop/batches/b1/jobs/j1/a-7/steps-00002.jsonl.zst"
+        );
+        assert_eq!(
+            trace(&key, Fence(7)),
+            "shop/batches/b1/jobs/j1/a-7/trace.json.zst"
+        );
+        assert_eq!(
+            patch(&key, 3),
+            "shop/batches/b1/jobs/j1/patches/000003.json"
+        );
+        assert_eq!(blob(&key.project, "ab"), "shop/blobs/ab");
+    }
+
+    #[test]
+    fn a_manifest_path_names_its_job() {
+        let key: JobKey = "shop/b1/j1".parse().unwrap();
+        assert_eq!(job_of_manifest(&manifest(&key)).unwrap(), key);
+        assert!(job_of_manifest("shop/batches/b1/jobs/j1/a-7/trace.json.zst").is_err());
+    }
+}

@@ -1,0 +1,495 @@
+//! From a draft to a job: every rule of every field, in one place.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use super::draft::{JobDraft, McpUseDraft, ObservationDraft, SamplingDraft};
+use super::mcp::{McpUse, ToolPolicy};
+use super::verify::Verify;
+use super::{Dependency, JobSpec, Limits, Observation, RolloutSpec, Sampling, Task};
+use crate::error::FieldError;
+use crate::id::{BatchId, JobId};
+
+/// A closed range that a number must lie in.
+pub type Range<T> = RangeInclusive<T>;
+
+/// Bounds of everything that a client may ask for.
+pub mod limits {
+    /// Longest prompt, system text or hint, in bytes.
+    pub const TEXT_BYTES_MAX: usize = 256 * 1024;
+    /// Largest spec as it is stored, in bytes.
+    pub const SPEC_BYTES_MAX: usize = 1024 * 1024;
+    /// Most user turns of a rollout.
+    pub const PROMPTS_MAX: usize = 64;
+    /// Most labels, dependencies or tags of a job.
+    pub const LIST_MAX: usize = 64;
+    /// Longest label, tag, task name or model name, in bytes.
+    pub const NAME_BYTES_MAX: usize = 256;
+    /// Most MCP servers of a rollout.
+    pub const SERVERS_MAX: usize = 16;
+}
+
+/// Collects what is wrong, so that a client sees all of it at once.
+#[derive(Default)]
+struct Faults(Vec<FieldError>);
+
+impl Faults {
+    fn add(&mut self, field: &str, value: impl Display, rule: impl Into<String>) {
+        self.0.push(FieldError::new(field, value, rule));
+    }
+
+    fn take<T>(&mut self, parent: &str, result: Result<T, Vec<FieldError>>) -> Option<T> {
+        result
+            .map_err(|errors| self.0.extend(errors.into_iter().map(|e| e.under(parent))))
+            .ok()
+    }
+
+    /// `value`, or `default` where there is none; a value out of range is a fault.
+    fn number<T>(&mut self, field: &str, value: Option<i64>, range: Range<i64>, default: i64) -> T
+    where
+        T: TryFrom<i64> + Default,
+    {
+        let value = value.unwrap_or(default);
+        if !range.contains(&value) {
+            self.add(
+                field,
+                value,
+                format!("must be in {}..={}", range.start(), range.end()),
+            );
+        }
+        T::try_from(value).unwrap_or_default()
+    }
+
+    fn float(
+        &mut self,
+        field: &str,
+        value: Option<f64>,
+        default: f64,
+        rule: &str,
+        ok: impl Fn(f64) -> bool,
+    ) -> f64 {
+        let value = value.unwrap_or(default);
+        if !(value.is_finite() && ok(value)) {
+            self.add(field, value, rule);
+        }
+        value
+    }
+
+    fn text(&mut self, field: &str, value: &str) {
+        if value.len() > limits::TEXT_BYTES_MAX {
+            self.add(
+                field,
+                value,
+                format!("must have at most {} bytes", limits::TEXT_BYTES_MAX),
+            );
+        }
+    }
+
+    fn name(&mut self, field: &str, value: Option<&str>) {
+        let Some(value) = value else { return };
+        if value.trim().is_empty()
+            || value.len() > limits::NAME_BYTES_MAX
+            || value.contains(char::is_control)
+        {
+            let rule = format!(
+                "must be 1 to {} bytes of printable text",
+                limits::NAME_BYTES_MAX
+            );
+            self.add(field, value, rule);
+        }
+    }
+
+    fn count(&mut self, field: &str, count: usize, max: usize) {
+        if count > max {
+            self.add(
+                field,
+                format_args!("{count} entries"),
+                format!("must have at most {max} entries"),
+            );
+        }
+    }
+}
+
+impl JobDraft {
+    /// The job, or every rule that the draft breaks.
+    pub fn check(&self) -> Result<JobSpec, Vec<FieldError>> {
+        let mut faults = Faults::default();
+        let spec = JobSpec {
+            id: self
+                .id
+                .as_ref()
+                .and_then(|id| JobId::new(id).map_err(|e| faults.0.push(e)).ok()),
+            priority: faults.number("priority", self.priority, 0..=9, 5),
+            labels: self.labels.clone(),
+            after: check_after(&mut faults, &self.after),
+            needs: self.needs.clone(),
+            delay: Duration::from_millis(faults.number(
+                "delay_ms",
+                self.delay_ms,
+                0..=30 * 86_400_000,
+                0,
+            )),
+            max_attempts: faults.number("max_attempts", self.max_attempts, 1..=100, 3),
+            max_infra: faults.number("max_infra", self.max_infra, 1..=1000, 20),
+            max_runtime: Duration::from_secs(faults.number(
+                "max_runtime_s",
+                self.max_runtime_s,
+                1..=7 * 86_400,
+                3600,
+            )),
+            traceparent: self.traceparent.clone(),
+            rollout: self.check_rollout(&mut faults),
+        };
+        faults.count("labels", self.labels.len(), limits::LIST_MAX);
+        for (name, value) in &self.labels {
+            faults.name(&format!("labels.{name}"), Some(value));
+            faults.name("labels", Some(name));
+        }
+        faults.count("needs", self.needs.len(), limits::LIST_MAX);
+        for (i, tag) in self.needs.iter().enumerate() {
+            faults.name(&format!("needs[{i}]"), Some(tag));
+        }
+        if let Some(traceparent) = &self.traceparent
+            && !is_traceparent(traceparent)
+        {
+            faults.add(
+                "traceparent",
+                traceparent,
+                "must be a W3C traceparent, version 00",
+            );
+        }
+        if faults.0.is_empty() {
+            Ok(spec)
+        } else {
+            Err(faults.0)
+        }
+    }
+
+    fn check_rollout(&self, faults: &mut Faults) -> RolloutSpec {
+        let mcp = check_mcp(faults, &self.mcp);
+        let verify = self
+            .verify
+            .as_ref()
+            .and_then(|draft| faults.take("verify", draft.check()));
+        if let Some(verify) = &verify {
+            check_verify_servers(faults, verify, &mcp);
+        }
+        let tools = self.tools.clone().unwrap_or_default();
+        faults.0.extend(
+            ToolPolicy::check(&tools)
+                .into_iter()
+                .map(|e| e.under("tools")),
+        );
+        self.check_texts(faults);
+        RolloutSpec {
+            task: Task {
+                task_id: self.task_id.clone(),
+                task_kind: self.task_kind.clone(),
+                split: self.split.clone(),
+                group: self.group.clone(),
+                sample_index: faults.number("sample_index", self.sample_index, 0..=1_000_000, 0),
+            },
+            prompts: self.prompt.turns().to_vec(),
+            system: self.system.clone(),
+            hints: self.hints.clone(),
+            model: self.model.clone(),
+            sampling: check_sampling(faults, &self.sampling.clone().unwrap_or_default()),
+            mcp,
+            tools,
+            limits: self.check_limits(faults),
+            observation: check_observation(faults, self.observation.as_ref()),
+            verify,
+        }
+    }
+
+    fn check_texts(&self, faults: &mut Faults) {
+        let turns = self.prompt.turns();
+        if turns.is_empty() {
+            faults.add("prompt", "", "must be a text or a list of texts");
+        }
+        faults.count("prompt", turns.len(), limits::PROMPTS_MAX);
+        for (i, turn) in turns.iter().enumerate() {
+            let field = if turns.len() == 1 {
+                "prompt".to_owned()
+            } else {
+                format!("prompt[{i}]")
+            };
+            if turn.trim().is_empty() {
+                faults.add(&field, turn, "must not be empty");
+            }
+            faults.text(&field, turn);
+        }
+        faults.text("system", self.system.as_deref().unwrap_or_default());
+        faults.text("hints", self.hints.as_deref().unwrap_or_default());
+        for (field, value) in [
+            ("task_id", &self.task_id),
+            ("task_kind", &self.task_kind),
+            ("split", &self.split),
+            ("group", &self.group),
+            ("model", &self.model),
+        ] {
+            faults.name(field, value.as_deref());
+        }
+    }
+
+    fn check_limits(&self, faults: &mut Faults) -> Limits {
+        let draft = self.limits.clone().unwrap_or_default();
+        Limits {
+            turns_max: faults.number("limits.turns", draft.turns, 1..=1000, 30),
+            tokens_max: faults.number("limits.tokens", draft.tokens, 1..=100_000_000, 500_000),
+            wall_s: faults.number("limits.wall_s", draft.wall_s, 1..=86_400, 900),
+            tool_calls_per_turn_max: faults.number(
+                "limits.tool_calls_per_turn",
+                draft.tool_calls_per_turn,
+                1..=128,
+                8,
+            ),
+            tool_call_s: faults.number("limits.tool_call_s", draft.tool_call_s, 1..=3600, 60),
+            ask_s: faults.number("limits.ask_s", draft.ask_s, 1..=86_400, 300),
+        }
+    }
+}
+
+fn check_after(faults: &mut Faults, after: &[String]) -> Vec<Dependency> {
+    faults.count("after", after.len(), limits::LIST_MAX);
+    let parse = |text: &String| match text.split_once('/') {
+        None => JobId::new(text).map(Dependency::SameBatch),
+        Some((batch, job)) => Ok(Dependency::Elsewhere(
+            BatchId::new(batch)?,
+            JobId::new(job)?,
+        )),
+    };
+    let mut good = Vec::new();
+    for (i, text) in after.iter().enumerate() {
+        match parse(text) {
+            Ok(dependency) => good.push(dependency),
+            Err(_) => faults.add(
+                &format!("after[{i}]"),
+                text,
+                "must be `job` of this batch, or `batch/job`",
+            ),
+        }
+    }
+    good
+}
+
+fn check_mcp(faults: &mut Faults, uses: &[McpUseDraft]) -> Vec<McpUse> {
+    faults.count("mcp", uses.len(), limits::SERVERS_MAX);
+    let mut good: Vec<McpUse> = Vec::new();
+    for (i, entry) in uses.iter().enumerate() {
+        let field = format!("mcp[{i}]");
+        let checked = match entry {
+            McpUseDraft::Named(name) => McpUse::Named(name.clone()),
+            McpUseDraft::Inline { name, server } => {
+                if let Err(error) = server.transport() {
+                    faults.0.push(error.under(&format!("{field}.server")));
+                }
+                McpUse::Inline {
+                    name: name.clone(),
+                    server: server.clone(),
+                }
+            }
+        };
+        // The name becomes a part of tool names and of tags, so it follows the rule of identifiers.
+        if JobId::new(checked.name()).is_err() {
+            faults.add(
+                &field,
+                checked.name(),
+                "must be 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or a digit",
+            );
+        }
+        if good.iter().any(|other| other.name() == checked.name()) {
+            faults.add(&field, checked.name(), "must be named once");
+        }
+        good.push(checked);
+    }
+    good
+}
+
+fn check_verify_servers(faults: &mut Faults, verify: &Verify, mcp: &[McpUse]) {
+    for leaf in verify.leaves() {
+        if let Verify::Mcp(check) = leaf
+            && !mcp.iter().any(|server| server.name() == check.server)
+        {
+            faults.add(
+                "verify.mcp.server",
+                &check.server,
+                "must be one of the job's `mcp` servers",
+            );
+        }
+    }
+}
+
+fn check_sampling(faults: &mut Faults, draft: &SamplingDraft) -> Sampling {
+    let thinking = draft.thinking.unwrap_or(true);
+    let (temperature, top_p) = if thinking { (0.6, 0.95) } else { (0.7, 0.8) };
+    Sampling {
+        thinking,
+        temperature: faults.float(
+            "sampling.temperature",
+            draft.temperature,
+            temperature,
+            "must be in [0, 2]",
+            |v| (0.0..=2.0).contains(&v),
+        ),
+        top_p: faults.float(
+            "sampling.top_p",
+            draft.top_p,
+            top_p,
+            "must be in (0, 1]",
+            |v| v > 0.0 && v <= 1.0,
+        ),
+        top_k: faults.number("sampling.top_k", draft.top_k, 0..=200_000, 20),
+        min_p: faults.float(
+            "sampling.min_p",
+            draft.min_p,
+            0.0,
+            "must be in [0, 1]",
+            |v| (0.0..=1.0).contains(&v),
+        ),
+        presence_penalty: faults.float(
+            "sampling.presence_penalty",
+            draft.presence_penalty,
+            0.0,
+            "must be in [-2, 2]",
+            |v| (-2.0..=2.0).contains(&v),
+        ),
+        seed: draft.seed,
+        completion_tokens_max: faults.number(
+            "sampling.completion_tokens",
+            draft.completion_tokens,
+            1..=131_072,
+            4096,
+        ),
+    }
+}
+
+fn check_observation(faults: &mut Faults, draft: Option<&ObservationDraft>) -> Observation {
+    let draft = draft.cloned().unwrap_or_default();
+    match (draft.max_tokens, draft.compat_chars) {
+        (Some(tokens), Some(_)) => {
+            faults.add(
+                "observation.max_tokens",
+                tokens,
+                "must be absent where `compat_chars` is given",
+            );
+            Observation::MaxTokens(0)
+        }
+        (None, Some(chars)) => Observation::CompatChars(faults.number(
+            "observation.compat_chars",
+            Some(chars),
+            1..=10_000_000,
+            0,
+        )),
+        (tokens, None) => Observation::MaxTokens(faults.number(
+            "observation.max_tokens",
+            tokens,
+            64..=1_000_000,
+            4096,
+        )),
+    }
+}
+
+/// W3C Trace Context, level 1: `00-` 32 hex `-` 16 hex `-` 2 hex, ids not all zero.
+fn is_traceparent(text: &str) -> bool {
+    let parts: Vec<&str> = text.split('-').collect();
+    let hex =
+        |s: &str, n| s.len() == n && s.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let nonzero = |s: &str| s.bytes().any(|b| b != b'0');
+    match parts[..] {
+        ["00", trace, span, flags] => {
+            hex(trace, 32) && hex(span, 16) && hex(flags, 2) && nonzero(trace) && nonzero(span)
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::draft::parse_line;
+    use super::*;
+
+    fn spec(line: &str) -> JobSpec {
+        parse_line(line.as_bytes()).unwrap().check().unwrap()
+    }
+
+    fn faults(line: &str) -> Vec<String> {
+        let errors = parse_line(line.as_bytes()).unwrap().check().unwrap_err();
+        errors.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn the_defaults_are_qwen3s_recommendations() {
+        let job = spec(r#"{"prompt":"x"}"#);
+        assert_eq!((job.priority, job.max_attempts, job.max_infra), (5, 3, 20));
+        let sampling = job.rollout.sampling;
+        assert_eq!(
+            (sampling.temperature, sampling.top_p, sampling.top_k),
+            (0.6, 0.95, 20)
+        );
+        let plain = spec(r#"{"prompt":"x","sampling":{"thinking":false}}"#)
+            .rollout
+            .sampling;
+        assert_eq!((plain.temperature, plain.top_p), (0.7, 0.8));
+    }
+
+    #[test]
+    fn every_fault_is_named_at_once() {
+        let found = faults(
+            r#"{"id":"a/b","prompt":" ","priority":12,"limits":{"turns":-1},"sampling":{"top_p":1.7},
+                "after":["x/y/z"],"mcp":["a","a"],"observation":{"max_tokens":5},"traceparent":"00-0-0-0"}"#,
+        );
+        let has = |part: &str| {
+            assert!(
+                found.iter().any(|f| f.starts_with(part)),
+                "{part} not in {found:#?}"
+            )
+        };
+        has("`id` must be 1 to 128");
+        has("`prompt` must not be empty, got ` `");
+        has("`priority` must be in 0..=9, got `12`");
+        has("`limits.turns` must be in 1..=1000, got `-1`");
+        has("`sampling.top_p` must be in (0, 1], got `1.7`");
+        has("`after[0]` must be `job` of this batch");
+        has("`mcp[1]` must be named once, got `a`");
+        has("`observation.max_tokens` must be in 64..=1000000, got `5`");
+        has("`traceparent` must be a W3C traceparent");
+        assert_eq!(found.len(), 9);
+    }
+
+    #[test]
+    fn large_texts_and_missing_prompts_are_refused() {
+        assert_eq!(
+            faults("{}"),
+            ["`prompt` must be a text or a list of texts, got ``"]
+        );
+        let long = format!(
+            r#"{{"prompt":"{}"}}"#,
+            "a".repeat(limits::TEXT_BYTES_MAX + 1)
+        );
+        assert!(faults(&long)[0].contains("must have at most 262144 bytes"));
+    }
+
+    #[test]
+    fn a_check_names_a_server_of_the_job() {
+        let line = r#"{"prompt":"x","mcp":["a"],
+            "verify":{"mcp":{"server":"b","tool":"t","text":{"contains":"y"}}}}"#;
+        assert_eq!(
+            faults(line),
+            ["`verify.mcp.server` must be one of the job's `mcp` servers, got `b`"]
+        );
+    }
+
+    #[test]
+    fn dependencies_resolve_within_the_project() {
+        let job = spec(r#"{"prompt":"x","after":["j0","other/j9"]}"#);
+        let (project, batch) = ("p".parse().unwrap(), "b".parse().unwrap());
+        let keys: Vec<String> = job
+            .after
+            .iter()
+            .map(|d| d.resolve(&project, &batch).to_string())
+            .collect();
+        assert_eq!(keys, ["p/b/j0", "p/other/j9"]);
+    }
+}

@@ -1,0 +1,170 @@
+//! What a client asks for, checked once.
+//!
+//! A [`JobDraft`] is what a client wrote, as JSON, TOML or protobuf: every field is optional and nothing is trusted.
+//! [`JobDraft::check`] turns it into a [`JobSpec`], in which every value is present and obeys its rule, or names every
+//! field that does not. Only a `JobSpec` goes further in.
+
+mod check;
+mod draft;
+mod mcp;
+mod verify;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{JobId, JobKey};
+
+pub use check::{Range, limits};
+pub use draft::{
+    JobDraft, LimitsDraft, McpUseDraft, ObservationDraft, PromptDraft, RolloutFile, SamplingDraft,
+    parse_line, parse_toml,
+};
+pub use mcp::{McpServer, McpTransport, McpUse, ToolPolicy};
+pub use verify::{
+    AnswerDraft, AnswerRule, HttpHook, McpCheck, TextRule, ToolCalled, Verify, VerifyDraft,
+    WeightedDraft,
+};
+
+/// A job, valid in every field.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobSpec {
+    /// The id that the client chose, if it chose one.
+    pub id: Option<JobId>,
+    /// 0 (last) to 9 (first).
+    pub priority: u8,
+    /// Free-form names for filters and cancels.
+    pub labels: BTreeMap<String, String>,
+    /// Jobs that must have succeeded before this one is ready.
+    pub after: Vec<Dependency>,
+    /// Tags that a worker must offer, beyond those that the MCP servers imply.
+    pub needs: Vec<String>,
+    /// How long to wait after submission.
+    pub delay: Duration,
+    /// How often the handler may fail.
+    pub max_attempts: u32,
+    /// How often what the handler stands on may fail.
+    pub max_infra: u32,
+    /// How long one attempt may hold the job.
+    pub max_runtime: Duration,
+    /// W3C trace context of the submission.
+    pub traceparent: Option<String>,
+    /// What is to be done.
+    pub rollout: RolloutSpec,
+}
+
+/// A job that another one waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Dependency {
+    /// A job of the same batch.
+    SameBatch(JobId),
+    /// A job of another batch of the same project, as `batch/job`.
+    Elsewhere(crate::id::BatchId, JobId),
+}
+
+impl Dependency {
+    /// The full name, seen from a job of `project/batch`.
+    pub fn resolve(&self, project: &crate::id::ProjectId, batch: &crate::id::BatchId) -> JobKey {
+        match self {
+            Self::SameBatch(job) => JobKey::new(project.clone(), batch.clone(), job.clone()),
+            Self::Elsewhere(batch, job) => JobKey::new(project.clone(), batch.clone(), job.clone()),
+        }
+    }
+}
+
+/// A rollout, valid in every field.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RolloutSpec {
+    /// Which task this is a try at, for splits and pairs.
+    pub task: Task,
+    /// What the user says: one turn or several.
+    pub prompts: Vec<String>,
+    /// A system text that is part of the task.
+    pub system: Option<String>,
+    /// A system text that helps the rollout and that training leaves out.
+    pub hints: Option<String>,
+    /// The model's name at its endpoint; empty: whatever the worker serves by default.
+    pub model: Option<String>,
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+    /// The servers whose tools are offered.
+    pub mcp: Vec<McpUse>,
+    /// Which of their tools.
+    pub tools: ToolPolicy,
+    /// Where the rollout is stopped.
+    pub limits: Limits,
+    /// What the model is shown of a tool's result.
+    pub observation: Observation,
+    /// How the rollout is judged; without, it has no reward.
+    pub verify: Option<Verify>,
+}
+
+/// Identity of the task behind a rollout.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Task {
+    /// The task; the samples of one task share it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task_id: Option<String>,
+    /// The family of tasks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task_kind: Option<String>,
+    /// `train`, `eval` or a name of the user's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<String>,
+    /// Rollouts that are compared with each other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Which sample of the task this is, from 0.
+    #[serde(default)]
+    pub sample_index: u32,
+}
+
+/// How tokens are drawn. Without a word from the user these are Qwen3's recommended values.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// Whether the model may think first.
+    pub thinking: bool,
+    /// Softmax temperature.
+    pub temperature: f64,
+    /// Nucleus: the smallest set of tokens with at least this share.
+    pub top_p: f64,
+    /// At most this many candidates; 0: all.
+    pub top_k: u32,
+    /// Candidates below this share of the best one are dropped.
+    pub min_p: f64,
+    /// Penalty on tokens that were used already.
+    pub presence_penalty: f64,
+    /// Seed of the random numbers; without, the server chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<i64>,
+    /// Longest single answer, in tokens.
+    pub completion_tokens_max: u32,
+}
+
+/// Where a rollout is stopped.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Model calls in all.
+    pub turns_max: u32,
+    /// Prompt and completion tokens of all calls together.
+    pub tokens_max: u64,
+    /// Seconds from the first model call to the verdict.
+    pub wall_s: u32,
+    /// Calls in one assistant turn; those beyond are answered with an error.
+    pub tool_calls_per_turn_max: u32,
+    /// Seconds that one call of a tool may take.
+    pub tool_call_s: u32,
+    /// Seconds that a question about a tool under `ask` stays open before it counts as refused.
+    pub ask_s: u32,
+}
+
+/// What the model is shown of a tool's result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Observation {
+    /// At most this many tokens, cut at a node of the accessibility tree.
+    MaxTokens(u32),
+    /// The workshop's way: the first so many characters, and a sentence.
+    CompatChars(u32),
+}
