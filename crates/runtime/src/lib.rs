@@ -1,1 +1,12 @@
-//! (scaffold)
+//! What every Espalier process is made of: configuration, supervised tasks, shutdown, telemetry, the object store,
+//! gRPC channels and the model client.
+//!
+//! Nothing here knows what a process is for. The coordinator and the workers build on these modules; the rules and
+//! types of the domain are in `espalier-core`.
+
+pub mod clock;
+pub mod config;
+pub mod ids;
+pub mod shutdown;
+pub mod tasks;
+pub mod telemetry;

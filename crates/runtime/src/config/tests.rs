@@ -1,0 +1,223 @@
+use std::io::Write;
+
+use serde::{Deserialize, Serialize};
+
+use super::*;
+
+#[derive(Debug, Deserialize, Serialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+struct Settings {
+    listen: String,
+    lease_ttl_s: u64,
+    labels: Vec<String>,
+    api_key: Option<Secret>,
+    model: Model,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:0".to_owned(),
+            lease_ttl_s: 60,
+            labels: Vec::new(),
+            api_key: None,
+            model: Model::default(),
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize, Serialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+struct Model {
+    base_url: String,
+    temperature: Option<f64>,
+    auth: Option<Secret>,
+}
+
+fn env(pairs: &[(&str, &str)]) -> Environment {
+    pairs
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect()
+}
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn load_both(text: &str, pairs: &[(&str, &str)]) -> Result<Settings, ConfigError> {
+    load(Some(file(text).path()), ENV_PREFIX, &env(pairs))
+}
+
+fn refusal(text: &str, pairs: &[(&str, &str)]) -> String {
+    load_both(text, pairs).unwrap_err().to_string()
+}
+
+#[test]
+fn defaults_file_and_environment_in_that_order() {
+    let settings = load_both(
+        "lease_ttl_s = 30\n[model]\nbase_url = \"http://a\"\n",
+        &[
+            ("ESPALIER_MODEL__BASE_URL", "http://b"),
+            ("ESPALIER_MODEL__TEMPERATURE", "0.5"),
+            ("ESPALIER_LABELS", r#"["x", "y"]"#),
+            ("HOME", "/nowhere"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(settings.listen, "127.0.0.1:0");
+    assert_eq!(settings.lease_ttl_s, 30);
+    assert_eq!(settings.model.base_url, "http://b");
+    assert_eq!(settings.model.temperature, Some(0.5));
+    assert_eq!(settings.labels, ["x", "y"]);
+    assert_eq!(
+        load::<Settings>(None, ENV_PREFIX, &env(&[])).unwrap(),
+        Settings::default()
+    );
+}
+
+#[test]
+fn text_that_looks_like_a_number_fits_a_text_key() {
+    let settings = load_both(
+        "",
+        &[
+            ("ESPALIER_LISTEN", "8080"),
+            ("ESPALIER_API_KEY", "12345"),
+            ("ESPALIER_MODEL__BASE_URL", "true"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(settings.listen, "8080");
+    assert_eq!(settings.api_key, Some(Secret::new("12345")));
+    assert_eq!(settings.model.base_url, "true");
+}
+
+#[test]
+fn a_value_cannot_smuggle_in_keys() {
+    let settings = load_both("", &[("ESPALIER_LISTEN", "1\nlease_ttl_s = 9")]).unwrap();
+    assert_eq!(settings.listen, "1\nlease_ttl_s = 9");
+    assert_eq!(settings.lease_ttl_s, 60);
+}
+
+#[test]
+fn unknown_keys_are_refused_with_path_value_and_what_is_known() {
+    let error = refusal("[model]\nbase_urk = \"http://a\"\n", &[]);
+    for part in [
+        "`model.base_urk` is not known",
+        "`base_url`",
+        "got `\"http://a\"`",
+        "from file ",
+    ] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    let error = refusal("", &[("ESPALIER_LEASE_TTL", "5")]);
+    for part in [
+        "`lease_ttl` is not known",
+        "`lease_ttl_s`",
+        "variable ESPALIER_LEASE_TTL",
+    ] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    let error = refusal("", &[("ESPALIER_MODLE__BASE_URL", "x")]);
+    assert!(error.contains("`modle` is not known"), "{error}");
+}
+
+#[test]
+fn reserved_variables_are_no_keys() {
+    for name in RESERVED_VARIABLES {
+        load_both("", &[(name, "x")]).unwrap();
+    }
+}
+
+#[test]
+fn a_wrong_type_names_the_key_and_its_origin() {
+    let error = refusal("lease_ttl_s = \"soon\"\n", &[]);
+    assert!(error.contains("`lease_ttl_s` is refused"), "{error}");
+    assert!(error.contains("soon"), "{error}");
+    let error = refusal("", &[("ESPALIER_LEASE_TTL_S", "-1")]);
+    assert!(error.contains("variable ESPALIER_LEASE_TTL_S"), "{error}");
+}
+
+#[test]
+fn variables_that_can_mean_no_key_are_refused() {
+    for name in [
+        "ESPALIER_",
+        "ESPALIER_a",
+        "ESPALIER_MODEL__",
+        "ESPALIER___X",
+    ] {
+        let error = refusal("", &[(name, "1")]);
+        assert!(error.contains(name), "{error}");
+    }
+    let error = refusal(
+        "",
+        &[("ESPALIER_LISTEN__PORT", "1"), ("ESPALIER_LISTEN", "x")],
+    );
+    assert!(error.contains("`listen`"), "{error}");
+}
+
+#[test]
+fn broken_toml_names_line_and_column_without_quoting_the_line() {
+    let error = refusal("a = 1\napi_key = \"sk-12", &[]);
+    assert!(error.contains("line 2, column"), "{error}");
+    assert!(!error.contains("sk-12"), "{error}");
+    let missing = load::<Settings>(
+        Some(Path::new("/nonexistent/e.toml")),
+        ENV_PREFIX,
+        &env(&[]),
+    );
+    assert!(
+        missing
+            .unwrap_err()
+            .to_string()
+            .contains("/nonexistent/e.toml")
+    );
+}
+
+#[test]
+fn secrets_come_from_text_file_or_environment() {
+    let key = file("from-file\n");
+    let settings = load_both(
+        &format!(
+            "api_key = {{ file = {:?} }}\n[model]\nauth = {{ env = \"MODEL_KEY\" }}",
+            key.path()
+        ),
+        &[("MODEL_KEY", "from-env")],
+    )
+    .unwrap();
+    assert_eq!(settings.api_key.unwrap().expose(), "from-file");
+    assert_eq!(settings.model.auth.unwrap().expose(), "from-env");
+
+    for (text, part) in [
+        ("api_key = { env = \"NOT_SET\" }", "`api_key`"),
+        ("api_key = { file = \"/nonexistent/key\" }", "`api_key`"),
+        ("api_key = \"\"", "`api_key`"),
+        ("api_key = { vault = \"x\" }", "`api_key`"),
+    ] {
+        let error = refusal(text, &[]);
+        assert!(error.contains(part), "{text}: {error}");
+    }
+}
+
+#[test]
+fn secrets_do_not_show() {
+    let settings = load_both("api_key = \"sk-hidden\"", &[]).unwrap();
+    let shown = format!("{settings:?} {}", settings.api_key.as_ref().unwrap());
+    let dumped = toml::to_string(&settings).unwrap();
+    for text in [shown, dumped] {
+        assert!(!text.contains("sk-hidden"), "{text}");
+        assert!(text.contains("[redacted]"), "{text}");
+    }
+    let error = refusal("api_key = [\"sk-hidden\"]", &[]);
+    assert!(!error.contains("sk-hidden"), "{error}");
+    let error = refusal("apikey = \"sk-hidden\"", &[]);
+    assert!(!error.contains("sk-hidden"), "{error}");
+}
+
+#[test]
+fn an_environment_reference_outside_a_configuration_is_refused() {
+    let error = serde_json::from_str::<Secret>(r#"{"env": "HOME"}"#).unwrap_err();
+    assert!(error.to_string().contains("configuration only"), "{error}");
+}

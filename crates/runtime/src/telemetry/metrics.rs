@@ -1,0 +1,149 @@
+//! The instruments of a process, made once with the names, units and buckets that belong to them.
+//!
+//! Labels are few and closed: projects, kinds, states, outcomes, tool and model names. Ids of jobs or batches are
+//! never labels.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::{Counter, Gauge, Histogram, Meter, UpDownCounter};
+
+use super::names::{attribute, metric};
+
+/// Bounds of latency histograms in seconds: from a tool on this machine to a rollout of half an hour.
+const SECONDS: [f64; 17] = [
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0,
+    1800.0,
+];
+
+/// Bounds of token histograms, as the conventions for generative AI give them.
+const TOKENS: [f64; 11] = [
+    1.0,
+    4.0,
+    16.0,
+    64.0,
+    256.0,
+    1024.0,
+    4096.0,
+    16384.0,
+    65536.0,
+    262_144.0,
+    1_048_576.0,
+];
+
+/// Every instrument. Fields are public: what is recorded where is decided by the callers.
+#[derive(Debug)]
+#[expect(
+    missing_docs,
+    reason = "each is documented at its name in `names::metric`"
+)]
+pub struct Metrics {
+    pub queue_depth: Gauge<u64>,
+    pub queue_oldest_ready_age: Gauge<f64>,
+    pub lease_grants: Counter<u64>,
+    pub lease_expiries: Counter<u64>,
+    pub lease_stale_fences: Counter<u64>,
+    pub job_finishes: Counter<u64>,
+    pub job_submissions: Counter<u64>,
+    pub rollouts_running: UpDownCounter<i64>,
+    pub rollout_turns: Counter<u64>,
+    pub wait_timeouts: Counter<u64>,
+    pub store_errors: Counter<u64>,
+    pub model_retries: Counter<u64>,
+    pub token_usage: Histogram<u64>,
+    pub chat_duration: Histogram<f64>,
+    pub time_to_first_chunk: Histogram<f64>,
+    pub execute_tool_duration: Histogram<f64>,
+    pub invoke_agent_duration: Histogram<f64>,
+    pub mcp_operation_duration: Histogram<f64>,
+}
+
+impl Metrics {
+    fn new(meter: &Meter) -> Self {
+        let counter =
+            |name, unit| -> Counter<u64> { meter.u64_counter(name).with_unit(unit).build() };
+        let seconds = |name| -> Histogram<f64> {
+            meter
+                .f64_histogram(name)
+                .with_unit("s")
+                .with_boundaries(SECONDS.to_vec())
+                .build()
+        };
+        Self {
+            queue_depth: meter
+                .u64_gauge(metric::QUEUE_DEPTH)
+                .with_unit("{job}")
+                .build(),
+            queue_oldest_ready_age: meter
+                .f64_gauge(metric::QUEUE_OLDEST_READY_AGE)
+                .with_unit("s")
+                .build(),
+            lease_grants: counter(metric::LEASE_GRANTS, "{lease}"),
+            lease_expiries: counter(metric::LEASE_EXPIRIES, "{lease}"),
+            lease_stale_fences: counter(metric::LEASE_STALE_FENCES, "{request}"),
+            job_finishes: counter(metric::JOB_FINISHES, "{attempt}"),
+            job_submissions: counter(metric::JOB_SUBMISSIONS, "{job}"),
+            rollouts_running: meter
+                .i64_up_down_counter(metric::ROLLOUTS_RUNNING)
+                .with_unit("{rollout}")
+                .build(),
+            rollout_turns: counter(metric::ROLLOUT_TURNS, "{turn}"),
+            wait_timeouts: counter(metric::WAIT_TIMEOUTS, "{timeout}"),
+            store_errors: counter(metric::STORE_ERRORS, "{error}"),
+            model_retries: counter(metric::MODEL_RETRIES, "{retry}"),
+            token_usage: meter
+                .u64_histogram(metric::GEN_AI_TOKEN_USAGE)
+                .with_unit("{token}")
+                .with_boundaries(TOKENS.to_vec())
+                .build(),
+            chat_duration: seconds(metric::GEN_AI_OPERATION_DURATION),
+            time_to_first_chunk: seconds(metric::GEN_AI_TIME_TO_FIRST_CHUNK),
+            execute_tool_duration: seconds(metric::GEN_AI_EXECUTE_TOOL_DURATION),
+            invoke_agent_duration: seconds(metric::GEN_AI_INVOKE_AGENT_DURATION),
+            mcp_operation_duration: seconds(metric::MCP_OPERATION_DURATION),
+        }
+    }
+
+    /// Counts a wait that came to its deadline.
+    pub fn wait_timed_out(&self, name: &'static str) {
+        self.wait_timeouts
+            .add(1, &[KeyValue::new(attribute::WAIT, name)]);
+    }
+
+    /// Counts a store operation that failed for good.
+    pub fn store_failed(&self, operation: &'static str, class: &'static str) {
+        let labels = [
+            KeyValue::new(attribute::STORE_OPERATION, operation),
+            KeyValue::new(attribute::ERROR_TYPE, class),
+        ];
+        self.store_errors.add(1, &labels);
+    }
+
+    /// Counts a model call that is tried again.
+    pub fn model_retried(&self, class: &'static str) {
+        self.model_retries
+            .add(1, &[KeyValue::new(attribute::ERROR_TYPE, class)]);
+    }
+
+    /// Records how long something took, in a histogram of this struct.
+    pub fn record(histogram: &Histogram<f64>, took: Duration, labels: &[KeyValue]) {
+        histogram.record(took.as_secs_f64(), labels);
+    }
+}
+
+static EXPORTED: OnceLock<Metrics> = OnceLock::new();
+static DISCARDED: OnceLock<Metrics> = OnceLock::new();
+
+/// The process's instruments; before telemetry starts, or without an endpoint, they record nothing.
+pub fn metrics() -> &'static Metrics {
+    EXPORTED.get().unwrap_or_else(|| {
+        // Made before a provider is set, or in a process that never sets one: these stay silent.
+        DISCARDED.get_or_init(|| Metrics::new(&opentelemetry::global::meter("espalier")))
+    })
+}
+
+/// Makes the instruments of `meter` the process's. The first call counts: a process has one telemetry.
+pub(super) fn install(meter: &Meter) {
+    let _ = EXPORTED.set(Metrics::new(meter));
+}

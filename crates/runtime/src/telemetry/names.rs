@@ -1,0 +1,166 @@
+//! Every name that telemetry uses: spans, attributes, metrics. Nowhere else is such a name written.
+//!
+//! `gen_ai.*` and `mcp.*` follow the OpenTelemetry semantic conventions for generative AI and for the Model Context
+//! Protocol (both in development, in the repository `open-telemetry/semantic-conventions-genai`); what they have no
+//! name for is `espalier.*`. Prompts, answers, tool arguments and tool results have no name here on purpose: the
+//! trace object is referenced instead. Dashboards and documentation follow this file.
+
+/// Spans. Where the conventions ask for a target (`chat {model}`), it goes into `otel.name` at run time.
+pub mod span {
+    /// Client side: a chunk of jobs is handed to the coordinator.
+    pub const SUBMIT: &str = "submit";
+    /// Worker side: one attempt of a job, from grant to finish. Links to the submission.
+    pub const ATTEMPT: &str = "attempt";
+    /// The whole rollout; `gen_ai.operation.name = invoke_agent`.
+    pub const INVOKE_AGENT: &str = "invoke_agent";
+    /// One model call; `gen_ai.operation.name = chat`.
+    pub const CHAT: &str = "chat";
+    /// One tool call; `gen_ai.operation.name = execute_tool`.
+    pub const EXECUTE_TOOL: &str = "execute_tool";
+    /// The verifiers of a rollout.
+    pub const VERIFY: &str = "verify";
+    /// Files and manifest of an attempt go to the store.
+    pub const PUBLISH: &str = "publish";
+}
+
+/// Attributes of spans, metrics and log records.
+pub mod attribute {
+    /// `chat`, `execute_tool` or `invoke_agent`.
+    pub const GEN_AI_OPERATION_NAME: &str = "gen_ai.operation.name";
+    /// Who serves the model, as far as it is known.
+    pub const GEN_AI_PROVIDER_NAME: &str = "gen_ai.provider.name";
+    /// The model that was asked for.
+    pub const GEN_AI_REQUEST_MODEL: &str = "gen_ai.request.model";
+    /// The model that answered.
+    pub const GEN_AI_RESPONSE_MODEL: &str = "gen_ai.response.model";
+    /// The endpoint's id of the answer.
+    pub const GEN_AI_RESPONSE_ID: &str = "gen_ai.response.id";
+    /// Why the model stopped.
+    pub const GEN_AI_RESPONSE_FINISH_REASONS: &str = "gen_ai.response.finish_reasons";
+    /// Tokens of the prompt.
+    pub const GEN_AI_USAGE_INPUT_TOKENS: &str = "gen_ai.usage.input_tokens";
+    /// Tokens of the answer.
+    pub const GEN_AI_USAGE_OUTPUT_TOKENS: &str = "gen_ai.usage.output_tokens";
+    /// `input` or `output`.
+    pub const GEN_AI_TOKEN_TYPE: &str = "gen_ai.token.type";
+    /// The tool as the model named it.
+    pub const GEN_AI_TOOL_NAME: &str = "gen_ai.tool.name";
+    /// The id that ties a tool's result to the call.
+    pub const GEN_AI_TOOL_CALL_ID: &str = "gen_ai.tool.call.id";
+    /// `function`, `extension` or `datastore`.
+    pub const GEN_AI_TOOL_TYPE: &str = "gen_ai.tool.type";
+    /// The agent; here the kind of the task.
+    pub const GEN_AI_AGENT_NAME: &str = "gen_ai.agent.name";
+    /// One rollout.
+    pub const GEN_AI_CONVERSATION_ID: &str = "gen_ai.conversation.id";
+    /// Method of an MCP request, such as `tools/call`.
+    pub const MCP_METHOD_NAME: &str = "mcp.method.name";
+    /// Session of a streamable HTTP server.
+    pub const MCP_SESSION_ID: &str = "mcp.session.id";
+    /// Version that client and server agreed on.
+    pub const MCP_PROTOCOL_VERSION: &str = "mcp.protocol.version";
+    /// `pipe` for stdio, `tcp` for HTTP.
+    pub const NETWORK_TRANSPORT: &str = "network.transport";
+    /// Class of the error, of a small closed set.
+    pub const ERROR_TYPE: &str = "error.type";
+    /// Host of the other side.
+    pub const SERVER_ADDRESS: &str = "server.address";
+    /// Port of the other side.
+    pub const SERVER_PORT: &str = "server.port";
+    /// Name of the configured MCP server.
+    pub const MCP_SERVER: &str = "espalier.mcp.server";
+    /// The tenant.
+    pub const PROJECT: &str = "espalier.project";
+    /// The batch.
+    pub const BATCH: &str = "espalier.batch.id";
+    /// The job.
+    pub const JOB: &str = "espalier.job.id";
+    /// Kind of the job: `rollout`, `curate`, …
+    pub const JOB_KIND: &str = "espalier.job.kind";
+    /// State of the job: `ready`, `leased`, …
+    pub const JOB_STATE: &str = "espalier.job.state";
+    /// The attempt's number, from 1.
+    pub const ATTEMPT: &str = "espalier.attempt";
+    /// The lease's fence.
+    pub const FENCE: &str = "espalier.fence";
+    /// The worker process.
+    pub const WORKER: &str = "espalier.worker.id";
+    /// The task that a rollout tries.
+    pub const TASK: &str = "espalier.task.id";
+    /// Kind of that task.
+    pub const TASK_KIND: &str = "espalier.task.kind";
+    /// Number of the model call within its rollout, from 1.
+    pub const TURN: &str = "espalier.turn";
+    /// How it ended: `succeeded`, `dead`, `infra`, …
+    pub const OUTCOME: &str = "espalier.outcome";
+    /// The verifier's verdict in [0, 1].
+    pub const REWARD: &str = "espalier.reward";
+    /// Path of the trace object in the store.
+    pub const TRACE_PATH: &str = "espalier.trace.path";
+    /// Name of a wait that has a deadline.
+    pub const WAIT: &str = "espalier.wait";
+    /// Operation on the object store: `create`, `get`, …
+    pub const STORE_OPERATION: &str = "espalier.store.operation";
+    /// Name of a supervised task.
+    pub const ASYNC_TASK: &str = "espalier.async_task";
+}
+
+/// Values of `gen_ai.operation.name`.
+pub mod operation {
+    /// A call of the model.
+    pub const CHAT: &str = "chat";
+    /// A call of a tool.
+    pub const EXECUTE_TOOL: &str = "execute_tool";
+    /// A whole rollout.
+    pub const INVOKE_AGENT: &str = "invoke_agent";
+}
+
+/// Metrics. Units are UCUM, as OpenTelemetry asks.
+pub mod metric {
+    /// Gauge, `{job}`: jobs in a state, by project and state.
+    pub const QUEUE_DEPTH: &str = "espalier.queue.depth";
+    /// Gauge, `s`: age of the oldest ready job, by project.
+    pub const QUEUE_OLDEST_READY_AGE: &str = "espalier.queue.oldest_ready.age";
+    /// Counter, `{lease}`: leases handed out, by project and kind.
+    pub const LEASE_GRANTS: &str = "espalier.lease.grants";
+    /// Counter, `{lease}`: leases that ran out, by project.
+    pub const LEASE_EXPIRIES: &str = "espalier.lease.expiries";
+    /// Counter, `{request}`: renewals and finishes under a fence that is not current.
+    pub const LEASE_STALE_FENCES: &str = "espalier.lease.stale_fences";
+    /// Counter, `{attempt}`: finished attempts, by project, kind and outcome.
+    pub const JOB_FINISHES: &str = "espalier.job.finishes";
+    /// Counter, `{job}`: jobs accepted, by project and kind.
+    pub const JOB_SUBMISSIONS: &str = "espalier.job.submissions";
+    /// Up-down counter, `{rollout}`: rollouts that run now.
+    pub const ROLLOUTS_RUNNING: &str = "espalier.rollout.running";
+    /// Counter, `{turn}`: model turns of rollouts.
+    pub const ROLLOUT_TURNS: &str = "espalier.rollout.turns";
+    /// Counter, `{timeout}`: waits that came to their deadline, by name.
+    pub const WAIT_TIMEOUTS: &str = "espalier.wait.timeouts";
+    /// Counter, `{error}`: operations of the object store that failed for good, by operation and class.
+    pub const STORE_ERRORS: &str = "espalier.store.errors";
+    /// Counter, `{retry}`: model calls that were tried again, by class of the error.
+    pub const MODEL_RETRIES: &str = "espalier.model.retries";
+    /// Histogram, `{token}`: tokens of a model call, by type and model.
+    pub const GEN_AI_TOKEN_USAGE: &str = "gen_ai.client.token.usage";
+    /// Histogram, `s`: duration of a model call, retries included.
+    pub const GEN_AI_OPERATION_DURATION: &str = "gen_ai.client.operation.duration";
+    /// Histogram, `s`: time to the first piece of a streamed answer.
+    pub const GEN_AI_TIME_TO_FIRST_CHUNK: &str = "gen_ai.client.operation.time_to_first_chunk";
+    /// Histogram, `s`: duration of a tool call.
+    pub const GEN_AI_EXECUTE_TOOL_DURATION: &str = "gen_ai.execute_tool.duration";
+    /// Histogram, `s`: duration of a rollout.
+    pub const GEN_AI_INVOKE_AGENT_DURATION: &str = "gen_ai.invoke_agent.duration";
+    /// Histogram, `s`: duration of an MCP request.
+    pub const MCP_OPERATION_DURATION: &str = "mcp.client.operation.duration";
+}
+
+/// Keys of the resource that a process reports as.
+pub mod resource {
+    /// The role of the process: `espalier-coordinator`, …
+    pub const SERVICE_NAME: &str = "service.name";
+    /// Its version.
+    pub const SERVICE_VERSION: &str = "service.version";
+    /// The process itself.
+    pub const SERVICE_INSTANCE_ID: &str = "service.instance.id";
+}
