@@ -1,1 +1,17 @@
-//! (scaffold)
+//! Qwen3's text side: text to token ids and back.
+//!
+//! What it is not: it holds no weights and runs no model, so that a process which only counts tokens needs neither
+//! candle nor CUDA. The agent worker calls it to keep what a model is shown within a budget of tokens.
+//!
+//! ```
+//! let tokenizer = espalier_qwen3_text::Tokenizer::shared()?;
+//! assert_eq!(tokenizer.encode_ordinary("Hello, world!"), [9707, 11, 1879, 0]);
+//! # Ok::<(), &espalier_qwen3_text::LoadError>(())
+//! ```
+
+mod asset;
+mod bytes;
+mod tokenizer;
+
+pub use asset::LoadError;
+pub use tokenizer::{Tokenizer, UnknownId};

@@ -1,0 +1,139 @@
+//! The tokenizer file inside the binary, and its parsing into what encoding needs.
+//!
+//! The `tokenizers` crate could read the file whole, but its pipeline keeps an alignment of 16 bytes for each byte of
+//! text at every step and turns `<tool_call>` in a web page into the control token. So only its BPE model, its regex
+//! and its normaliser are used, and the parts of the file are read here.
+
+use serde::Deserialize;
+use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::utils::SysRegex;
+
+/// Made by `assets/make.sh`; see `assets/README.md`.
+const TOKENIZER_ZST: &[u8] = include_bytes!("../assets/tokenizer.json.zst");
+
+/// Words whose ids are remembered, for each thread that encodes. A page repeats its words; 2,000 of them hold a page,
+/// and a pool of 512 blocking threads must not remember 10,000 (the crate's default) each.
+const CACHED_WORDS: usize = 2_000;
+
+/// Why the embedded tokenizer could not be made. It does not depend on input: it is a defect of the build.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The embedded bytes are not zstd.
+    #[error("embedded tokenizer file does not decompress")]
+    Decompress(#[source] std::io::Error),
+    /// The file is not the JSON that a byte-level BPE tokenizer has.
+    #[error("embedded tokenizer file has an unexpected form")]
+    Parse(#[source] serde_json::Error),
+    /// The vocabulary, merges or split pattern were refused.
+    #[error("embedded tokenizer file has unusable `{part}`")]
+    Build {
+        /// The part of the file.
+        part: &'static str,
+        /// What the tokenizers crate said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// What encoding and decoding need.
+pub(crate) struct Parts {
+    pub(crate) model: BPE,
+    pub(crate) split: SysRegex,
+    pub(crate) added: Vec<AddedToken>,
+}
+
+/// A token that is not made by BPE: text of control meaning, with its id.
+#[derive(Deserialize)]
+pub(crate) struct AddedToken {
+    pub(crate) id: u32,
+    pub(crate) content: String,
+}
+
+#[derive(Deserialize)]
+struct File {
+    added_tokens: Vec<AddedToken>,
+    normalizer: Normalizer,
+    pre_tokenizer: PreTokenizer,
+    model: Model,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type")]
+enum Normalizer {
+    #[serde(rename = "NFC")]
+    Nfc,
+}
+
+#[derive(Deserialize)]
+struct PreTokenizer {
+    /// A split by a pattern, then the byte alphabet.
+    pretokenizers: (Split, ByteLevel),
+}
+
+#[derive(Deserialize)]
+struct Split {
+    pattern: Pattern,
+}
+
+#[derive(Deserialize)]
+enum Pattern {
+    Regex(String),
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type")]
+enum ByteLevel {
+    ByteLevel,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    vocab: Vocab,
+    merges: Merges,
+}
+
+pub(crate) fn load() -> Result<Parts, LoadError> {
+    let json = decompress()?;
+    let file: File = serde_json::from_slice(&json).map_err(LoadError::Parse)?;
+    drop(json);
+    // The forms that the types above admit are the only ones that encoding implements.
+    let (Normalizer::Nfc, (split, ByteLevel::ByteLevel)) =
+        (file.normalizer, file.pre_tokenizer.pretokenizers);
+    let Pattern::Regex(pattern) = split.pattern;
+    let split = SysRegex::new(&pattern).map_err(|source| LoadError::Build {
+        part: "pre_tokenizer",
+        source,
+    })?;
+    let model = BPE::builder()
+        .vocab_and_merges(file.model.vocab, file.model.merges)
+        .cache_capacity(CACHED_WORDS)
+        .build()
+        .map_err(|source| LoadError::Build {
+            part: "model",
+            source,
+        })?;
+    Ok(Parts {
+        model,
+        split,
+        added: file.added_tokens,
+    })
+}
+
+fn decompress() -> Result<Vec<u8>, LoadError> {
+    zstd::decode_all(TOKENIZER_ZST).map_err(LoadError::Decompress)
+}
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest, Sha256};
+
+    #[test]
+    fn the_asset_is_the_file_its_readme_names() {
+        let digest = Sha256::digest(super::decompress().unwrap());
+        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let readme = include_str!("../assets/README.md");
+        assert!(
+            readme.contains(&hex),
+            "assets/README.md does not name {hex}"
+        );
+    }
+}
