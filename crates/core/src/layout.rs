@@ -5,6 +5,7 @@
 //! {project}/batches/{batch}/jobs/{job}/manifest.json  published once, names the winning attempt
 //! {project}/batches/{batch}/jobs/{job}/patches/{n}.json  corrections, append-only
 //! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
+//! .probe/{id}                                         deleted as soon as it is created
 //! ```
 
 use crate::error::FieldError;
@@ -68,6 +69,12 @@ pub fn patch(key: &JobKey, n: u32) -> String {
 /// A file named by what it holds.
 pub fn blob(project: &ProjectId, sha256_hex: &str) -> String {
     format!("{project}/blobs/{sha256_hex}")
+}
+
+/// An object that a process creates and deletes at its start, to see how the store behaves. No project begins with a
+/// dot.
+pub fn probe(id: &str) -> String {
+    format!(".probe/{id}")
 }
 
 /// The job whose manifest lies at `path`, or the rule that the path breaks.

@@ -4,9 +4,11 @@
 //! Nothing here knows what a process is for. The coordinator and the workers build on these modules; the rules and
 //! types of the domain are in `espalier-core`.
 
+pub mod backoff;
 pub mod clock;
 pub mod config;
 pub mod ids;
 pub mod shutdown;
+pub mod store;
 pub mod tasks;
 pub mod telemetry;
