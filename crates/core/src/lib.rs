@@ -8,4 +8,6 @@ pub mod error;
 pub mod id;
 pub mod layout;
 pub mod spec;
+pub mod queue;
 pub mod time;
+pub mod trace;

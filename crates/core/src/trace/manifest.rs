@@ -1,0 +1,157 @@
+//! The manifest: written last, created once, and the only thing that makes an attempt visible.
+
+use std::fmt::Write;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::{SCHEMA_VERSION, StopReason, Totals};
+use crate::error::FieldError;
+use crate::id::{Fence, JobKey};
+use crate::layout;
+use crate::time::Timestamp;
+
+/// The published result of a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The job.
+    pub job: JobKey,
+    /// The attempt that won, from 1.
+    pub attempt: u32,
+    /// Its lease.
+    pub fence: Fence,
+    /// When it was published.
+    pub created_at_us: Timestamp,
+    /// Every file that belongs to the result.
+    pub files: Vec<FileEntry>,
+    /// What it was made from, as object paths.
+    pub parents: Vec<String>,
+    /// What tables show of it.
+    pub summary: RolloutSummary,
+}
+
+/// A file and the proof that it is whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Object path.
+    pub path: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// SHA-256 of the bytes, in hex.
+    pub sha256: String,
+}
+
+impl FileEntry {
+    /// The entry of `bytes` at `path`.
+    pub fn of(path: impl Into<String>, bytes: &[u8]) -> Self {
+        Self {
+            path: path.into(),
+            size: bytes.len() as u64,
+            sha256: sha256_hex(bytes),
+        }
+    }
+
+    /// Whether `bytes` are the ones that the entry names.
+    pub fn holds(&self, bytes: &[u8]) -> bool {
+        self.size == bytes.len() as u64 && self.sha256 == sha256_hex(bytes)
+    }
+}
+
+/// What the queue and tables carry of a rollout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RolloutSummary {
+    /// In [0, 1]; absent without checks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reward: Option<f64>,
+    /// Why the loop stopped.
+    pub stop: StopReason,
+    /// The first check that did not hold, in words; empty where all held.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+    /// The task; empty where the job named none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub task_id: String,
+    /// The family of tasks; empty where the job named none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub task_kind: String,
+    /// Sums over the rollout.
+    pub totals: Totals,
+}
+
+impl RolloutSummary {
+    /// Whether every check held; a rollout without checks is neither solved nor failed.
+    pub fn solved(&self) -> Option<bool> {
+        self.reward.map(|reward| reward >= 1.0)
+    }
+}
+
+impl Manifest {
+    /// Reads a manifest that somebody else may have written, and checks that it is about `job` and names files of its
+    /// own attempt or shared blobs only.
+    pub fn parse(bytes: &[u8], job: &JobKey) -> Result<Self, FieldError> {
+        let manifest: Self = serde_json::from_slice(bytes).map_err(|e| {
+            FieldError::new(
+                "manifest",
+                String::from_utf8_lossy(bytes),
+                format!("must be a manifest: {e}"),
+            )
+        })?;
+        if manifest.schema_version != SCHEMA_VERSION {
+            let rule = format!("must be {SCHEMA_VERSION}");
+            return Err(FieldError::new(
+                "manifest.schema_version",
+                manifest.schema_version,
+                rule,
+            ));
+        }
+        if manifest.job != *job {
+            return Err(FieldError::new(
+                "manifest.job",
+                &manifest.job,
+                format!("must be {job}"),
+            ));
+        }
+        let own = layout::attempt(job, manifest.fence);
+        let blobs = layout::blob(&job.project, "");
+        for file in &manifest.files {
+            let inside = file.path.starts_with(&own) || file.path.starts_with(&blobs);
+            if !inside || file.path.split('/').any(|part| part == "..") {
+                return Err(FieldError::new(
+                    "manifest.files",
+                    &file.path,
+                    format!("must lie under {own} or {blobs}"),
+                ));
+            }
+        }
+        if !manifest
+            .files
+            .iter()
+            .any(|file| file.path == layout::trace(job, manifest.fence))
+        {
+            return Err(FieldError::new(
+                "manifest.files",
+                manifest.files.len(),
+                "must name the trace",
+            ));
+        }
+        Ok(manifest)
+    }
+
+    /// The trace's entry.
+    pub fn trace_file(&self) -> Option<&FileEntry> {
+        let path = layout::trace(&self.job, self.fence);
+        self.files.iter().find(|file| file.path == path)
+    }
+}
+
+/// SHA-256 of `bytes` in lower-case hex.
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    let mut hex = String::with_capacity(64);
+    for byte in Sha256::digest(bytes) {
+        // Writing into a `String` cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+    }
+    hex
+}

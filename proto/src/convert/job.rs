@@ -1,0 +1,89 @@
+//! Errors and results.
+
+use espalier_core::error::{ErrorClass, FieldError};
+use espalier_core::trace::{RolloutSummary, StopReason, Totals};
+
+use crate::v1;
+
+/// The class on the wire.
+pub fn class_to_wire(class: ErrorClass) -> v1::ErrorClass {
+    match class {
+        ErrorClass::Invalid => v1::ErrorClass::Invalid,
+        ErrorClass::Handler => v1::ErrorClass::Handler,
+        ErrorClass::Infra => v1::ErrorClass::Infra,
+        ErrorClass::Preempted => v1::ErrorClass::Preempted,
+        ErrorClass::Cancelled => v1::ErrorClass::Cancelled,
+    }
+}
+
+/// The class that a peer sent. One that this build does not know counts as a failure of the handler, whose budget is
+/// the smaller one.
+pub fn class_from_wire(class: v1::ErrorClass) -> ErrorClass {
+    match class {
+        v1::ErrorClass::Invalid => ErrorClass::Invalid,
+        v1::ErrorClass::Handler | v1::ErrorClass::Unspecified => ErrorClass::Handler,
+        v1::ErrorClass::Infra => ErrorClass::Infra,
+        v1::ErrorClass::Preempted => ErrorClass::Preempted,
+        v1::ErrorClass::Cancelled => ErrorClass::Cancelled,
+    }
+}
+
+/// An error on the wire.
+pub fn error_to_wire(class: ErrorClass, message: String, log_tail: String) -> v1::JobError {
+    v1::JobError {
+        class: class_to_wire(class).into(),
+        message,
+        log_tail,
+    }
+}
+
+/// A refused value on the wire.
+pub fn field_error_to_wire(error: FieldError) -> v1::FieldError {
+    v1::FieldError {
+        field: error.field,
+        value: error.value,
+        rule: error.rule,
+    }
+}
+
+/// A summary on the wire.
+pub fn summary_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
+    v1::RolloutSummary {
+        reward: summary.reward,
+        stop: summary.stop.as_str().to_owned(),
+        reason: summary.reason.clone(),
+        task_id: summary.task_id.clone(),
+        task_kind: summary.task_kind.clone(),
+        turns: summary.totals.turns,
+        tool_calls: summary.totals.tool_calls,
+        tool_errors: summary.totals.tool_errors,
+        prompt_tokens: summary.totals.prompt_tokens,
+        completion_tokens: summary.totals.completion_tokens,
+        wall_ms: summary.totals.wall_ms,
+    }
+}
+
+/// The summary that a peer sent.
+///
+/// # Errors
+/// Names a stop reason that this build does not know.
+pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<RolloutSummary, FieldError> {
+    let stop: StopReason = serde_json::from_value(summary.stop.as_str().into()).map_err(|_| {
+        FieldError::new("summary.stop", &summary.stop, "must be a known stop reason")
+    })?;
+    Ok(RolloutSummary {
+        reward: summary.reward,
+        stop,
+        reason: summary.reason,
+        task_id: summary.task_id,
+        task_kind: summary.task_kind,
+        totals: Totals {
+            turns: summary.turns,
+            tool_calls: summary.tool_calls,
+            tool_errors: summary.tool_errors,
+            prompt_tokens: summary.prompt_tokens,
+            completion_tokens: summary.completion_tokens,
+            wall_ms: summary.wall_ms,
+        },
+    })
+}

@@ -1,0 +1,12 @@
+//! From wire to domain and back. A conversion checks form only; the rules of fields are `core::spec`'s.
+
+mod job;
+mod json;
+mod spec;
+mod verify;
+
+pub use job::{
+    class_from_wire, class_to_wire, error_to_wire, field_error_to_wire, summary_from_wire,
+    summary_to_wire,
+};
+pub use spec::{decode_draft, draft_from_wire, draft_to_wire, encode_draft};
