@@ -1,1 +1,3 @@
-//! (scaffold)
+//! The coordinator: accepts jobs, orders them, leases them to workers, and counts what became of them.
+
+pub mod queue;

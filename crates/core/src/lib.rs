@@ -7,7 +7,7 @@ pub mod chat;
 pub mod error;
 pub mod id;
 pub mod layout;
-pub mod spec;
 pub mod queue;
+pub mod spec;
 pub mod time;
 pub mod trace;

@@ -1,0 +1,509 @@
+//! The machine: all jobs of a queue with their indexes, and the commands that change them.
+//!
+//! Every change of a job's state goes through [`Machine::set_state`], which keeps the indexes, the counters and the
+//! list of changed rows in step; the commands in the files beside decide only which state comes next. The backend
+//! that owns a machine gives it the time with each command, stores what [`Machine::take_changes`] hands out before
+//! it answers anybody, and calls nothing from two threads.
+
+mod cancel;
+mod finish;
+mod insert;
+mod lease;
+mod load;
+mod read;
+mod submit;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+
+use super::batch::Batch;
+use super::job::Job;
+use super::lane::Lanes;
+use super::record::{self, BatchRow, Changes, MetaRow, ROW_VERSION, RingNumber, RingRow};
+use super::ring::{Place, Ready, RingKey};
+use super::{
+    BatchSeq, BatchView, Counters, DeadReason, End, Event, JobKind, JobSeq, JobState, NewBatch,
+    ProjectSeq, Refusal,
+};
+use crate::error::FieldError;
+use crate::id::{BatchId, Fence, JobKey, ProjectId};
+use crate::time::Timestamp;
+use lease::Repeats;
+
+/// What an operator may set. Not stored: it comes with the process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Shares of projects where several wait: twice the weight, twice the grants. From 1 to 1,000.
+    pub weights: BTreeMap<ProjectId, u32>,
+    /// The weight of a project that is not listed.
+    pub weight_default: u32,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            weights: BTreeMap::new(),
+            weight_default: 100,
+        }
+    }
+}
+
+/// Hashes job numbers, which nobody outside chooses, faster than a keyed hash does.
+#[derive(Clone, Copy, Debug, Default)]
+struct SeqHasher(u64);
+
+impl Hasher for SeqHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        let product = (self.0 ^ n).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        self.0 = product ^ (product >> 32);
+    }
+}
+
+type BySeq<T> = HashMap<JobSeq, T, BuildHasherDefault<SeqHasher>>;
+
+#[derive(Clone, Debug)]
+struct Project {
+    id: ProjectId,
+    batches: BTreeMap<BatchId, BatchSeq>,
+    counters: [Counters; JobKind::ALL.len()],
+}
+
+/// Rows that changed since they were last taken.
+#[derive(Clone, Debug, Default)]
+struct Dirty {
+    /// Each once: the job's own flag says that it is here.
+    jobs: Vec<JobSeq>,
+    jobs_deleted: Vec<JobSeq>,
+    batches: BTreeSet<BatchSeq>,
+    chunks: BTreeSet<(BatchSeq, u32)>,
+    meta: bool,
+}
+
+/// A queue of jobs, all of it in memory. See the module.
+#[derive(Clone, Debug, Default)]
+pub struct Machine {
+    config: MachineConfig,
+    /// The latest time that a command came with. Time does not go back here, whatever the clock does.
+    now: Timestamp,
+    jobs: BySeq<Box<Job>>,
+    batches: BTreeMap<BatchSeq, Batch>,
+    projects: BTreeMap<ProjectSeq, Project>,
+    project_by_id: BTreeMap<ProjectId, ProjectSeq>,
+    lanes: Lanes,
+    ready: Ready,
+    delayed: BTreeSet<(Timestamp, JobSeq)>,
+    deadlines: BTreeSet<(Timestamp, JobSeq)>,
+    /// Job → jobs that name it as a dependency, in the order of their numbers.
+    dependents: BySeq<Vec<JobSeq>>,
+    /// Jobs that ended in the present command and whose dependents have not been looked at.
+    just_ended: Vec<JobSeq>,
+    repeats: Repeats,
+    last_fence: Fence,
+    next_job: u64,
+    next_batch: u32,
+    next_project: u32,
+    next_end: u64,
+    stale_fences: u64,
+    expired_leases: u64,
+    dirty: Dirty,
+    events: Vec<Event>,
+    woken_lanes: BTreeSet<(JobKind, u32)>,
+}
+
+impl Machine {
+    /// An empty queue.
+    pub fn new(config: MachineConfig) -> Self {
+        Self {
+            config,
+            next_end: 1,
+            ..Self::default()
+        }
+    }
+
+    /// Opens a batch, or finds the same one open already.
+    pub fn open_batch(&mut self, now: Timestamp, new: &NewBatch) -> Result<BatchView, Refusal> {
+        self.advance(now);
+        if let Ok(seq) = self.find_batch(&new.project, &new.batch) {
+            let view = self.view_of_batch(&self.batches[&seq]);
+            if view.params_digest != new.params_digest {
+                return Err(FieldError::new(
+                    "batch",
+                    &new.batch,
+                    "is open already with other parameters",
+                )
+                .into());
+            }
+            return Ok(view);
+        }
+        let project = self.project_of(&new.project);
+        let seq = BatchSeq(self.next_batch);
+        self.next_batch += 1;
+        self.dirty.meta = true;
+        self.dirty.batches.insert(seq);
+        if let Some(project) = self.projects.get_mut(&project) {
+            project.batches.insert(new.batch.clone(), seq);
+        }
+        let batch = Batch {
+            seq,
+            project,
+            id: new.batch.clone(),
+            params_digest: new.params_digest,
+            opened_at: self.now,
+            closed: false,
+            cancelled: false,
+            completed_at: None,
+            counters: Counters::default(),
+            jobs: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            chunks: BTreeMap::new(),
+        };
+        let view = self.view_of_batch(&batch);
+        self.batches.insert(seq, batch);
+        Ok(view)
+    }
+
+    /// Lets a batch take no more chunks.
+    pub fn close_batch(
+        &mut self,
+        now: Timestamp,
+        project: &ProjectId,
+        batch: &BatchId,
+    ) -> Result<BatchView, Refusal> {
+        self.advance(now);
+        let seq = self.find_batch(project, batch)?;
+        self.close(seq);
+        Ok(self.view_of_batch(&self.batches[&seq]))
+    }
+
+    /// Batches that have been complete since `before` or longer, oldest first, at most `limit`.
+    pub fn purgeable(&self, before: Timestamp, limit: usize) -> Vec<(ProjectId, BatchId)> {
+        let mut due: Vec<_> = self
+            .batches
+            .values()
+            .filter_map(|batch| Some((batch.completed_at?, batch)))
+            .filter(|(completed_at, _)| *completed_at <= before)
+            .collect();
+        due.sort_by_key(|(completed_at, batch)| (*completed_at, batch.seq));
+        due.truncate(limit);
+        due.into_iter()
+            .map(|(_, batch)| (self.projects[&batch.project].id.clone(), batch.id.clone()))
+            .collect()
+    }
+
+    /// Rows that changed since the last call. Until they are stored, no answer may leave the process.
+    pub fn take_changes(&mut self) -> Changes {
+        let dirty = std::mem::take(&mut self.dirty);
+        let mut jobs: Vec<_> = dirty.jobs_deleted.into_iter().map(|j| (j, None)).collect();
+        for seq in dirty.jobs {
+            let Some(job) = self.jobs.get_mut(&seq) else {
+                continue;
+            };
+            job.dirty = false;
+            jobs.push((seq, Some(load::job_row(job, &self.lanes))));
+        }
+        let batches = dirty.batches.into_iter().map(|seq| {
+            let row = self.batches.get(&seq).map(|batch| self.batch_row(batch));
+            (seq, row.map(|row| record::encode(&row)))
+        });
+        let chunks = dirty.chunks.into_iter().map(|(batch, n)| {
+            let row = self.batches.get(&batch).and_then(|b| b.chunks.get(&n));
+            ((batch, n), row.map(record::encode))
+        });
+        let (batches, chunks) = (batches.collect(), chunks.collect());
+        let rings = self.ready.take_dirty().into_iter().map(|key| {
+            let row = self.ready.vtime(key).map(|vtime| RingRow {
+                v: ROW_VERSION,
+                vtime,
+            });
+            (ring_number(key), row.map(|row| record::encode(&row)))
+        });
+        Changes {
+            jobs,
+            batches,
+            chunks,
+            rings: rings.collect(),
+            meta: dirty.meta.then(|| record::encode(&self.meta_row())),
+        }
+    }
+
+    /// What happened since the last call, in order; ready lanes are named once each, first.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        let mut events: Vec<_> = std::mem::take(&mut self.woken_lanes)
+            .into_iter()
+            .map(|(kind, lane)| Event::Ready {
+                kind,
+                needs: self.lanes.needs(lane).cloned().unwrap_or_default(),
+            })
+            .collect();
+        events.append(&mut self.events);
+        events
+    }
+
+    fn meta_row(&self) -> MetaRow {
+        MetaRow {
+            v: ROW_VERSION,
+            last_fence: self.last_fence,
+            next_job: self.next_job,
+            next_batch: self.next_batch,
+            next_project: self.next_project,
+            next_end: self.next_end,
+        }
+    }
+
+    fn batch_row(&self, batch: &Batch) -> BatchRow {
+        BatchRow {
+            v: ROW_VERSION,
+            project: self.projects[&batch.project].id.clone(),
+            project_seq: batch.project,
+            batch: batch.id.clone(),
+            params_digest: batch.params_digest,
+            opened_at: batch.opened_at,
+            closed: batch.closed,
+            cancelled: batch.cancelled,
+            completed_at: batch.completed_at,
+        }
+    }
+
+    /// Takes in the time of a command.
+    fn advance(&mut self, now: Timestamp) -> Timestamp {
+        self.now = self.now.max(now);
+        self.now
+    }
+
+    fn project_of(&mut self, id: &ProjectId) -> ProjectSeq {
+        if let Some(seq) = self.project_by_id.get(id) {
+            return *seq;
+        }
+        let seq = ProjectSeq(self.next_project);
+        self.next_project += 1;
+        self.dirty.meta = true;
+        self.add_project(seq, id.clone());
+        seq
+    }
+
+    fn add_project(&mut self, seq: ProjectSeq, id: ProjectId) {
+        self.project_by_id.insert(id.clone(), seq);
+        let project = Project {
+            id,
+            batches: BTreeMap::new(),
+            counters: Default::default(),
+        };
+        self.projects.insert(seq, project);
+    }
+
+    fn weight(&self, project: ProjectSeq) -> u32 {
+        let listed = self
+            .projects
+            .get(&project)
+            .and_then(|project| self.config.weights.get(&project.id));
+        listed.copied().unwrap_or(self.config.weight_default)
+    }
+
+    fn find_batch(&self, project: &ProjectId, batch: &BatchId) -> Result<BatchSeq, Refusal> {
+        let found = self
+            .project_by_id
+            .get(project)
+            .and_then(|seq| self.projects[seq].batches.get(batch));
+        found.copied().ok_or_else(|| Refusal::UnknownBatch {
+            project: project.clone(),
+            batch: batch.clone(),
+        })
+    }
+
+    fn find_job(&self, key: &JobKey) -> Option<JobSeq> {
+        let batch = self.find_batch(&key.project, &key.batch).ok()?;
+        self.batches[&batch].jobs.get(&key.job).copied()
+    }
+
+    fn key_of(&self, job: &Job) -> JobKey {
+        let batch = &self.batches[&job.batch];
+        JobKey::new(
+            self.projects[&batch.project].id.clone(),
+            batch.id.clone(),
+            job.id.clone(),
+        )
+    }
+
+    fn mark_dirty(&mut self, seq: JobSeq) {
+        if let Some(job) = self.jobs.get_mut(&seq)
+            && !job.dirty
+        {
+            job.dirty = true;
+            self.dirty.jobs.push(seq);
+        }
+    }
+
+    fn close(&mut self, seq: BatchSeq) {
+        if let Some(batch) = self.batches.get_mut(&seq)
+            && !batch.closed
+        {
+            batch.closed = true;
+            self.dirty.batches.insert(seq);
+        }
+        self.complete_if_done(seq);
+    }
+
+    fn complete_if_done(&mut self, seq: BatchSeq) {
+        let Some(batch) = self.batches.get_mut(&seq) else {
+            return;
+        };
+        if !batch.is_done() || batch.completed_at.is_some() {
+            return;
+        }
+        batch.completed_at = Some(self.now);
+        self.dirty.batches.insert(seq);
+        self.events.push(Event::BatchCompleted {
+            project: self.projects[&batch.project].id.clone(),
+            batch: batch.id.clone(),
+        });
+    }
+
+    /// Moves a job to a state: out of the indexes of the old one, into those of the new one, and on in the counters.
+    fn set_state(&mut self, seq: JobSeq, to: JobState) {
+        let Some(job) = self.jobs.get_mut(&seq) else {
+            return;
+        };
+        let Some(batch) = self.batches.get_mut(&job.batch) else {
+            return;
+        };
+        let place = place_of(job, batch.project);
+        match &job.state {
+            JobState::Ready => self.ready.remove(place, seq),
+            JobState::Delayed { until } => {
+                self.delayed.remove(&(*until, seq));
+            }
+            JobState::Leased(lease) => {
+                self.deadlines.remove(&(lease.deadline, seq));
+            }
+            JobState::Blocked => {}
+            ended => {
+                let end = ended.end().map_or(0, |end| end.seq);
+                batch.ended.remove(&end);
+            }
+        }
+        match &to {
+            JobState::Ready => {
+                self.ready.push(place, seq);
+                self.woken_lanes.insert((job.kind, job.lane));
+            }
+            JobState::Delayed { until } => {
+                self.delayed.insert((*until, seq));
+            }
+            JobState::Leased(lease) => {
+                self.deadlines.insert((lease.deadline, seq));
+            }
+            JobState::Blocked => {}
+            ended => {
+                let end = ended.end().map_or(0, |end| end.seq);
+                batch.ended.insert(end, seq);
+            }
+        }
+        let (from_name, to_name) = (job.state.name(), to.name());
+        job.state = to;
+        job.changed_at = self.now;
+        batch.counters.remove(from_name);
+        batch.counters.add(to_name);
+        if let Some(project) = self.projects.get_mut(&batch.project) {
+            project.counters[job.kind.index()].remove(from_name);
+            project.counters[job.kind.index()].add(to_name);
+        }
+        let batch_seq = job.batch;
+        if !to_name.is_terminal() && batch.completed_at.take().is_some() {
+            self.dirty.batches.insert(batch_seq);
+        }
+        self.mark_dirty(seq);
+    }
+
+    /// Ends a job. Its dependents are looked at by [`Machine::settle_dependents`], which ends every command.
+    fn end(&mut self, seq: JobSeq, how: impl FnOnce(End) -> JobState) {
+        let end = End {
+            at: self.now,
+            seq: self.next_end,
+        };
+        self.next_end += 1;
+        self.dirty.meta = true;
+        self.set_state(seq, how(end));
+        self.just_ended.push(seq);
+        let Some(job) = self.jobs.get(&seq) else {
+            return;
+        };
+        let (batch, kind, state) = (job.batch, job.kind, job.state.name());
+        let reason = match &job.state {
+            JobState::Dead { reason, .. } => Some(*reason),
+            _ => None,
+        };
+        self.events.push(Event::Ended {
+            key: self.key_of(job),
+            kind,
+            state,
+            reason,
+            seq: end.seq,
+        });
+        self.complete_if_done(batch);
+    }
+
+    /// Lets what ended in this command show its effect: dependents become ready, or die with it, and so on.
+    fn settle_dependents(&mut self) {
+        while let Some(ended) = self.just_ended.pop() {
+            let Some(list) = self.dependents.get(&ended).cloned() else {
+                continue;
+            };
+            let succeeded = matches!(self.jobs[&ended].state, JobState::Succeeded(_));
+            for seq in list {
+                let Some(job) = self.jobs.get_mut(&seq) else {
+                    continue;
+                };
+                job.waits_for -= u32::from(succeeded);
+                if !matches!(job.state, JobState::Blocked) {
+                    continue;
+                }
+                if !succeeded {
+                    self.end(seq, |end| JobState::Dead {
+                        end,
+                        reason: DeadReason::Dependency,
+                    });
+                } else if job.waits_for == 0 {
+                    self.set_waiting(seq);
+                }
+            }
+        }
+    }
+
+    /// Puts a job where it has to wait: for other jobs, for a moment, or for a worker.
+    fn set_waiting(&mut self, seq: JobSeq) {
+        let Some(job) = self.jobs.get(&seq) else {
+            return;
+        };
+        let not_before = job.rare.as_ref().and_then(|rare| rare.not_before);
+        let state = match not_before {
+            _ if job.waits_for > 0 => JobState::Blocked,
+            Some(until) if until > self.now => JobState::Delayed { until },
+            _ => JobState::Ready,
+        };
+        self.set_state(seq, state);
+    }
+}
+
+fn place_of(job: &Job, project: ProjectSeq) -> Place {
+    Place {
+        kind: job.kind,
+        priority: job.priority,
+        lane: job.lane,
+        project,
+    }
+}
+
+fn ring_number((kind, priority, project): RingKey) -> RingNumber {
+    let project = project.map_or(0, |project| u64::from(project.0) + 1);
+    (kind.index() as u8, priority, project)
+}
