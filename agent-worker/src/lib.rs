@@ -1,1 +1,4 @@
 //! (scaffold)
+
+pub mod observe;
+pub mod verify;
