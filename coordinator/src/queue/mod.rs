@@ -8,6 +8,9 @@
 //! parameter would carry that choice through every signature of the API layer. The price is one allocated future per
 //! call, and every method takes a batch, so that the price is paid once for many jobs.
 
+pub mod conformance;
+mod embedded;
+
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,6 +22,8 @@ use espalier_core::queue::{
 };
 use futures::future::BoxFuture;
 use tokio::sync::broadcast;
+
+pub use embedded::{Embedded, EmbeddedConfig, OpenError};
 
 /// Largest spec of one job, in bytes: what is bigger lives in object storage by reference (`design.md` §4 puts the
 /// border for clients lower; this is what a backend must be able to keep).
@@ -259,7 +264,8 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
 
     /// Forgets batches that have been complete for `older_than`, at most `limit` of them, oldest first. Returns
     /// their names, so that the caller can remove their objects.
-    fn purge(&self, older_than: Duration, limit: usize) -> Answer<'_, Vec<(ProjectId, BatchId)>>;
+    fn purge(&self, older_than: Duration, limit: usize)
+    -> Answer<'_, Vec<(ProjectId, BatchId)>>;
 
     /// One job.
     fn job(&self, key: JobKey) -> Answer<'_, Option<JobDetail>>;
@@ -269,6 +275,9 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
 
     /// One batch.
     fn batch(&self, project: ProjectId, batch: BatchId) -> Answer<'_, Option<BatchView>>;
+
+    /// The defaults that a batch was opened with: what a chunk's jobs are read on top of.
+    fn defaults(&self, project: ProjectId, batch: BatchId) -> Answer<'_, Option<Bytes>>;
 
     /// Batches of a project by name, after `after`.
     fn batches(
