@@ -264,8 +264,7 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
 
     /// Forgets batches that have been complete for `older_than`, at most `limit` of them, oldest first. Returns
     /// their names, so that the caller can remove their objects.
-    fn purge(&self, older_than: Duration, limit: usize)
-    -> Answer<'_, Vec<(ProjectId, BatchId)>>;
+    fn purge(&self, older_than: Duration, limit: usize) -> Answer<'_, Vec<(ProjectId, BatchId)>>;
 
     /// One job.
     fn job(&self, key: JobKey) -> Answer<'_, Option<JobDetail>>;

@@ -1,0 +1,244 @@
+//! The thread that owns the machine and the file, and the group commit.
+//!
+//! It takes what waits in its channel, applies it to the machine, commits the rows that changed, and only then lets
+//! the answers go. While one commit is under way the next group gathers, so that no timer is needed: alone, a call
+//! waits for one sync of the disk; together, many share one.
+//!
+//! When a commit fails (a full disk, a broken one), the machine is ahead of the file. Nobody has seen that: every
+//! call of the group is answered with "unavailable", the machine is thrown away and read back from the file. For
+//! [`ADMISSION_PAUSE`] after that, calls that bring new work are refused at the door, so that the space which is
+//! left serves those that finish work. A panic of the machine is handled in the same way.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_core::queue::{Event, Machine, MachineConfig};
+use espalier_core::time::Timestamp;
+use espalier_runtime::clock::Clock;
+use tokio::sync::{broadcast, mpsc};
+use tracing::{error, info, warn};
+
+use super::super::QueueError;
+use super::store::{OpenDatabase, Payloads, Reader, Store, StoreError};
+
+/// Most calls in one commit: above this, the first of them waits longer than the sharing saves.
+const GROUP_CALLS_MAX: usize = 256;
+/// Most bytes of payload in one commit: bounds what is held in memory and what a commit takes.
+const GROUP_BYTES_MAX: usize = 8 << 20;
+/// How long new work is refused after a commit failed.
+pub(super) const ADMISSION_PAUSE: Duration = Duration::from_secs(5);
+/// How long all calls are refused after the file could not be opened.
+const REOPEN_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a call may touch while it is applied.
+pub(super) struct Turn<'a> {
+    pub machine: &'a mut Machine,
+    pub now: Timestamp,
+    pub payloads: &'a mut Payloads,
+}
+
+/// Answers a call, once its group is on the disk or has failed.
+pub(super) type Reply = Box<dyn FnOnce(Result<&Reader, QueueError>) + Send>;
+
+/// One call.
+pub(super) struct Call {
+    /// It brings new work, which is refused while the file does not take any.
+    pub admits: bool,
+    /// Bytes of payload that it brings.
+    pub bytes: usize,
+    /// Changes the machine and hands back what answers the caller.
+    pub apply: Box<dyn FnOnce(Result<Turn<'_>, QueueError>) -> Reply + Send>,
+}
+
+/// The machine and its file, when both are well.
+struct Live {
+    machine: Machine,
+    store: Store,
+}
+
+pub(super) struct Engine {
+    open: OpenDatabase,
+    cache_bytes: usize,
+    config: MachineConfig,
+    clock: Arc<dyn Clock>,
+    events: broadcast::Sender<Event>,
+    live: Option<Live>,
+    /// No new work before this moment.
+    admission_from: Timestamp,
+    /// The file is not tried before this moment.
+    reopen_from: Timestamp,
+}
+
+impl Engine {
+    /// Opens the file and reads the machine from it.
+    pub fn open(
+        open: OpenDatabase,
+        cache_bytes: usize,
+        config: MachineConfig,
+        clock: Arc<dyn Clock>,
+        events: broadcast::Sender<Event>,
+    ) -> Result<Self, StoreError> {
+        let mut engine = Self {
+            open,
+            cache_bytes,
+            config,
+            clock,
+            events,
+            live: None,
+            admission_from: Timestamp::default(),
+            reopen_from: Timestamp::default(),
+        };
+        engine.live = Some(engine.load()?);
+        Ok(engine)
+    }
+
+    fn load(&self) -> Result<Live, StoreError> {
+        let store = Store::new((self.open)(self.cache_bytes)?)?;
+        let mut machine = Machine::load(self.config.clone(), &store.rows()?)?;
+        machine.refresh_leases(self.clock.now());
+        Ok(Live { machine, store })
+    }
+
+    /// Serves calls until nobody can make any.
+    pub fn run(mut self, mut calls: mpsc::Receiver<Call>) {
+        let mut group = Vec::with_capacity(GROUP_CALLS_MAX);
+        while let Some(first) = calls.blocking_recv() {
+            let mut bytes = first.bytes;
+            group.push(first);
+            while group.len() < GROUP_CALLS_MAX
+                && bytes < GROUP_BYTES_MAX
+                && let Ok(call) = calls.try_recv()
+            {
+                bytes += call.bytes;
+                group.push(call);
+            }
+            self.serve(&mut group);
+        }
+    }
+
+    fn serve(&mut self, group: &mut Vec<Call>) {
+        let now = self.clock.now();
+        self.reopen_if_due(now);
+        let admits = now >= self.admission_from;
+        let mut replies = Vec::with_capacity(group.len());
+        let calls = std::mem::take(group);
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| match &mut self.live {
+            Some(live) => live.apply(now, admits, calls, &mut replies),
+            None => {
+                replies.extend(calls.into_iter().map(|call| {
+                    (call.apply)(Err(unavailable("its file cannot be opened", REOPEN_PAUSE)))
+                }));
+                Ok(Vec::new())
+            }
+        }));
+        let failure = match outcome {
+            Ok(Ok(events)) => return self.answer(replies, events),
+            Ok(Err(error)) => {
+                error!(error = %Chain(&error), "a commit of the queue failed");
+                "it could not be stored"
+            }
+            // The panic's own message went to the log by the hook.
+            Err(_) => "an internal rule failed",
+        };
+        self.live = None;
+        self.admission_from = now + ADMISSION_PAUSE;
+        self.reopen_from = Timestamp::default();
+        self.reopen_if_due(now);
+        for reply in replies {
+            reply(Err(unavailable(failure, ADMISSION_PAUSE)));
+        }
+    }
+
+    fn answer(&self, replies: Vec<Reply>, events: Vec<Event>) {
+        let reader = match &self.live {
+            Some(live) => live.store.reader(),
+            None => {
+                return replies
+                    .into_iter()
+                    .for_each(|reply| reply(Err(unavailable("its file is closed", REOPEN_PAUSE))));
+            }
+        };
+        for reply in replies {
+            reply(
+                reader
+                    .as_ref()
+                    .map_err(|error| unavailable(&Chain(error).to_string(), REOPEN_PAUSE)),
+            );
+        }
+        for event in events {
+            // Nobody may be listening; the state says the same.
+            let _ = self.events.send(event);
+        }
+    }
+
+    fn reopen_if_due(&mut self, now: Timestamp) {
+        if self.live.is_some() || now < self.reopen_from {
+            return;
+        }
+        match self.load() {
+            Ok(live) => {
+                info!("the queue was read back from its file");
+                self.live = Some(live);
+            }
+            Err(error) => {
+                warn!(error = %Chain(&error), "the queue's file cannot be opened");
+                self.reopen_from = now + REOPEN_PAUSE;
+            }
+        }
+    }
+}
+
+impl Live {
+    fn apply(
+        &mut self,
+        now: Timestamp,
+        admits: bool,
+        calls: Vec<Call>,
+        replies: &mut Vec<Reply>,
+    ) -> Result<Vec<Event>, StoreError> {
+        let mut payloads = Payloads::default();
+        for call in calls {
+            let turn = if call.admits && !admits {
+                Err(unavailable(
+                    "it takes no new work for a moment: the last could not be stored",
+                    ADMISSION_PAUSE,
+                ))
+            } else {
+                Ok(Turn {
+                    machine: &mut self.machine,
+                    now,
+                    payloads: &mut payloads,
+                })
+            };
+            replies.push((call.apply)(turn));
+        }
+        let changes = self.machine.take_changes();
+        if !changes.is_empty() || !payloads.is_empty() {
+            self.store.commit(&changes, &payloads)?;
+        }
+        Ok(self.machine.take_events())
+    }
+}
+
+pub(super) fn unavailable(reason: &str, retry_after: Duration) -> QueueError {
+    QueueError::Unavailable {
+        reason: reason.to_owned(),
+        retry_after,
+    }
+}
+
+/// An error with what caused it, on one line.
+pub(super) struct Chain<'a>(pub &'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut next = self.0.source();
+        while let Some(cause) = next {
+            write!(f, ": {cause}")?;
+            next = cause.source();
+        }
+        Ok(())
+    }
+}

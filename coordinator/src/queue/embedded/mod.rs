@@ -1,0 +1,530 @@
+//! The queue in one file on this machine: the pure state machine in memory, journalled to redb in group commits.
+//!
+//! [`Embedded`] is a handle: each method sends one call to the thread of [`engine`] and waits for its answer. What it
+//! gives that the trait does not promise: a second process on the same file is refused, and all of a queue's jobs are
+//! in memory (about 400 bytes each), payloads excepted.
+
+mod engine;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use espalier_core::error::FieldError;
+use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
+use espalier_core::queue::{
+    BatchSeq, BatchView, Cancelled, EndedJob, Event, FinishReply, Grant, JobFilter, JobSeq,
+    JobView, LeaseRequest, Machine, MachineConfig, NewJob, Outcome as Bare, QueueStats, RenewReply,
+    Selector, Ticked,
+};
+use espalier_core::time::Timestamp;
+use espalier_runtime::clock::Clock;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::{
+    Answer, Chunk, ChunkReply, EndedPage, Finish, FinishAck, Granted, JobDetail, JobResult,
+    JobSpec, MANIFEST_BYTES_MAX, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal,
+    SPEC_BYTES_MAX, SUMMARY_BYTES_MAX, Submission,
+};
+use engine::{Call, Chain, Engine, Reply, Turn};
+use store::{OpenDatabase, Reader, StoreError};
+
+/// Calls that wait for the thread. A full channel makes callers wait, which is the back pressure that they pass on.
+const CALLS_MAX: usize = 1_024;
+/// Events that a slow listener may lag behind before it loses some.
+const EVENTS_MAX: usize = 1_024;
+
+/// Where the queue is and how much it may use.
+#[derive(Clone)]
+pub struct EmbeddedConfig {
+    /// The redb file; created with its folder if it does not exist.
+    pub path: PathBuf,
+    /// Pages of the file that are kept in memory, in bytes. See [`EmbeddedConfig::CACHE_BYTES_DEFAULT`].
+    pub cache_bytes: usize,
+    /// Shares of projects.
+    pub machine: MachineConfig,
+    /// The only clock that counts.
+    pub clock: Arc<dyn Clock>,
+}
+
+impl EmbeddedConfig {
+    /// Enough for the inner pages of a file with a million jobs. An idle coordinator stays below 30 MB with it.
+    pub const CACHE_BYTES_DEFAULT: usize = 8 << 20;
+
+    /// A queue at `path` with every default.
+    pub fn new(path: impl Into<PathBuf>, clock: Arc<dyn Clock>) -> Self {
+        Self {
+            path: path.into(),
+            cache_bytes: Self::CACHE_BYTES_DEFAULT,
+            machine: MachineConfig::default(),
+            clock,
+        }
+    }
+}
+
+/// Why a queue could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process, or another handle of this one, has the file open.
+    #[error("the queue's file {} is in use by another process", path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The folder of the file cannot be made.
+    #[error("the folder of the queue's file {} cannot be made", path.display())]
+    Folder {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file cannot be read, or holds something else.
+    #[error("the queue's file {} cannot be opened: {reason}", path.display())]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The thread cannot be started.
+    #[error("the queue's thread cannot be started")]
+    Thread(#[source] std::io::Error),
+}
+
+/// The embedded queue. Dropping it stores what is under way and closes the file.
+#[derive(Debug)]
+pub struct Embedded {
+    calls: Mutex<Option<mpsc::Sender<Call>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    events: broadcast::Sender<Event>,
+}
+
+impl Embedded {
+    /// Opens or creates the file and reads all jobs. Blocks, about a second for a hundred thousand jobs.
+    pub fn open(config: EmbeddedConfig) -> Result<Self, OpenError> {
+        if let Some(folder) = config.path.parent() {
+            std::fs::create_dir_all(folder).map_err(|source| OpenError::Folder {
+                path: config.path.clone(),
+                source,
+            })?;
+        }
+        let open = store::in_file(&config.path);
+        Self::open_with(config, open)
+    }
+
+    fn open_with(config: EmbeddedConfig, open: OpenDatabase) -> Result<Self, OpenError> {
+        let (events, _) = broadcast::channel(EVENTS_MAX);
+        let engine = Engine::open(
+            open,
+            config.cache_bytes,
+            config.machine,
+            config.clock,
+            events.clone(),
+        )
+        .map_err(|error| open_error(&config.path, error))?;
+        let (calls, waiting) = mpsc::channel(CALLS_MAX);
+        let thread = std::thread::Builder::new()
+            .name("queue".to_owned())
+            .spawn(move || engine.run(waiting))
+            .map_err(OpenError::Thread)?;
+        Ok(Self {
+            calls: Mutex::new(Some(calls)),
+            thread: Mutex::new(Some(thread)),
+            events,
+        })
+    }
+
+    /// Sends one call and waits for its answer: `apply` runs on the machine, `finish` when its effect is stored.
+    async fn call<U: Send + 'static, T: Send + 'static>(
+        &self,
+        admits: bool,
+        bytes: usize,
+        apply: impl FnOnce(&mut Turn<'_>) -> Result<U, QueueError> + Send + 'static,
+        finish: impl FnOnce(U, &Reader) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, QueueError> {
+        let calls = lock(&self.calls).clone().ok_or(QueueError::Closed)?;
+        let (answer, answered) = oneshot::channel();
+        let apply = move |turn: Result<Turn<'_>, QueueError>| -> Reply {
+            let applied = turn.and_then(|mut turn| apply(&mut turn));
+            Box::new(move |stored| {
+                let result = match (stored, applied) {
+                    (Err(error), _) | (_, Err(error)) => Err(error),
+                    (Ok(reader), Ok(applied)) => finish(applied, reader).map_err(|error| {
+                        engine::unavailable(&Chain(&error).to_string(), Duration::from_secs(1))
+                    }),
+                };
+                // The caller may have gone; what it asked for is done all the same.
+                let _ = answer.send(result);
+            })
+        };
+        let call = Call {
+            admits,
+            bytes,
+            apply: Box::new(apply),
+        };
+        calls.send(call).await.map_err(|_| QueueError::Closed)?;
+        match answered.await {
+            Ok(result) => result,
+            Err(_) => Err(engine::unavailable(
+                "an internal rule failed",
+                engine::ADMISSION_PAUSE,
+            )),
+        }
+    }
+
+    /// A call that needs nothing from the file.
+    fn ask<T: Send + 'static>(
+        &self,
+        apply: impl FnOnce(&mut Machine, Timestamp) -> Result<T, QueueError> + Send + 'static,
+    ) -> Answer<'_, T> {
+        self.call(
+            false,
+            0,
+            |turn| apply(turn.machine, turn.now),
+            |answer, _| Ok(answer),
+        )
+        .boxed()
+    }
+}
+
+impl Drop for Embedded {
+    fn drop(&mut self) {
+        lock(&self.calls).take();
+        if let Some(thread) = lock(&self.thread).take() {
+            // It ends after the group that is under way, which is bounded; a panic in it was logged.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn open_error(path: &Path, error: StoreError) -> OpenError {
+    let path = path.to_owned();
+    match error {
+        StoreError::Open(redb::DatabaseError::DatabaseAlreadyOpen) => OpenError::InUse { path },
+        error => OpenError::Unusable {
+            path,
+            reason: Chain(&error).to_string(),
+        },
+    }
+}
+
+impl Queue for Embedded {
+    fn open_batch(&self, request: OpenBatch) -> Answer<'_, BatchView> {
+        let apply = move |turn: &mut Turn<'_>| {
+            check_bytes("defaults", request.defaults.len(), SPEC_BYTES_MAX)?;
+            let known = turn
+                .machine
+                .batch(&request.batch.project, &request.batch.batch);
+            let view = turn.machine.open_batch(turn.now, &request.batch)?;
+            if known.is_err() {
+                turn.payloads.defaults.push((view.seq, request.defaults));
+            }
+            Ok(view)
+        };
+        self.call(true, 0, apply, |view, _| Ok(view)).boxed()
+    }
+
+    fn submit(&self, chunk: Chunk) -> Answer<'_, ChunkReply> {
+        let bytes = chunk.jobs.iter().map(|job| job.spec.len()).sum();
+        let apply = move |turn: &mut Turn<'_>| {
+            let (jobs, mut specs) = parted("jobs", chunk.jobs)?;
+            let machine = &mut *turn.machine;
+            let answer = machine.submit(turn.now, &chunk.project, &chunk.batch, chunk.n, jobs)?;
+            keep_specs(turn, &mut specs, answer.added);
+            Ok(ChunkReply {
+                items: answer.items,
+                repeated: answer.repeated,
+            })
+        };
+        self.call(true, bytes, apply, |reply, _| Ok(reply)).boxed()
+    }
+
+    fn close_batch(&self, project: ProjectId, batch: BatchId) -> Answer<'_, BatchView> {
+        self.ask(move |machine, now| Ok(machine.close_batch(now, &project, &batch)?))
+    }
+
+    fn lease(&self, request: LeaseRequest) -> Answer<'_, Vec<Granted>> {
+        let apply = move |turn: &mut Turn<'_>| Ok(turn.machine.lease(turn.now, &request)?);
+        self.call(false, 0, apply, |grants, reader| {
+            with_payloads(grants, reader)
+        })
+        .boxed()
+    }
+
+    fn renew(&self, renewals: Vec<Renewal>) -> Answer<'_, Vec<RenewReply>> {
+        self.ask(move |machine, now| {
+            let replies = renewals.iter().map(|renewal| {
+                let progress = renewal.progress.as_deref();
+                machine.renew(now, &renewal.key, renewal.fence, progress)
+            });
+            Ok(replies.collect())
+        })
+    }
+
+    fn finish(&self, finishes: Vec<Finish>) -> Answer<'_, Vec<FinishAck>> {
+        let apply = move |turn: &mut Turn<'_>| {
+            let acks = finishes.into_iter().map(|finish| finish_one(turn, finish));
+            Ok(acks.collect())
+        };
+        self.call(false, 0, apply, |acks, _| Ok(acks)).boxed()
+    }
+
+    fn cancel(&self, which: Selector) -> Answer<'_, Cancelled> {
+        self.ask(move |machine, now| Ok(machine.cancel(now, &which)?))
+    }
+
+    fn requeue_dead(&self, which: Selector) -> Answer<'_, u64> {
+        self.ask(move |machine, now| Ok(machine.requeue_dead(now, &which)?))
+    }
+
+    fn tick(&self, limit: usize) -> Answer<'_, Ticked> {
+        self.ask(move |machine, now| Ok(machine.tick(now, limit)))
+    }
+
+    fn extend_leases(&self, by: Duration) -> Answer<'_, ()> {
+        self.ask(move |machine, _| {
+            machine.extend_leases(by);
+            Ok(())
+        })
+    }
+
+    fn purge(&self, older_than: Duration, limit: usize) -> Answer<'_, Vec<(ProjectId, BatchId)>> {
+        self.ask(move |machine, now| {
+            let age_us = u64::try_from(older_than.as_micros()).unwrap_or(u64::MAX);
+            let before = Timestamp(now.0.saturating_sub(age_us));
+            let due = machine.purgeable(before, limit.min(PAGE_MAX));
+            for (project, batch) in &due {
+                machine.purge_batch(now, project, batch)?;
+            }
+            Ok(due)
+        })
+    }
+
+    fn job(&self, key: JobKey) -> Answer<'_, Option<JobDetail>> {
+        let apply = move |turn: &mut Turn<'_>| Ok(turn.machine.job(&key));
+        let finish = |job: Option<JobView>, reader: &Reader| {
+            Ok(with_results(job.into_iter().collect(), reader)?.pop())
+        };
+        self.call(false, 0, apply, finish).boxed()
+    }
+
+    fn spec(&self, key: JobKey) -> Answer<'_, Option<JobSpec>> {
+        let apply = move |turn: &mut Turn<'_>| Ok(turn.machine.numbers_of(&key));
+        let finish = |numbers: Option<_>, reader: &Reader| {
+            let Some((batch, job)) = numbers else {
+                return Ok(None);
+            };
+            let spec = reader.specs(std::iter::once(job))?.pop();
+            let defaults = reader.defaults(batch)?;
+            Ok(spec.map(|spec| JobSpec { spec, defaults }))
+        };
+        self.call(false, 0, apply, finish).boxed()
+    }
+
+    fn batch(&self, project: ProjectId, batch: BatchId) -> Answer<'_, Option<BatchView>> {
+        self.ask(move |machine, _| Ok(machine.batch(&project, &batch).ok()))
+    }
+
+    fn defaults(&self, project: ProjectId, batch: BatchId) -> Answer<'_, Option<Bytes>> {
+        let apply = move |turn: &mut Turn<'_>| {
+            let batch = turn.machine.batch(&project, &batch).ok();
+            Ok(batch.map(|batch| batch.seq))
+        };
+        let finish = |batch: Option<BatchSeq>, reader: &Reader| {
+            batch.map(|batch| reader.defaults(batch)).transpose()
+        };
+        self.call(false, 0, apply, finish).boxed()
+    }
+
+    fn batches(
+        &self,
+        project: ProjectId,
+        after: Option<BatchId>,
+        limit: usize,
+    ) -> Answer<'_, Vec<BatchView>> {
+        let limit = limit.min(PAGE_MAX);
+        self.ask(move |machine, _| Ok(machine.batches(&project, after.as_ref(), limit)))
+    }
+
+    fn jobs(
+        &self,
+        project: ProjectId,
+        batch: BatchId,
+        filter: JobFilter,
+        after: Option<JobId>,
+        limit: usize,
+    ) -> Answer<'_, Vec<JobDetail>> {
+        let limit = limit.min(PAGE_MAX);
+        let apply = move |turn: &mut Turn<'_>| {
+            let machine = &turn.machine;
+            Ok(machine.jobs(&project, &batch, &filter, after.as_ref(), limit)?)
+        };
+        self.call(false, 0, apply, with_results).boxed()
+    }
+
+    fn ended_after(
+        &self,
+        project: ProjectId,
+        batch: BatchId,
+        after: u64,
+        limit: usize,
+    ) -> Answer<'_, EndedPage> {
+        let limit = limit.min(PAGE_MAX);
+        let apply = move |turn: &mut Turn<'_>| {
+            let ended = turn.machine.ended_after(&project, &batch, after, limit)?;
+            Ok((ended, turn.machine.batch(&project, &batch)?))
+        };
+        let finish = |(ended, batch): (Vec<EndedJob>, BatchView), reader: &Reader| {
+            let (numbers, jobs): (Vec<_>, Vec<_>) = ended
+                .into_iter()
+                .map(|ended| (ended.seq, ended.job))
+                .unzip();
+            let jobs = numbers.into_iter().zip(with_results(jobs, reader)?);
+            Ok(EndedPage {
+                jobs: jobs.collect(),
+                batch,
+            })
+        };
+        self.call(false, 0, apply, finish).boxed()
+    }
+
+    fn stats(&self) -> Answer<'_, QueueStats> {
+        self.ask(|machine, now| Ok(machine.stats(now)))
+    }
+
+    fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        async move {
+            lock(&self.calls).take();
+            let thread = lock(&self.thread).take();
+            if let Some(thread) = thread {
+                let ended = espalier_runtime::tasks::blocking("queue.close", || thread.join());
+                // A panic of the thread was logged by the hook.
+                let _ = ended.await;
+            }
+        }
+        .boxed()
+    }
+}
+
+/// Takes payloads off submissions, having checked their sizes.
+fn parted(field: &str, jobs: Vec<Submission>) -> Result<(Vec<NewJob>, Vec<Bytes>), FieldError> {
+    for (n, job) in jobs.iter().enumerate() {
+        check_bytes(
+            &format!("{field}[{n}].spec"),
+            job.spec.len(),
+            SPEC_BYTES_MAX,
+        )?;
+    }
+    Ok(jobs.into_iter().map(|job| (job.job, job.spec)).unzip())
+}
+
+fn keep_specs(turn: &mut Turn<'_>, specs: &mut [Bytes], added: Vec<(usize, JobSeq)>) {
+    let kept = added
+        .into_iter()
+        .map(|(n, seq)| (seq, std::mem::take(&mut specs[n])));
+    turn.payloads.specs.extend(kept);
+}
+
+fn finish_one(turn: &mut Turn<'_>, finish: Finish) -> FinishAck {
+    match try_finish(turn, finish) {
+        Ok(ack) => ack,
+        Err(error) => FinishAck::Refused(error),
+    }
+}
+
+fn try_finish(turn: &mut Turn<'_>, finish: Finish) -> Result<FinishAck, FieldError> {
+    let (outcome, mut specs, result) = match finish.outcome {
+        Outcome::Succeeded { result, spawn } => {
+            check_bytes("summary", result.summary.len(), SUMMARY_BYTES_MAX)?;
+            check_bytes("manifest", result.manifest.len(), MANIFEST_BYTES_MAX)?;
+            let (spawn, specs) = parted("spawn", spawn)?;
+            (Bare::Succeeded { spawn }, specs, Some(result))
+        }
+        Outcome::Failed {
+            class,
+            message,
+            log_tail,
+            retry_after,
+        } => {
+            let failed = Bare::Failed {
+                class,
+                message,
+                log_tail,
+                retry_after,
+            };
+            (failed, Vec::new(), None)
+        }
+        Outcome::Released => (Bare::Released, Vec::new(), None),
+    };
+    let machine = &mut *turn.machine;
+    Ok(
+        match machine.finish(turn.now, &finish.key, finish.fence, outcome) {
+            FinishReply::Accepted { seq, spawned } => {
+                keep_specs(turn, &mut specs, spawned);
+                let kept = result.filter(|result| *result != JobResult::default());
+                turn.payloads
+                    .results
+                    .extend(kept.map(|result| (seq, result)));
+                FinishAck::Accepted
+            }
+            FinishReply::AlreadyFinished => FinishAck::AlreadyFinished,
+            FinishReply::Stale => FinishAck::Stale,
+            FinishReply::SpawnRefused(error) => FinishAck::Refused(error),
+        },
+    )
+}
+
+fn with_payloads(grants: Vec<Grant>, reader: &Reader) -> Result<Vec<Granted>, StoreError> {
+    let specs = reader.specs(grants.iter().map(|grant| grant.seq))?;
+    let mut last: Option<(BatchSeq, Bytes)> = None;
+    let mut granted = Vec::with_capacity(grants.len());
+    for (grant, spec) in grants.into_iter().zip(specs) {
+        let defaults = match &last {
+            Some((batch, defaults)) if *batch == grant.batch_seq => defaults.clone(),
+            _ => reader.defaults(grant.batch_seq)?,
+        };
+        last = Some((grant.batch_seq, defaults.clone()));
+        granted.push(Granted {
+            grant,
+            spec,
+            defaults,
+        });
+    }
+    Ok(granted)
+}
+
+fn with_results(jobs: Vec<JobView>, reader: &Reader) -> Result<Vec<JobDetail>, StoreError> {
+    let results = reader.results(jobs.iter().map(|job| job.seq))?;
+    let details = jobs.into_iter().zip(results);
+    Ok(details
+        .map(|(job, result)| JobDetail { job, result })
+        .collect())
+}
+
+fn check_bytes(field: &str, found: usize, max: usize) -> Result<(), FieldError> {
+    if found <= max {
+        return Ok(());
+    }
+    Err(FieldError::new(
+        field,
+        format!("{found} bytes"),
+        format!("must have at most {max} bytes"),
+    ))
+}

@@ -1,0 +1,1 @@
+//! Faults of the disk, and what the conformance suite finds here.
