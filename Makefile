@@ -1,0 +1,66 @@
+# Thin names over what .ci/run does. Each target installs what it needs, once.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test demo test check bench soak
+
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
+PLAYWRIGHT := agent-worker/playwright/node_modules/.package-lock.json
+VENV := target/venv
+PYTHON_READY := $(VENV)/ready
+TEST_BINS := cargo build --locked --workspace --bins
+
+help: ## Lists the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+# --- what is missing -----------------------------------------------------------------------------------------------
+
+# A package is asked for by the command that it brings, so that a machine which has it from elsewhere is left alone.
+define need
+	@command -v $(1) >/dev/null || { echo "installing $(2)"; $(APT) update -qq; $(APT) install -y -qq --no-install-recommends $(2); }
+endef
+
+setup: ## Installs what running needs: a C compiler, Node, Chromium, the locked Playwright MCP server
+	$(call need,cc,build-essential)
+	$(call need,node,nodejs)
+	$(call need,npm,npm)
+	$(call need,chromium,chromium)
+	@$(MAKE) --no-print-directory $(PLAYWRIGHT)
+
+setup-test: setup ## Installs what testing needs on top: cargo-nextest, Python's gRPC tools
+	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked
+	$(call need,python3,python3)
+	@python3 -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update -qq; $(APT) install -y -qq --no-install-recommends python3-venv; }
+	@$(MAKE) --no-print-directory $(PYTHON_READY)
+
+$(PLAYWRIGHT): agent-worker/playwright/package-lock.json
+	cd agent-worker/playwright && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
+
+$(PYTHON_READY): examples/python/requirements.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r examples/python/requirements.txt
+	@touch $@
+
+# --- what people do ------------------------------------------------------------------------------------------------
+
+demo: setup ## Runs 48 practice tasks in real browsers on this machine and prints what came of them
+	cargo build --locked --release -p espalier-cli -p espalier-tests --bin espalier --bin scripted-model
+	examples/practice/demo.sh target/release
+
+test: setup-test ## Runs all tests, with real browsers and real processes
+	$(TEST_BINS)
+	cargo nextest run --locked --workspace
+
+check: ## Format, lints, rules of the tree
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+bench: setup ## Measures; JSON lines on standard output
+	@cargo build --locked --release -p espalier-cli -p espalier-tests --bin espalier --bin scripted-model --bin toy-mcp >&2
+	@examples/practice/bench.sh target/release
+
+soak: setup-test ## 1,000 rounds of random kill -9
+	$(TEST_BINS)
+	ESPALIER_SOAK_ROUNDS=1000 cargo nextest run --locked -p espalier-tests --profile soak -E 'test(random_kills)'
