@@ -1,0 +1,215 @@
+//! A client of the public API, as a test wants it: short calls, panics with the status.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use espalier_core::spec::parse_line;
+use espalier_proto::convert::draft_to_wire;
+use espalier_proto::v1;
+use espalier_proto::v1::admin_service_client::AdminServiceClient;
+use espalier_proto::v1::job_service_client::JobServiceClient;
+use serde_json::Value;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+
+/// Adds the token to each call.
+#[derive(Clone, Debug)]
+pub struct Bearer(MetadataValue<Ascii>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request
+            .metadata_mut()
+            .insert("authorization", self.0.clone());
+        Ok(request)
+    }
+}
+
+/// A connection with a token.
+#[derive(Clone, Debug)]
+pub struct Client {
+    /// The job service itself, for calls that a test wants to see refused.
+    pub jobs: JobServiceClient<InterceptedService<Channel, Bearer>>,
+    /// The admin service itself.
+    pub admin: AdminServiceClient<InterceptedService<Channel, Bearer>>,
+}
+
+/// What became of a batch.
+#[derive(Clone, Debug)]
+pub struct BatchResult {
+    /// The batch in its last state.
+    pub batch: v1::Batch,
+    /// Its jobs by id, in the state in which they were reported as ended.
+    pub jobs: BTreeMap<String, v1::Job>,
+}
+
+impl BatchResult {
+    /// Jobs in `state`.
+    pub fn count(&self, state: v1::JobState) -> usize {
+        self.jobs
+            .values()
+            .filter(|job| job.state() == state)
+            .count()
+    }
+
+    /// Succeeded jobs whose every check held.
+    pub fn solved(&self) -> usize {
+        let reward = |job: &&v1::Job| {
+            job.summary
+                .as_ref()
+                .and_then(|s| s.reward)
+                .is_some_and(|r| r >= 1.0)
+        };
+        self.jobs.values().filter(reward).count()
+    }
+}
+
+impl Client {
+    /// Connects to `url` with `token`.
+    pub async fn connect(url: &str, token: &str) -> Self {
+        let endpoint = Endpoint::from_shared(url.to_owned())
+            .expect("a url")
+            .connect_timeout(Duration::from_secs(10));
+        let channel = endpoint
+            .connect()
+            .await
+            .unwrap_or_else(|error| panic!("cannot connect to {url}: {error:?}"));
+        let bearer = Bearer(
+            format!("Bearer {token}")
+                .parse()
+                .expect("a token is printable"),
+        );
+        Self {
+            jobs: JobServiceClient::with_interceptor(channel.clone(), bearer.clone()),
+            admin: AdminServiceClient::with_interceptor(channel, bearer),
+        }
+    }
+
+    /// Opens `batch`, submits the lines as one chunk and closes it. The lines are in the form of `tasks.jsonl`.
+    pub async fn submit(&mut self, batch: &str, lines: &[Value]) -> v1::SubmitChunkResponse {
+        self.open(batch).await;
+        let answer = self
+            .chunk(batch, 0, lines)
+            .await
+            .expect("the chunk is accepted");
+        let close = v1::CloseBatchRequest {
+            batch: batch.to_owned(),
+        };
+        self.jobs
+            .close_batch(close)
+            .await
+            .expect("the batch can be closed");
+        answer
+    }
+
+    /// Opens `batch`.
+    pub async fn open(&mut self, batch: &str) {
+        let open = v1::OpenBatchRequest {
+            batch: batch.to_owned(),
+            defaults: None,
+        };
+        self.jobs
+            .open_batch(open)
+            .await
+            .expect("the batch can be opened");
+    }
+
+    /// Submits one chunk.
+    pub async fn chunk(
+        &mut self,
+        batch: &str,
+        chunk: u32,
+        lines: &[Value],
+    ) -> Result<v1::SubmitChunkResponse, Status> {
+        let jobs = lines.iter().map(|line| {
+            draft_to_wire(&parse_line(line.to_string().as_bytes()).expect("a job line"))
+        });
+        let request = v1::SubmitChunkRequest {
+            batch: batch.to_owned(),
+            chunk,
+            jobs: jobs.collect(),
+        };
+        Ok(self.jobs.submit_chunk(request).await?.into_inner())
+    }
+
+    /// Watches `batch` until it completes, over lost connections too. Panics after `deadline`, and if a job is reported
+    /// as ended twice.
+    pub async fn wait(&mut self, batch: &str, deadline: Duration) -> BatchResult {
+        let mut seen = Seen::default();
+        let watch = async {
+            while !seen.complete() {
+                // A stream that breaks is taken up again where it stopped.
+                let _ = self.watch_once(batch, &mut seen).await;
+            }
+        };
+        let ended = tokio::time::timeout(deadline, watch).await;
+        assert!(
+            ended.is_ok(),
+            "batch {batch} is not complete after {deadline:?}: {:?}",
+            seen.batch
+        );
+        BatchResult {
+            batch: seen.batch.expect("complete"),
+            jobs: seen.jobs,
+        }
+    }
+
+    async fn watch_once(&mut self, batch: &str, seen: &mut Seen) -> Result<(), Status> {
+        let request = v1::WatchBatchRequest {
+            batch: batch.to_owned(),
+            after_cursor: seen.cursor,
+        };
+        let mut stream = self.jobs.watch_batch(request).await?.into_inner();
+        while let Some(event) = stream.message().await? {
+            seen.take(event);
+        }
+        Ok(())
+    }
+
+    /// The published trace of a job.
+    pub async fn trace(&mut self, batch: &str, id: &str) -> espalier_core::trace::Trace {
+        let request = v1::GetTraceRequest {
+            batch: batch.to_owned(),
+            id: id.to_owned(),
+        };
+        let mut stream = self
+            .jobs
+            .get_trace(request)
+            .await
+            .expect("the trace is there")
+            .into_inner();
+        let mut bytes = Vec::new();
+        while let Some(piece) = stream.message().await.expect("the trace can be read") {
+            bytes.extend_from_slice(&piece.data);
+        }
+        espalier_core::trace::Trace::from_json(&bytes).expect("the trace reads")
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    cursor: u64,
+    batch: Option<v1::Batch>,
+    jobs: BTreeMap<String, v1::Job>,
+}
+
+impl Seen {
+    fn complete(&self) -> bool {
+        self.batch.as_ref().is_some_and(|batch| batch.complete)
+    }
+
+    fn take(&mut self, event: v1::BatchEvent) {
+        self.cursor = event.cursor;
+        self.batch = event.batch;
+        for job in event.ended {
+            let twice = self.jobs.insert(job.id.clone(), job);
+            assert!(
+                twice.is_none(),
+                "a job was reported as ended twice: {twice:?}"
+            );
+        }
+    }
+}

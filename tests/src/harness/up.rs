@@ -1,0 +1,183 @@
+//! `espalier up` as a user starts it, on a folder of the test's own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use rand::RngExt;
+use serde::Deserialize;
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::client::Client;
+use super::process::{Process, binary, marked_processes};
+use super::wait_for;
+
+/// Long enough for two busy cores; a hang is told apart from slowness by the tests' own deadlines.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What `espalier up` says of itself, for the other commands to read.
+#[derive(Clone, Debug, Deserialize)]
+pub struct UpFile {
+    /// Address of the coordinator.
+    pub url: String,
+    /// A token with every role.
+    pub token: String,
+    /// Address of the object store.
+    pub store: String,
+}
+
+/// A running `espalier up`.
+#[derive(Debug)]
+pub struct Up {
+    /// Its data and logs.
+    pub folder: TempDir,
+    /// The process; replaced by [`Up::restart`].
+    pub process: Process,
+    arguments: Vec<String>,
+    environment: Vec<(String, String)>,
+    mark: String,
+}
+
+/// The address of a toy stdio MCP server, as an `mcpServers` file.
+pub fn toy_servers() -> serde_json::Value {
+    json!({"mcpServers": {"toy": {"command": binary("toy-mcp")}}})
+}
+
+impl Up {
+    /// Starts it with these MCP servers, this model endpoint and further arguments, and waits until it serves.
+    pub async fn start(mcp: &serde_json::Value, model_url: &str, more: &[&str]) -> Self {
+        Self::start_in(
+            TempDir::new().expect("a temporary folder"),
+            mcp,
+            model_url,
+            more,
+            &[],
+        )
+        .await
+    }
+
+    /// The same, on a folder that is there already, with further environment.
+    pub async fn start_in(
+        folder: TempDir,
+        mcp: &serde_json::Value,
+        model_url: &str,
+        more: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
+        let mcp_file = folder.path().join("mcp.json");
+        std::fs::write(&mcp_file, mcp.to_string()).expect("the test's folder is writable");
+        let mut arguments: Vec<String> = [
+            "up",
+            "--listen",
+            "127.0.0.1:0",
+            "--model",
+            "scripted",
+            "--model-url",
+            model_url,
+            "--mcp",
+        ]
+        .map(str::to_owned)
+        .into();
+        arguments.push(mcp_file.display().to_string());
+        arguments.extend(more.iter().map(|&argument| argument.to_owned()));
+        let mark = format!("ESPALIER_TEST_MARK_{:016x}", rand::rng().random::<u64>());
+        let environment: Vec<(String, String)> = environment
+            .iter()
+            .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+            .collect();
+        let process = spawn(folder.path(), &arguments, &environment, &mark);
+        let mut up = Self {
+            folder,
+            process,
+            arguments,
+            environment,
+            mark,
+        };
+        up.wait_until_ready().await;
+        up
+    }
+
+    /// Starts it again on the same data, after its process ended.
+    pub async fn restart(&mut self) {
+        let _ = std::fs::remove_file(self.file_path());
+        self.process = spawn(
+            self.folder.path(),
+            &self.arguments,
+            &self.environment,
+            &self.mark,
+        );
+        self.wait_until_ready().await;
+    }
+
+    /// What it said of itself.
+    pub fn file(&self) -> UpFile {
+        let text =
+            std::fs::read_to_string(self.file_path()).expect("up.json is there once it serves");
+        serde_json::from_str(&text).expect("up.json has url, token and store")
+    }
+
+    /// A client with its token.
+    pub async fn client(&self) -> Client {
+        let file = self.file();
+        Client::connect(&file.url, &file.token).await
+    }
+
+    /// The folder behind its `file://` store.
+    pub fn store_folder(&self) -> PathBuf {
+        PathBuf::from(self.file().store.trim_start_matches("file://"))
+    }
+
+    /// Processes that it started and that are still there, itself included.
+    pub fn processes(&self) -> Vec<(u32, String)> {
+        marked_processes(&self.mark)
+    }
+
+    /// Waits until nothing is left of it and of what it started.
+    pub async fn wait_until_gone(&self, deadline: Duration) {
+        wait_for("every process to be gone", deadline, || async {
+            let left = self.processes();
+            if left.is_empty() { Ok(()) } else { Err(left) }
+        })
+        .await;
+    }
+
+    fn file_path(&self) -> PathBuf {
+        self.folder.path().join("data/up.json")
+    }
+
+    async fn wait_until_ready(&mut self) {
+        let path = self.file_path();
+        let process = &mut self.process;
+        wait_for("`espalier up` to serve", START_DEADLINE, || {
+            let ended = process.ended();
+            assert!(
+                ended.is_none(),
+                "`espalier up` ended with {ended:?}:\n{}",
+                process.log()
+            );
+            let there = std::fs::read_to_string(&path)
+                .ok()
+                .and_then(|t| serde_json::from_str::<UpFile>(&t).ok());
+            async move { there.ok_or("no up.json yet") }
+        })
+        .await;
+    }
+}
+
+fn spawn(
+    folder: &Path,
+    arguments: &[String],
+    environment: &[(String, String)],
+    mark: &str,
+) -> Process {
+    let mut command = Command::new(binary("espalier"));
+    command
+        .args(arguments)
+        .arg("--data-dir")
+        .arg(folder.join("data"));
+    command.env(mark, "1").envs(environment.iter().cloned());
+    // From the root of the tree, where the locked Playwright package is found.
+    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    Process::start("up", command, folder)
+}
