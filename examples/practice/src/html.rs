@@ -202,7 +202,9 @@ fn render_field(out: &mut String, field: &Field) {
         ),
         Input::Password => push(
             out,
-            format_args!("<input type=\"password\" id=\"{name}\" name=\"{name}\">\n"),
+            format_args!(
+                "<input type=\"password\" id=\"{name}\" name=\"{name}\" autocomplete=\"current-password\">\n"
+            ),
         ),
         Input::Checkbox => push(
             out,

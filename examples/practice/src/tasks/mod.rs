@@ -25,7 +25,7 @@ const EVAL_ONE_IN: u64 = 4;
 /// Fixes which keys are held out, for all seeds of the site.
 const SPLIT_SEED: u64 = 0;
 /// Turns of the model that a task allows: three times what the longest procedure takes.
-const TURNS_MAX: u32 = 40;
+const TURNS_MAX: u32 = 30;
 
 /// Which side of the partition a task is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
