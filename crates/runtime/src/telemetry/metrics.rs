@@ -46,6 +46,7 @@ pub struct Metrics {
     pub lease_stale_fences: Counter<u64>,
     pub job_finishes: Counter<u64>,
     pub job_submissions: Counter<u64>,
+    pub auth_failures: Counter<u64>,
     pub rollouts_running: UpDownCounter<i64>,
     pub rollout_turns: Counter<u64>,
     pub wait_timeouts: Counter<u64>,
@@ -84,6 +85,7 @@ impl Metrics {
             lease_stale_fences: counter(metric::LEASE_STALE_FENCES, "{request}"),
             job_finishes: counter(metric::JOB_FINISHES, "{attempt}"),
             job_submissions: counter(metric::JOB_SUBMISSIONS, "{job}"),
+            auth_failures: counter(metric::AUTH_FAILURES, "{call}"),
             rollouts_running: meter
                 .i64_up_down_counter(metric::ROLLOUTS_RUNNING)
                 .with_unit("{rollout}")

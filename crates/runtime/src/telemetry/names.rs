@@ -131,6 +131,8 @@ pub mod metric {
     pub const JOB_FINISHES: &str = "espalier.job.finishes";
     /// Counter, `{job}`: jobs accepted, by project and kind.
     pub const JOB_SUBMISSIONS: &str = "espalier.job.submissions";
+    /// Counter, `{call}`: calls without a valid token or with one of the wrong role, by reason.
+    pub const AUTH_FAILURES: &str = "espalier.auth.failures";
     /// Up-down counter, `{rollout}`: rollouts that run now.
     pub const ROLLOUTS_RUNNING: &str = "espalier.rollout.running";
     /// Counter, `{turn}`: model turns of rollouts.
