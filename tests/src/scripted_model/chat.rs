@@ -89,10 +89,7 @@ impl Request {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         Self {
             model: text(&body["model"]),
-            messages: list(&body["messages"])
-                .iter()
-                .filter_map(message)
-                .collect(),
+            messages: list(&body["messages"]).iter().filter_map(message).collect(),
             tools: list(&body["tools"])
                 .iter()
                 .map(|tool| text(&tool["function"]["name"]))

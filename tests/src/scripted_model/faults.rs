@@ -191,7 +191,9 @@ mod tests {
         orders.set(Some(order));
         assert!(orders.due("a").is_some() && orders.due("b").is_some());
         assert_eq!(orders.due("c"), None);
-        orders.set(Some(Order::from_json(&json!({"fault": "cut", "times": "always"})).unwrap()));
+        orders.set(Some(
+            Order::from_json(&json!({"fault": "cut", "times": "always"})).unwrap(),
+        ));
         assert!((0..5).all(|_| orders.due("a").is_some()));
         orders.set(None);
         assert_eq!(orders.due("a"), None);

@@ -41,7 +41,10 @@ pub(super) fn view(request: &Request) -> View {
 
 /// Whether the newest assistant turn asked for nothing but a snapshot; as no snapshot came, asking again is no use.
 fn last_look_failed(request: &Request) -> bool {
-    let newest_is_tool = request.messages.last().is_some_and(|m| m.role == Role::Tool);
+    let newest_is_tool = request
+        .messages
+        .last()
+        .is_some_and(|m| m.role == Role::Tool);
     let asked = request
         .messages
         .iter()
@@ -74,8 +77,14 @@ mod tests {
         let page = json!({"role": "tool", "content": PAGE});
         let done = json!({"role": "tool", "content": "### Page\n- Page URL: http://x/shop"});
         assert!(matches!(at(json!([user])), View::Nothing));
-        assert!(matches!(at(json!([user, asked("browser_navigate"), done])), View::Stale));
-        assert!(matches!(at(json!([user, asked("browser_snapshot"), page])), View::Page(_)));
+        assert!(matches!(
+            at(json!([user, asked("browser_navigate"), done])),
+            View::Stale
+        ));
+        assert!(matches!(
+            at(json!([user, asked("browser_snapshot"), page])),
+            View::Page(_)
+        ));
         assert!(matches!(
             at(json!([user, asked("browser_snapshot"), page, user])),
             View::Stale
@@ -87,7 +96,13 @@ mod tests {
         let user = json!({"role": "user", "content": "go"});
         let done = json!({"role": "tool", "content": "### Page\n- Page URL: http://x/shop"});
         let failed = json!({"role": "tool", "content": "### Error\nno page"});
-        let view = at(json!([user, asked("browser_navigate"), done, asked("browser_snapshot"), failed]));
+        let view = at(json!([
+            user,
+            asked("browser_navigate"),
+            done,
+            asked("browser_snapshot"),
+            failed
+        ]));
         assert!(matches!(view, View::Nothing));
     }
 }

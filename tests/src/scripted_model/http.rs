@@ -152,10 +152,13 @@ async fn refuse(order: Order, request: &Request) -> Option<Response> {
             response.headers_mut().insert(RETRY_AFTER, 1.into());
             Some(response)
         }
-        Fault::Html => Some(Html("<!doctype html><title>Gateway</title><h1>Hello</h1>").into_response()),
-        Fault::EmptyChoices if request.stream => {
-            Some(events(vec![wire::empty(request).to_string(), DONE.into()], false))
+        Fault::Html => {
+            Some(Html("<!doctype html><title>Gateway</title><h1>Hello</h1>").into_response())
         }
+        Fault::EmptyChoices if request.stream => Some(events(
+            vec![wire::empty(request).to_string(), DONE.into()],
+            false,
+        )),
         Fault::EmptyChoices => Some(Json(wire::empty(request)).into_response()),
         Fault::Cut
         | Fault::BadArguments
@@ -174,7 +177,11 @@ fn corrupt(fault: Option<Fault>, request: &Request, mut reply: Reply) -> Reply {
     if spoils_calls && reply.calls.is_empty() {
         reply.content.clear();
         reply.calls.push(Call {
-            tool: request.tools.first().cloned().unwrap_or_else(|| "tool".into()),
+            tool: request
+                .tools
+                .first()
+                .cloned()
+                .unwrap_or_else(|| "tool".into()),
             arguments: r#"{"text": "made up for the fault"}"#.into(),
         });
     }
@@ -185,7 +192,11 @@ fn corrupt(fault: Option<Fault>, request: &Request, mut reply: Reply) -> Reply {
         Some(Fault::BadArguments) => call.arguments = "{\"text\": oops".into(),
         Some(Fault::UnknownTool) => call.tool = "no_such_tool".into(),
         Some(Fault::UnclosedToolCall) => {
-            let half: String = call.arguments.chars().take(call.arguments.len() / 2).collect();
+            let half: String = call
+                .arguments
+                .chars()
+                .take(call.arguments.len() / 2)
+                .collect();
             call.arguments = if half.is_empty() { "{".into() } else { half };
             reply.cut_short = true;
         }

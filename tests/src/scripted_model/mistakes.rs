@@ -41,11 +41,17 @@ fn spoil_answer(draw: &mut Draw, request: &Request, reply: Reply) -> Reply {
             content: wrong_answer(&reply.content),
             ..reply
         },
-        1 if request.tools.iter().any(|t| t.ends_with("browser_snapshot")) => Reply::call(
-            "Let me look once more before I answer.",
-            &request.offered("browser_snapshot"),
-            json!({}),
-        ),
+        1 if request
+            .tools
+            .iter()
+            .any(|t| t.ends_with("browser_snapshot")) =>
+        {
+            Reply::call(
+                "Let me look once more before I answer.",
+                &request.offered("browser_snapshot"),
+                json!({}),
+            )
+        }
         _ => ramble(reply),
     }
 }
@@ -119,7 +125,12 @@ fn wrong_answer(right: &str) -> String {
     match right.rfind(|c: char| c.is_ascii_digit()) {
         Some(place) => {
             let digit = right.as_bytes()[place] - b'0';
-            format!("{}{}{}", &right[..place], (digit + 1) % 10, &right[place + 1..])
+            format!(
+                "{}{}{}",
+                &right[..place],
+                (digit + 1) % 10,
+                &right[place + 1..]
+            )
         }
         None => "grey lamp".to_owned(),
     }
@@ -154,7 +165,9 @@ mod tests {
     fn a_rerun_errs_alike_on_any_port_and_another_seed_differs() {
         let pattern = |port: u32, from: u64| -> Vec<bool> {
             let prompt = format!("Open http://localhost:{port}/shop please");
-            (from..from + 64).map(|seed| errs(0.5, &prompt, seed)).collect()
+            (from..from + 64)
+                .map(|seed| errs(0.5, &prompt, seed))
+                .collect()
         };
         assert_eq!(pattern(4310, 0), pattern(9999, 0));
         assert_ne!(pattern(4310, 0), pattern(4310, 64));

@@ -10,6 +10,8 @@ mod chat;
 mod faults;
 mod history;
 mod http;
+#[cfg(test)]
+mod http_tests;
 mod mistakes;
 mod policy;
 mod script;

@@ -17,7 +17,10 @@ pub(super) fn play(request: &Request) -> Option<Reply> {
     let steps = match parsed {
         Some(Ok(steps)) => steps,
         Some(Err(error)) => {
-            return Some(Reply::say("", format!("the script cannot be read: {error}")));
+            return Some(Reply::say(
+                "",
+                format!("the script cannot be read: {error}"),
+            ));
         }
         None => return Some(Reply::say("", "the script is empty")),
     };
@@ -28,7 +31,9 @@ pub(super) fn play(request: &Request) -> Option<Reply> {
 }
 
 fn reply(request: &Request, step: &Value) -> Reply {
-    let thought = step["think"].as_str().unwrap_or("The next step of the script.");
+    let thought = step["think"]
+        .as_str()
+        .unwrap_or("The next step of the script.");
     if let Some(answer) = step["answer"].as_str() {
         return Reply::say(thought, answer.replace("{{last}}", last_result(request)));
     }
@@ -81,7 +86,10 @@ FAULT: none of it"#;
             messages.push(json!({"role": "tool", "content": format!("result {turn}")}));
         }
         let tools = json!([{"function": {"name": "toy__add"}}]);
-        play(&Request::parse(&json!({"messages": messages, "tools": tools}))).unwrap()
+        play(&Request::parse(
+            &json!({"messages": messages, "tools": tools}),
+        ))
+        .unwrap()
     }
 
     #[test]
@@ -99,9 +107,8 @@ FAULT: none of it"#;
 
     #[test]
     fn a_broken_script_says_so_and_no_script_is_none() {
-        let request = |text: &str| {
-            Request::parse(&json!({"messages": [{"role": "user", "content": text}]}))
-        };
+        let request =
+            |text: &str| Request::parse(&json!({"messages": [{"role": "user", "content": text}]}));
         let broken = play(&request("SCRIPT: [{")).unwrap();
         assert!(broken.content.starts_with("the script cannot be read"));
         assert!(play(&request("What is it?")).is_none());

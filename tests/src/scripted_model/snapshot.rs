@@ -268,7 +268,10 @@ mod tests {
         assert_eq!(page.chosen("Sort"), Some("Price up"));
         assert!(page.find("checkbox", "I agree").unwrap().checked);
         assert_eq!(page.remark("silver torch"), Some("3.42"));
-        assert_eq!(page.find("link", "say: \"hi\"").unwrap().href, "/x?a=1".to_owned());
+        assert_eq!(
+            page.find("link", "say: \"hi\"").unwrap().href,
+            "/x?a=1".to_owned()
+        );
         assert_eq!(page.fact("Stock"), Some("7"));
         assert_eq!(page.rows(), [["Ann", "31"]]);
         assert_eq!(page.tabs.len(), 2);

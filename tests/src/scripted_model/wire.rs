@@ -149,7 +149,10 @@ fn call_id(reply: &Reply, index: usize) -> String {
 
 fn pieces(text: &str) -> Vec<String> {
     let chars: Vec<char> = text.chars().collect();
-    chars.chunks(CHUNK_CHARS).map(|c| c.iter().collect()).collect()
+    chars
+        .chunks(CHUNK_CHARS)
+        .map(|c| c.iter().collect())
+        .collect()
 }
 
 #[cfg(test)]
@@ -195,7 +198,10 @@ mod tests {
     #[test]
     fn parallel_calls_have_ids_of_their_own() {
         let message = message(&reply(), "reasoning");
-        assert_ne!(message["tool_calls"][0]["id"], message["tool_calls"][1]["id"]);
+        assert_ne!(
+            message["tool_calls"][0]["id"],
+            message["tool_calls"][1]["id"]
+        );
         assert!(message["reasoning"].is_string());
     }
 }

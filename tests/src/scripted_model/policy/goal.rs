@@ -169,6 +169,9 @@ mod tests {
     #[test]
     fn other_prompts_are_not_understood() {
         assert_eq!(Goal::parse("What is the capital of France?"), None);
-        assert_eq!(Goal::parse("Open http://localhost:4310/unknown please"), None);
+        assert_eq!(
+            Goal::parse("Open http://localhost:4310/unknown please"),
+            None
+        );
     }
 }

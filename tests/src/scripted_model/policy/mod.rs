@@ -10,7 +10,7 @@ mod shop;
 
 use serde_json::{Value, json};
 
-use super::chat::{Reply, Request};
+use super::chat::{Call, Reply, Request};
 use super::history::{View, view};
 use super::snapshot::{Node, Snapshot};
 use goal::{Goal, Want};
@@ -21,8 +21,8 @@ const TURNS_MAX: usize = 60;
 /// What a policy decides.
 #[derive(Debug, PartialEq)]
 enum Step {
-    /// Call a tool, with the thought that led to it.
-    Act(String, &'static str, Value),
+    /// Call tools in order, with the thought that led to it.
+    Act(String, Vec<(&'static str, Value)>),
     /// Give the answer.
     Answer(String, String),
 }
@@ -44,9 +44,17 @@ pub(super) fn decide(request: &Request) -> Reply {
         View::Page(page) => on_page(&goal, &page),
     };
     match step {
-        Step::Act(thought, tool, arguments) => {
-            Reply::call(thought, &request.offered(tool), arguments)
-        }
+        Step::Act(thought, calls) => Reply {
+            thought,
+            calls: calls
+                .iter()
+                .map(|(tool, arguments)| Call {
+                    tool: request.offered(tool),
+                    arguments: arguments.to_string(),
+                })
+                .collect(),
+            ..Reply::default()
+        },
         Step::Answer(thought, text) => Reply::say(thought, text),
     }
 }
@@ -77,8 +85,12 @@ fn on_page(goal: &Goal, page: &Snapshot) -> Step {
     }
 }
 
+fn act(thought: impl Into<String>, tool: &'static str, arguments: Value) -> Step {
+    Step::Act(thought.into(), vec![(tool, arguments)])
+}
+
 fn open(url: &str) -> Step {
-    Step::Act(
+    act(
         format!("The task begins at {url}."),
         "browser_navigate",
         json!({"url": url}),
@@ -86,19 +98,23 @@ fn open(url: &str) -> Step {
 }
 
 fn look(thought: &str) -> Step {
-    Step::Act(thought.to_owned(), "browser_snapshot", json!({}))
+    act(thought, "browser_snapshot", json!({}))
 }
 
 fn click(node: &Node) -> Step {
-    Step::Act(
+    act(
         format!("I press \"{}\".", node.name),
         "browser_click",
-        json!({"element": node.name, "target": node.target}),
+        target(node),
     )
 }
 
+fn target(node: &Node) -> Value {
+    json!({"element": node.name, "target": node.target})
+}
+
 fn type_text(node: &Node, text: &str, submit: bool) -> Step {
-    Step::Act(
+    act(
         format!("I type {text} into \"{}\".", node.name),
         "browser_type",
         json!({"element": node.name, "target": node.target, "text": text, "submit": submit}),
@@ -106,7 +122,7 @@ fn type_text(node: &Node, text: &str, submit: bool) -> Step {
 }
 
 fn choose(node: &Node, option: &str) -> Step {
-    Step::Act(
+    act(
         format!("I choose {option} in \"{}\".", node.name),
         "browser_select_option",
         json!({"element": node.name, "target": node.target, "values": [option]}),

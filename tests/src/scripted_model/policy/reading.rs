@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::super::snapshot::{Snapshot, path_of};
 use super::goal::Goal;
-use super::{Step, answer, click, ensure_typed, open, type_text};
+use super::{Step, act, answer, click, ensure_typed, open, type_text};
 
 /// Sorts the table by a press on its header and counts down to the place that is asked for.
 pub(super) fn row(goal: &Goal, page: &Snapshot, column: &str, largest: bool, rank: usize) -> Step {
@@ -59,8 +59,8 @@ pub(super) fn notice(goal: &Goal, page: &Snapshot, name: &str) -> Step {
     }
     let tab = page.tabs.iter().find(|tab| path_of(&tab.url) == address);
     if let Some(tab) = tab {
-        return Step::Act(
-            "The notice opened in a new tab, so I go over to it.".to_owned(),
+        return act(
+            "The notice opened in a new tab, so I go over to it.",
             "browser_tabs",
             json!({"action": "select", "index": tab.index}),
         );
@@ -79,7 +79,7 @@ pub(super) fn fact(goal: &Goal, page: &Snapshot, name: &str) -> Step {
     }
     match page.fact(name) {
         Some(value) => answer(value),
-        None => Step::Act(
+        None => act(
             format!("The page does not show the {name} yet, so I wait."),
             "browser_wait_for",
             json!({"time": 1}),

@@ -24,9 +24,7 @@ pub(super) fn price(goal: &Goal, page: &Snapshot, product: &str) -> Step {
 /// Searches the product, opens its page and reads how many are left.
 pub(super) fn stock(goal: &Goal, page: &Snapshot, product: &str) -> Step {
     if page.path().starts_with(PRODUCT) && page.find("heading", product).is_some() {
-        return page
-            .fact("Stock")
-            .map_or_else(|| open(&goal.url), answer);
+        return page.fact("Stock").map_or_else(|| open(&goal.url), answer);
     }
     if page.path() != LIST {
         return open(&goal.url);
@@ -56,8 +54,8 @@ pub(super) fn ranked(
     } else {
         ("Price up", "up")
     };
-    let missing = ensure_chosen(page, "Category", category)
-        .or_else(|| ensure_chosen(page, "Sort", option));
+    let missing =
+        ensure_chosen(page, "Category", category).or_else(|| ensure_chosen(page, "Sort", option));
     if let Some(step) = missing {
         return step;
     }
