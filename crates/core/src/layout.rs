@@ -92,6 +92,21 @@ pub fn job_of_manifest(path: &str) -> Result<JobKey, FieldError> {
     }
 }
 
+/// The job and the number of the correction that lies at `path`; none where it is another object.
+pub fn job_of_patch(path: &str) -> Option<(JobKey, u32)> {
+    let parts: Vec<&str> = path.split('/').collect();
+    let [project, "batches", batch, "jobs", job, "patches", file] = parts[..] else {
+        return None;
+    };
+    let n = file.strip_suffix(".json")?.parse().ok()?;
+    let key = JobKey::new(
+        project.parse().ok()?,
+        batch.parse().ok()?,
+        job.parse().ok()?,
+    );
+    (patch(&key, n) == path).then_some((key, n))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,5 +135,13 @@ mod tests {
         let key: JobKey = "shop/b1/j1".parse().unwrap();
         assert_eq!(job_of_manifest(&manifest(&key)).unwrap(), key);
         assert!(job_of_manifest("shop/batches/b1/jobs/j1/a-7/trace.json.zst").is_err());
+    }
+
+    #[test]
+    fn a_patch_path_names_its_job_and_number() {
+        let key: JobKey = "shop/b1/j1".parse().unwrap();
+        assert_eq!(job_of_patch(&patch(&key, 7)), Some((key.clone(), 7)));
+        assert_eq!(job_of_patch(&manifest(&key)), None);
+        assert_eq!(job_of_patch("shop/batches/b1/jobs/j1/patches/7.json"), None);
     }
 }

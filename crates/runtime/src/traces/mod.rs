@@ -1,0 +1,339 @@
+//! Published traces: listing, reading with proof of wholeness, correcting, and writing ones that came from elsewhere.
+//!
+//! A trace is visible once its manifest is; what an attempt left without one is not seen here. Corrections are
+//! patches beside the manifest, and the newest one counts. The worker that records a trace publishes it itself:
+//! nothing here knows of leases. Read by the command line and by whatever makes data sets.
+
+mod patch;
+pub mod workshop;
+
+use std::collections::BTreeMap;
+use std::io::Read;
+
+use espalier_core::error::FieldError;
+use espalier_core::id::{BatchId, JobKey, ProjectId};
+use espalier_core::layout;
+use espalier_core::time::Timestamp;
+use espalier_core::trace::{FileEntry, Manifest, SCHEMA_VERSION, Trace, TraceError};
+
+use crate::store::{Created, LIST_MAX, Store, StoreError};
+use crate::tasks::{BlockingFailed, blocking};
+
+pub use patch::{Change, Patch};
+
+/// Largest trace as text, in bytes: a zstd frame of a few kilobytes can claim to hold terabytes.
+pub const TRACE_BYTES_MAX: u64 = 512 << 20;
+/// Most traces that one listing holds in memory, at a few hundred bytes each.
+pub const LISTED_MAX: usize = 1_000_000;
+/// The level at which traces are packed: above it, zstd gains little on JSON and takes much longer.
+const ZSTD_LEVEL: i32 = 3;
+/// Tries to find a free number for a patch, while others add patches to the same trace.
+const PATCH_TRIES_MAX: u32 = 16;
+
+/// Why a trace could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum TracesError {
+    /// The store failed.
+    #[error("the trace's objects cannot be reached")]
+    Store(#[from] StoreError),
+    /// Nothing is published under the job's name.
+    #[error("no trace of `{0}` is published")]
+    NotPublished(JobKey),
+    /// The manifest is not one.
+    #[error("the manifest of `{job}` is refused")]
+    Manifest {
+        /// The job.
+        job: JobKey,
+        /// Which field, and why.
+        source: FieldError,
+    },
+    /// A file is not the one that the manifest names.
+    #[error("`{path}` must have the size and sha256 of its manifest, got {bytes} other bytes")]
+    Altered {
+        /// The file.
+        path: String,
+        /// Its size.
+        bytes: usize,
+    },
+    /// The file cannot be unpacked, or unpacks to too much.
+    #[error("`{path}` {rule}")]
+    Packed {
+        /// The file.
+        path: String,
+        /// The rule that it breaks.
+        rule: String,
+    },
+    /// The text is not a trace of this schema.
+    #[error("the trace of `{job}` cannot be read")]
+    Trace {
+        /// The job.
+        job: JobKey,
+        /// Why.
+        source: TraceError,
+    },
+    /// A correction cannot be read.
+    #[error("`{path}` is not a correction: {reason}")]
+    Patch {
+        /// The object.
+        path: String,
+        /// What the parser said.
+        reason: String,
+    },
+    /// More than a listing holds.
+    #[error("a listing must hold at most {LISTED_MAX} traces, and there are more: name a batch")]
+    TooMany,
+    /// Somebody else took every number that was tried.
+    #[error("no free number for a correction of `{0}` was found in {PATCH_TRIES_MAX} tries")]
+    Contended(JobKey),
+    /// Packing failed.
+    #[error("packing failed")]
+    Work(#[from] BlockingFailed),
+}
+
+/// A published trace, as a listing shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// The job that made it.
+    pub job: JobKey,
+    /// The number of its newest correction.
+    pub newest_patch: Option<u32>,
+}
+
+/// The manifest of a trace with its newest correction.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// As it was published, its summary corrected.
+    pub manifest: Manifest,
+    /// The correction that was applied.
+    pub patch: Option<Patch>,
+}
+
+/// A trace with its newest correction.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    /// What proves it.
+    pub manifest: Manifest,
+    /// The trace, its verdict corrected.
+    pub trace: Trace,
+    /// The correction that was applied.
+    pub patch: Option<Patch>,
+}
+
+/// The traces of one project.
+#[derive(Clone, Debug)]
+pub struct Traces {
+    store: Store,
+    project: ProjectId,
+}
+
+impl Traces {
+    /// The traces of `project` in `store`.
+    pub fn new(store: Store, project: ProjectId) -> Self {
+        Self { store, project }
+    }
+
+    /// The project.
+    pub fn project(&self) -> &ProjectId {
+        &self.project
+    }
+
+    /// Every published trace of `batch`, or of the whole project, ordered by batch and job. Walks the store.
+    pub async fn list(&self, batch: Option<&BatchId>) -> Result<Vec<Listed>, TracesError> {
+        let prefix = match batch {
+            Some(batch) => layout::batch(&self.project, batch),
+            None => layout::batches(&self.project),
+        };
+        let prefix = prefix.trim_end_matches('/');
+        let mut found: BTreeMap<JobKey, (bool, Option<u32>)> = BTreeMap::new();
+        let mut after: Option<String> = None;
+        loop {
+            let page = self.store.list(prefix, after.as_deref(), LIST_MAX).await?;
+            for object in &page {
+                note(&mut found, &object.path);
+            }
+            if found.len() > LISTED_MAX {
+                return Err(TracesError::TooMany);
+            }
+            match page.last() {
+                Some(last) if page.len() == LIST_MAX => after = Some(last.path.clone()),
+                _ => break,
+            }
+        }
+        let published = found.into_iter().filter(|(_, (published, _))| *published);
+        Ok(published
+            .map(|(job, (_, newest_patch))| Listed { job, newest_patch })
+            .collect())
+    }
+
+    /// The trace of one job as a listing shows it.
+    pub async fn find(&self, job: &JobKey) -> Result<Listed, TracesError> {
+        let prefix = layout::patches(job);
+        let patches = self
+            .store
+            .list(prefix.trim_end_matches('/'), None, LIST_MAX)
+            .await?;
+        let number = |object: &crate::store::ObjectMeta| layout::job_of_patch(&object.path);
+        Ok(Listed {
+            job: job.clone(),
+            newest_patch: patches.iter().filter_map(number).map(|(_, n)| n).max(),
+        })
+    }
+
+    /// What tables show of a trace, without reading the trace.
+    pub async fn summary(&self, listed: &Listed) -> Result<Summary, TracesError> {
+        let mut manifest = self.manifest(&listed.job).await?;
+        let patch = self.newest_patch(listed).await?;
+        if let Some(patch) = &patch {
+            patch.correct_summary(&mut manifest.summary);
+        }
+        Ok(Summary { manifest, patch })
+    }
+
+    /// Reads a trace: whole, unaltered, of a schema that this build knows, and corrected.
+    pub async fn load(&self, listed: &Listed) -> Result<Loaded, TracesError> {
+        let Summary { manifest, patch } = self.summary(listed).await?;
+        let job = &listed.job;
+        let missing = || TracesError::NotPublished(job.clone());
+        let file = manifest.trace_file().ok_or_else(missing)?.clone();
+        let bytes = self.store.get(&file.path).await?;
+        let owner = job.clone();
+        let mut trace =
+            blocking("traces.unpack", move || read_trace(&owner, &file, &bytes)).await??;
+        if let Some(patch) = &patch {
+            patch.correct_outcome(&mut trace.outcome);
+        }
+        Ok(Loaded {
+            manifest,
+            trace,
+            patch,
+        })
+    }
+
+    /// Adds a correction, after those that are there. Returns its number.
+    pub async fn correct(&self, job: &JobKey, patch: &Patch) -> Result<u32, TracesError> {
+        let text = serde_json::to_vec_pretty(patch).map_err(|error| TracesError::Patch {
+            path: layout::patches(job),
+            reason: error.to_string(),
+        })?;
+        let mut n = self.find(job).await?.newest_patch.map_or(0, |n| n + 1);
+        for _ in 0..PATCH_TRIES_MAX {
+            let path = layout::patch(job, n);
+            match self.store.create(&path, text.clone().into()).await? {
+                Created::New => return Ok(n),
+                Created::Exists => n += 1,
+            }
+        }
+        Err(TracesError::Contended(job.clone()))
+    }
+
+    /// Publishes a trace that no attempt of ours made: its file first, its manifest last. [`Created::Exists`] where
+    /// the job has one already, which stays as it is.
+    pub async fn publish(
+        &self,
+        trace: Trace,
+        parents: Vec<String>,
+        now: Timestamp,
+    ) -> Result<Created, TracesError> {
+        let (job, fence) = (trace.header.job.clone(), trace.header.fence);
+        let (attempt, summary) = (trace.header.attempt, trace.summary());
+        let (path, manifest_path) = (layout::trace(&job, fence), layout::manifest(&job));
+        let packing = path.clone();
+        let bytes = blocking("traces.pack", move || pack(&packing, &trace)).await??;
+        let manifest = Manifest {
+            schema_version: SCHEMA_VERSION,
+            attempt,
+            fence,
+            created_at_us: now,
+            files: vec![FileEntry::of(path.as_str(), &bytes)],
+            parents,
+            summary,
+            job,
+        };
+        let text = serde_json::to_vec_pretty(&manifest).map_err(|error| TracesError::Packed {
+            path: manifest_path.clone(),
+            rule: format!("cannot be written: {error}"),
+        })?;
+        if self.store.head(&manifest_path).await.is_ok() {
+            return Ok(Created::Exists);
+        }
+        self.store.put(&path, bytes.into()).await?;
+        Ok(self.store.create(&manifest_path, text.into()).await?)
+    }
+
+    async fn manifest(&self, job: &JobKey) -> Result<Manifest, TracesError> {
+        let bytes = match self.store.get(&layout::manifest(job)).await {
+            Err(error) if error.is_not_found() => {
+                return Err(TracesError::NotPublished(job.clone()));
+            }
+            other => other?,
+        };
+        Manifest::parse(&bytes, job).map_err(|source| TracesError::Manifest {
+            job: job.clone(),
+            source,
+        })
+    }
+
+    async fn newest_patch(&self, listed: &Listed) -> Result<Option<Patch>, TracesError> {
+        let Some(n) = listed.newest_patch else {
+            return Ok(None);
+        };
+        let path = layout::patch(&listed.job, n);
+        let bytes = self.store.get(&path).await?;
+        Patch::parse(&bytes)
+            .map(Some)
+            .map_err(|reason| TracesError::Patch { path, reason })
+    }
+}
+
+/// Takes note of what an object says of its job.
+fn note(found: &mut BTreeMap<JobKey, (bool, Option<u32>)>, path: &str) {
+    if let Ok(job) = layout::job_of_manifest(path) {
+        found.entry(job).or_default().0 = true;
+    } else if let Some((job, n)) = layout::job_of_patch(path) {
+        let newest = &mut found.entry(job).or_default().1;
+        *newest = (*newest).max(Some(n));
+    }
+}
+
+fn read_trace(job: &JobKey, file: &FileEntry, bytes: &[u8]) -> Result<Trace, TracesError> {
+    if !file.holds(bytes) {
+        return Err(TracesError::Altered {
+            path: file.path.clone(),
+            bytes: bytes.len(),
+        });
+    }
+    let text = unpack(&file.path, bytes)?;
+    Trace::from_json(&text).map_err(|source| TracesError::Trace {
+        job: job.clone(),
+        source,
+    })
+}
+
+fn pack(path: &str, trace: &Trace) -> Result<Vec<u8>, TracesError> {
+    let fail = |reason: String| TracesError::Packed {
+        path: path.to_owned(),
+        rule: format!("cannot be packed: {reason}"),
+    };
+    let text = serde_json::to_vec(trace).map_err(|error| fail(error.to_string()))?;
+    zstd::encode_all(text.as_slice(), ZSTD_LEVEL).map_err(|error| fail(error.to_string()))
+}
+
+fn unpack(path: &str, bytes: &[u8]) -> Result<Vec<u8>, TracesError> {
+    let fail = |rule: String| TracesError::Packed {
+        path: path.to_owned(),
+        rule,
+    };
+    let mut text = Vec::new();
+    zstd::Decoder::new(bytes)
+        .and_then(|decoder| decoder.take(TRACE_BYTES_MAX + 1).read_to_end(&mut text))
+        .map_err(|error| fail(format!("must be a zstd frame: {error}")))?;
+    if text.len() as u64 > TRACE_BYTES_MAX {
+        return Err(fail(format!(
+            "must unpack to at most {TRACE_BYTES_MAX} bytes"
+        )));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,215 @@
+//! Publishing, reading, correcting and the workshop's form, over a store in memory.
+
+use espalier_core::chat::{Message, ToolCall};
+use espalier_core::id::JobKey;
+use espalier_core::layout;
+use espalier_core::spec::{JobDraft, PromptDraft, Sampling};
+use espalier_core::time::Timestamp;
+use espalier_core::trace::{CheckResult, StopReason, Trace, Verdict};
+use serde_json::{Value, json};
+
+use super::{Patch, Traces, TracesError, workshop};
+use crate::store::{Created, Store};
+
+const NOW: Timestamp = Timestamp(1_750_000_000_000_000);
+
+fn sampling() -> Sampling {
+    let draft = JobDraft {
+        prompt: PromptDraft::One("x".to_owned()),
+        ..JobDraft::default()
+    };
+    draft.check().unwrap().rollout.sampling
+}
+
+fn key(job: &str) -> JobKey {
+    format!("shop/import-1/{job}").parse().unwrap()
+}
+
+fn file() -> Value {
+    json!({
+        "timestamp": "20250529_130900",
+        "model": "Qwen/Qwen3-30B-A3B-FP8",
+        "messages": [
+            {"role": "system", "content": "look at the footer", "hint": true},
+            {"role": "user", "content": "price?"},
+            {"role": "assistant", "content": "\n\n", "reasoning_content": "hm", "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "open", "arguments": "{\"url\": \"a\\u2013b\"}"}},
+                {"id": "c2", "type": "function", "function": {"name": "open", "arguments": "{\"url"}}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "ok"},
+            {"role": "tool", "tool_call_id": "c2", "content": "not JSON"},
+            {"role": "assistant", "content": "5"}],
+        "tools": [{"type": "function", "function": {"name": "open", "description": "opens",
+            "parameters": {"type": "object", "properties": {"url": {"type": "string"}}}}}],
+    })
+}
+
+fn trace(job: &str) -> Trace {
+    workshop::read(file().to_string().as_bytes(), key(job), sampling()).unwrap()
+}
+
+async fn traces() -> Traces {
+    let store = Store::open("memory://").await.unwrap();
+    Traces::new(store, "shop".parse().unwrap())
+}
+
+#[test]
+fn a_workshop_file_is_mended_as_it_is_read() {
+    let trace = trace("a");
+    assert_eq!(trace.outcome.stop, StopReason::Answered);
+    assert_eq!(trace.outcome.totals.turns, 2);
+    assert_eq!(trace.outcome.totals.tool_errors, 1);
+    let Message::Assistant {
+        content,
+        tool_calls,
+        ..
+    } = &trace.messages[2]
+    else {
+        panic!("{:?}", trace.messages[2]);
+    };
+    assert_eq!(content, "");
+    assert_eq!(tool_calls[0].function.arguments["url"], "a–b");
+    assert_eq!(tool_calls[1].function.malformed.as_deref(), Some("{\"url"));
+}
+
+#[test]
+fn what_was_written_reads_back_the_same() {
+    let trace = trace("a");
+    let text = workshop::write(&trace).to_string();
+    assert!(
+        text.contains(r#""arguments":"{\"url\":\"a–b\"}""#),
+        "{text}"
+    );
+    let again = workshop::read(text.as_bytes(), key("a"), sampling()).unwrap();
+    assert_eq!(again, trace);
+}
+
+#[test]
+fn refusals_name_the_place() {
+    let mut bad = file();
+    bad["messages"][1]["role"] = json!("root");
+    let error = workshop::read(bad.to_string().as_bytes(), key("a"), sampling()).unwrap_err();
+    assert_eq!(error.field, "messages[1].role");
+    bad = file();
+    bad["timestamp"] = json!("yesterday");
+    let error = workshop::read(bad.to_string().as_bytes(), key("a"), sampling()).unwrap_err();
+    assert_eq!(
+        (error.field.as_str(), error.value.as_str()),
+        ("timestamp", "yesterday")
+    );
+    assert!(workshop::read(b"{", key("a"), sampling()).is_err());
+}
+
+/// The workshop's own files, where this checkout lies beside them.
+#[test]
+fn the_workshops_own_files_survive_the_round_trip() {
+    let folder = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../../shared/data/workshop-traces"
+    );
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        eprintln!("SKIPPED: {folder} is not there");
+        return;
+    };
+    let files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(files.len(), 4);
+    for file in files {
+        let bytes = std::fs::read(&file).unwrap();
+        let trace = workshop::read(&bytes, key("w"), sampling()).unwrap();
+        let written = workshop::write(&trace);
+        let again = workshop::read(written.to_string().as_bytes(), key("w"), sampling()).unwrap();
+        assert_eq!(again, trace, "{}", file.display());
+        let original: Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(written["timestamp"], original["timestamp"]);
+        assert_eq!(written["tools"], original["tools"]);
+        for (ours, theirs) in written["messages"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .zip(original["messages"].as_array().unwrap())
+        {
+            assert_eq!(ours["role"], theirs["role"]);
+            assert_eq!(
+                ours["content"].as_str().unwrap().trim(),
+                theirs["content"].as_str().unwrap().trim()
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn published_traces_are_listed_and_read() {
+    let traces = traces().await;
+    for job in ["b", "a"] {
+        let published = traces.publish(trace(job), Vec::new(), NOW).await.unwrap();
+        assert_eq!(published, Created::New);
+    }
+    // What an attempt left without a manifest is not seen.
+    let stray = layout::trace(&key("c"), espalier_core::id::Fence(9));
+    traces.store.put(&stray, "x".into()).await.unwrap();
+
+    let listed = traces.list(None).await.unwrap();
+    let jobs: Vec<&str> = listed.iter().map(|one| one.job.job.as_str()).collect();
+    assert_eq!(jobs, ["a", "b"]);
+    let loaded = traces.load(&listed[0]).await.unwrap();
+    assert_eq!(loaded.trace, trace("a"));
+    let other: espalier_core::id::BatchId = "other".parse().unwrap();
+    assert!(traces.list(Some(&other)).await.unwrap().is_empty());
+
+    let again = traces.publish(trace("a"), Vec::new(), NOW).await.unwrap();
+    assert_eq!(again, Created::Exists);
+    let missing = traces.find(&key("zz")).await.unwrap();
+    let error = traces.load(&missing).await.unwrap_err();
+    assert!(matches!(error, TracesError::NotPublished(_)), "{error}");
+}
+
+#[tokio::test]
+async fn an_altered_trace_is_refused() {
+    let traces = traces().await;
+    traces.publish(trace("a"), Vec::new(), NOW).await.unwrap();
+    let path = layout::trace(&key("a"), espalier_core::id::Fence(1));
+    traces.store.put(&path, "other".into()).await.unwrap();
+    let listed = traces.find(&key("a")).await.unwrap();
+    let error = traces.load(&listed).await.unwrap_err();
+    assert!(matches!(error, TracesError::Altered { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn the_newest_correction_counts() {
+    let traces = traces().await;
+    traces.publish(trace("a"), Vec::new(), NOW).await.unwrap();
+    for (n, reward) in [(0, 0.25), (1, 0.5)] {
+        let verdict = Verdict {
+            reward,
+            checks: vec![CheckResult {
+                path: "answer".to_owned(),
+                score: reward,
+                reason: "half right".to_owned(),
+            }],
+        };
+        let patch = Patch::verdict(verdict, "test", NOW);
+        assert_eq!(traces.correct(&key("a"), &patch).await.unwrap(), n);
+    }
+    let listed = traces.list(None).await.unwrap();
+    assert_eq!(listed[0].newest_patch, Some(1));
+    assert_eq!(listed[0], traces.find(&key("a")).await.unwrap());
+    let loaded = traces.load(&listed[0]).await.unwrap();
+    assert_eq!(loaded.trace.reward(), Some(0.5));
+    assert_eq!(loaded.manifest.summary.reward, Some(0.5));
+    assert_eq!(loaded.manifest.summary.reason, "half right");
+}
+
+#[test]
+fn a_frame_that_is_none_is_refused() {
+    assert!(matches!(
+        super::unpack("x", b"no frame"),
+        Err(TracesError::Packed { .. })
+    ));
+}
+
+#[test]
+fn calls_are_matched_by_their_id() {
+    let trace = trace("a");
+    let call = ToolCall::new("c1", "open", serde_json::Map::new());
+    assert_eq!(trace.tool_calls[0].call_id, call.id);
+    assert_eq!(trace.tool_calls[0].message, 3);
+}
