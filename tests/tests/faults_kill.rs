@@ -1,0 +1,202 @@
+//! Processes that are killed and paused. After each round: no acknowledged job lost, one accepted result a job,
+//! counters that add up, no process left over.
+
+use std::time::Duration;
+
+use espalier_proto::v1::JobState;
+use espalier_tests::harness::client::{BatchResult, Client};
+use espalier_tests::harness::model::{self, sum_job, toy_job};
+use espalier_tests::harness::process::Signal;
+use espalier_tests::harness::up::{Up, toy_servers};
+use espalier_tests::harness::wait_for;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use serde_json::{Value, json};
+
+const DEADLINE: Duration = Duration::from_secs(180);
+
+/// Short leases, so that a killed worker's jobs come back while the test looks.
+const SHORT_LEASE: [&str; 2] = ["--lease-ttl-s", "2"];
+
+fn sums(count: usize) -> Vec<Value> {
+    (0..count)
+        .map(|n| sum_job(&format!("sum-{n:04}"), n))
+        .collect()
+}
+
+/// What must hold of a batch of `count` sums, whatever happened on the way.
+fn check(up: &Up, result: &BatchResult, count: usize) {
+    let counts = result.batch.counts.as_ref().expect("a batch has counters");
+    assert_eq!(result.jobs.len(), count, "a job was lost");
+    assert_eq!(counts.succeeded, count as u64, "{counts:?}");
+    let sum = counts.blocked
+        + counts.delayed
+        + counts.ready
+        + counts.leased
+        + counts.dead
+        + counts.cancelled;
+    assert_eq!(sum, 0, "{counts:?}");
+    assert_eq!(
+        result.solved(),
+        count,
+        "every job is solved: {:#?}",
+        result
+            .jobs
+            .values()
+            .find(|j| j.state() != JobState::Succeeded)
+    );
+    for job in result.jobs.values() {
+        let path = up.store_folder().join(&job.manifest);
+        let manifest =
+            std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let key = format!("default/b/{}", job.id).parse().unwrap();
+        let manifest = espalier_core::trace::Manifest::parse(&manifest, &key).unwrap();
+        for file in &manifest.files {
+            let bytes =
+                std::fs::read(up.store_folder().join(&file.path)).expect("a named file is there");
+            assert!(
+                file.holds(&bytes),
+                "{} is not what the manifest says",
+                file.path
+            );
+        }
+    }
+}
+
+async fn ended(client: &Client) -> u64 {
+    let mut api = client.jobs.clone();
+    let request = espalier_proto::v1::GetBatchRequest { batch: "b".into() };
+    let batch = api
+        .get_batch(request)
+        .await
+        .expect("the batch is there")
+        .into_inner();
+    batch
+        .counts
+        .map(|counts| counts.succeeded)
+        .unwrap_or_default()
+}
+
+async fn wait_until_ended(client: &Client, at_least: u64) {
+    wait_for("some rollouts to end", DEADLINE, || async {
+        let ended = ended(client).await;
+        if ended >= at_least {
+            Ok(())
+        } else {
+            Err(ended)
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn kill_9_of_up_in_the_middle_of_200_rollouts_loses_nothing() {
+    let mut up = Up::start(&toy_servers(), &model::start().await, &SHORT_LEASE).await;
+    let mut client = up.client().await;
+    assert_eq!(client.submit("b", &sums(200)).await.accepted, 200);
+    for at_least in [20, 80] {
+        wait_until_ended(&client, at_least).await;
+        up.process.kill();
+        up.wait_until_gone(Duration::from_secs(10)).await;
+        up.restart().await;
+        client = up.client().await;
+    }
+    let result = client.wait("b", DEADLINE).await;
+    check(&up, &result, 200);
+    let status = up.process.terminate(Duration::from_secs(60)).await;
+    assert!(status.success(), "{status:?}");
+    up.wait_until_gone(Duration::from_secs(10)).await;
+}
+
+#[tokio::test]
+async fn a_pause_past_the_lease_makes_no_second_result() {
+    let up = Up::start(&toy_servers(), &model::start().await, &SHORT_LEASE).await;
+    let mut client = up.client().await;
+    client.submit("b", &sums(60)).await;
+    for at_least in [10, 30] {
+        wait_until_ended(&client, at_least).await;
+        up.process.signal(Signal::STOP);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        up.process.signal(Signal::CONT);
+    }
+    let result = client.wait("b", DEADLINE).await;
+    check(&up, &result, 60);
+}
+
+#[tokio::test]
+async fn sigterm_drains_and_the_rest_goes_on_after_a_restart() {
+    let mut up = Up::start(&toy_servers(), &model::start().await, &[]).await;
+    let mut client = up.client().await;
+    let steps = json!([{"tool": "sleep", "arguments": {"ms": 400}}, {"answer": "done"}]);
+    let jobs: Vec<Value> = (0..40)
+        .map(|n| toy_job(&format!("s{n:02}"), &steps, "done"))
+        .collect();
+    client.submit("b", &jobs).await;
+    wait_until_ended(&client, 2).await;
+    let status = up.process.terminate(Duration::from_secs(60)).await;
+    assert!(status.success(), "{status:?}");
+    up.wait_until_gone(Duration::from_secs(10)).await;
+    up.restart().await;
+    let result = up.client().await.wait("b", DEADLINE).await;
+    check(&up, &result, 40);
+    let spent = result
+        .jobs
+        .values()
+        .filter(|job| job.handler_failures + job.infra_failures > 0)
+        .count();
+    assert_eq!(spent, 0, "a stop in good order spends no attempt");
+}
+
+/// `ESPALIER_SOAK_ROUNDS` and `ESPALIER_SOAK_SEED` make more of it, or the same again.
+#[tokio::test]
+async fn random_kills_lose_nothing() {
+    let number = |name: &str, default: u64| {
+        std::env::vars()
+            .find(|(key, _)| key == name)
+            .and_then(|(_, value)| value.parse().ok())
+            .unwrap_or(default)
+    };
+    let rounds = number("ESPALIER_SOAK_ROUNDS", 30);
+    let seed = number("ESPALIER_SOAK_SEED", rand::rng().random());
+    println!("seed {seed}: ESPALIER_SOAK_SEED={seed} replays this run");
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut up = Up::start(&toy_servers(), &model::start().await, &SHORT_LEASE).await;
+    let count = 10 * usize::try_from(rounds).unwrap();
+    // Sent in pieces between kills, each sent again until it is acknowledged, as a client does.
+    let jobs = sums(count);
+    let mut client = up.client().await;
+    client.open("b").await;
+    for (n, chunk) in jobs.chunks(10).enumerate() {
+        let n = u32::try_from(n).unwrap();
+        assert_eq!(
+            client
+                .chunk("b", n, chunk)
+                .await
+                .expect("up serves")
+                .accepted,
+            10
+        );
+        tokio::time::sleep(Duration::from_millis(random.random_range(0..150))).await;
+        up.process.kill();
+        up.restart().await;
+        client = up.client().await;
+        assert_eq!(
+            client
+                .chunk("b", n, chunk)
+                .await
+                .expect("up serves")
+                .accepted,
+            10,
+            "sent again, accepted again"
+        );
+    }
+    client
+        .jobs
+        .close_batch(espalier_proto::v1::CloseBatchRequest { batch: "b".into() })
+        .await
+        .unwrap();
+    let result = client.wait("b", DEADLINE).await;
+    check(&up, &result, count);
+    up.process.terminate(Duration::from_secs(60)).await;
+    up.wait_until_gone(Duration::from_secs(10)).await;
+}
