@@ -49,6 +49,8 @@ pub struct Metrics {
     pub auth_failures: Counter<u64>,
     pub rollouts_running: UpDownCounter<i64>,
     pub rollout_turns: Counter<u64>,
+    pub rollout_turn_overhead: Histogram<f64>,
+    pub worker_reconnects: Counter<u64>,
     pub wait_timeouts: Counter<u64>,
     pub store_errors: Counter<u64>,
     pub model_retries: Counter<u64>,
@@ -91,6 +93,8 @@ impl Metrics {
                 .with_unit("{rollout}")
                 .build(),
             rollout_turns: counter(metric::ROLLOUT_TURNS, "{turn}"),
+            rollout_turn_overhead: seconds(metric::ROLLOUT_TURN_OVERHEAD),
+            worker_reconnects: counter(metric::WORKER_RECONNECTS, "{connection}"),
             wait_timeouts: counter(metric::WAIT_TIMEOUTS, "{timeout}"),
             store_errors: counter(metric::STORE_ERRORS, "{error}"),
             model_retries: counter(metric::MODEL_RETRIES, "{retry}"),

@@ -137,6 +137,10 @@ pub mod metric {
     pub const ROLLOUTS_RUNNING: &str = "espalier.rollout.running";
     /// Counter, `{turn}`: model turns of rollouts.
     pub const ROLLOUT_TURNS: &str = "espalier.rollout.turns";
+    /// Histogram, `s`: time of a turn that is neither the model's nor a tool's.
+    pub const ROLLOUT_TURN_OVERHEAD: &str = "espalier.rollout.turn.overhead";
+    /// Counter, `{connection}`: sessions with a coordinator that a worker lost and took up again.
+    pub const WORKER_RECONNECTS: &str = "espalier.worker.reconnects";
     /// Counter, `{timeout}`: waits that came to their deadline, by name.
     pub const WAIT_TIMEOUTS: &str = "espalier.wait.timeouts";
     /// Counter, `{error}`: operations of the object store that failed for good, by operation and class.

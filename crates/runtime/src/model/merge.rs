@@ -1,0 +1,336 @@
+//! From the pieces of an answer to one turn of the assistant. Pure.
+//!
+//! Servers disagree about pieces of tool calls: OpenAI and vLLM send an index, the id and name once, and the
+//! arguments in parts; others send each call whole, leave out the index or the id, repeat the id with every part, or
+//! give every call index 0. All of these come out the same.
+
+use std::collections::HashSet;
+
+use serde_json::Value;
+
+use super::error::ModelError;
+use super::wire::{CallDelta, Choice, Chunk, Delta, WireUsage};
+use super::{RawToolCall, Usage};
+
+/// An answer as far as it has come.
+#[derive(Debug, Default)]
+pub(super) struct Merge {
+    pub(super) id: Option<String>,
+    pub(super) model: Option<String>,
+    pub(super) content: String,
+    pub(super) reasoning: String,
+    pub(super) finish_reason: Option<String>,
+    pub(super) usage: Option<Usage>,
+    pub(super) prompt_token_ids: Option<Vec<u32>>,
+    pub(super) token_ids: Option<Vec<u32>>,
+    pub(super) logprobs: Option<Vec<f32>>,
+    calls: Vec<PartialCall>,
+    had_choice: bool,
+}
+
+#[derive(Debug)]
+struct PartialCall {
+    index: Option<u32>,
+    id: String,
+    name: String,
+    arguments: String,
+}
+
+impl Merge {
+    /// Adds a piece. Says whether it held something that the model said.
+    pub(super) fn apply(&mut self, chunk: Chunk) -> Result<bool, ModelError> {
+        if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
+            return Err(stream_error(&error));
+        }
+        self.id = self.id.take().or(chunk.id);
+        self.model = self.model.take().or(chunk.model);
+        self.prompt_token_ids = self.prompt_token_ids.take().or(chunk.prompt_token_ids);
+        if let Some(usage) = chunk.usage.and_then(read_usage) {
+            self.usage = Some(usage);
+        }
+        let mut spoke = false;
+        let choices = chunk.choices.unwrap_or_default();
+        // One choice is asked for; others could only be mixed up with it.
+        for choice in choices.into_iter().filter(|choice| choice.index == 0) {
+            self.had_choice = true;
+            spoke |= self.apply_choice(choice);
+        }
+        Ok(spoke)
+    }
+
+    /// Whether the server has said why the model stopped.
+    pub(super) fn is_finished(&self) -> bool {
+        self.finish_reason.is_some()
+    }
+
+    /// Whether there was a choice at all.
+    pub(super) fn had_choice(&self) -> bool {
+        self.had_choice
+    }
+
+    /// The calls, each with an id that is its own: neither twice in this turn nor in `used`, the ids of the
+    /// conversation so far. Ids that have to be made up follow from `turn` alone.
+    pub(super) fn take_calls(&mut self, used: &HashSet<&str>, turn: usize) -> Vec<RawToolCall> {
+        let mut given = HashSet::new();
+        let calls = std::mem::take(&mut self.calls).into_iter().enumerate();
+        calls
+            .map(|(position, call)| {
+                let mut id = call.id;
+                let mut attempt = 0;
+                while id.is_empty() || used.contains(id.as_str()) || given.contains(&id) {
+                    id = match attempt {
+                        0 => format!("call_{turn}_{position}"),
+                        more => format!("call_{turn}_{position}_{more}"),
+                    };
+                    attempt += 1;
+                }
+                given.insert(id.clone());
+                RawToolCall {
+                    id,
+                    name: call.name,
+                    arguments: call.arguments,
+                }
+            })
+            .collect()
+    }
+
+    fn apply_choice(&mut self, choice: Choice) -> bool {
+        if let Some(ids) = choice.token_ids {
+            self.token_ids.get_or_insert_default().extend(ids);
+        }
+        if let Some(tokens) = choice.logprobs.and_then(|logprobs| logprobs.content) {
+            let logprobs = tokens.into_iter().map(|token| token.logprob);
+            self.logprobs.get_or_insert_default().extend(logprobs);
+        }
+        if let Some(reason) = choice.finish_reason.filter(|reason| !reason.is_empty()) {
+            self.finish_reason = Some(reason);
+        }
+        choice.delta.is_some_and(|delta| self.apply_delta(delta))
+    }
+
+    fn apply_delta(&mut self, delta: Delta) -> bool {
+        let content = delta.content.unwrap_or_default();
+        // Servers in transition send both names with the same text.
+        let reasoning = delta
+            .reasoning_content
+            .or(delta.reasoning)
+            .unwrap_or_default();
+        let calls = delta.tool_calls.unwrap_or_default();
+        let spoke = !(content.is_empty() && reasoning.is_empty() && calls.is_empty());
+        self.content.push_str(&content);
+        self.reasoning.push_str(&reasoning);
+        for call in calls {
+            self.apply_call(call);
+        }
+        spoke
+    }
+
+    fn apply_call(&mut self, delta: CallDelta) {
+        let id = delta.id.unwrap_or_default();
+        let function = delta.function.unwrap_or_default();
+        let name = function.name.unwrap_or_default();
+        let arguments = match function.arguments {
+            None | Some(Value::Null) => String::new(),
+            Some(Value::String(text)) => text,
+            Some(object) => object.to_string(),
+        };
+        match self.continued(delta.index, &id, &name) {
+            Some(call) => {
+                if call.id.is_empty() {
+                    call.id = id;
+                }
+                if call.name != name {
+                    call.name.push_str(&name);
+                }
+                call.arguments.push_str(&arguments);
+            }
+            None => self.calls.push(PartialCall {
+                index: delta.index,
+                id,
+                name,
+                arguments,
+            }),
+        }
+    }
+
+    /// The call that a piece belongs to, or none if it begins one.
+    fn continued(&mut self, index: Option<u32>, id: &str, name: &str) -> Option<&mut PartialCall> {
+        let call = match index {
+            // The last one of that index, for servers that give every call the same.
+            Some(_) => self
+                .calls
+                .iter_mut()
+                .rev()
+                .find(|call| call.index == index)?,
+            None => self.calls.last_mut()?,
+        };
+        let other_id = !id.is_empty() && !call.id.is_empty() && call.id != id;
+        // Without index and id, a name is all that can mark a beginning.
+        let named_anew = index.is_none() && id.is_empty() && !name.is_empty();
+        let same_id_anew = index.is_none() && !id.is_empty() && !name.is_empty() && is_whole(call);
+        (!other_id && !named_anew && !same_id_anew).then_some(call)
+    }
+}
+
+/// Whether a call has a name and arguments that are complete JSON, so that another name cannot be more of it.
+fn is_whole(call: &PartialCall) -> bool {
+    !call.name.is_empty() && serde_json::from_str::<Value>(&call.arguments).is_ok()
+}
+
+fn read_usage(usage: WireUsage) -> Option<Usage> {
+    Some(Usage {
+        prompt_tokens: usage.prompt_tokens?,
+        completion_tokens: usage.completion_tokens.unwrap_or(0),
+    })
+}
+
+fn stream_error(error: &Value) -> ModelError {
+    let code = error.get("code").and_then(Value::as_u64).unwrap_or(500);
+    let status = u16::try_from(code)
+        .ok()
+        .filter(|code| (400..600).contains(code));
+    let body = error.to_string();
+    let message = super::read::error_message(&body);
+    super::error::from_status(status.unwrap_or(500), message, &body, "", None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn merge(chunks: &[Value]) -> Merge {
+        let mut merge = Merge::default();
+        for chunk in chunks {
+            let chunk = serde_json::from_value(chunk.clone()).unwrap();
+            merge.apply(chunk).unwrap();
+        }
+        merge
+    }
+
+    fn calls_of(deltas: &[Value]) -> Vec<(String, String, String)> {
+        let chunks: Vec<Value> = deltas
+            .iter()
+            .map(|calls| json!({"choices": [{"index": 0, "delta": {"tool_calls": calls}}]}))
+            .collect();
+        merge(&chunks)
+            .take_calls(&HashSet::new(), 3)
+            .into_iter()
+            .map(|call| (call.id, call.name, call.arguments))
+            .collect()
+    }
+
+    fn call(id: &str, name: &str, arguments: &str) -> (String, String, String) {
+        (id.to_owned(), name.to_owned(), arguments.to_owned())
+    }
+
+    #[test]
+    fn openai_sends_id_and_name_once_and_arguments_in_parts() {
+        let calls = calls_of(&[
+            json!([{"index": 0, "id": "a", "type": "function", "function": {"name": "open", "arguments": ""}}]),
+            json!([{"index": 0, "function": {"arguments": "{\"u\":"}}]),
+            json!([{"index": 1, "id": "b", "type": "function", "function": {"name": "click", "arguments": ""}}]),
+            json!([{"index": 0, "function": {"arguments": "1}"}}]),
+            json!([{"index": 1, "function": {"arguments": "{}"}}]),
+        ]);
+        assert_eq!(
+            calls,
+            [call("a", "open", "{\"u\":1}"), call("b", "click", "{}")]
+        );
+    }
+
+    #[test]
+    fn ids_and_names_may_come_again_with_every_part() {
+        let calls = calls_of(&[
+            json!([{"index": 0, "id": "a", "function": {"name": "open", "arguments": "{\"u\""}}]),
+            json!([{"index": 0, "id": "a", "function": {"name": "open", "arguments": ":1}"}}]),
+        ]);
+        assert_eq!(calls, [call("a", "open", "{\"u\":1}")]);
+    }
+
+    #[test]
+    fn whole_calls_may_lack_index_or_id_or_share_an_index() {
+        let same_index = calls_of(&[
+            json!([{"index": 0, "id": "a", "function": {"name": "open", "arguments": "{}"}}]),
+            json!([{"index": 0, "id": "b", "function": {"name": "open", "arguments": "{}"}}]),
+        ]);
+        assert_eq!(
+            same_index,
+            [call("a", "open", "{}"), call("b", "open", "{}")]
+        );
+        let bare = json!({"function": {"name": "open", "arguments": {"u": 1}}});
+        let bare_calls = calls_of(&[json!([bare.clone(), bare])]);
+        let made_up = ["call_3_0", "call_3_1"].map(|id| call(id, "open", "{\"u\":1}"));
+        assert_eq!(bare_calls, made_up);
+        let no_index = calls_of(&[
+            json!([{"id": "a", "function": {"name": "open", "arguments": "{\"u\""}}]),
+            json!([{"function": {"arguments": ":1}"}}]),
+            json!([{"id": "b", "function": {"name": "click"}}]),
+        ]);
+        assert_eq!(
+            no_index,
+            [call("a", "open", "{\"u\":1}"), call("b", "click", "")]
+        );
+    }
+
+    #[test]
+    fn an_id_that_is_taken_is_replaced() {
+        let twice = json!([
+            {"index": 0, "id": "c", "function": {"name": "x", "arguments": "{}"}},
+            {"index": 1, "id": "c", "function": {"name": "y", "arguments": "{}"}},
+        ]);
+        let chunk = json!({"choices": [{"delta": {"tool_calls": twice}}]});
+        let mut merged = merge(&[chunk]);
+        let used = HashSet::from(["c", "call_5_1"]);
+        let ids: Vec<String> = merged
+            .take_calls(&used, 5)
+            .into_iter()
+            .map(|call| call.id)
+            .collect();
+        assert_eq!(ids, ["call_5_0", "call_5_1_1"]);
+    }
+
+    #[test]
+    fn a_vllm_stream_with_token_ids_and_logprobs() {
+        let merged = merge(&[
+            json!({"id": "r1", "model": "qwen3", "prompt_token_ids": [1, 2], "choices":
+                [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}),
+            json!({"choices": [{"index": 0, "delta": {"reasoning": "hm"}, "token_ids": [3],
+                "logprobs": {"content": [{"token": "hm", "logprob": -0.5}]}}]}),
+            json!({"choices": [{"index": 0, "delta": {"content": "hi"}, "token_ids": [4, 5],
+                "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -2.0}]}, "finish_reason": "stop"}]}),
+            json!({"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}}),
+        ]);
+        assert_eq!(
+            (merged.reasoning.as_str(), merged.content.as_str()),
+            ("hm", "hi")
+        );
+        assert_eq!(merged.finish_reason.as_deref(), Some("stop"));
+        assert_eq!(merged.prompt_token_ids.as_deref(), Some(&[1, 2][..]));
+        assert_eq!(merged.token_ids.as_deref(), Some(&[3, 4, 5][..]));
+        assert_eq!(merged.logprobs.as_deref(), Some(&[-0.5, -1.0, -2.0][..]));
+        let usage = Usage {
+            prompt_tokens: 2,
+            completion_tokens: 3,
+        };
+        assert_eq!(merged.usage, Some(usage));
+    }
+
+    #[test]
+    fn both_names_of_reasoning_in_one_piece_are_one_thought() {
+        let chunk = json!({"choices": [{"message":
+            {"content": null, "reasoning": "hm", "reasoning_content": "hm"}, "finish_reason": "stop"}]});
+        assert_eq!(merge(&[chunk]).reasoning, "hm");
+    }
+
+    #[test]
+    fn an_error_inside_a_stream_is_an_error() {
+        let chunk =
+            serde_json::from_value(json!({"error": {"message": "out of memory", "code": 503}}));
+        let error = Merge::default().apply(chunk.unwrap()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the model endpoint answered 503: out of memory"
+        );
+    }
+}
