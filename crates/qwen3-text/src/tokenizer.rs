@@ -114,7 +114,7 @@ impl Tokenizer {
             if head.len() == text.len() {
                 return text;
             }
-            window_bytes = window_bytes.saturating_mul(4);
+            window_bytes = window_bytes.saturating_mul(2);
         }
     }
 
