@@ -28,7 +28,9 @@ pub use job::{
     AttemptError, Budgets, DeadReason, End, JobKind, JobState, Lease, NewJob, StateName,
 };
 pub use machine::{Machine, MachineConfig};
-pub use record::{BatchRow, Changes, ChunkRow, JobRow, MetaRow, RecordError, RingRow, Rows};
+pub use record::{
+    BatchRow, Change, Changes, ChunkRow, JobRow, MetaRow, RecordError, RingRow, Rows,
+};
 pub use request::{
     Cancelled, ChunkAnswer, FinishReply, Grant, ItemResult, LeaseRequest, Outcome, Refusal,
     RenewReply, Selector, Ticked,

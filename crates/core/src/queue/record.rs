@@ -141,17 +141,20 @@ pub struct MetaRow {
 /// The number of a virtual time: kind, priority, and the project + 1, or 0 for the clock.
 pub type RingNumber = (u8, u8, u64);
 
-/// Rows that changed since they were last asked for: bytes to put, or `None` to delete.
+/// A row to put under its number, or `None` to delete it.
+pub type Change<N> = (N, Option<Vec<u8>>);
+
+/// Rows that changed since they were last asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
     /// Jobs. Whatever a backend keeps beside a job goes with it.
-    pub jobs: Vec<(JobSeq, Option<Vec<u8>>)>,
+    pub jobs: Vec<Change<JobSeq>>,
     /// Batches. Whatever a backend keeps beside a batch goes with it.
-    pub batches: Vec<(BatchSeq, Option<Vec<u8>>)>,
+    pub batches: Vec<Change<BatchSeq>>,
     /// Answers to chunks.
-    pub chunks: Vec<((BatchSeq, u32), Option<Vec<u8>>)>,
+    pub chunks: Vec<Change<(BatchSeq, u32)>>,
     /// Virtual times.
-    pub rings: Vec<(RingNumber, Option<Vec<u8>>)>,
+    pub rings: Vec<Change<RingNumber>>,
     /// The one row.
     pub meta: Option<Vec<u8>>,
 }
@@ -265,3 +268,6 @@ fn unhex<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 32], D::Erro
     }
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests;

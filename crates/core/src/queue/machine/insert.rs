@@ -225,13 +225,14 @@ impl Machine {
     /// Gives a job that has just entered its first state. What it depends on has one already.
     fn settle_new(&mut self, seq: JobSeq) {
         let job = &self.jobs[&seq];
-        if self.batches[&job.batch].cancelled {
-            return self.end(seq, JobState::Cancelled);
-        }
         let waits_for = self.unmet(job.deps());
         let doomed = job.deps().iter().any(|dep| self.ended_badly(*dep));
+        let cancelled = self.batches[&job.batch].cancelled;
         if let Some(job) = self.jobs.get_mut(&seq) {
             job.waits_for = waits_for;
+        }
+        if cancelled {
+            return self.end(seq, JobState::Cancelled);
         }
         if doomed {
             return self.end(seq, |end| JobState::Dead {

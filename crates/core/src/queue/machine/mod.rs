@@ -6,10 +6,14 @@
 //! it answers anybody, and calls nothing from two threads.
 
 mod cancel;
+#[cfg(test)]
+mod check;
 mod finish;
 mod insert;
 mod lease;
 mod load;
+#[cfg(test)]
+mod property;
 mod read;
 mod submit;
 
