@@ -1,0 +1,362 @@
+//! A server process: started in a group of its own with a small environment, watched, and ended with its whole group.
+//!
+//! It knows nothing of MCP; what goes over the pipes is `connection`'s.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use espalier_runtime::tasks::{OnFailure, Tasks, with_deadline};
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::sync::watch;
+
+use super::guardian::Guardian;
+use super::redact::Secrets;
+
+/// How much of a server's standard error is kept for its last words.
+const STDERR_BYTES_KEPT: usize = 4096;
+/// How long a server may take to end after it was asked to.
+const TERMINATE_GRACE: Duration = Duration::from_secs(4);
+/// How long the kernel may take to end a killed one.
+const KILL_GRACE: Duration = Duration::from_secs(5);
+/// What a server inherits. Not the rest: the worker's own environment holds its tokens.
+const INHERITED: &[&str] = &[
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TERM",
+    "DISPLAY",
+    "WAYLAND_DISPLAY",
+    "XAUTHORITY",
+    "XDG_RUNTIME_DIR",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "NODE_EXTRA_CA_CERTS",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+];
+
+/// The variables that a server gets from the worker's environment.
+pub(super) fn inherited(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let kept = |name: &&str| Some(((*name).to_owned(), env.get(*name)?.clone()));
+    INHERITED.iter().filter_map(|name| kept(&name)).collect()
+}
+
+/// What is started.
+#[derive(Clone)]
+pub(super) struct Launch {
+    pub program: PathBuf,
+    pub args: Vec<String>,
+    /// The whole environment.
+    pub env: BTreeMap<String, String>,
+    pub cwd: PathBuf,
+    /// What must not show in its last words.
+    pub secrets: Secrets,
+}
+
+/// The pipes of a server that talks on them.
+pub(super) struct Pipes {
+    pub stdin: ChildStdin,
+    pub stdout: ChildStdout,
+}
+
+/// A running server process. Dropping it kills the group.
+#[derive(Debug)]
+pub(super) struct ServerProcess {
+    group: Pid,
+    exited: watch::Receiver<Option<String>>,
+    last_words: Arc<LastWords>,
+}
+
+impl ServerProcess {
+    /// Starts `launch`. `piped`: its input and output are returned; otherwise both are closed.
+    pub(super) fn start(
+        launch: &Launch,
+        piped: bool,
+        guardian: Arc<Guardian>,
+        tasks: &Tasks,
+    ) -> std::io::Result<(Self, Option<Pipes>)> {
+        let stdio = || if piped { Stdio::piped() } else { Stdio::null() };
+        let mut child = Command::new(&launch.program)
+            .args(&launch.args)
+            .env_clear()
+            .envs(&launch.env)
+            .current_dir(&launch.cwd)
+            .stdin(stdio())
+            .stdout(stdio())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()?;
+        let id = child.id().and_then(|id| i32::try_from(id).ok());
+        let group = id.and_then(Pid::from_raw).ok_or_else(|| {
+            std::io::Error::other("the process ended before it could be registered")
+        })?;
+        if let Err(error) = guardian.add(group.as_raw_nonzero().get()) {
+            kill_group(group, Signal::KILL);
+            return Err(error);
+        }
+        let last_words = Arc::new(LastWords::new(launch.secrets.clone()));
+        if let Some(stderr) = child.stderr.take() {
+            let kept = Arc::clone(&last_words);
+            tasks.spawn("mcp.server_stderr", OnFailure::Ignore, kept.read(stderr));
+        }
+        let pipes = match (child.stdin.take(), child.stdout.take()) {
+            (Some(stdin), Some(stdout)) => Some(Pipes { stdin, stdout }),
+            _ => None,
+        };
+        let (tell, exited) = watch::channel(None);
+        tasks.spawn(
+            "mcp.server_wait",
+            OnFailure::Log,
+            wait(child, group, guardian, tell),
+        );
+        let process = Self {
+            group,
+            exited,
+            last_words,
+        };
+        Ok((process, pipes))
+    }
+
+    /// How it ended, once it has.
+    pub(super) fn exit_status(&self) -> Option<String> {
+        self.exited.borrow().clone()
+    }
+
+    /// Waits for its end.
+    pub(super) async fn exited(&self) -> String {
+        let mut exited = self.exited.clone();
+        match exited.wait_for(Option::is_some).await {
+            Ok(status) => status.clone().unwrap_or_default(),
+            Err(_) => "its watch ended".to_owned(),
+        }
+    }
+
+    /// The end of what it wrote to its standard error, without secrets.
+    pub(super) fn last_words(&self) -> String {
+        self.last_words.text()
+    }
+
+    /// The process group, which is also the id of its first process.
+    pub(super) fn group(&self) -> i32 {
+        self.group.as_raw_nonzero().get()
+    }
+
+    /// Ends it: asks, and kills what does not go. `false`: something is still there.
+    pub(super) async fn stop(&self) -> bool {
+        self.signal(Signal::TERM);
+        if with_deadline("mcp.server_terminate", TERMINATE_GRACE, self.exited())
+            .await
+            .is_ok()
+        {
+            return true;
+        }
+        self.kill();
+        with_deadline("mcp.server_kill", KILL_GRACE, self.exited())
+            .await
+            .is_ok()
+    }
+
+    /// Ends it at once.
+    pub(super) fn kill(&self) {
+        self.signal(Signal::KILL);
+    }
+
+    fn signal(&self, signal: Signal) {
+        // The id of a process that was waited for may belong to another one by now.
+        if self.exit_status().is_none() {
+            kill_group(self.group, signal);
+        }
+    }
+}
+
+impl Drop for ServerProcess {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn kill_group(group: Pid, signal: Signal) {
+    // The one error that can be is that the group has ended.
+    let _ = kill_process_group(group, signal);
+}
+
+async fn wait(
+    mut child: Child,
+    group: Pid,
+    guardian: Arc<Guardian>,
+    tell: watch::Sender<Option<String>>,
+) {
+    let status = match child.wait().await {
+        Ok(status) => status.to_string(),
+        Err(error) => format!("wait failed: {error}"),
+    };
+    // What the server started and left behind.
+    kill_group(group, Signal::KILL);
+    guardian.remove(group.as_raw_nonzero().get());
+    let _ = tell.send(Some(status));
+}
+
+/// The bounded end of a server's standard error.
+#[derive(Debug)]
+struct LastWords {
+    bytes: Mutex<VecDeque<u8>>,
+    secrets: Secrets,
+}
+
+impl LastWords {
+    fn new(secrets: Secrets) -> Self {
+        Self {
+            bytes: Mutex::default(),
+            secrets,
+        }
+    }
+
+    async fn read(self: Arc<Self>, mut from: impl AsyncRead + Unpin) {
+        let mut buffer = [0; 1024];
+        while let Ok(count @ 1..) = from.read(&mut buffer).await {
+            let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+            bytes.extend(&buffer[..count]);
+            let surplus = bytes.len().saturating_sub(STDERR_BYTES_KEPT);
+            bytes.drain(..surplus);
+        }
+    }
+
+    fn text(&self) -> String {
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes: Vec<u8> = bytes.iter().copied().collect();
+        // The first line may have lost its beginning, and with it the part of a secret that would be recognised.
+        let whole = match bytes.iter().position(|byte| *byte == b'\n') {
+            Some(end) if bytes.len() == STDERR_BYTES_KEPT => &bytes[end + 1..],
+            _ => &bytes[..],
+        };
+        self.secrets.redact(String::from_utf8_lossy(whole).trim())
+    }
+}
+
+/// The program that `command` means: as it is if it holds a slash, else the first in `PATH`.
+pub(super) fn find_program(command: &str, env: &BTreeMap<String, String>) -> Option<PathBuf> {
+    if command.contains('/') {
+        let path = PathBuf::from(command);
+        return is_program(&path).then_some(path);
+    }
+    let path = env.get("PATH")?;
+    std::env::split_paths(path)
+        .map(|dir| dir.join(command))
+        .find(|path| is_program(path))
+}
+
+fn is_program(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(path)
+        .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use espalier_runtime::shutdown::Shutdown;
+
+    fn launch(script: &str) -> Launch {
+        Launch {
+            program: "/bin/sh".into(),
+            args: vec!["-c".into(), script.into()],
+            env: [("PATH".to_owned(), "/usr/bin:/bin".to_owned())].into(),
+            cwd: "/".into(),
+            secrets: Secrets::new(&["hunter2-secret".to_owned()]),
+        }
+    }
+
+    fn start(script: &str) -> (ServerProcess, Option<Pipes>, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let guardian = Arc::new(Guardian::start(&dir.path().join("d")).unwrap());
+        let tasks = Tasks::new(Shutdown::new());
+        let (process, pipes) =
+            ServerProcess::start(&launch(script), true, guardian, &tasks).unwrap();
+        (process, pipes, dir)
+    }
+
+    #[tokio::test]
+    async fn last_words_are_bounded_and_without_secrets() {
+        let (process, _pipes, _dir) = start(
+            "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done >&2; echo hunter2-secret >&2; exit 3",
+        );
+        assert_eq!(process.exited().await, "exit status: 3");
+        // The reader may be a moment behind the exit.
+        let words = async {
+            while !process.last_words().ends_with("***") {
+                tokio::task::yield_now().await;
+            }
+            process.last_words()
+        };
+        let words = with_deadline("test", Duration::from_secs(5), words)
+            .await
+            .unwrap();
+        assert!(
+            words.len() <= STDERR_BYTES_KEPT && words.contains("line 2999"),
+            "{words}"
+        );
+        assert!(words.starts_with("line "), "{words}");
+    }
+
+    #[tokio::test]
+    async fn stop_ends_the_whole_group_even_where_term_is_ignored() {
+        let (process, pipes, _dir) = start("trap '' TERM; sleep 600 & echo $!; wait");
+        let mut pipes = pipes.unwrap();
+        let mut line = [0; 16];
+        let count = pipes.stdout.read(&mut line).await.unwrap();
+        let grandchild: i32 = std::str::from_utf8(&line[..count])
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+        assert!(process.stop().await);
+        let grandchild = Pid::from_raw(grandchild).unwrap();
+        let gone = async {
+            // A zombie that nobody waits for counts as gone.
+            while std::fs::read_to_string(format!("/proc/{}/stat", grandchild.as_raw_nonzero()))
+                .is_ok_and(|stat| !stat.contains(") Z "))
+            {
+                tokio::task::yield_now().await;
+            }
+        };
+        with_deadline("test", Duration::from_secs(5), gone)
+            .await
+            .unwrap();
+    }
+
+    #[test]
+    fn programs_are_found_as_a_shell_finds_them() {
+        let env = [("PATH".to_owned(), "/nowhere:/bin".to_owned())].into();
+        assert_eq!(find_program("sh", &env), Some("/bin/sh".into()));
+        assert_eq!(find_program("/bin/sh", &env), Some("/bin/sh".into()));
+        assert_eq!(find_program("no-such-program", &env), None);
+        assert_eq!(find_program("/etc/passwd", &env), None, "not executable");
+    }
+
+    #[test]
+    fn a_server_does_not_inherit_the_workers_secrets() {
+        let env = [
+            ("PATH", "/bin"),
+            ("ESPALIER_TOKEN", "s"),
+            ("AWS_SECRET_ACCESS_KEY", "s"),
+        ]
+        .map(|(k, v)| (k.to_owned(), v.to_owned()))
+        .into();
+        assert_eq!(inherited(&env).into_keys().collect::<Vec<_>>(), ["PATH"]);
+    }
+}

@@ -1,0 +1,131 @@
+//! One small process that outlives this one by a moment: when this process ends in any way, kill -9 included, the
+//! guardian ends every MCP server that is still registered and removes the host's temporary folder.
+//!
+//! The kernel's own means (`PR_SET_PDEATHSIG`) is tied to the *thread* that started the child, and async threads come
+//! and go. The guardian is tied to a pipe instead: the kernel closes our end with the process, and the guardian reads
+//! the end of its input. It is a shell, in a process group of its own, so that a signal to ours does not reach it.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+use std::os::unix::process::CommandExt;
+
+/// Reads `add PGID` and `del PGID`; at the end of its input kills what is left. Browsers end with their server: their
+/// control pipe closes. The wait lets them go before their profile is removed.
+const SCRIPT: &str = r#"
+trap '' HUP INT TERM
+groups=
+while read -r verb group; do
+  case $verb in
+    add) groups="$groups $group" ;;
+    del) rest=
+         for other in $groups; do [ "$other" = "$group" ] || rest="$rest $other"; done
+         groups=$rest ;;
+  esac
+done
+for group in $groups; do kill -s KILL -- "-$group" 2>/dev/null; done
+[ -z "$groups" ] || sleep 1
+rm -rf -- "$1"
+"#;
+
+/// The guardian of one host.
+#[derive(Debug)]
+pub(super) struct Guardian {
+    input: Mutex<Option<ChildStdin>>,
+    process: Mutex<Child>,
+}
+
+impl Guardian {
+    /// Starts it; `dir` is removed at the end.
+    pub(super) fn start(dir: &Path) -> std::io::Result<Self> {
+        let mut process = Command::new("/bin/sh")
+            .arg("-c")
+            .arg(SCRIPT)
+            .arg("espalier-guardian")
+            .arg(dir)
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        let input = process.stdin.take();
+        Ok(Self {
+            input: Mutex::new(input),
+            process: Mutex::new(process),
+        })
+    }
+
+    /// Registers a process group. An error means that nothing would end it after our death: don't keep it.
+    pub(super) fn add(&self, group: i32) -> std::io::Result<()> {
+        self.tell("add", group)
+    }
+
+    /// Takes a group off the list, once it has ended.
+    pub(super) fn remove(&self, group: i32) {
+        // A guardian that is gone has no list to correct.
+        let _ = self.tell("del", group);
+    }
+
+    /// A line is far below `PIPE_BUF` and the guardian reads at once: the write neither tears nor waits.
+    fn tell(&self, verb: &str, group: i32) -> std::io::Result<()> {
+        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
+        match input.as_mut() {
+            Some(pipe) => pipe.write_all(format!("{verb} {group}\n").as_bytes()),
+            None => Err(std::io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+
+    /// Closes the pipe and waits until the guardian has removed the folder. Blocking, for at most what `rm` takes.
+    pub(super) fn finish(&self) -> std::io::Result<()> {
+        drop(
+            self.input
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
+        let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        process.wait().map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sleeper() -> Child {
+        Command::new("sleep")
+            .arg("600")
+            .process_group(0)
+            .spawn()
+            .unwrap()
+    }
+
+    #[test]
+    fn kills_what_is_left_and_removes_the_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("a b");
+        std::fs::create_dir_all(inside.join("c")).unwrap();
+        let guardian = Guardian::start(&inside).unwrap();
+        let (mut left, mut removed) = (sleeper(), sleeper());
+        for child in [&left, &removed] {
+            guardian.add(i32::try_from(child.id()).unwrap()).unwrap();
+        }
+        guardian.remove(i32::try_from(removed.id()).unwrap());
+        guardian.finish().unwrap();
+        assert!(!inside.exists());
+        assert!(
+            left.try_wait().unwrap().is_some(),
+            "it was left on the list"
+        );
+        assert!(
+            removed.try_wait().unwrap().is_none(),
+            "it was taken off the list"
+        );
+        removed.kill().unwrap();
+        removed.wait().unwrap();
+        assert!(guardian.add(1).is_err());
+    }
+}

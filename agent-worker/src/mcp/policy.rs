@@ -1,0 +1,181 @@
+//! Which tools a rollout is offered. Pure.
+
+use espalier_core::error::FieldError;
+use espalier_core::spec::ToolPolicy;
+use globset::{Glob, GlobMatcher};
+
+/// Tools that run code or touch files of the worker: denied unless `allow` or `ask` holds exactly their name, because a
+/// glob such as `browser_*` is written by people who do not think of them.
+///
+/// Of the 25 tools of Playwright MCP 0.0.83 these four are listed:
+/// - `browser_run_code_unsafe` runs JavaScript in the server's process, outside the browser;
+/// - `browser_evaluate` runs the model's JavaScript in the page, where it can skip the interface that the task is
+///   about and send requests in the user's name;
+/// - `browser_file_upload` and `browser_drop` read files of the worker.
+///
+/// `browser_close` is not offered at all by the browser preset (`browser`). The other twenty act on the page as a user
+/// does, or read it: navigate, navigate_back, click, drag, hover, type, press_key, fill_form, select_option,
+/// handle_dialog, tabs, wait_for, resize, emulate_media, snapshot, find, take_screenshot, console_messages,
+/// network_request and network_requests. Where they take a file name they write into the rollout's own folder.
+pub const DANGEROUS_TOOLS: &[&str] = &[
+    "browser_run_code_unsafe",
+    "browser_run_code",
+    "browser_evaluate",
+    "browser_file_upload",
+    "browser_drop",
+    // Tools that other capabilities or versions of Playwright MCP add.
+    "browser_install",
+    "browser_webmcp_call",
+    "browser_storage_state",
+    "browser_set_storage_state",
+];
+
+/// What the policy says about a tool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Offered and run.
+    Allow,
+    /// Offered; each call waits for an answer.
+    Ask,
+    /// Not offered.
+    Deny,
+}
+
+/// A policy whose globs are compiled.
+#[derive(Debug)]
+pub(super) struct CompiledPolicy {
+    allow: Vec<Rule>,
+    ask: Vec<Rule>,
+    deny: Vec<Rule>,
+}
+
+#[derive(Debug)]
+struct Rule {
+    text: String,
+    glob: GlobMatcher,
+}
+
+impl CompiledPolicy {
+    /// Compiles `policy`, with `deny_default` of the server's configuration added to what is denied.
+    pub(super) fn new(policy: &ToolPolicy, deny_default: &[String]) -> Result<Self, FieldError> {
+        let mut deny = compile("tools.deny", &policy.deny)?;
+        deny.extend(compile("deny_default", deny_default)?);
+        Ok(Self {
+            allow: compile("tools.allow", &policy.allow)?,
+            ask: compile("tools.ask", &policy.ask)?,
+            deny,
+        })
+    }
+
+    /// The verdict about a tool: rules are matched with `offered`, danger is known by `raw`.
+    pub(super) fn verdict(&self, offered: &str, raw: &str) -> Verdict {
+        if matches(&self.deny, offered) {
+            return Verdict::Deny;
+        }
+        let is_dangerous = DANGEROUS_TOOLS.contains(&raw);
+        let asked = matches(&self.ask, offered);
+        if is_dangerous {
+            return match (names(&self.ask, offered), names(&self.allow, offered)) {
+                (true, _) => Verdict::Ask,
+                (false, true) if asked => Verdict::Ask,
+                (false, true) => Verdict::Allow,
+                (false, false) => Verdict::Deny,
+            };
+        }
+        if asked {
+            return Verdict::Ask;
+        }
+        if self.allow.is_empty() || matches(&self.allow, offered) {
+            return Verdict::Allow;
+        }
+        Verdict::Deny
+    }
+}
+
+fn compile(field: &str, globs: &[String]) -> Result<Vec<Rule>, FieldError> {
+    let rule = |(i, text): (usize, &String)| {
+        let glob = Glob::new(text).map_err(|error| {
+            FieldError::new(
+                format!("{field}[{i}]"),
+                text,
+                format!("must be a glob: {}", error.kind()),
+            )
+        })?;
+        Ok(Rule {
+            text: text.clone(),
+            glob: glob.compile_matcher(),
+        })
+    };
+    globs.iter().enumerate().map(rule).collect()
+}
+
+fn matches(rules: &[Rule], name: &str) -> bool {
+    rules.iter().any(|rule| rule.glob.is_match(name))
+}
+
+fn names(rules: &[Rule], name: &str) -> bool {
+    rules.iter().any(|rule| rule.text == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdicts(allow: &[&str], ask: &[&str], deny: &[&str], names: &[&str]) -> Vec<Verdict> {
+        let own = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect();
+        let policy = ToolPolicy {
+            allow: own(allow),
+            ask: own(ask),
+            deny: own(deny),
+        };
+        let policy = CompiledPolicy::new(&policy, &[]).unwrap();
+        names.iter().map(|n| policy.verdict(n, n)).collect()
+    }
+
+    use Verdict::{Allow, Ask, Deny};
+
+    #[test]
+    fn deny_wins_over_ask_and_ask_over_allow() {
+        let got = verdicts(&["a*"], &["ab*"], &["abc"], &["a", "ab", "abc", "other"]);
+        assert_eq!(got, [Allow, Ask, Deny, Deny]);
+    }
+
+    #[test]
+    fn an_empty_allow_stands_for_everything_harmless() {
+        let got = verdicts(&[], &["click"], &[], &["click", "echo", "browser_drop"]);
+        assert_eq!(got, [Ask, Allow, Deny]);
+    }
+
+    #[test]
+    fn a_dangerous_tool_is_offered_only_by_its_own_name() {
+        let tool = ["browser_run_code_unsafe"];
+        assert_eq!(verdicts(&["*"], &[], &[], &tool), [Deny]);
+        assert_eq!(
+            verdicts(&["browser_run*"], &["browser_*"], &[], &tool),
+            [Deny]
+        );
+        assert_eq!(verdicts(&tool, &[], &[], &tool), [Allow]);
+        assert_eq!(verdicts(&[], &tool, &[], &tool), [Ask]);
+        assert_eq!(verdicts(&tool, &["browser_*"], &[], &tool), [Ask]);
+        assert_eq!(verdicts(&tool, &[], &["*unsafe"], &tool), [Deny]);
+    }
+
+    #[test]
+    fn danger_is_known_by_the_servers_own_name() {
+        let policy = CompiledPolicy::new(&ToolPolicy::default(), &["note_*".into()]).unwrap();
+        assert_eq!(policy.verdict("b__browser_drop", "browser_drop"), Deny);
+        assert_eq!(policy.verdict("note_write", "note_write"), Deny);
+    }
+
+    #[test]
+    fn a_broken_glob_names_its_field() {
+        let policy = ToolPolicy {
+            ask: vec!["ok".into(), "a[".into()],
+            ..ToolPolicy::default()
+        };
+        assert_eq!(
+            CompiledPolicy::new(&policy, &[]).unwrap_err().field,
+            "tools.ask[1]"
+        );
+    }
+}
