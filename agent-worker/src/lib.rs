@@ -1,4 +1,7 @@
 //! (scaffold)
 
+pub mod mcp;
 pub mod observe;
+pub mod record;
+pub mod rollout;
 pub mod verify;
