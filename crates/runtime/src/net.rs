@@ -113,7 +113,7 @@ pub enum NetError {
 pub type AuthorizedChannel = InterceptedService<Channel, Bearer>;
 
 /// Adds `authorization: Bearer …` to every call, or nothing where there is no token.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Bearer(Option<MetadataValue<Ascii>>);
 
 impl Bearer {
@@ -258,8 +258,7 @@ mod tests {
 
     fn refusal(endpoint: &str, tls: Option<&ClientTls>) -> String {
         channel(endpoint, tls, None)
-            .err()
-            .expect(endpoint)
+            .expect_err(endpoint)
             .to_string()
     }
 
@@ -285,9 +284,7 @@ mod tests {
     #[tokio::test]
     async fn a_token_that_is_no_header_is_refused_without_being_shown() {
         let token = Secret::new("sk-line\nbreak");
-        let error = channel("http://localhost:1", None, Some(&token))
-            .err()
-            .unwrap();
+        let error = channel("http://localhost:1", None, Some(&token)).unwrap_err();
         assert_eq!(error.to_string(), "the token must be printable ASCII");
         assert!(channel("http://localhost:1", None, Some(&Secret::new("ok"))).is_ok());
     }

@@ -1,5 +1,7 @@
 //! Channels and servers against each other, with a service that is at hand: OTLP's.
 
+#![expect(clippy::unwrap_used, reason = "the service is part of the test")]
+
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 

@@ -1,5 +1,7 @@
 //! Telemetry against a real OTLP receiver. One test, in a process of its own, because telemetry starts once.
 
+#![expect(clippy::unwrap_used, reason = "the receiver is part of the test")]
+
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 

@@ -12,6 +12,7 @@
 mod secret;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -92,8 +93,14 @@ pub enum ConfigError {
 /// Reads the process's environment, once, in `main`. Variables that are not UTF-8 are dropped, except ours, which
 /// are refused.
 pub fn environment() -> Result<Environment, ConfigError> {
+    readable(std::env::vars_os())
+}
+
+fn readable(
+    variables: impl Iterator<Item = (OsString, OsString)>,
+) -> Result<Environment, ConfigError> {
     let mut environment = Environment::new();
-    for (name, value) in std::env::vars_os() {
+    for (name, value) in variables {
         match (name.into_string(), value.into_string()) {
             (Ok(name), Ok(value)) => {
                 environment.insert(name, value);

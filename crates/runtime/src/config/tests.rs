@@ -125,6 +125,18 @@ fn unknown_keys_are_refused_with_path_value_and_what_is_known() {
 }
 
 #[test]
+fn variables_that_are_not_utf8_are_refused_only_if_they_are_ours() {
+    use std::os::unix::ffi::OsStringExt;
+    let read = |name: &str| {
+        let broken = OsString::from_vec(vec![0xff]);
+        readable([(name.into(), broken), ("HOME".into(), "/h".into())].into_iter())
+    };
+    assert_eq!(read("OTHER").unwrap(), env(&[("HOME", "/h")]));
+    let error = read("ESPALIER_LISTEN").unwrap_err().to_string();
+    assert!(error.contains("`ESPALIER_LISTEN` must be UTF-8"), "{error}");
+}
+
+#[test]
 fn reserved_variables_are_no_keys() {
     for name in RESERVED_VARIABLES {
         load_both("", &[(name, "x")]).unwrap();

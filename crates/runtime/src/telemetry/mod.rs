@@ -101,8 +101,12 @@ impl Default for TelemetryConfig {
 }
 
 impl TelemetryConfig {
-    /// Takes the endpoint from OpenTelemetry's own variable where the configuration names none.
+    /// Takes the endpoint from OpenTelemetry's own variable where the configuration names none, and the filter from
+    /// `ESPALIER_LOG`, which wins: it is what a person sets for one run.
     pub fn or_from(mut self, environment: &Environment) -> Self {
+        if let Some(filter) = environment.get("ESPALIER_LOG") {
+            self.log_filter.clone_from(filter);
+        }
         self.otlp_endpoint = self
             .otlp_endpoint
             .or_else(|| environment.get("OTEL_EXPORTER_OTLP_ENDPOINT").cloned())
@@ -377,15 +381,19 @@ mod tests {
 
     #[test]
     fn the_endpoint_comes_from_the_configuration_or_from_opentelemetrys_variable() {
-        let environment = Environment::from([(
-            "OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(),
-            "http://collector:4317".to_owned(),
-        )]);
+        let environment = Environment::from(
+            [
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317"),
+                ("ESPALIER_LOG", "debug"),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.to_owned())),
+        );
         let default = TelemetryConfig::default().or_from(&environment);
         assert_eq!(
             default.otlp_endpoint.as_deref(),
             Some("http://collector:4317")
         );
+        assert_eq!(default.log_filter, "debug");
         let configured = TelemetryConfig {
             otlp_endpoint: Some("http://mine:4317".to_owned()),
             ..TelemetryConfig::default()
