@@ -502,3 +502,9 @@ fn settings_that_cannot_work_are_refused() {
             .contains("`api_key`")
     );
 }
+
+#[test]
+fn a_call_can_run_in_a_task() {
+    fn sendable(_: impl Future<Output: Send> + Send) {}
+    sendable(ask(&ModelEndpoint::new("http://localhost:1/v1")));
+}

@@ -263,3 +263,13 @@ async fn a_store_that_ignores_create_if_absent_is_refused() {
     let error = store.probe().await.unwrap_err();
     assert!(error.to_string().contains("create-if-absent"), "{error}");
 }
+
+#[test]
+fn operations_can_run_in_tasks() {
+    fn sendable(_: impl Future<Output: Send> + Send) {}
+    let store = Store::open_unprobed("memory://").unwrap();
+    sendable(store.create("a", Bytes::new()));
+    sendable(store.get("a"));
+    sendable(store.list("a", Some("b"), 1));
+    sendable(Store::open("memory://"));
+}
