@@ -12,7 +12,7 @@ body{font:16px/1.5 system-ui,sans-serif;margin:0;background:#f6f5f1;color:#23302
 nav{background:#2f5d46;padding:.7rem 1.5rem}nav a{color:#fff;text-decoration:none;font-weight:600}\
 main{max-width:42rem;margin:1.5rem auto;padding:1rem 2rem 2rem;background:#fff;border:1px solid #dcd9d0;border-radius:8px}\
 h1{font-size:1.5rem}a{color:#24704b}ul{list-style:none;padding:0}li{padding:.25rem 0;border-bottom:1px solid #eeece5}\
-form{display:grid;grid-template-columns:8rem 1fr;gap:.6rem;margin:1rem 0}\
+form{display:grid;grid-template-columns:8rem 1fr;gap:.6rem;align-items:center;margin:1rem 0}\
 input,select{font:inherit;padding:.3rem .5rem;border:1px solid #b9b5a8;border-radius:4px;justify-self:start}\
 button{grid-column:2;justify-self:start;font:inherit;padding:.35rem 1.2rem;border:0;border-radius:4px;background:#2f5d46;color:#fff}\
 dl{display:grid;grid-template-columns:8rem 1fr}dt{color:#6b6f69}dd{margin:0;font-weight:600}\
@@ -177,8 +177,15 @@ fn render_form(out: &mut String, form: &Form) {
             ),
         );
     }
+    // Browsers complain in their console about a login whose fields do not say what they are.
+    let is_login = form.fields.iter().any(|f| f.input == Input::Password);
+    let hint = if is_login {
+        " autocomplete=\"username\""
+    } else {
+        ""
+    };
     for field in &form.fields {
-        render_field(out, field);
+        render_field(out, field, hint);
     }
     push(
         out,
@@ -189,14 +196,15 @@ fn render_form(out: &mut String, form: &Form) {
     );
 }
 
-fn render_field(out: &mut String, field: &Field) {
+/// `hint` is one more attribute of text fields.
+fn render_field(out: &mut String, field: &Field, hint: &str) {
     let Field { label, name, input } = field;
     push(out, format_args!("<label for=\"{name}\">{label}</label> "));
     match input {
         Input::Text(value) => push(
             out,
             format_args!(
-                "<input type=\"text\" id=\"{name}\" name=\"{name}\" value=\"{}\">\n",
+                "<input type=\"text\" id=\"{name}\" name=\"{name}\" value=\"{}\"{hint}>\n",
                 escape(value)
             ),
         ),
