@@ -1,0 +1,70 @@
+//! Adoption: a result that an earlier attempt published is verified, file by file, and taken over.
+//!
+//! A worker may die between creating the manifest and telling the coordinator, and one that lost its lease may create
+//! it before the next attempt ends. Whoever holds the lease then finishes with what is there.
+
+use espalier_core::id::JobKey;
+use espalier_core::layout;
+use espalier_core::trace::Manifest;
+use espalier_runtime::store::Store;
+use espalier_runtime::tasks;
+use futures::{StreamExt, TryStreamExt};
+
+use super::RecordError;
+
+/// Files read at once: enough to hide latency, few enough that blobs of 16 MB fit into memory.
+const READS_MAX: usize = 4;
+
+/// What lies where the result of a job is published.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Found {
+    /// No manifest.
+    Nothing,
+    /// A manifest all of whose files are as it says.
+    Published(Box<Manifest>),
+    /// A manifest that cannot be trusted. Only the coordinator moves it aside.
+    Invalid {
+        /// The file or rule.
+        reason: String,
+    },
+}
+
+/// Looks for a published result of `key` and verifies every file of it.
+///
+/// # Errors
+/// The store did not answer: nothing is known.
+pub async fn find_published(store: &Store, key: &JobKey) -> Result<Found, RecordError> {
+    let bytes = match store.get(&layout::manifest(key)).await {
+        Ok(bytes) => bytes,
+        Err(error) if error.is_not_found() => return Ok(Found::Nothing),
+        Err(error) => return Err(error.into()),
+    };
+    let manifest = match Manifest::parse(&bytes, key) {
+        Ok(manifest) => manifest,
+        Err(error) => {
+            let reason = error.to_string();
+            return Ok(Found::Invalid { reason });
+        }
+    };
+    let mut checks = futures::stream::iter(manifest.files.clone())
+        .map(|file| async move {
+            let bytes = match store.get(&file.path).await {
+                Ok(bytes) => bytes,
+                Err(error) if error.is_not_found() => {
+                    return Ok(Some(format!("`{}` is missing", file.path)));
+                }
+                Err(error) => return Err(RecordError::from(error)),
+            };
+            let path = file.path.clone();
+            let holds = tasks::blocking("record.verify", move || file.holds(&bytes)).await?;
+            Ok((!holds).then(|| format!("`{path}` is not what the manifest says")))
+        })
+        .buffer_unordered(READS_MAX);
+    while let Some(fault) = checks.try_next().await? {
+        if let Some(reason) = fault {
+            return Ok(Found::Invalid { reason });
+        }
+    }
+    drop(checks);
+    Ok(Found::Published(Box::new(manifest)))
+}

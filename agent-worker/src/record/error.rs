@@ -1,0 +1,60 @@
+//! What goes wrong with recording, and what it means for the attempt.
+
+use std::path::PathBuf;
+
+use espalier_core::error::ErrorClass;
+use espalier_core::trace::TraceError;
+use espalier_runtime::store::StoreError;
+use espalier_runtime::tasks::BlockingFailed;
+
+/// A recording that cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// This machine's disk does not take or give back the steps.
+    #[error("cannot {operation} `{}`", path.display())]
+    Disk {
+        /// What was tried.
+        operation: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The store does not take or give back an object.
+    #[error("cannot publish the trace")]
+    Store(#[from] StoreError),
+    /// A published manifest is there and its files are not what it says.
+    #[error("the published manifest of `{job}` is invalid: {reason}")]
+    InvalidManifest {
+        /// The job.
+        job: String,
+        /// The file or rule.
+        reason: String,
+    },
+    /// The attempt must not publish: its lease is gone or it was told to stop.
+    #[error("stopped before the trace was published")]
+    Stopped,
+    /// A step that is not JSON: a number that JSON cannot hold.
+    #[error("a step cannot be encoded")]
+    Encode(#[source] serde_json::Error),
+    /// The steps do not add up.
+    #[error("the steps of the rollout do not add up to a trace")]
+    Trace(#[from] TraceError),
+    /// Work off the async threads failed.
+    #[error(transparent)]
+    Blocking(#[from] BlockingFailed),
+}
+
+impl RecordError {
+    /// What the queue has to know.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::Encode(_) | Self::Trace(_) => ErrorClass::Handler,
+            Self::Stopped => ErrorClass::Preempted,
+            Self::Disk { .. }
+            | Self::Store(_)
+            | Self::InvalidManifest { .. }
+            | Self::Blocking(_) => ErrorClass::Infra,
+        }
+    }
+}

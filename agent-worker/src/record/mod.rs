@@ -1,0 +1,235 @@
+//! The recorder of one rollout: steps are durable as they happen, and the finished trace becomes visible at once.
+//!
+//! Each step is written to a file of this machine before the rollout goes on, so that it outlives a kill of the
+//! process; the file is synced at most 200 ms later, so that a power loss costs no more than that. In the background
+//! the file's new lines go to the store, as a segment every 10 s or 1 MB, and raw results go there as blobs. Only the
+//! manifest, created once and written last, makes anything visible ([`publish`](Recorder::publish)).
+//!
+//! It does not decide what is recorded (that is the rollout loop) and never removes an object. When a recorder is
+//! dropped its files of this machine go away, after one try to bring the last steps to the store.
+
+mod adopt;
+mod error;
+mod log;
+mod publish;
+mod ship;
+mod spool;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use espalier_core::chat::Message;
+use espalier_core::id::{Fence, JobKey};
+use espalier_core::layout;
+use espalier_core::trace::{
+    BlobRef, FileEntry, Header, ModelCall, Outcome, Step, ToolCallRecord, sha256_hex,
+};
+use espalier_runtime::clock::Clock;
+use espalier_runtime::store::Store;
+use espalier_runtime::tasks::{self, OnFailure, Tasks};
+
+pub use adopt::{Found, find_published};
+pub use error::RecordError;
+pub use publish::Published;
+pub use spool::Spool;
+
+use log::StepLog;
+use ship::Shipment;
+
+/// Most bytes of raw results and pictures that one rollout keeps: sixty screenshots and as many large pages. What
+/// comes after is shown to the model but not kept.
+const BLOB_BYTES_MAX: u64 = 256 << 20;
+
+/// What recorders share.
+#[derive(Clone)]
+pub struct RecordContext {
+    /// Where results go.
+    pub store: Store,
+    /// Where steps are kept until then.
+    pub spool: Spool,
+    /// The time of day.
+    pub clock: Arc<dyn Clock>,
+    /// Where background work runs.
+    pub tasks: Tasks,
+}
+
+/// Records one attempt.
+pub struct Recorder {
+    context: RecordContext,
+    key: JobKey,
+    attempt: u32,
+    fence: Fence,
+    log: Arc<StepLog>,
+    shipment: Arc<Shipment>,
+    header: Option<Box<Header>>,
+    messages: Vec<Message>,
+    model_calls: Vec<ModelCall>,
+    tool_calls: Vec<ToolCallRecord>,
+    blobs: BTreeMap<String, FileEntry>,
+    blob_bytes: u64,
+}
+
+impl Recorder {
+    /// Begins the recording of an attempt.
+    pub async fn open(
+        context: RecordContext,
+        key: JobKey,
+        attempt: u32,
+        fence: Fence,
+    ) -> Result<Self, RecordError> {
+        let log = Arc::new(StepLog::create(context.spool.folder(&key, fence)).await?);
+        let shipment = Arc::new(Shipment::new(
+            context.store.clone(),
+            Arc::clone(&log),
+            key.clone(),
+            fence,
+        ));
+        let work = Arc::clone(&shipment);
+        context
+            .tasks
+            .spawn("record.ship", OnFailure::Log, async move {
+                work.run().await;
+            });
+        Ok(Self {
+            context,
+            key,
+            attempt,
+            fence,
+            log,
+            shipment,
+            header: None,
+            messages: Vec::new(),
+            model_calls: Vec::new(),
+            tool_calls: Vec::new(),
+            blobs: BTreeMap::new(),
+            blob_bytes: 0,
+        })
+    }
+
+    /// The job that is recorded.
+    pub fn key(&self) -> &JobKey {
+        &self.key
+    }
+
+    /// Which attempt at the job this is.
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+
+    /// The lease of the attempt.
+    pub fn fence(&self) -> Fence {
+        self.fence
+    }
+
+    /// The conversation so far.
+    pub fn messages(&self) -> &[Message] {
+        &self.messages
+    }
+
+    /// The tool calls so far.
+    pub fn tool_calls(&self) -> &[ToolCallRecord] {
+        &self.tool_calls
+    }
+
+    /// Records what is known before the first model call.
+    pub async fn header(&mut self, header: Header) -> Result<(), RecordError> {
+        let header = Box::new(header);
+        self.write(&Step::Header(header.clone())).await?;
+        self.header = Some(header);
+        Ok(())
+    }
+
+    /// Records a message and returns its index.
+    pub async fn message(&mut self, message: Message) -> Result<usize, RecordError> {
+        let step = Step::Message { message };
+        self.write(&step).await?;
+        if let Step::Message { message } = step {
+            self.messages.push(message);
+        }
+        Ok(self.messages.len() - 1)
+    }
+
+    /// Records a model call, after its message.
+    pub async fn model_call(&mut self, call: ModelCall) -> Result<(), RecordError> {
+        let call = Box::new(call);
+        self.write(&Step::ModelCall(call.clone())).await?;
+        self.model_calls.push(*call);
+        Ok(())
+    }
+
+    /// Records a tool call, after its message.
+    pub async fn tool_call(&mut self, call: ToolCallRecord) -> Result<(), RecordError> {
+        let call = Box::new(call);
+        self.write(&Step::ToolCall(call.clone())).await?;
+        self.tool_calls.push(*call);
+        Ok(())
+    }
+
+    /// Records the end, as the last step.
+    pub async fn outcome(&mut self, outcome: &Outcome) -> Result<(), RecordError> {
+        self.write(&Step::Outcome(Box::new(outcome.clone()))).await
+    }
+
+    /// Keeps `content` as a blob of the project. None where the rollout has kept as much as it may.
+    pub async fn blob(
+        &mut self,
+        content: Bytes,
+        media_type: &str,
+    ) -> Result<Option<BlobRef>, RecordError> {
+        let size = content.len() as u64;
+        let hashed = content.clone();
+        let sha256 = tasks::blocking("record.hash", move || sha256_hex(&hashed)).await?;
+        let path = layout::blob(&self.key.project, &sha256);
+        if !self.blobs.contains_key(&path) {
+            if self.blob_bytes + size > BLOB_BYTES_MAX {
+                tracing::warn!(job = %self.key, size, "raw result not kept: the rollout's blobs are at their limit");
+                return Ok(None);
+            }
+            self.log.write_blob(&sha256, content).await?;
+            self.blob_bytes += size;
+            let entry = FileEntry {
+                path: path.clone(),
+                size,
+                sha256: sha256.clone(),
+            };
+            self.blobs.insert(path, entry);
+            self.shipment.add_blob(sha256.clone());
+        }
+        Ok(Some(BlobRef {
+            sha256,
+            size,
+            media_type: media_type.to_owned(),
+        }))
+    }
+
+    async fn write(&self, step: &Step) -> Result<(), RecordError> {
+        let mut line = serde_json::to_vec(step).map_err(RecordError::Encode)?;
+        line.push(b'\n');
+        self.log.append(line).await?;
+        self.shipment.written();
+        self.sync_soon();
+        Ok(())
+    }
+
+    /// Syncs the log after a moment, unless that is under way already.
+    fn sync_soon(&self) {
+        if !self.log.begin_sync() {
+            return;
+        }
+        let log = Arc::clone(&self.log);
+        self.context
+            .tasks
+            .spawn("record.sync", OnFailure::Log, async move {
+                log.sync_after_delay().await
+            });
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.shipment.end();
+    }
+}

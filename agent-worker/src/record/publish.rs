@@ -1,0 +1,191 @@
+//! The end of a recording: blobs and trace first, then the manifest, created once.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use espalier_core::layout;
+use espalier_core::trace::{FileEntry, Manifest, Outcome, RolloutSummary, SCHEMA_VERSION, Trace};
+use espalier_runtime::backoff::Backoff;
+use espalier_runtime::store::{Created, StoreErrorKind};
+use espalier_runtime::tasks;
+use espalier_runtime::telemetry;
+
+use super::{Found, RecordError, Recorder, find_published};
+
+/// zstd's own default: traces shrink to a tenth in milliseconds.
+const ZSTD_LEVEL: i32 = 3;
+/// Between tries while the store is away. The lease is kept meanwhile, and the attempt's longest runtime ends the
+/// wait.
+const BACKOFF: Backoff = Backoff {
+    first: Duration::from_secs(1),
+    max: Duration::from_secs(30),
+};
+
+/// A result that everybody can see.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Published {
+    /// Object path of the manifest.
+    pub manifest: String,
+    /// What it says of the rollout.
+    pub summary: RolloutSummary,
+    /// Whether an earlier attempt had published, and this one took that over.
+    pub adopted: bool,
+}
+
+impl Recorder {
+    /// Ends the recording and publishes it. `may_publish` is asked right before the manifest is created, so that an
+    /// attempt which lost its lease while it was suspended publishes nothing. Waits for a store that is away; the
+    /// caller drops the future when the attempt has to stop.
+    ///
+    /// A result that an earlier attempt published is verified and taken over in place of this one.
+    pub async fn publish(
+        mut self,
+        outcome: Outcome,
+        may_publish: impl Fn() -> bool,
+    ) -> Result<Published, RecordError> {
+        self.outcome(&outcome).await?;
+        let trace = self.take_trace(outcome)?;
+        let summary = trace.summary();
+        let packed = tasks::blocking("record.compress", move || pack(&trace)).await??;
+        self.until_stored("blobs", || self.shipment.ship_blobs())
+            .await?;
+        let path = layout::trace(&self.key, self.fence);
+        let entry = FileEntry::of(&path, &packed);
+        self.until_stored("trace", || async {
+            Ok(self.context.store.put(&path, packed.clone()).await?)
+        })
+        .await?;
+        let manifest = self.manifest(entry, summary);
+        let published = self.create(&manifest, may_publish).await?;
+        self.shipment.published();
+        Ok(published)
+    }
+
+    fn take_trace(&mut self, outcome: Outcome) -> Result<Arc<Trace>, RecordError> {
+        let header = self
+            .header
+            .take()
+            .ok_or(espalier_core::trace::TraceError::NoHeader)?;
+        Ok(Arc::new(Trace {
+            header: *header,
+            messages: std::mem::take(&mut self.messages),
+            model_calls: std::mem::take(&mut self.model_calls),
+            tool_calls: std::mem::take(&mut self.tool_calls),
+            outcome,
+        }))
+    }
+
+    fn manifest(&self, trace: FileEntry, summary: RolloutSummary) -> Manifest {
+        let mut files = vec![trace];
+        files.extend(self.blobs.values().cloned());
+        Manifest {
+            schema_version: SCHEMA_VERSION,
+            job: self.key.clone(),
+            attempt: self.attempt,
+            fence: self.fence,
+            created_at_us: self.context.clock.now(),
+            files,
+            parents: vec![layout::job(&self.key)],
+            summary,
+        }
+    }
+
+    async fn create(
+        &self,
+        manifest: &Manifest,
+        may_publish: impl Fn() -> bool,
+    ) -> Result<Published, RecordError> {
+        let path = layout::manifest(&self.key);
+        let content =
+            Bytes::from(serde_json::to_vec_pretty(manifest).map_err(RecordError::Encode)?);
+        let created = self
+            .until_stored("manifest", || async {
+                if !may_publish() {
+                    return Err(RecordError::Stopped);
+                }
+                Ok(self.context.store.create(&path, content.clone()).await?)
+            })
+            .await?;
+        if created == Created::New {
+            return Ok(Published {
+                manifest: path,
+                summary: manifest.summary.clone(),
+                adopted: false,
+            });
+        }
+        self.take_over(manifest).await
+    }
+
+    /// There is a manifest: this attempt's own, after a lost answer, or that of an earlier one.
+    async fn take_over(&self, own: &Manifest) -> Result<Published, RecordError> {
+        let found = self
+            .until_stored("adoption", || {
+                find_published(&self.context.store, &self.key)
+            })
+            .await?;
+        match found {
+            Found::Published(manifest) => Ok(Published {
+                manifest: layout::manifest(&self.key),
+                adopted: manifest.fence != own.fence,
+                summary: manifest.summary,
+            }),
+            Found::Invalid { reason } => Err(RecordError::InvalidManifest {
+                job: self.key.to_string(),
+                reason,
+            }),
+            // Moved aside between the two: the next attempt publishes.
+            Found::Nothing => Err(RecordError::InvalidManifest {
+                job: self.key.to_string(),
+                reason: "it went away while it was read".to_owned(),
+            }),
+        }
+    }
+
+    /// Does `work` again and again while the store may come back.
+    async fn until_stored<T, F>(
+        &self,
+        what: &'static str,
+        work: impl Fn() -> F,
+    ) -> Result<T, RecordError>
+    where
+        F: Future<Output = Result<T, RecordError>>,
+    {
+        let mut failures = 0;
+        loop {
+            let error = match work().await {
+                Ok(value) => return Ok(value),
+                Err(RecordError::Store(error)) if may_come_back(error.kind) => error,
+                Err(error) => return Err(error),
+            };
+            failures += 1;
+            let error = telemetry::error_chain(&error);
+            tracing::warn!(job = %self.key, what, failures, error, "cannot publish yet: trying again");
+            tokio::time::sleep(BACKOFF.jittered(failures)).await;
+        }
+    }
+}
+
+fn may_come_back(kind: StoreErrorKind) -> bool {
+    match kind {
+        StoreErrorKind::Unavailable { .. } | StoreErrorKind::Full | StoreErrorKind::Denied => true,
+        StoreErrorKind::NotFound | StoreErrorKind::Invalid => false,
+    }
+}
+
+fn pack(trace: &Trace) -> Result<Bytes, RecordError> {
+    let json = serde_json::to_vec(trace).map_err(RecordError::Encode)?;
+    compress(&json)
+}
+
+/// `bytes` as zstd.
+pub(super) fn compress(bytes: &[u8]) -> Result<Bytes, RecordError> {
+    let packed =
+        zstd::encode_all(bytes, ZSTD_LEVEL).map_err(|source: io::Error| RecordError::Disk {
+            operation: "compress",
+            path: "steps".into(),
+            source,
+        })?;
+    Ok(packed.into())
+}

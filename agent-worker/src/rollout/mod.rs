@@ -1,0 +1,427 @@
+//! One rollout: model and tools in turns, over one or several turns of the user, until an answer or a limit; then the
+//! verdict. The worker's handler and `espalier chat` call [`run`].
+//!
+//! What happens next is decided by `decide` and `calls`, which are pure; this module and `tools` do what they say and
+//! record it. What the model does wrong (an unknown tool, broken JSON, a tool that fails) is told to the model. What
+//! the rollout stands on (the endpoint, a browser, the disk) ends the attempt with an error.
+//!
+//! A rollout is stopped by dropping its future: connections and browser contexts go with it.
+
+mod calls;
+mod conversation;
+mod decide;
+mod error;
+mod model_turn;
+mod probes;
+#[cfg(test)]
+mod tests;
+mod tools;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_core::chat::{Message, ToolCall, ToolDef};
+use espalier_core::spec::{Limits, RolloutSpec, VerifyDraft};
+use espalier_core::trace::{
+    Header, McpServerInfo, Outcome, Provenance, SCHEMA_VERSION, StopReason, Totals, Verdict,
+};
+use espalier_qwen3_text::Tokenizer;
+use espalier_runtime::clock::Clock;
+use espalier_runtime::model::ModelClient;
+use espalier_runtime::tasks::with_deadline;
+use espalier_runtime::telemetry::names::{attribute, metric, operation, span};
+use espalier_runtime::telemetry::{Metrics, inject_traceparent, metrics};
+use serde_json::{Map, Value};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use crate::mcp::{McpError, McpHost, ServerInfo, Toolbox};
+use crate::record::Recorder;
+use crate::verify::{Evidence, judge};
+
+pub use conversation::{Approver, Conversation, Question, Scripted, Seen, UserTurn};
+pub use error::RolloutError;
+pub use probes::Hooks;
+
+use calls::Fate;
+use decide::{Action, Event, Progress, decide};
+use model_turn::LastTokens;
+use probes::Live;
+
+/// Longest that all checks of a rollout may take together: a few probes at their own limit.
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(120);
+/// Longest that the browser may take to tell its address.
+const URL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest that giving back the servers may take; they are taken back anyway.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What rollouts share.
+#[derive(Clone)]
+pub struct Services {
+    /// The MCP servers.
+    pub mcp: McpHost,
+    /// The model's endpoint.
+    pub model: ModelClient,
+    /// The model of jobs that name none.
+    pub model_name: String,
+    /// Whether the endpoint takes what vLLM adds to OpenAI's API.
+    pub vllm_extensions: bool,
+    /// More fields of every request.
+    pub extra: Map<String, Value>,
+    /// Measures what the model is shown.
+    pub tokenizer: Tokenizer,
+    /// HTTP hooks of verifiers.
+    pub hooks: Hooks,
+    /// The time of day.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// What is to be rolled out.
+#[derive(Clone, Copy, Debug)]
+pub struct Order<'a> {
+    /// The rollout.
+    pub spec: &'a RolloutSpec,
+    /// How it was asked to be judged, for the trace.
+    pub verify: Option<&'a VerifyDraft>,
+    /// The job's labels.
+    pub labels: &'a BTreeMap<String, String>,
+}
+
+/// Runs a rollout up to its verdict. The steps are in `recorder` when it returns; publishing them is the caller's.
+///
+/// # Errors
+/// The attempt cannot go on. A rollout that merely did badly is an [`Outcome`].
+pub async fn run<C: Conversation>(
+    services: &Services,
+    order: Order<'_>,
+    recorder: &mut Recorder,
+    conversation: &mut C,
+    cancel: CancellationToken,
+) -> Result<Outcome, RolloutError> {
+    let span = agent_span(services, order, recorder);
+    let began = Instant::now();
+    let ran = Box::pin(connect_and_run(
+        services,
+        order,
+        recorder,
+        conversation,
+        cancel,
+    ));
+    let outcome = ran.instrument(span.clone()).await;
+    Metrics::record(&metrics().invoke_agent_duration, began.elapsed(), &[]);
+    match &outcome {
+        Ok(outcome) => {
+            span.record(attribute::OUTCOME, outcome.stop.as_str());
+            span.record(
+                attribute::GEN_AI_USAGE_INPUT_TOKENS,
+                outcome.totals.prompt_tokens,
+            );
+            span.record(
+                attribute::GEN_AI_USAGE_OUTPUT_TOKENS,
+                outcome.totals.completion_tokens,
+            );
+            if let Some(verdict) = &outcome.verdict {
+                span.record(attribute::REWARD, verdict.reward);
+            }
+        }
+        Err(error) => {
+            span.record(attribute::ERROR_TYPE, error.class().as_str());
+        }
+    }
+    outcome
+}
+
+fn agent_span(services: &Services, order: Order<'_>, recorder: &Recorder) -> tracing::Span {
+    let task = &order.spec.task;
+    let agent = task.task_kind.as_deref().unwrap_or("rollout");
+    tracing::info_span!(
+        span::INVOKE_AGENT,
+        "otel.name" = format!("{} {agent}", span::INVOKE_AGENT),
+        { attribute::GEN_AI_OPERATION_NAME } = operation::INVOKE_AGENT,
+        { attribute::GEN_AI_AGENT_NAME } = agent,
+        { attribute::GEN_AI_CONVERSATION_ID } = trace_id(recorder),
+        { attribute::GEN_AI_REQUEST_MODEL } = model_name(services, order.spec),
+        { attribute::PROJECT } = %recorder.key().project,
+        { attribute::BATCH } = %recorder.key().batch,
+        { attribute::JOB } = %recorder.key().job,
+        { attribute::TASK } = task.task_id.as_deref(),
+        { attribute::TASK_KIND } = task.task_kind.as_deref(),
+        { attribute::GEN_AI_USAGE_INPUT_TOKENS } = tracing::field::Empty,
+        { attribute::GEN_AI_USAGE_OUTPUT_TOKENS } = tracing::field::Empty,
+        { attribute::OUTCOME } = tracing::field::Empty,
+        { attribute::REWARD } = tracing::field::Empty,
+        { attribute::ERROR_TYPE } = tracing::field::Empty,
+    )
+}
+
+async fn connect_and_run<C: Conversation>(
+    services: &Services,
+    order: Order<'_>,
+    recorder: &mut Recorder,
+    conversation: &mut C,
+    cancel: CancellationToken,
+) -> Result<Outcome, RolloutError> {
+    let project = recorder.key().project.clone();
+    let name = trace_id(recorder);
+    let (uses, policy) = (&order.spec.mcp, &order.spec.tools);
+    let toolbox = services
+        .mcp
+        .connect(&project, &name, uses, policy, cancel.clone())
+        .await?;
+    let rollout = Rollout {
+        services,
+        order,
+        toolbox: &toolbox,
+        recorder,
+        conversation,
+        tools: toolbox
+            .tools()
+            .iter()
+            .map(|tool| tool.def.clone())
+            .collect(),
+        cancel,
+        totals: Totals::default(),
+        began: None,
+        turn: TurnClock::new(),
+        pending: Vec::new(),
+        last_tokens: None,
+    };
+    let outcome = Box::pin(rollout.run()).await;
+    // One that does not close in time is cleaned up by the host.
+    let _ = with_deadline("mcp.close", CLOSE_TIMEOUT, toolbox.close()).await;
+    outcome
+}
+
+/// The name of the trace.
+fn trace_id(recorder: &Recorder) -> String {
+    format!("{}@{}", recorder.key(), recorder.fence())
+}
+
+fn model_name<'a>(services: &'a Services, spec: &'a RolloutSpec) -> &'a str {
+    spec.model.as_deref().unwrap_or(&services.model_name)
+}
+
+/// A rollout under way.
+struct Rollout<'a, C> {
+    services: &'a Services,
+    order: Order<'a>,
+    toolbox: &'a Toolbox,
+    recorder: &'a mut Recorder,
+    conversation: &'a mut C,
+    /// The tools as they are offered.
+    tools: Vec<ToolDef>,
+    cancel: CancellationToken,
+    totals: Totals,
+    /// When the first model call began.
+    began: Option<Instant>,
+    turn: TurnClock,
+    /// Calls of the last turn that are not answered yet.
+    pending: Vec<(ToolCall, Fate)>,
+    last_tokens: Option<LastTokens>,
+}
+
+/// How a turn's time was spent.
+struct TurnClock {
+    began: Instant,
+    /// Spent waiting for the model, the tools, or an answer to a question.
+    elsewhere: Duration,
+    result_chars: usize,
+}
+
+impl TurnClock {
+    fn new() -> Self {
+        Self {
+            began: Instant::now(),
+            elsewhere: Duration::ZERO,
+            result_chars: 0,
+        }
+    }
+}
+
+impl<C: Conversation> Rollout<'_, C> {
+    async fn run(mut self) -> Result<Outcome, RolloutError> {
+        self.begin().await?;
+        let stop = self.converse().await?;
+        self.conclude(stop).await
+    }
+
+    /// Header and system texts.
+    async fn begin(&mut self) -> Result<(), RolloutError> {
+        let header = self.header();
+        self.recorder.header(header).await?;
+        let spec = self.order.spec;
+        for (text, hint) in [(&spec.system, false), (&spec.hints, true)] {
+            if let Some(content) = text.clone() {
+                self.say(Message::System { content, hint }).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn header(&self) -> Header {
+        let spec = self.order.spec;
+        let servers = self.toolbox.servers();
+        Header {
+            schema_version: SCHEMA_VERSION,
+            id: trace_id(self.recorder),
+            job: self.recorder.key().clone(),
+            attempt: self.recorder.attempt(),
+            fence: self.recorder.fence(),
+            started_at_us: self.services.clock.now(),
+            otel_trace_id: inject_traceparent().map(|parent| parent.trace_id()),
+            task: spec.task.clone(),
+            labels: self.order.labels.clone(),
+            provenance: Provenance {
+                espalier_version: env!("CARGO_PKG_VERSION").to_owned(),
+                model: model_name(self.services, spec).to_owned(),
+                sampling: spec.sampling.clone(),
+                tools_sha256: self.toolbox.tool_list_digest(),
+                browser: servers.iter().find_map(|server| server.browser.clone()),
+                mcp_servers: servers.into_iter().map(server_info).collect(),
+                tokenizer_sha256: None,
+            },
+            tools: self.tools.clone(),
+            verify: self.order.verify.cloned(),
+        }
+    }
+
+    async fn converse(&mut self) -> Result<StopReason, RolloutError> {
+        let mut action = Action::AskUser;
+        loop {
+            let event = match action {
+                Action::AskUser => self.ask_user().await?,
+                Action::CallModel => self.call_model().await?,
+                Action::AnswerCalls => self.answer_calls().await?,
+                Action::Stop(reason) => return Ok(reason),
+            };
+            let progress = Progress {
+                totals: &self.totals,
+                elapsed: self.elapsed(),
+            };
+            action = decide(progress, self.limits(), event);
+        }
+    }
+
+    async fn ask_user(&mut self) -> Result<Event, RolloutError> {
+        match self.conversation.next_turn().await {
+            UserTurn::Done(reason) => Ok(Event::UserDone(reason)),
+            UserTurn::Say(content) => {
+                self.say(Message::User { content }).await?;
+                Ok(Event::UserSpoke)
+            }
+        }
+    }
+
+    /// Adds a message and returns its index.
+    async fn say(&mut self, message: Message) -> Result<usize, RolloutError> {
+        let index = self.recorder.message(message).await?;
+        if let Some(message) = self.recorder.messages().last() {
+            self.conversation.see(Seen::Said(message));
+        }
+        Ok(index)
+    }
+
+    /// Final address, verdict and sums.
+    async fn conclude(&mut self, stop: StopReason) -> Result<Outcome, RolloutError> {
+        let final_url = self.final_url().await?;
+        let verdict = match &self.order.spec.verify {
+            Some(_) => Some(self.judge(final_url.as_deref()).await?),
+            None => None,
+        };
+        self.totals.wall_ms = millis(self.elapsed());
+        Ok(Outcome {
+            stop,
+            ended_at_us: self.services.clock.now(),
+            final_url,
+            verdict,
+            totals: self.totals,
+        })
+    }
+
+    async fn judge(&self, final_url: Option<&str>) -> Result<Verdict, RolloutError> {
+        let Some(verify) = &self.order.spec.verify else {
+            return Ok(Verdict {
+                reward: 0.0,
+                checks: Vec::new(),
+            });
+        };
+        let evidence = Evidence {
+            answer: last_answer(self.recorder.messages()),
+            final_url,
+            tool_calls: self.recorder.tool_calls(),
+        };
+        let probes = Live {
+            toolbox: self.toolbox,
+            hooks: &self.services.hooks,
+        };
+        let span = tracing::info_span!(span::VERIFY, { attribute::REWARD } = tracing::field::Empty);
+        let judged = judge(verify, &evidence, &probes).instrument(span.clone());
+        let verdict = with_deadline("rollout.verify", VERIFY_TIMEOUT, judged).await??;
+        span.record(attribute::REWARD, verdict.reward);
+        Ok(verdict)
+    }
+
+    /// None without a browser, and where the page does not tell in time: it may stand in a dialog.
+    async fn final_url(&self) -> Result<Option<String>, RolloutError> {
+        match self.toolbox.current_url(URL_TIMEOUT).await {
+            Ok(url) => Ok(Some(url).filter(|url| !url.is_empty())),
+            Err(McpError::Invalid(_) | McpError::Deadline { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The turn is over: tells what it cost beside model and tools.
+    fn end_turn(&mut self) {
+        let turn = std::mem::replace(&mut self.turn, TurnClock::new());
+        let overhead = turn.began.elapsed().saturating_sub(turn.elsewhere);
+        Metrics::record(&metrics().rollout_turn_overhead, overhead, &[]);
+        tracing::debug!(
+            turn = self.totals.turns,
+            overhead_us = u64::try_from(overhead.as_micros()).unwrap_or(u64::MAX),
+            result_chars = turn.result_chars,
+            metric = metric::ROLLOUT_TURN_OVERHEAD,
+            "turn ended"
+        );
+        self.conversation.see(Seen::TurnCost {
+            turn: self.totals.turns,
+            overhead,
+            result_chars: turn.result_chars,
+        });
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.order.spec.limits
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.began.map_or(Duration::ZERO, |began| began.elapsed())
+    }
+
+    /// What is left of the rollout's time.
+    fn time_left(&self) -> Duration {
+        decide::wall(self.limits()).saturating_sub(self.elapsed())
+    }
+}
+
+fn server_info(server: ServerInfo) -> McpServerInfo {
+    McpServerInfo {
+        name: server.name,
+        implementation: server.title,
+        version: server.package_version.unwrap_or(server.version),
+        protocol: server.protocol,
+    }
+}
+
+fn last_answer(messages: &[Message]) -> &str {
+    let said = messages.iter().rev().find_map(|message| match message {
+        Message::Assistant { content, .. } => Some(content.as_str()),
+        _ => None,
+    });
+    said.unwrap_or_default()
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,205 @@
+//! One turn of the model: the request as the model's template wants it, and what is recorded of the answer.
+
+use espalier_core::chat::Message;
+use espalier_core::trace::{ModelCall, PromptTokens};
+use espalier_runtime::model::{ChatRequest, ChatTurn, ModelError};
+use espalier_runtime::telemetry::metrics;
+use serde_json::{Map, Value, json};
+use tokio::time::Instant;
+
+use super::conversation::{Conversation, Seen};
+use super::decide::Event;
+use super::{Rollout, RolloutError, TurnClock, calls, millis, model_name};
+
+/// Token ids of the last call, from which the next prompt is told as a difference.
+#[derive(Default)]
+pub(super) struct LastTokens {
+    call: usize,
+    ids: Vec<u32>,
+}
+
+impl<C: Conversation> Rollout<'_, C> {
+    /// Calls the model and records its turn.
+    pub(super) async fn call_model(&mut self) -> Result<Event, RolloutError> {
+        self.turn = TurnClock::new();
+        self.began.get_or_insert_with(Instant::now);
+        self.conversation.see(Seen::Thinking);
+        let started_at_us = self.services.clock.now();
+        let (messages, extra) = (on_the_wire(self.recorder.messages()), self.extra());
+        let request = ChatRequest {
+            model: model_name(self.services, self.order.spec),
+            messages: &messages,
+            tools: &self.tools,
+            sampling: &self.order.spec.sampling,
+            extra: &extra,
+        };
+        let asked = Instant::now();
+        let answered = tokio::select! {
+            answered = self.services.model.chat(&request, &self.cancel) => answered,
+            () = tokio::time::sleep(self.time_left()) => return Ok(Event::TimeUp),
+        };
+        self.turn.elsewhere += asked.elapsed();
+        let turn = match answered {
+            Ok(turn) => turn,
+            Err(ModelError::ContextLength { .. }) => return Ok(Event::ContextFull),
+            Err(error) => return Err(error.into()),
+        };
+        let cut = turn.finish_reason == "length";
+        let call = self.model_call(&turn, started_at_us);
+        self.record_turn(turn, call).await?;
+        let calls = self.pending.len();
+        if calls == 0 {
+            self.end_turn();
+        }
+        Ok(Event::TurnEnded { calls, cut })
+    }
+
+    /// Settings that are no part of OpenAI's API.
+    fn extra(&self) -> Map<String, Value> {
+        let mut extra = self.services.extra.clone();
+        if self.services.vllm_extensions {
+            let thinking = self.order.spec.sampling.thinking;
+            extra
+                .entry("chat_template_kwargs")
+                .or_insert_with(|| json!({"enable_thinking": thinking}));
+            extra.entry("return_token_ids").or_insert(Value::Bool(true));
+        }
+        extra
+    }
+
+    /// What is recorded of the call; its message is the next one.
+    fn model_call(
+        &mut self,
+        turn: &ChatTurn,
+        started_at_us: espalier_core::time::Timestamp,
+    ) -> ModelCall {
+        let usage = turn.usage;
+        ModelCall {
+            message: self.recorder.messages().len(),
+            model: turn.model.clone(),
+            adapter: None,
+            prompt: self.prompt_tokens(turn),
+            completion_ids: turn.token_ids.clone(),
+            logprobs: turn.logprobs.clone(),
+            finish_reason: turn.finish_reason.clone(),
+            prompt_tokens: usage.map_or(0, |usage| usage.prompt_tokens),
+            completion_tokens: usage.map_or(0, |usage| usage.completion_tokens),
+            started_at_us,
+            first_token_ms: turn.first_token.map(millis),
+            latency_ms: millis(turn.latency),
+            retries: turn.retries,
+        }
+    }
+
+    fn prompt_tokens(&mut self, turn: &ChatTurn) -> Option<PromptTokens> {
+        let ids = turn.prompt_token_ids.as_ref()?;
+        let call = self.totals.turns as usize;
+        let told = told_by_difference(ids, self.last_tokens.as_ref());
+        let mut all = ids.clone();
+        all.extend(turn.token_ids.iter().flatten());
+        self.last_tokens = Some(LastTokens { call, ids: all });
+        Some(told)
+    }
+
+    async fn record_turn(&mut self, turn: ChatTurn, call: ModelCall) -> Result<(), RolloutError> {
+        let toolbox = self.toolbox;
+        self.pending = calls::prepare(
+            turn.tool_calls,
+            self.limits().tool_calls_per_turn_max,
+            |name| toolbox.tool(name).is_some(),
+        );
+        let tool_calls = self.pending.iter().map(|(call, _)| call.clone()).collect();
+        self.totals.turns += 1;
+        self.totals.prompt_tokens += call.prompt_tokens;
+        self.totals.completion_tokens += call.completion_tokens;
+        metrics().rollout_turns.add(1, &[]);
+        self.say(Message::assistant(turn.content, turn.reasoning, tool_calls))
+            .await?;
+        self.recorder.model_call(call).await?;
+        Ok(())
+    }
+}
+
+/// `ids` as a change to the tokens of the last call.
+fn told_by_difference(ids: &[u32], last: Option<&LastTokens>) -> PromptTokens {
+    let Some(last) = last else {
+        return PromptTokens {
+            extends: None,
+            keep: 0,
+            append: ids.to_vec(),
+        };
+    };
+    let keep = ids
+        .iter()
+        .zip(&last.ids)
+        .take_while(|(a, b)| a == b)
+        .count();
+    PromptTokens {
+        extends: Some(last.call),
+        keep,
+        append: ids[keep..].to_vec(),
+    }
+}
+
+/// The conversation as it is sent: Qwen3's template has one system block, so system text and hints go as one message.
+fn on_the_wire(messages: &[Message]) -> Vec<Message> {
+    let is_system = |message: &&Message| matches!(message, Message::System { .. });
+    let systems: Vec<&str> = messages
+        .iter()
+        .take_while(is_system)
+        .map(Message::content)
+        .collect();
+    let rest = &messages[systems.len()..];
+    let mut sent = Vec::with_capacity(rest.len() + 1);
+    if !systems.is_empty() {
+        sent.push(Message::System {
+            content: systems.join("\n\n"),
+            hint: false,
+        });
+    }
+    sent.extend_from_slice(rest);
+    sent
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn system_and_hints_go_as_one_message() {
+        let system = |content: &str, hint| Message::System {
+            content: content.into(),
+            hint,
+        };
+        let user = Message::User {
+            content: "hi".into(),
+        };
+        let sent = on_the_wire(&[
+            system("be brief", false),
+            system("look below", true),
+            user.clone(),
+        ]);
+        assert_eq!(
+            sent,
+            [system("be brief\n\nlook below", false), user.clone()]
+        );
+        assert_eq!(on_the_wire(std::slice::from_ref(&user)), [user]);
+    }
+
+    #[test]
+    fn a_prompt_is_told_as_a_change_to_the_last_call() {
+        let first = told_by_difference(&[1, 2], None);
+        assert_eq!((first.extends, first.append), (None, vec![1, 2]));
+        let last = LastTokens {
+            call: 0,
+            ids: vec![1, 2, 3, 4],
+        };
+        let next = told_by_difference(&[1, 2, 3, 9, 9], Some(&last));
+        assert_eq!(
+            (next.extends, next.keep, next.append),
+            (Some(0), 3, vec![9, 9])
+        );
+        let shorter = told_by_difference(&[1], Some(&last));
+        assert_eq!((shorter.keep, shorter.append), (1, vec![]));
+    }
+}

@@ -1,0 +1,239 @@
+//! Answers the calls of one turn, one after the other in their order, and records each.
+
+use std::time::Duration;
+
+use espalier_core::chat::{Message, ToolCall};
+use espalier_core::spec::Observation;
+use espalier_core::time::Timestamp;
+use espalier_core::trace::{BlobRef, Decision, ToolCallRecord};
+use espalier_runtime::tasks;
+use espalier_runtime::telemetry::names::{attribute, operation, span};
+use espalier_runtime::telemetry::{Metrics, metrics};
+use opentelemetry::KeyValue;
+use tokio::time::Instant;
+use tracing::Instrument;
+
+use super::calls::Fate;
+use super::conversation::{Conversation, Question, Seen};
+use super::decide::Event;
+use super::{Rollout, RolloutError, millis};
+use crate::mcp::{McpError, OfferedTool, ToolOutcome};
+use crate::observe::shape;
+
+/// What the model is told of a call that was refused: the workshop's words.
+const REJECTED: &str = "User rejected tool call.";
+
+/// What came of one call.
+struct Answer {
+    decision: Decision,
+    text: String,
+    is_error: bool,
+    raw: Option<BlobRef>,
+    images: Vec<BlobRef>,
+    tokens: u64,
+    truncated: bool,
+}
+
+impl<C: Conversation> Rollout<'_, C> {
+    /// Answers the turn's calls until the time is up.
+    pub(super) async fn answer_calls(&mut self) -> Result<Event, RolloutError> {
+        for (call, fate) in std::mem::take(&mut self.pending) {
+            if self.time_left().is_zero() {
+                return Ok(Event::TimeUp);
+            }
+            self.answer_call(call, fate).await?;
+        }
+        self.end_turn();
+        Ok(Event::CallsAnswered)
+    }
+
+    async fn answer_call(&mut self, call: ToolCall, fate: Fate) -> Result<(), RolloutError> {
+        let started_at_us = self.services.clock.now();
+        let waited_before = self.turn.elsewhere;
+        let answer = match fate {
+            Fate::Refuse { decision, text } => self.explain(decision, text).await?,
+            Fate::Run => self.run_tool(&call).await?,
+        };
+        let latency = self.turn.elsewhere - waited_before;
+        self.record(call, answer, started_at_us, latency).await
+    }
+
+    /// Runs an offered tool, after a yes where one is needed.
+    async fn run_tool(&mut self, call: &ToolCall) -> Result<Answer, RolloutError> {
+        let (name, arguments) = (&call.function.name, &call.function.arguments);
+        let mut decision = Decision::Allowed;
+        if self
+            .toolbox
+            .tool(name)
+            .is_some_and(|tool| tool.needs_approval)
+        {
+            if !self.is_approved(call).await {
+                return self.explain(Decision::Rejected, REJECTED.to_owned()).await;
+            }
+            decision = Decision::Approved;
+        }
+        self.conversation.see(Seen::ToolCalled { name, arguments });
+        let limit = Duration::from_secs(self.limits().tool_call_s.into()).min(self.time_left());
+        let began = Instant::now();
+        let span = tool_span(self.toolbox.tool(name), call);
+        let ran = self
+            .toolbox
+            .call(name, arguments.clone(), limit)
+            .instrument(span.clone())
+            .await;
+        self.turn.elsewhere += began.elapsed();
+        count(name, &ran, began.elapsed());
+        match ran {
+            Ok(outcome) => {
+                if outcome.is_error {
+                    span.record(attribute::ERROR_TYPE, "tool_error");
+                }
+                self.show(decision, outcome).await
+            }
+            Err(McpError::UnknownTool { name }) => {
+                self.explain(Decision::Unknown, format!("Tool {name} not found"))
+                    .await
+            }
+            // The server is alive, as the toolbox has made sure of: the tool is slow, which the model may know.
+            Err(McpError::Deadline { after, .. }) => {
+                let text = format!("Error: {name} did not end within {} s.", after.as_secs());
+                self.explain(decision, text).await
+            }
+            Err(error) => {
+                span.record(attribute::ERROR_TYPE, error.class().as_str());
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn is_approved(&mut self, call: &ToolCall) -> bool {
+        let timeout = Duration::from_secs(self.limits().ask_s.into()).min(self.time_left());
+        let question = Question {
+            tool: &call.function.name,
+            arguments: &call.function.arguments,
+            timeout,
+        };
+        let began = Instant::now();
+        let answered = self.conversation.approve(question);
+        let answer = tasks::with_deadline("rollout.ask", timeout, answered).await;
+        self.turn.elsewhere += began.elapsed();
+        answer.unwrap_or(false)
+    }
+
+    /// Keeps the whole result and shapes what the model is shown of it.
+    async fn show(
+        &mut self,
+        decision: Decision,
+        outcome: ToolOutcome,
+    ) -> Result<Answer, RolloutError> {
+        self.turn.result_chars += outcome.text.chars().count();
+        let raw = self.recorder.blob(outcome.raw, "application/json").await?;
+        let mut images = Vec::new();
+        for (media_type, image) in outcome.images {
+            images.extend(self.recorder.blob(image, &media_type).await?);
+        }
+        let answer = self.shape(decision, outcome.text, outcome.is_error).await?;
+        Ok(Answer {
+            raw,
+            images,
+            ..answer
+        })
+    }
+
+    /// An error of ours in place of a result.
+    async fn explain(&self, decision: Decision, text: String) -> Result<Answer, RolloutError> {
+        self.shape(decision, text, true).await
+    }
+
+    async fn shape(
+        &self,
+        decision: Decision,
+        text: String,
+        is_error: bool,
+    ) -> Result<Answer, RolloutError> {
+        let rule: Observation = self.order.spec.observation;
+        let tokenizer = self.services.tokenizer.clone();
+        let shape = move || shape(&text, rule, &tokenizer);
+        let shaped = tasks::blocking("rollout.shape", shape).await?;
+        Ok(Answer {
+            decision,
+            text: shaped.text,
+            is_error,
+            raw: None,
+            images: Vec::new(),
+            tokens: shaped.tokens as u64,
+            truncated: shaped.truncated,
+        })
+    }
+
+    async fn record(
+        &mut self,
+        call: ToolCall,
+        answer: Answer,
+        started_at_us: Timestamp,
+        latency: Duration,
+    ) -> Result<(), RolloutError> {
+        let offered = self.toolbox.tool(&call.function.name);
+        let message = self
+            .recorder
+            .message(Message::Tool {
+                tool_call_id: call.id.clone(),
+                content: answer.text,
+            })
+            .await?;
+        let record = ToolCallRecord {
+            message,
+            call_id: call.id,
+            server: offered.map(|tool| tool.server.clone()),
+            tool: offered.map(|tool| tool.raw_name.clone()),
+            name: call.function.name,
+            arguments: call.function.arguments,
+            decision: answer.decision,
+            is_error: answer.is_error,
+            raw: answer.raw,
+            images: answer.images,
+            shown_tokens: answer.tokens,
+            truncated: answer.truncated,
+            started_at_us,
+            latency_ms: millis(latency),
+        };
+        self.totals.tool_calls += 1;
+        self.totals.tool_errors += u32::from(record.is_error);
+        self.recorder.tool_call(record).await?;
+        if let (Some(message), Some(record)) = (
+            self.recorder.messages().last(),
+            self.recorder.tool_calls().last(),
+        ) {
+            let shown = message.content();
+            self.conversation.see(Seen::ToolAnswered { record, shown });
+        }
+        Ok(())
+    }
+}
+
+fn tool_span(offered: Option<&OfferedTool>, call: &ToolCall) -> tracing::Span {
+    let name = call.function.name.as_str();
+    tracing::info_span!(
+        span::EXECUTE_TOOL,
+        "otel.name" = format!("{} {name}", span::EXECUTE_TOOL),
+        { attribute::GEN_AI_OPERATION_NAME } = operation::EXECUTE_TOOL,
+        { attribute::GEN_AI_TOOL_NAME } = name,
+        { attribute::GEN_AI_TOOL_CALL_ID } = call.id,
+        { attribute::GEN_AI_TOOL_TYPE } = "extension",
+        { attribute::MCP_METHOD_NAME } = "tools/call",
+        { attribute::MCP_SERVER } = offered.map(|tool| tool.server.as_str()),
+        { attribute::ERROR_TYPE } = tracing::field::Empty,
+    )
+}
+
+fn count(name: &str, ran: &Result<ToolOutcome, McpError>, took: Duration) {
+    let mut labels = vec![KeyValue::new(attribute::GEN_AI_TOOL_NAME, name.to_owned())];
+    match ran {
+        Ok(outcome) if outcome.is_error => {
+            labels.push(KeyValue::new(attribute::ERROR_TYPE, "tool_error"));
+        }
+        Ok(_) => {}
+        Err(error) => labels.push(KeyValue::new(attribute::ERROR_TYPE, error.class().as_str())),
+    }
+    Metrics::record(&metrics().execute_tool_duration, took, &labels);
+}
