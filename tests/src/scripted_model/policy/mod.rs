@@ -7,6 +7,8 @@ mod booking;
 mod goal;
 mod reading;
 mod shop;
+#[cfg(test)]
+mod tests;
 
 use serde_json::{Value, json};
 
