@@ -1,5 +1,5 @@
 //! What every Espalier process is made of: configuration, supervised tasks, shutdown, telemetry, the object store,
-//! gRPC channels and the model client.
+//! gRPC channels, the model client and the worker loop.
 //!
 //! Nothing here knows what a process is for. The coordinator and the workers build on these modules; the rules and
 //! types of the domain are in `espalier-core`.
@@ -15,3 +15,4 @@ pub mod store;
 pub mod tasks;
 pub mod telemetry;
 pub mod traces;
+pub mod worker;

@@ -1,0 +1,369 @@
+//! What a worker holds: leases, results that nobody acknowledged yet, and what is due when. Pure but for the shared
+//! [`Lease`] of each entry; time comes in as arguments.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use espalier_core::id::{Fence, JobKey};
+use espalier_proto::v1;
+use tokio::time::Instant;
+
+use super::lease::{Lease, Stop, stop_at};
+
+/// Most results that wait for an acknowledgement before the worker takes no more jobs: the coordinator is there but
+/// its queue is not, and a result is some kilobytes.
+const UNACKED_MAX: usize = 1_000;
+/// How long a result waits before it is sent again over the same stream.
+const RESEND_AFTER: Duration = Duration::from_secs(15);
+/// Renewals that may be under way for one lease; more are not sent, since one answer serves as well.
+const RENEWALS_IN_FLIGHT_MAX: usize = 4;
+/// Most leases in one message, as the protocol says.
+const BATCH_MAX: usize = 1_000;
+
+/// Names a lease.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct LeaseId {
+    pub job: JobKey,
+    pub fence: Fence,
+}
+
+impl LeaseId {
+    pub(super) fn from_wire(lease: Option<&v1::Lease>) -> Option<Self> {
+        let lease = lease?;
+        let job = lease.job.parse().ok()?;
+        let fence = Fence(lease.fence);
+        Some(Self { job, fence })
+    }
+
+    pub(super) fn to_wire(&self) -> v1::Lease {
+        v1::Lease {
+            job: self.job.to_string(),
+            fence: self.fence.0,
+        }
+    }
+}
+
+struct Held {
+    lease: Lease,
+    ttl: Duration,
+    renew_at: Instant,
+    /// When renewals were sent that are not answered yet, oldest first.
+    in_flight: VecDeque<Instant>,
+    /// Whether its task still runs, which takes up a slot.
+    running: bool,
+    /// Whether anything is still to be reported of it.
+    ours: bool,
+    result: Option<Unacked>,
+}
+
+struct Unacked {
+    result: v1::Result,
+    send_at: Instant,
+}
+
+/// Everything that the worker holds.
+#[derive(Default)]
+pub(super) struct Book {
+    held: BTreeMap<LeaseId, Held>,
+}
+
+impl Book {
+    /// Takes up a granted lease. None: it is held already, since grants may come twice.
+    pub(super) fn grant(&mut self, id: &LeaseId, ttl: Duration, now: Instant) -> Option<Lease> {
+        if self.held.contains_key(id) {
+            return None;
+        }
+        // A newer lease of the same job means that the older one is no more.
+        let older: Vec<LeaseId> = self
+            .held
+            .keys()
+            .filter(|held| held.job == id.job)
+            .cloned()
+            .collect();
+        for old in older {
+            self.lose(&old, Stop::Lost);
+        }
+        let lease = Lease::new(stop_at(now, ttl));
+        let held = Held {
+            lease: lease.clone(),
+            ttl,
+            renew_at: now + spread(ttl),
+            in_flight: VecDeque::new(),
+            running: true,
+            ours: true,
+            result: None,
+        };
+        self.held.insert(id.clone(), held);
+        Some(lease)
+    }
+
+    /// The job's task ended with `result`.
+    pub(super) fn ended(&mut self, id: &LeaseId, result: v1::Result, now: Instant) {
+        let Some(held) = self.held.get_mut(id) else {
+            return;
+        };
+        held.running = false;
+        if !held.ours {
+            self.held.remove(id);
+            return;
+        }
+        held.result = Some(Unacked {
+            result,
+            send_at: now,
+        });
+    }
+
+    /// The coordinator has dealt with the result.
+    pub(super) fn acknowledged(&mut self, id: &LeaseId) -> bool {
+        let is_result = self.held.get(id).is_some_and(|held| held.result.is_some());
+        is_result && self.held.remove(id).is_some()
+    }
+
+    /// The lease is gone: the work stops and nothing is reported.
+    pub(super) fn lose(&mut self, id: &LeaseId, reason: Stop) {
+        let Some(held) = self.held.get_mut(id) else {
+            return;
+        };
+        held.lease.stop(reason);
+        held.ours = false;
+        if !held.running {
+            self.held.remove(id);
+        }
+    }
+
+    /// The work stops; its result is still reported.
+    pub(super) fn stop(&self, id: &LeaseId, reason: Stop) {
+        if let Some(held) = self.held.get(id) {
+            held.lease.stop(reason);
+        }
+    }
+
+    /// All work stops.
+    pub(super) fn stop_all(&self, reason: Stop) {
+        for held in self.held.values() {
+            held.lease.stop(reason);
+        }
+    }
+
+    /// A renewal was answered.
+    pub(super) fn renewed(&mut self, id: &LeaseId, ttl: Duration) {
+        let Some(held) = self.held.get_mut(id) else {
+            return;
+        };
+        // Counted from when the renewal was sent: the answer may have lain in a buffer while the process stood still.
+        if let Some(sent) = held.in_flight.pop_front() {
+            held.ttl = ttl;
+            held.lease.extend(stop_at(sent, ttl));
+        }
+    }
+
+    /// Stops what could not be renewed in time, and names it.
+    pub(super) fn expire(&mut self, now: Instant) -> Vec<LeaseId> {
+        let is_over = |held: &Held| held.ours && held.running && now >= held.lease.stop_at();
+        let over = self.held.iter().filter(|(_, held)| is_over(held));
+        let over: Vec<LeaseId> = over.map(|(id, _)| id.clone()).collect();
+        for id in &over {
+            self.lose(id, Stop::Expired);
+        }
+        over
+    }
+
+    /// Renewals to send now: those that are due, and with them those that soon are.
+    pub(super) fn renewals(&mut self, now: Instant) -> Vec<v1::Renewal> {
+        let is_due = |held: &Held| held.ours && now >= held.renew_at;
+        if !self.held.values().any(is_due) {
+            return Vec::new();
+        }
+        let mut renewals = Vec::new();
+        for (id, held) in &mut self.held {
+            let soon = now + held.ttl / 6 >= held.renew_at;
+            if !held.ours || !soon || renewals.len() >= BATCH_MAX {
+                continue;
+            }
+            held.renew_at = now + spread(held.ttl);
+            if held.in_flight.len() < RENEWALS_IN_FLIGHT_MAX {
+                held.in_flight.push_back(now);
+                renewals.push(v1::Renewal {
+                    lease: Some(id.to_wire()),
+                    progress: held.lease.current_progress(),
+                });
+            }
+        }
+        renewals
+    }
+
+    /// Results to send now.
+    pub(super) fn results(&mut self, now: Instant) -> Vec<v1::Result> {
+        let waiting = self
+            .held
+            .values_mut()
+            .filter_map(|held| held.result.as_mut());
+        let due = waiting
+            .filter(|unacked| now >= unacked.send_at)
+            .take(BATCH_MAX);
+        due.map(|unacked| {
+            unacked.send_at = now + RESEND_AFTER;
+            unacked.result.clone()
+        })
+        .collect()
+    }
+
+    /// A new stream begins: everything is told anew.
+    pub(super) fn reconnected(&mut self, now: Instant) {
+        for held in self.held.values_mut() {
+            held.in_flight.clear();
+            held.renew_at = now;
+            if let Some(unacked) = &mut held.result {
+                unacked.send_at = now;
+            }
+        }
+    }
+
+    /// Leases to name in the greeting.
+    pub(super) fn leases(&self) -> Vec<v1::Lease> {
+        let ours = self.held.iter().filter(|(_, held)| held.ours);
+        ours.map(|(id, _)| id.to_wire()).collect()
+    }
+
+    /// Slots that are free for new jobs.
+    pub(super) fn free(&self, slots: u32) -> u32 {
+        if self.unacked() >= UNACKED_MAX {
+            return 0;
+        }
+        slots.saturating_sub(u32::try_from(self.running()).unwrap_or(u32::MAX))
+    }
+
+    /// Jobs whose tasks run.
+    pub(super) fn running(&self) -> usize {
+        self.held.values().filter(|held| held.running).count()
+    }
+
+    /// Results that nobody acknowledged yet.
+    pub(super) fn unacked(&self) -> usize {
+        self.held
+            .values()
+            .filter(|held| held.result.is_some())
+            .count()
+    }
+
+    /// When something is due next; `connected`: whether anything can be sent.
+    pub(super) fn next_due(&self, connected: bool) -> Option<Instant> {
+        let expiries = self
+            .held
+            .values()
+            .filter(|held| held.ours && held.running)
+            .map(|held| held.lease.stop_at());
+        let sends = self.held.values().filter(|_| connected).flat_map(|held| {
+            let renewal = held.ours.then_some(held.renew_at);
+            renewal
+                .into_iter()
+                .chain(held.result.as_ref().map(|unacked| unacked.send_at))
+        });
+        expiries.chain(sends).min()
+    }
+}
+
+/// A third of the lease, a little less at random, so that a thousand workers do not renew in step.
+fn spread(ttl: Duration) -> Duration {
+    ttl.mul_f64((0.85 + 0.15 * rand::random::<f64>()) / 3.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(60);
+
+    fn id(job: &str, fence: u64) -> LeaseId {
+        LeaseId {
+            job: format!("p/b/{job}").parse().unwrap(),
+            fence: Fence(fence),
+        }
+    }
+
+    fn result(id: &LeaseId) -> v1::Result {
+        v1::Result {
+            lease: Some(id.to_wire()),
+            outcome: None,
+        }
+    }
+
+    async fn pass(seconds: u64) -> Instant {
+        tokio::time::advance(Duration::from_secs(seconds)).await;
+        Instant::now()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn leases_are_renewed_together_and_expire_at_four_fifths() {
+        let mut book = Book::default();
+        let now = Instant::now();
+        let (a, b) = (id("a", 1), id("b", 2));
+        let lease = book.grant(&a, TTL, now).unwrap();
+        book.grant(&b, TTL, now).unwrap();
+        assert!(book.renewals(now).is_empty());
+        let now = pass(20).await;
+        assert_eq!(book.renewals(now).len(), 2);
+        book.renewed(&a, TTL);
+        let now = pass(29).await;
+        assert_eq!(
+            book.expire(now),
+            [b.clone()],
+            "a was renewed at 20 s, b ends at 48 s"
+        );
+        assert_eq!(lease.reason(), None);
+        assert_eq!(book.running(), 2, "b's task still takes up its slot");
+        book.ended(&b, result(&b), now);
+        assert_eq!(
+            (book.running(), book.unacked()),
+            (1, 0),
+            "nothing of b is reported"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_lay_in_a_buffer_does_not_revive_a_lease() {
+        let mut book = Book::default();
+        let a = id("a", 1);
+        let lease = book.grant(&a, TTL, Instant::now()).unwrap();
+        let now = pass(20).await;
+        assert_eq!(book.renewals(now).len(), 1);
+        // The process stands still for longer than the renewed lease lasts; then it reads the answer.
+        let now = pass(100).await;
+        assert!(!lease.may_publish());
+        book.renewed(&a, TTL);
+        assert!(!lease.may_publish());
+        assert_eq!(book.expire(now), [a]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn results_are_sent_until_acknowledged() {
+        let mut book = Book::default();
+        let a = id("a", 1);
+        book.grant(&a, TTL, Instant::now()).unwrap();
+        book.ended(&a, result(&a), Instant::now());
+        assert_eq!(book.free(1), 1, "a slot is free when the work is done");
+        assert_eq!(book.results(Instant::now()).len(), 1);
+        assert!(book.results(Instant::now()).is_empty());
+        let now = pass(15).await;
+        assert_eq!(book.results(now).len(), 1);
+        book.reconnected(now);
+        assert_eq!(book.results(now).len(), 1);
+        assert_eq!(book.leases().len(), 1, "its lease is held until then");
+        assert!(book.acknowledged(&a));
+        assert!(!book.acknowledged(&a));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_newer_lease_of_a_job_ends_the_older() {
+        let mut book = Book::default();
+        let now = Instant::now();
+        let old = book.grant(&id("a", 1), TTL, now).unwrap();
+        assert!(
+            book.grant(&id("a", 1), TTL, now).is_none(),
+            "a repeated grant is the same lease"
+        );
+        let new = book.grant(&id("a", 2), TTL, now).unwrap();
+        assert_eq!((old.reason(), new.reason()), (Some(Stop::Lost), None));
+        assert_eq!(book.leases().len(), 1);
+    }
+}
