@@ -4,6 +4,8 @@
 //! gives that the trait does not promise: a second process on the same file is refused, and all of a queue's jobs are
 //! in memory (about 400 bytes each), payloads excepted.
 
+#[cfg(test)]
+mod disk;
 mod engine;
 mod store;
 #[cfg(test)]

@@ -1,0 +1,141 @@
+//! Batches and chunks.
+
+use super::*;
+
+pub async fn a_chunk_again_has_no_second_effect(f: Fixture) {
+    f.open("p", "b").await;
+    let jobs = || {
+        let mut bad = new_job("bad");
+        bad.priority = 10;
+        vec![new_job("a"), bad, new_job("c"), new_job("a")]
+    };
+    let first = f.submit(0, jobs()).await;
+    assert_eq!(verdicts(&first), ["accepted", "priority", "accepted", "id"]);
+    assert!(!first.repeated);
+    let again = f.submit(0, jobs()).await;
+    assert!(again.repeated);
+    assert_eq!(again.items, first.items);
+    assert_eq!(f.batch().await.counters.total(), 2);
+    let other = f.try_submit("p", "b", 0, vec![new_job("z")]).await;
+    assert!(matches!(other, Err(QueueError::Refused(_))), "{other:?}");
+}
+
+pub async fn a_job_again_is_the_same_job(f: Fixture) {
+    f.with_jobs(&["a"]).await;
+    let mut other = new_job("a");
+    other.spec_digest = [2; 32];
+    assert_eq!(verdicts(&f.submit(1, vec![new_job("a")]).await), ["there"]);
+    assert_eq!(verdicts(&f.submit(2, vec![other]).await), ["id"]);
+    f.run_one(succeeded()).await;
+    assert_eq!(verdicts(&f.submit(3, vec![new_job("a")]).await), ["there"]);
+    assert_eq!(f.state("p/b/a").await, StateName::Succeeded);
+    assert_eq!(f.lease(5).await, []);
+}
+
+pub async fn each_job_is_judged_alone(f: Fixture) {
+    f.open("p", "b").await;
+    let bad = |change: fn(&mut NewJob)| {
+        let mut job = new_job("bad");
+        change(&mut job);
+        job
+    };
+    let cases: Vec<(&str, NewJob)> = vec![
+        ("priority", bad(|job| job.priority = 10)),
+        ("max_attempts", bad(|job| job.max_attempts = 0)),
+        ("max_infra", bad(|job| job.max_infra = 0)),
+        (
+            "max_runtime",
+            bad(|job| job.max_runtime = Some(Duration::ZERO)),
+        ),
+        ("needs", bad(|job| job.needs = ["a\nb".to_owned()].into())),
+        (
+            "needs",
+            bad(|job| job.needs = (0..17).map(|n| n.to_string()).collect()),
+        ),
+        (
+            "labels",
+            bad(|job| job.labels = [(String::new(), String::new())].into()),
+        ),
+        (
+            "labels.k",
+            bad(|job| job.labels = [("k".to_owned(), "v".repeat(257))].into()),
+        ),
+        (
+            "traceparent",
+            bad(|job| job.traceparent = Some("0".repeat(500))),
+        ),
+        ("deps[0]", bad(|job| job.deps = vec![key("p/b/nobody")])),
+        ("deps[0]", bad(|job| job.deps = vec![key("other/b/good")])),
+    ];
+    for (n, (field, job)) in cases.into_iter().enumerate() {
+        let n = n as u32;
+        let good = new_job(&format!("good-{n}"));
+        let reply = f.submit(n, vec![job, good]).await;
+        assert_eq!(verdicts(&reply), [field, "accepted"]);
+    }
+    let long = Submission {
+        job: new_job("long"),
+        spec: Bytes::from(vec![0; super::super::SPEC_BYTES_MAX + 1]),
+    };
+    let chunk = Chunk {
+        project: project("p"),
+        batch: batch_id("b"),
+        n: 100,
+        jobs: vec![long],
+    };
+    let error = f.queue.submit(chunk).await.unwrap_err();
+    assert!(
+        error.to_string().contains("`jobs[0].spec` must have"),
+        "{error}"
+    );
+}
+
+pub async fn a_batch_again_is_the_same_batch(f: Fixture) {
+    let first = f.open("p", "b").await;
+    f.submit(0, vec![new_job("a")]).await;
+    f.advance(SECOND);
+    let again = f.open("p", "b").await;
+    assert_eq!(again.opened_at, first.opened_at);
+    assert_eq!(again.counters.total(), 1);
+    let other = OpenBatch {
+        batch: NewBatch {
+            project: project("p"),
+            batch: batch_id("b"),
+            params_digest: [8; 32],
+        },
+        defaults: Bytes::from("others"),
+    };
+    let refused = f.queue.open_batch(other).await;
+    assert!(matches!(refused, Err(QueueError::Refused(_))));
+    let kept = f.queue.defaults(project("p"), batch_id("b")).await.unwrap();
+    assert_eq!(kept.unwrap(), "defaults of b");
+}
+
+pub async fn a_closed_batch_refuses_new_chunks_only(f: Fixture) {
+    f.with_jobs(&["a"]).await;
+    f.close("p", "b").await;
+    let again = f.submit(0, vec![new_job("a")]).await;
+    assert!(again.repeated);
+    let new = f.try_submit("p", "b", 1, vec![new_job("z")]).await;
+    let error = new.unwrap_err().to_string();
+    assert_eq!(error, "batch p/b is closed");
+    let unknown = f.try_submit("p", "nobody", 0, vec![new_job("z")]).await;
+    let error = unknown.unwrap_err().to_string();
+    assert_eq!(error, "batch p/nobody is not known");
+}
+
+pub async fn a_batch_is_complete_when_closed_and_done(f: Fixture) {
+    f.with_jobs(&["a", "b", "c"]).await;
+    f.run_one(succeeded()).await;
+    f.run_one(failed(ErrorClass::Invalid)).await;
+    f.close("p", "b").await;
+    assert_eq!(f.batch().await.completed_at, None);
+    f.advance(SECOND);
+    f.run_one(succeeded()).await;
+    let batch = f.batch().await;
+    assert_eq!(batch.completed_at, Some(f.now()));
+    assert_eq!(batch.counters.get(StateName::Succeeded), 2);
+    assert_eq!(batch.counters.get(StateName::Dead), 1);
+    f.open("p", "empty").await;
+    assert!(f.close("p", "empty").await.completed_at.is_some());
+}
