@@ -1,0 +1,153 @@
+//! `espalier workers`, `queues` and `drain`: looking after the system.
+
+use clap::Args;
+use espalier_core::time::Timestamp;
+use espalier_proto::v1;
+use serde_json::{Value, json};
+
+use crate::context::Context;
+use crate::exit::{Exit, Outcome};
+use crate::output::{count, duration, table};
+
+/// Options of `drain`.
+#[derive(Args, Clone, Debug)]
+pub struct Drain {
+    /// The worker's id, from `espalier workers`
+    #[arg(value_name = "WORKER")]
+    pub worker: String,
+}
+
+/// `espalier workers`.
+pub async fn workers(context: &Context) -> Outcome {
+    let client = context.client().await?;
+    let request = v1::ListWorkersRequest {};
+    let workers = client
+        .admin()
+        .list_workers(request)
+        .await?
+        .into_inner()
+        .workers;
+    context.out.show(
+        || json!({"workers": workers.iter().map(worker_json).collect::<Vec<_>>()}),
+        || workers_table(&workers),
+    )?;
+    Ok(Exit::Ok)
+}
+
+fn worker_json(worker: &v1::Worker) -> Value {
+    json!({
+        "worker": worker.worker,
+        "tags": worker.tags,
+        "capacity": worker.capacity,
+        "running": worker.running,
+        "draining": worker.draining,
+        "connected_at_us": worker.connected_at_us,
+        "version": worker.version,
+    })
+}
+
+fn workers_table(workers: &[v1::Worker]) -> String {
+    let rows = workers.iter().map(|worker| {
+        [
+            worker.worker.clone(),
+            format!("{} of {}", worker.running, worker.capacity),
+            if worker.draining { "draining" } else { "ready" }.to_owned(),
+            worker.tags.join(" "),
+            worker.version.clone(),
+            Timestamp(worker.connected_at_us).to_string(),
+        ]
+    });
+    table(
+        ["worker", "running", "state", "tags", "version", "since"],
+        rows.collect(),
+    )
+}
+
+/// `espalier queues`.
+pub async fn queues(context: &Context) -> Outcome {
+    let client = context.client().await?;
+    let request = v1::GetQueuesRequest {};
+    let queues = client
+        .admin()
+        .get_queues(request)
+        .await?
+        .into_inner()
+        .queues;
+    context.out.show(
+        || json!({"queues": queues.iter().map(queue_json).collect::<Vec<_>>()}),
+        || queues_table(&queues),
+    )?;
+    Ok(Exit::Ok)
+}
+
+fn queue_json(queue: &v1::QueueStats) -> Value {
+    json!({
+        "project": queue.project,
+        "blocked": queue.blocked,
+        "delayed": queue.delayed,
+        "ready": queue.ready,
+        "leased": queue.leased,
+        "dead": queue.dead,
+        "oldest_ready_ms": queue.oldest_ready_ms,
+    })
+}
+
+fn queues_table(queues: &[v1::QueueStats]) -> String {
+    let rows = queues.iter().map(|queue| {
+        let oldest = match queue.oldest_ready_ms {
+            0 => "-".to_owned(),
+            ms => duration(ms),
+        };
+        [
+            queue.project.clone(),
+            count(queue.ready),
+            count(queue.leased),
+            count(queue.delayed),
+            count(queue.blocked),
+            count(queue.dead),
+            oldest,
+        ]
+    });
+    let header = [
+        "project",
+        "ready",
+        "running",
+        "delayed",
+        "blocked",
+        "dead",
+        "oldest waits",
+    ];
+    table(header, rows.collect())
+}
+
+/// `espalier drain`.
+pub async fn drain(context: &Context, args: &Drain) -> Outcome {
+    let client = context.client().await?;
+    let request = v1::DrainWorkerRequest {
+        worker: args.worker.clone(),
+    };
+    client.admin().drain_worker(request).await?;
+    context.out.show(
+        || json!({"worker": args.worker, "draining": true}),
+        || format!("{} finishes what it has and takes no more", args.worker),
+    )?;
+    Ok(Exit::Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_queues() {
+        let queue = v1::QueueStats {
+            project: "default".to_owned(),
+            ready: 1200,
+            leased: 8,
+            oldest_ready_ms: 1500,
+            ..Default::default()
+        };
+        let expected = " PROJECT  READY  RUNNING  DELAYED  BLOCKED  DEAD  OLDEST WAITS\n default  1,200  8        0        0        0     1.5 s";
+        assert_eq!(queues_table(&[queue]), expected);
+    }
+}

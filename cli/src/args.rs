@@ -1,0 +1,117 @@
+//! The command line as a whole. Options of a command stand in the command's own module.
+
+use clap::{Parser, Subcommand};
+
+use crate::context::Global;
+use crate::jobs::JobCommand;
+use crate::practice::Practice;
+use crate::traces::TracesCommand;
+use crate::{admin, jobs, questions, submit, watch};
+
+const ABOUT: &str = "Run tool-using agents in real browsers, many at once, and keep verified traces of what they do";
+
+const LONG_ABOUT: &str = "\
+Run tool-using agents in real browsers, many at once, and keep verified traces of what they do.
+
+  espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B    everything on this machine
+  espalier submit tasks.jsonl --watch                                       a batch of jobs, to its end
+  espalier traces export BATCH --format workshop --min-reward 1 --out DIR   the good ones, for training";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  jobs are dead or lost, or a check failed
+  2  the command line, a file or some jobs were refused (the other jobs were accepted)
+  3  the coordinator cannot be reached, or does not accept the token
+
+Environment:
+  ESPALIER_URL, ESPALIER_TOKEN  a coordinator that is not the local `espalier up`
+  ESPALIER_DATA_DIR             folder of the local `espalier up`
+  ESPALIER_PROJECT              project whose traces are meant [default: default]
+  NO_COLOR                      no colours";
+
+/// The command line.
+#[derive(Parser, Debug)]
+#[command(name = "espalier", version, about = ABOUT, long_about = LONG_ABOUT, after_help = EXIT_CODES)]
+#[command(propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Turn a file of jobs into a batch; jobs that break a rule are refused one by one
+    #[command(after_help = SUBMIT_HELP)]
+    Submit(submit::Submit),
+    /// Follow a batch to its end: progress, then what was solved, what failed, and why
+    Watch(watch::Watch),
+    /// List the jobs of a batch
+    Jobs(jobs::Jobs),
+    /// Show, cancel or retry one job
+    #[command(subcommand)]
+    Job(JobCommand),
+    /// List batches, newest first
+    Batches(jobs::Batches),
+    /// Cancel a batch, a job, or all jobs with a label
+    Cancel(jobs::Cancel),
+    /// Put dead jobs of a batch back into the queue with fresh budgets
+    Retry(jobs::Retry),
+    /// List the questions of rollouts about tools under `ask`
+    Questions(questions::Questions),
+    /// Answer one of them
+    Answer(questions::Answer),
+    /// List connected workers
+    Workers,
+    /// Show how much waits and runs, by project
+    Queues,
+    /// Let a worker finish what it has and take no more
+    Drain(admin::Drain),
+    /// List, read, export, import and judge traces again
+    #[command(subcommand)]
+    Traces(TracesCommand),
+    /// The practice site, and tasks on it with known answers
+    #[command(subcommand)]
+    Practice(Practice),
+}
+
+const SUBMIT_HELP: &str = "\
+A job is one JSON object a line; only `prompt` is needed:
+  {\"id\":\"price-1\",\"prompt\":\"What does the red mug cost at ${site}/shop?\",\"mcp\":[\"browser\"],
+   \"verify\":{\"answer\":{\"number\":12.5}}}
+
+  espalier submit tasks.jsonl --var site=http://127.0.0.1:4310 --samples 4 --watch
+
+Sending the same file under the same --batch again is harmless. Exit code 2: some jobs were refused, and the others
+were accepted.";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_a_help_text() {
+        for command in Cli::command().get_subcommands() {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn global_options_may_follow_the_command() {
+        let cli = Cli::try_parse_from(["espalier", "watch", "b1", "--json"]).unwrap();
+        assert!(cli.global.json);
+        assert!(Cli::try_parse_from(["espalier", "cancel"]).is_err());
+        assert!(Cli::try_parse_from(["espalier", "submit", "x", "--samples", "0"]).is_err());
+    }
+}

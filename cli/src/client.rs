@@ -1,0 +1,250 @@
+//! The way to a coordinator: where it is, by what token, and the generated clients over one channel.
+//!
+//! `ESPALIER_URL` and `ESPALIER_TOKEN` name a remote coordinator; without them, the file that `espalier up` left in
+//! the data folder does.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use espalier_proto::v1;
+use espalier_proto::v1::admin_service_client::AdminServiceClient;
+use espalier_proto::v1::job_service_client::JobServiceClient;
+use espalier_proto::v1::worker_service_client::WorkerServiceClient;
+use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::net::{self, AuthorizedChannel, ClientTls, MESSAGE_BYTES_MAX};
+use espalier_runtime::tasks::with_deadline;
+use espalier_runtime::telemetry::error_chain;
+use serde::{Deserialize, Serialize};
+use tonic::Code;
+
+use crate::exit::Problem;
+
+/// How long the first call may take: a person is waiting.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The file that `up` leaves for other commands.
+const UP_FILE: &str = "up.json";
+
+/// What `up` tells the other commands. Holds a token, so only its owner may read the file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UpFile {
+    /// Where the coordinator listens.
+    pub url: String,
+    /// A token with every role.
+    pub token: String,
+    /// Where the traces are.
+    pub store: String,
+    /// The project of the token.
+    pub project: String,
+    /// The process.
+    pub pid: u32,
+}
+
+impl UpFile {
+    /// Where it lies.
+    pub fn path(data_dir: &Path) -> PathBuf {
+        data_dir.join(UP_FILE)
+    }
+
+    /// The file, where there is one.
+    pub fn read(data_dir: &Path) -> Result<Option<Self>, Problem> {
+        let path = Self::path(data_dir);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => {
+                return Err(Problem::failed(format!(
+                    "cannot read {}: {error}",
+                    path.display()
+                )));
+            }
+        };
+        serde_json::from_str(&text).map(Some).map_err(|error| {
+            Problem::failed(format!("{} is damaged: {error}", path.display()))
+                .fix("stop `espalier up`, delete the file, and start it again")
+        })
+    }
+}
+
+/// Where `up` keeps traces unless it is told otherwise.
+pub fn store_dir(data_dir: &Path) -> PathBuf {
+    data_dir.join("store")
+}
+
+/// The folder of `up`'s state: as given, or `~/.local/share/espalier`.
+pub fn data_dir(given: Option<&Path>, environment: &Environment) -> Result<PathBuf, Problem> {
+    if let Some(given) = given {
+        return std::path::absolute(given).map_err(Problem::from);
+    }
+    if let Some(data) = environment
+        .get("XDG_DATA_HOME")
+        .filter(|text| !text.is_empty())
+    {
+        return Ok(Path::new(data).join("espalier"));
+    }
+    match environment.get("HOME").filter(|text| !text.is_empty()) {
+        Some(home) => Ok(Path::new(home).join(".local/share/espalier")),
+        None => Err(Problem::refused("no data folder: HOME is not set")
+            .fix("name one with --data-dir or ESPALIER_DATA_DIR")),
+    }
+}
+
+/// Where a coordinator is, and by what right we speak to it.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// `http://host:port`.
+    pub url: String,
+    /// Sent with each call.
+    pub token: Option<Secret>,
+    /// What told us: for error messages.
+    pub origin: String,
+}
+
+impl Target {
+    /// From `--url` and `ESPALIER_TOKEN`, or from the file of `up`.
+    pub fn find(
+        url: Option<&str>,
+        data_dir: &Path,
+        environment: &Environment,
+    ) -> Result<Self, Problem> {
+        let token = environment
+            .get("ESPALIER_TOKEN")
+            .filter(|text| !text.is_empty());
+        if let Some(url) = url {
+            return Ok(Self {
+                url: url.to_owned(),
+                token: token.map(Secret::new),
+                origin: "--url or ESPALIER_URL".to_owned(),
+            });
+        }
+        match UpFile::read(data_dir)? {
+            Some(up) => Ok(Self {
+                url: up.url,
+                token: Some(Secret::new(up.token)),
+                origin: UpFile::path(data_dir).display().to_string(),
+            }),
+            None => Err(Problem::unreachable(format!(
+                "no coordinator is known: {} is not there and ESPALIER_URL is not set",
+                UpFile::path(data_dir).display()
+            ))
+            .fix("start one with `espalier up`, or set ESPALIER_URL and ESPALIER_TOKEN")),
+        }
+    }
+}
+
+/// A connection to a coordinator. Clones share it.
+#[derive(Clone)]
+pub struct Client {
+    link: AuthorizedChannel,
+    /// Where it leads.
+    pub url: String,
+}
+
+impl Client {
+    /// A connection that a first, cheap call has proven: the other side speaks our protocol and takes the token.
+    pub async fn connect(target: &Target, tls: Option<&ClientTls>) -> Result<Self, Problem> {
+        let link = net::channel(&target.url, tls, target.token.as_ref())
+            .map_err(|error| Problem::refused(error_chain(&error)))?;
+        let client = Self {
+            link,
+            url: target.url.clone(),
+        };
+        client.greet(target).await?;
+        Ok(client)
+    }
+
+    async fn greet(&self, target: &Target) -> Result<(), Problem> {
+        let request = v1::ListBatchesRequest {
+            page_size: 1,
+            ..Default::default()
+        };
+        let mut jobs = self.jobs();
+        let Target { url, origin, .. } = target;
+        let away = |reason: String| {
+            Problem::unreachable(format!(
+                "cannot reach the coordinator at {url} (from {origin}): {reason}"
+            ))
+            .fix("start one with `espalier up`, or set ESPALIER_URL and ESPALIER_TOKEN")
+        };
+        let greeting = jobs.list_batches(request);
+        match with_deadline("cli.connect", CONNECT_TIMEOUT, greeting).await {
+            Err(timeout) => Err(away(timeout.to_string())),
+            Ok(Err(status)) if status.code() == Code::Unavailable => {
+                Err(away(error_chain(&status)))
+            }
+            // A token that may do less than look is for the command's own call to refuse.
+            Ok(Err(status)) if status.code() == Code::PermissionDenied => Ok(()),
+            Ok(Err(status)) => Err(status.into()),
+            Ok(Ok(_)) => Ok(()),
+        }
+    }
+
+    /// Submitting, watching and steering jobs.
+    pub fn jobs(&self) -> JobServiceClient<AuthorizedChannel> {
+        JobServiceClient::new(self.link.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Looking after the system.
+    pub fn admin(&self) -> AdminServiceClient<AuthorizedChannel> {
+        AdminServiceClient::new(self.link.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Playing a worker, for measurements.
+    pub fn worker(&self) -> WorkerServiceClient<AuthorizedChannel> {
+        WorkerServiceClient::new(self.link.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::Exit;
+
+    fn environment(pairs: &[(&str, &str)]) -> Environment {
+        let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        pairs.iter().map(own).collect()
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file_of_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let none = Target::find(None, folder.path(), &environment(&[])).unwrap_err();
+        assert_eq!(none.exit, Exit::Unreachable);
+        let up = UpFile {
+            url: "http://127.0.0.1:1".to_owned(),
+            token: "t".to_owned(),
+            store: "memory://".to_owned(),
+            project: "local".to_owned(),
+            pid: 1,
+        };
+        std::fs::write(
+            UpFile::path(folder.path()),
+            serde_json::to_string(&up).unwrap(),
+        )
+        .unwrap();
+        let found = Target::find(None, folder.path(), &environment(&[])).unwrap();
+        assert_eq!(
+            (found.url.as_str(), found.token.unwrap().expose()),
+            ("http://127.0.0.1:1", "t")
+        );
+        let environment = environment(&[("ESPALIER_TOKEN", "u")]);
+        let found = Target::find(Some("http://h:2"), folder.path(), &environment).unwrap();
+        assert_eq!(
+            (found.url.as_str(), found.token.unwrap().expose()),
+            ("http://h:2", "u")
+        );
+    }
+
+    #[test]
+    fn the_data_folder_has_a_default() {
+        let home = environment(&[("HOME", "/home/a")]);
+        assert_eq!(
+            data_dir(None, &home).unwrap(),
+            Path::new("/home/a/.local/share/espalier")
+        );
+        assert!(data_dir(None, &environment(&[])).is_err());
+    }
+}

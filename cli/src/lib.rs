@@ -1,0 +1,83 @@
+//! The `espalier` command: a client of the public API, and `up`, which runs everything in one process.
+//!
+//! One module a group of commands. A command takes a [`context::Context`] and its options, writes results to standard
+//! output, and returns an exit code or a problem; nothing here ends the process. What can be decided without IO
+//! (parsing, tables, reports) is in plain functions with tests beside them.
+
+mod admin;
+mod args;
+mod client;
+mod context;
+mod exit;
+mod jobs;
+mod json;
+mod output;
+mod practice;
+mod progress;
+mod questions;
+mod submit;
+mod traces;
+mod watch;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use espalier_runtime::config;
+
+use args::{Cli, Command};
+use context::Context;
+use exit::{Outcome, Problem};
+use output::note;
+
+/// Reads arguments and environment, runs the command, and says how it ended.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too; clap knows which is which.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let json = cli.global.json;
+    match start(cli) {
+        Ok(exit) => ExitCode::from(exit as u8),
+        Err(problem) => {
+            if json && !problem.message.is_empty() {
+                note(problem.to_json().to_string());
+            } else if !problem.message.is_empty() {
+                note(problem.to_string());
+            }
+            ExitCode::from(problem.exit as u8)
+        }
+    }
+}
+
+fn start(cli: Cli) -> Outcome {
+    let environment = config::environment()?;
+    let context = Context::new(cli.global, environment);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Problem::failed(format!("cannot start: {error}")))?;
+    runtime.block_on(Box::pin(run(&context, &cli.command)))
+}
+
+async fn run(context: &Context, command: &Command) -> Outcome {
+    match command {
+        Command::Submit(args) => submit::run(context, args).await,
+        Command::Watch(args) => watch::run(context, args).await,
+        Command::Jobs(args) => jobs::list(context, args).await,
+        Command::Job(command) => jobs::one(context, command).await,
+        Command::Batches(args) => jobs::batches(context, args).await,
+        Command::Cancel(args) => jobs::cancel(context, args).await,
+        Command::Retry(args) => jobs::retry(context, args).await,
+        Command::Questions(args) => questions::list(context, args).await,
+        Command::Answer(args) => questions::answer(context, args).await,
+        Command::Workers => admin::workers(context).await,
+        Command::Queues => admin::queues(context).await,
+        Command::Drain(args) => admin::drain(context, args).await,
+        Command::Traces(command) => traces::run(context, command).await,
+        Command::Practice(command) => practice::run(context, command).await,
+    }
+}

@@ -1,0 +1,128 @@
+//! `espalier questions` and `answer`: tools under `ask` wait here for a person.
+
+use clap::{Args, ValueEnum};
+use espalier_core::time::Timestamp;
+use espalier_proto::v1;
+use espalier_runtime::clock::{Clock, SystemClock};
+use serde_json::{Value, json};
+
+use crate::context::Context;
+use crate::exit::{Exit, Outcome};
+use crate::output::{cut, duration, note, table};
+
+/// Options of `questions`.
+#[derive(Args, Clone, Debug)]
+pub struct Questions {
+    /// Only of this batch
+    #[arg(value_name = "BATCH")]
+    pub batch: Option<String>,
+}
+
+/// Options of `answer`.
+#[derive(Args, Clone, Debug)]
+pub struct Answer {
+    /// The question's id, from `espalier questions`
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Whether the call may run
+    #[arg(value_enum)]
+    pub decision: Decision,
+}
+
+/// Yes or no.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Decision {
+    /// The call runs
+    Allow,
+    /// The model is told that it was rejected
+    Deny,
+}
+
+/// `espalier questions`.
+pub async fn list(context: &Context, args: &Questions) -> Outcome {
+    let client = context.client().await?;
+    let request = v1::ListQuestionsRequest {
+        batch: args.batch.clone().unwrap_or_default(),
+    };
+    let questions = client
+        .jobs()
+        .list_questions(request)
+        .await?
+        .into_inner()
+        .questions;
+    context.out.show(
+        || json!({"questions": questions.iter().map(question_json).collect::<Vec<_>>()}),
+        || questions_table(&questions, SystemClock.now()),
+    )?;
+    if let Some(first) = questions.first() {
+        note(format!("answer with: espalier answer {} allow", first.id));
+    }
+    Ok(Exit::Ok)
+}
+
+fn question_json(question: &v1::Question) -> Value {
+    json!({
+        "id": question.id,
+        "batch": question.batch,
+        "job": question.job,
+        "tool": question.tool,
+        "arguments_json": question.arguments_json,
+        "deadline_us": question.deadline_us,
+    })
+}
+
+fn questions_table(questions: &[v1::Question], now: Timestamp) -> String {
+    let rows = questions.iter().map(|question| {
+        let left = Timestamp(question.deadline_us).since(now);
+        [
+            question.id.clone(),
+            format!("{}/{}", question.batch, question.job),
+            question.tool.clone(),
+            cut(&question.arguments_json, 60),
+            duration(u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
+        ]
+    });
+    table(
+        ["id", "job", "tool", "arguments", "time left"],
+        rows.collect(),
+    )
+}
+
+/// `espalier answer`.
+pub async fn answer(context: &Context, args: &Answer) -> Outcome {
+    let client = context.client().await?;
+    let allow = args.decision == Decision::Allow;
+    let request = v1::AnswerQuestionRequest {
+        id: args.id.clone(),
+        allow,
+    };
+    client.jobs().answer_question(request).await?;
+    context.out.show(
+        || json!({"id": args.id, "allow": allow}),
+        || if allow { "allowed" } else { "denied" }.to_owned(),
+    )?;
+    Ok(Exit::Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_questions() {
+        let question = v1::Question {
+            id: "q1".to_owned(),
+            batch: "b".to_owned(),
+            job: "j".to_owned(),
+            tool: "pay".to_owned(),
+            arguments_json: "{\"amount\":5}".to_owned(),
+            deadline_us: 61_000_000,
+        };
+        let expected =
+            " ID  JOB  TOOL  ARGUMENTS     TIME LEFT\n q1  b/j  pay   {\"amount\":5}  1 min 00 s";
+        assert_eq!(
+            questions_table(&[question], Timestamp::from_ms(1000)),
+            expected
+        );
+    }
+}

@@ -1,0 +1,149 @@
+//! `espalier traces`: listing, reading, exporting, importing and judging again.
+//!
+//! Traces are read from the object store where this machine can reach it, and through the API otherwise. Formats and
+//! proofs are `espalier_runtime::traces`'; this module chooses and shows.
+
+mod export;
+mod import;
+mod list;
+mod show;
+mod source;
+
+use clap::{Args, Subcommand};
+
+use crate::context::Context;
+use crate::exit::Outcome;
+use crate::jobs::JobName;
+use source::Source;
+
+/// What to do.
+#[derive(Subcommand, Clone, Debug)]
+pub enum TracesCommand {
+    /// Published traces of a batch, or of the whole project
+    List(list::List),
+    /// One trace, to be read like a conversation
+    Show(Show),
+    /// Write traces as files for training, or as lines for other programs
+    #[command(after_help = EXPORT_HELP)]
+    Export(export::Export),
+    /// Take in the workshop's trace files as a batch of their own
+    Import(import::Import),
+}
+
+const EXPORT_HELP: &str = "\
+  espalier traces export b1 --format workshop --min-reward 1 --out good/    one file a trace, for training
+  espalier traces export b1 --format jsonl | jq .outcome                    whole traces, one a line";
+
+/// Where traces are.
+#[derive(Args, Clone, Debug)]
+pub struct Place {
+    /// Object store, such as file:///var/lib/espalier [default: that of the local `up`, else through the API]
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+}
+
+/// Which traces.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Filter {
+    /// Only with at least this reward
+    #[arg(long, value_name = "REWARD")]
+    pub min_reward: Option<f64>,
+    /// Only of this family of tasks
+    #[arg(long, value_name = "KIND")]
+    pub kind: Option<String>,
+    /// Only those whose every check held
+    #[arg(long, conflicts_with = "failed")]
+    pub solved: bool,
+    /// Only those with a check that did not hold
+    #[arg(long)]
+    pub failed: bool,
+}
+
+impl Filter {
+    /// Whether a trace with this summary is meant. A trace without a verdict passes no rule about rewards.
+    pub fn admits(&self, summary: &espalier_core::trace::RolloutSummary) -> bool {
+        let reward_ok = self
+            .min_reward
+            .is_none_or(|min| summary.reward.is_some_and(|reward| reward >= min));
+        let kind_ok = self
+            .kind
+            .as_ref()
+            .is_none_or(|kind| *kind == summary.task_kind);
+        let solved = summary.solved();
+        reward_ok
+            && kind_ok
+            && (!self.solved || solved == Some(true))
+            && (!self.failed || solved == Some(false))
+    }
+}
+
+/// Options of `traces show`.
+#[derive(Args, Clone, Debug)]
+pub struct Show {
+    /// The job that made it
+    #[arg(value_name = "BATCH/JOB")]
+    pub job: JobName,
+    /// Tool results as a whole, not only their first lines
+    #[arg(long)]
+    pub full: bool,
+    /// Lines of a tool result that are shown
+    #[arg(long, value_name = "N", default_value_t = 12, conflicts_with = "full")]
+    pub lines: usize,
+    /// Where traces are.
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// Runs the command.
+pub async fn run(context: &Context, command: &TracesCommand) -> Outcome {
+    match command {
+        TracesCommand::List(args) => list::run(context, args).await,
+        TracesCommand::Show(args) => show::run(context, args).await,
+        TracesCommand::Export(args) => export::run(context, args).await,
+        TracesCommand::Import(args) => import::run(context, args).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use espalier_core::trace::{RolloutSummary, StopReason, Totals};
+
+    #[test]
+    fn filters_ask_for_a_verdict() {
+        let summary = |reward| RolloutSummary {
+            reward,
+            stop: StopReason::Answered,
+            reason: String::new(),
+            task_id: String::new(),
+            task_kind: "shop".to_owned(),
+            totals: Totals::default(),
+        };
+        let at_least = Filter {
+            min_reward: Some(0.5),
+            ..Filter::default()
+        };
+        assert_eq!(
+            [Some(0.5), Some(0.4), None].map(|r| at_least.admits(&summary(r))),
+            [true, false, false]
+        );
+        let solved = Filter {
+            solved: true,
+            kind: Some("shop".to_owned()),
+            ..Filter::default()
+        };
+        assert_eq!(
+            [Some(1.0), Some(0.9), None].map(|r| solved.admits(&summary(r))),
+            [true, false, false]
+        );
+        let failed = Filter {
+            failed: true,
+            ..Filter::default()
+        };
+        assert_eq!(
+            [Some(1.0), Some(0.9), None].map(|r| failed.admits(&summary(r))),
+            [false, true, false]
+        );
+        assert!(Filter::default().admits(&summary(None)));
+    }
+}

@@ -1,0 +1,172 @@
+//! Where traces come from: the object store itself, or the coordinator's API.
+
+use espalier_core::id::{BatchId, JobKey, ProjectId};
+use espalier_core::time::Timestamp;
+use espalier_core::trace::{RolloutSummary, Trace};
+use espalier_proto::convert::summary_from_wire;
+use espalier_proto::v1;
+use espalier_runtime::store::Store;
+use espalier_runtime::traces::{Listed, TRACE_BYTES_MAX, Traces};
+use futures::{Stream, StreamExt, TryStreamExt};
+
+use super::Place;
+use crate::client::Client;
+use crate::context::Context;
+use crate::exit::Problem;
+
+/// Objects that are read at once: hides the latency of a remote store, and bounds memory by as many traces.
+const READS_MAX: usize = 8;
+/// Jobs of one page of the API.
+const PAGE_SIZE: u32 = 1000;
+
+/// A trace as a list shows it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// The job that made it.
+    pub job: JobKey,
+    /// What it came to.
+    pub summary: RolloutSummary,
+    /// When it was published.
+    pub published: Timestamp,
+    /// Whether a correction was applied.
+    pub corrected: bool,
+    listed: Listed,
+}
+
+/// Where traces come from.
+pub enum Source {
+    /// The object store.
+    Store(Traces),
+    /// The API; corrections are not seen there.
+    Api(Box<Client>, ProjectId),
+}
+
+impl Source {
+    /// The store that was named or that the local `up` keeps; else the API.
+    pub async fn open(context: &Context, place: &Place) -> Result<Self, Problem> {
+        let project = context.project()?;
+        if let Some(traces) = open_store(context, place, &project).await? {
+            return Ok(Self::Store(traces));
+        }
+        Ok(Self::Api(Box::new(context.client().await?), project))
+    }
+
+    /// The published traces of a batch, or of the project, in order of their names.
+    pub async fn list(&self, batch: Option<&BatchId>) -> Result<Vec<Entry>, Problem> {
+        match self {
+            Self::Store(traces) => {
+                let listed = traces.list(batch).await?;
+                let read = |one: Listed| async move {
+                    let summary = traces.summary(&one).await?;
+                    Ok::<_, Problem>(Entry {
+                        job: one.job.clone(),
+                        summary: summary.manifest.summary,
+                        published: summary.manifest.created_at_us,
+                        corrected: summary.patch.is_some(),
+                        listed: one,
+                    })
+                };
+                futures::stream::iter(listed)
+                    .map(read)
+                    .buffered(READS_MAX)
+                    .try_collect()
+                    .await
+            }
+            Self::Api(client, project) => {
+                let batch = batch.ok_or_else(|| {
+                    Problem::refused("a batch must be named where traces are read through the API")
+                        .fix("name one (`espalier batches`), or the store with --store URL")
+                })?;
+                list_jobs(client, project, batch).await
+            }
+        }
+    }
+
+    /// One trace.
+    pub async fn find(&self, job: &JobKey) -> Result<Trace, Problem> {
+        match self {
+            Self::Store(traces) => Ok(traces.load(&traces.find(job).await?).await?.trace),
+            Self::Api(client, _) => fetch(client, job).await,
+        }
+    }
+
+    /// The traces of `entries`, in order, a few read ahead.
+    pub fn load_all(&self, entries: Vec<Entry>) -> impl Stream<Item = Result<Trace, Problem>> {
+        let load = move |entry: Entry| async move {
+            match self {
+                Self::Store(traces) => Ok(traces.load(&entry.listed).await?.trace),
+                Self::Api(client, _) => fetch(client, &entry.job).await,
+            }
+        };
+        futures::stream::iter(entries).map(load).buffered(READS_MAX)
+    }
+}
+
+/// The store, where one is named or known.
+pub async fn open_store(
+    context: &Context,
+    place: &Place,
+    project: &ProjectId,
+) -> Result<Option<Traces>, Problem> {
+    let url = match &place.store {
+        Some(url) => Some(url.clone()),
+        None => context.store_url()?,
+    };
+    match url {
+        Some(url) => Ok(Some(Traces::new(Store::open(&url).await?, project.clone()))),
+        None => Ok(None),
+    }
+}
+
+async fn list_jobs(
+    client: &Client,
+    project: &ProjectId,
+    batch: &BatchId,
+) -> Result<Vec<Entry>, Problem> {
+    let mut request = v1::ListJobsRequest {
+        batch: batch.to_string(),
+        states: vec![v1::JobState::Succeeded.into()],
+        page_size: PAGE_SIZE,
+        ..Default::default()
+    };
+    let mut entries = Vec::new();
+    loop {
+        let page = client.jobs().list_jobs(request.clone()).await?.into_inner();
+        for job in page.jobs {
+            let Some(summary) = job.summary else { continue };
+            let key = JobKey::new(project.clone(), batch.clone(), job.id.parse()?);
+            entries.push(Entry {
+                listed: Listed {
+                    job: key.clone(),
+                    newest_patch: None,
+                },
+                job: key,
+                summary: summary_from_wire(summary)?,
+                published: Timestamp(job.ended_at_us),
+                corrected: false,
+            });
+        }
+        if page.next_page_token.is_empty() {
+            return Ok(entries);
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+async fn fetch(client: &Client, job: &JobKey) -> Result<Trace, Problem> {
+    let request = v1::GetTraceRequest {
+        batch: job.batch.to_string(),
+        id: job.job.to_string(),
+    };
+    let mut chunks = client.jobs().get_trace(request).await?.into_inner();
+    let mut text = Vec::new();
+    while let Some(chunk) = chunks.message().await? {
+        text.extend_from_slice(&chunk.data);
+        if text.len() as u64 > TRACE_BYTES_MAX {
+            let rule = format!("the trace of {job} must have at most {TRACE_BYTES_MAX} bytes");
+            return Err(Problem::failed(rule));
+        }
+    }
+    Trace::from_json(&text)
+        .map_err(|error| Problem::failed(format!("the trace of {job} cannot be read: {error}")))
+}

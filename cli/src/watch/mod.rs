@@ -1,0 +1,250 @@
+//! `espalier watch`: a batch's progress until it is done, then what came of it.
+
+mod report;
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use espalier_proto::v1;
+use espalier_runtime::backoff::Backoff;
+use espalier_runtime::telemetry::error_chain;
+use indicatif::ProgressBar;
+use serde_json::json;
+use tonic::{Code, Status};
+
+use crate::client::Client;
+use crate::context::Context;
+use crate::exit::{Exit, Outcome, Problem};
+use crate::output::{count, note};
+use crate::{json, progress};
+pub use report::Report;
+
+/// How long a coordinator may be away before we give up: longer than a restart takes.
+const AWAY_MAX: Duration = Duration::from_secs(120);
+const BACKOFF: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    max: Duration::from_secs(5),
+};
+/// How often a line is printed where there is no terminal for a bar.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Options of `watch`.
+#[derive(Args, Clone, Debug)]
+pub struct Watch {
+    /// The batch
+    #[arg(value_name = "BATCH")]
+    pub batch: String,
+}
+
+/// Runs the command.
+pub async fn run(context: &Context, args: &Watch) -> Outcome {
+    let client = context.client().await?;
+    follow(context, &client, &args.batch).await
+}
+
+/// Follows a batch to its end and says what came of it.
+pub async fn follow(context: &Context, client: &Client, batch: &str) -> Outcome {
+    let mut watched = Watched::new(context, batch);
+    let mut failures = 0;
+    let mut away_since: Option<Instant> = None;
+    while !watched.complete() {
+        let Err(status) = stream(context, client, &mut watched).await? else {
+            // The stream ended in good order before the batch did: the coordinator is restarting.
+            tokio::time::sleep(BACKOFF.jittered(1)).await;
+            continue;
+        };
+        let lost = matches!(
+            status.code(),
+            Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal
+        );
+        // A stream that brought something counts as having been there.
+        if std::mem::take(&mut watched.moved) {
+            (failures, away_since) = (0, None);
+        }
+        let since = *away_since.get_or_insert_with(Instant::now);
+        if !lost || since.elapsed() > AWAY_MAX {
+            return Err(status.into());
+        }
+        failures += 1;
+        watched.bar.set_message(format!(
+            "connection lost, trying again: {}",
+            error_chain(&status)
+        ));
+        tokio::time::sleep(BACKOFF.jittered(failures)).await;
+    }
+    watched.bar.finish_and_clear();
+    finish(context, watched.report)
+}
+
+/// One stream, until it ends, breaks, or the batch is done.
+async fn stream(
+    context: &Context,
+    client: &Client,
+    watched: &mut Watched,
+) -> Result<Result<(), Status>, Problem> {
+    let request = v1::WatchBatchRequest {
+        batch: watched.batch.clone(),
+        after_cursor: watched.cursor,
+    };
+    let mut events = match client.jobs().watch_batch(request).await {
+        Ok(response) => response.into_inner(),
+        Err(status) => return Ok(Err(status)),
+    };
+    loop {
+        match events.message().await {
+            Ok(Some(event)) => {
+                if context.out.json {
+                    context.out.event(&event_json(&event))?;
+                }
+                watched.take(event);
+                if watched.complete() {
+                    return Ok(Ok(()));
+                }
+            }
+            Ok(None) => return Ok(Ok(())),
+            Err(status) => return Ok(Err(status)),
+        }
+    }
+}
+
+/// What has been seen of a batch.
+struct Watched {
+    batch: String,
+    cursor: u64,
+    report: Report,
+    bar: ProgressBar,
+    lines: bool,
+    last_line: Option<Instant>,
+    moved: bool,
+    began: Instant,
+    ended_before: Option<u64>,
+}
+
+impl Watched {
+    fn new(context: &Context, batch: &str) -> Self {
+        let bar = progress::things(0, batch.to_owned());
+        Self {
+            batch: batch.to_owned(),
+            cursor: 0,
+            report: Report::default(),
+            lines: bar.is_hidden() && !context.out.json,
+            bar,
+            last_line: None,
+            moved: false,
+            began: Instant::now(),
+            ended_before: None,
+        }
+    }
+
+    fn complete(&self) -> bool {
+        self.report.batch.complete
+    }
+
+    fn take(&mut self, event: v1::BatchEvent) {
+        self.moved = true;
+        self.cursor = event.cursor;
+        let questions = event.open_questions;
+        self.report.take(event);
+        let counts = self.report.counts();
+        let ended = counts.succeeded + counts.dead + counts.cancelled;
+        let ended_before = *self.ended_before.get_or_insert(ended);
+        let rate = rate(ended - ended_before.min(ended), self.began.elapsed());
+        let text = status_text(&counts, questions, rate);
+        self.bar.set_length(self.report.jobs());
+        self.bar.set_position(ended);
+        self.bar.set_message(text.clone());
+        if self.lines && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+            self.last_line = Some(Instant::now());
+            note(format!(
+                "{}: {} of {} done, {text}",
+                self.batch,
+                count(ended),
+                count(self.report.jobs())
+            ));
+        }
+    }
+}
+
+/// Jobs a minute.
+fn rate(ended: u64, elapsed: Duration) -> Option<f64> {
+    let minutes = elapsed.as_secs_f64() / 60.0;
+    (ended > 0 && minutes > 0.0).then(|| ended as f64 / minutes)
+}
+
+fn status_text(counts: &v1::Counts, questions: u32, rate: Option<f64>) -> String {
+    let waiting = counts.ready + counts.blocked + counts.delayed;
+    let mut parts = vec![
+        format!("{} running", count(counts.leased)),
+        format!("{} waiting", count(waiting)),
+    ];
+    if counts.dead > 0 {
+        parts.push(format!("{} dead", count(counts.dead)));
+    }
+    if counts.cancelled > 0 {
+        parts.push(format!("{} cancelled", count(counts.cancelled)));
+    }
+    if let Some(rate) = rate {
+        parts.push(format!("{rate:.1}/min"));
+        let left_s = (waiting + counts.leased) as f64 / rate * 60.0;
+        parts.push(format!(
+            "{} left",
+            crate::output::duration((left_s * 1000.0) as u64)
+        ));
+    }
+    if questions > 0 {
+        parts.push(format!("{questions} open questions: espalier questions"));
+    }
+    parts.join(" · ")
+}
+
+fn event_json(event: &v1::BatchEvent) -> serde_json::Value {
+    json!({
+        "batch": event.batch.as_ref().map(json::batch),
+        "ended": event.ended.iter().map(json::job).collect::<Vec<_>>(),
+        "cursor": event.cursor,
+        "open_questions": event.open_questions,
+    })
+}
+
+fn finish(context: &Context, report: Report) -> Outcome {
+    let faults = report.faults();
+    let store = context.up_file()?.map(|up| up.store);
+    if context.out.json {
+        context.out.event(&report.to_json(store.as_deref()))?;
+    } else {
+        context.out.line(report.to_text(store.as_deref()))?;
+    }
+    for fault in &faults {
+        note(format!("error: {fault}"));
+    }
+    Ok(if faults.is_empty() {
+        Exit::Ok
+    } else {
+        Exit::Failed
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_says_what_matters() {
+        let counts = v1::Counts {
+            ready: 5,
+            leased: 3,
+            succeeded: 12,
+            dead: 1,
+            ..Default::default()
+        };
+        let rate = rate(4, Duration::from_secs(60));
+        assert_eq!(
+            status_text(&counts, 2, rate),
+            "3 running · 5 waiting · 1 dead · 4.0/min · 2 min 00 s left · 2 open questions: espalier questions"
+        );
+        assert_eq!(
+            status_text(&v1::Counts::default(), 0, None),
+            "0 running · 0 waiting"
+        );
+    }
+}
