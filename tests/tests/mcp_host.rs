@@ -363,7 +363,7 @@ async fn servers_that_do_not_start_say_why() {
     });
     let host = host(servers, false);
     for (name, parts) in [
-        ("ends", ["ends", ""]),
+        ("ends", ["exit status: 4", "broken config"]),
         ("hangs", ["hangs", "no handshake in time"]),
         ("absent", ["no-such-program", "cannot be started here"]),
         ("nobody", ["nobody", "could not be reached"]),

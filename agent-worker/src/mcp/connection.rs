@@ -46,8 +46,14 @@ const PIPE_BYTES_MAX: u64 = 24 * 1024 * 1024;
 const TOOLS_MAX: usize = 512;
 /// How long a server may take to say that it is alive.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often, and how far apart, a server is asked about a context that may be gone: the news of a crash travels from
+/// browser to server in the meantime.
+const LOSS_PROBES: u32 = 10;
+const LOSS_PROBE_PAUSE: Duration = Duration::from_millis(100);
 /// How long saying goodbye may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the end of a process may come after the end of its pipe.
+const EXIT_GRACE: Duration = Duration::from_secs(1);
 /// What rmcp adds to a call's own time-out before this side gives up on rmcp as well.
 const CALL_SLACK: Duration = Duration::from_secs(2);
 
@@ -126,7 +132,8 @@ impl Connection {
         let handshake = serve(server, client, reach, meter.clone());
         let running = tokio::select! {
             done = with_deadline("mcp.handshake", timeout, handshake) => match done {
-                Ok(running) => running,
+                Ok(Ok(running)) => Ok(running),
+                Ok(Err(error)) => Err(with_last_words(error, process.as_deref()).await),
                 Err(_) => Err(start_error(server, "no handshake in time", process.as_deref())),
             },
             status = exited(process.as_deref()) => Err(start_error(server, &status, process.as_deref())),
@@ -192,7 +199,7 @@ impl Connection {
         let listed = with_deadline("mcp.list_tools", timeout, self.peer.list_all_tools()).await;
         let tools = match listed {
             Ok(Ok(tools)) => tools,
-            Ok(Err(error)) => return Err(self.gone(&error)),
+            Ok(Err(error)) => return Err(self.gone(&error).await),
             Err(_) => return Err(self.late("tools/list", timeout)),
         };
         if tools.len() > TOOLS_MAX {
@@ -202,31 +209,31 @@ impl Connection {
         Ok(tools)
     }
 
-    /// Calls a tool. The inner error is one that the server reports by the protocol: the model may read it.
+    /// Calls a tool. The inner error is one that the model may read: what the server reports by the protocol, or that
+    /// the tool ran out of time while its server is well. A page can bring that about (an endless script, a frame that
+    /// never loads), and it must not cost the attempt.
     pub(super) async fn call(
         &self,
         tool: &str,
         arguments: Map<String, Value>,
         timeout: Duration,
     ) -> Result<Result<CallToolResult, ErrorData>, McpError> {
-        let answer = self.call_once(tool, arguments, timeout).await;
+        let mut answer = self.call_once(tool, arguments, timeout).await;
+        if let Err(McpError::Deadline { .. }) = &answer
+            && self.is_alive().await
+        {
+            let text =
+                format!("### Error\n{tool} did not end within {timeout:?} and was given up.");
+            answer = Ok(Err(ErrorData::internal_error(text, None)));
+        }
         if !self.is_browser {
             return answer;
         }
-        match &answer {
-            // A call that ran out of time: is it the page, or the server?
-            Err(McpError::Deadline { .. }) if !self.is_alive().await => {
-                return Err(self.crashed("it no longer answers"));
-            }
-            Ok(Ok(result))
-                if result.is_error == Some(true) && browser::may_mean_loss(&text_of(result)) =>
-            {
-                // Harmless where the context is there; otherwise the server opens a new one, which is counted.
-                let _ = self
-                    .call_once(browser::TABS_TOOL, browser::list_tabs(), PING_TIMEOUT)
-                    .await?;
-            }
-            _ => {}
+        if let Ok(Ok(result)) = &answer
+            && result.is_error == Some(true)
+            && browser::may_mean_loss(&text_of(result))
+        {
+            self.look_for_loss().await?;
         }
         match self.asked.load(Ordering::SeqCst) {
             0 | 1 => answer,
@@ -255,7 +262,7 @@ impl Connection {
             Ok(Err(ServiceError::McpError(error))) if !self.peer.is_transport_closed() => {
                 Ok(Err(error))
             }
-            Ok(Err(error)) => Err(self.gone(&error)),
+            Ok(Err(error)) => Err(self.gone(&error).await),
             Err(_) => Err(self.late("resources/read", timeout)),
         }
     }
@@ -302,8 +309,23 @@ impl Connection {
                 Ok(Err(error))
             }
             Ok(Err(ServiceError::Timeout { .. })) | Err(_) => Err(self.late(tool, timeout)),
-            Ok(Err(error)) => Err(self.gone(&error)),
+            Ok(Err(error)) => Err(self.gone(&error).await),
         }
+    }
+
+    /// Makes the server use its context, for as long as the news of its end may take. Harmless where the context is
+    /// there; otherwise the server opens a new one, which is counted.
+    async fn look_for_loss(&self) -> Result<(), McpError> {
+        for _ in 0..LOSS_PROBES {
+            let _ = self
+                .call_once(browser::TABS_TOOL, browser::list_tabs(), PING_TIMEOUT)
+                .await?;
+            if self.asked.load(Ordering::SeqCst) > 1 {
+                break;
+            }
+            tokio::time::sleep(LOSS_PROBE_PAUSE).await;
+        }
+        Ok(())
     }
 
     async fn is_alive(&self) -> bool {
@@ -344,7 +366,7 @@ impl Connection {
     }
 
     /// What the end of the connection means.
-    fn gone(&self, error: &ServiceError) -> McpError {
+    async fn gone(&self, error: &ServiceError) -> McpError {
         let server = self.server.clone();
         let flooded = |meter: &Arc<AtomicU64>| meter.load(Ordering::Relaxed) > PIPE_BYTES_MAX;
         if self.meter.as_ref().is_some_and(flooded) {
@@ -353,19 +375,16 @@ impl Connection {
                 bytes_max: ANSWER_BYTES_MAX,
             };
         }
-        if let Some(status) = self
-            .process
-            .as_ref()
-            .and_then(|process| process.exit_status())
-        {
+        // Debug names the variant wherever it is in the chain.
+        if format!("{error:?}").contains("SessionExpired") {
+            let reason = "the server no longer knows the session".to_owned();
+            return McpError::ContextLost { server, reason };
+        }
+        let end = exited(self.process.as_deref());
+        if let Ok(status) = with_deadline("mcp.server_end", EXIT_GRACE, end).await {
             return self.crashed(&status);
         }
-        // Debug names the variant wherever it is in the chain.
-        let reason = if format!("{error:?}").contains("SessionExpired") {
-            "the server no longer knows the session".to_owned()
-        } else {
-            format!("the connection ended: {error}")
-        };
+        let reason = format!("the connection ended: {error}");
         if self.meter.is_some() {
             return self.crashed(&reason);
         }
@@ -444,6 +463,17 @@ fn start_error(server: &str, reason: &str, process: Option<&ServerProcess>) -> M
         server: server.to_owned(),
         reason: reason.to_owned(),
         stderr: process.map(ServerProcess::last_words).unwrap_or_default(),
+    }
+}
+
+/// A handshake that failed because the server ended: adds how, and what it said.
+async fn with_last_words(error: McpError, process: Option<&ServerProcess>) -> McpError {
+    let (McpError::Start { server, .. }, Some(process)) = (&error, process) else {
+        return error;
+    };
+    match with_deadline("mcp.failed_start", EXIT_GRACE, process.exited()).await {
+        Ok(status) => start_error(server, &status, Some(process)),
+        Err(_) => error,
     }
 }
 

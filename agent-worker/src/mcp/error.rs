@@ -59,7 +59,7 @@ pub enum McpError {
         reason: String,
     },
 
-    /// A call did not end in time.
+    /// A call did not end in time, and the server does not say that it is alive either.
     #[error("`{what}` of server `{server}` did not end within {after:?}")]
     Deadline {
         /// Name of the server.
@@ -109,7 +109,10 @@ impl McpError {
     pub(super) fn doubts_server(&self) -> bool {
         matches!(
             self,
-            Self::Start { .. } | Self::Crashed { .. } | Self::ContextLost { .. }
+            Self::Start { .. }
+                | Self::Crashed { .. }
+                | Self::ContextLost { .. }
+                | Self::Deadline { .. }
         )
     }
 }
