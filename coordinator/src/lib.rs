@@ -1,3 +1,19 @@
 //! The coordinator: accepts jobs, orders them, leases them to workers, and counts what became of them.
+//!
+//! [`run`] is the whole of it on a listener; `main` and `espalier up` call it. `api/` serves clients and operators,
+//! `session/` serves workers, `queue/` holds the jobs, `maintenance/` does what nobody asks for. It never looks into
+//! a rollout: what one is and how it is run is the agent worker's.
 
+pub mod api;
+pub mod auth;
+pub mod config;
+mod maintenance;
+pub mod questions;
 pub mod queue;
+pub mod registry;
+mod serve;
+mod session;
+
+pub use auth::{Role, Scope, TokenConfig};
+pub use config::{CoordinatorConfig, ProjectConfig};
+pub use serve::{Deps, RunError, run};

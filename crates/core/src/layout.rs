@@ -107,6 +107,21 @@ pub fn job_of_patch(path: &str) -> Option<(JobKey, u32)> {
     (patch(&key, n) == path).then_some((key, n))
 }
 
+/// The job and the fence of the attempt that the object at `path` is private to; none where it is another object.
+pub fn attempt_of(path: &str) -> Option<(JobKey, Fence)> {
+    let parts: Vec<&str> = path.splitn(7, '/').collect();
+    let [project, "batches", batch, "jobs", job, attempt, _] = parts[..] else {
+        return None;
+    };
+    let fence = attempt.strip_prefix("a-")?.parse().ok()?;
+    let key = JobKey::new(
+        project.parse().ok()?,
+        batch.parse().ok()?,
+        job.parse().ok()?,
+    );
+    Some((key, Fence(fence)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,5 +158,14 @@ mod tests {
         assert_eq!(job_of_patch(&patch(&key, 7)), Some((key.clone(), 7)));
         assert_eq!(job_of_patch(&manifest(&key)), None);
         assert_eq!(job_of_patch("shop/batches/b1/jobs/j1/patches/7.json"), None);
+    }
+
+    #[test]
+    fn an_object_of_an_attempt_names_it() {
+        let key: JobKey = "shop/b1/j1".parse().unwrap();
+        let found = attempt_of(&segment(&key, Fence(7), 2));
+        assert_eq!(found, Some((key.clone(), Fence(7))));
+        assert_eq!(attempt_of(&manifest(&key)), None);
+        assert_eq!(attempt_of(&patch(&key, 7)), None);
     }
 }

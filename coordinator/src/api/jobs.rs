@@ -1,0 +1,383 @@
+//! `JobService`: submitting, watching and steering jobs.
+
+use std::sync::Arc;
+
+use espalier_core::error::FieldError;
+use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
+use espalier_core::queue::{BatchView, JobFilter, Selector};
+use espalier_proto::status::ApiError;
+use espalier_proto::v1;
+use espalier_runtime::tasks::{OnFailure, with_deadline};
+use espalier_runtime::telemetry::TraceParent;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::MetadataMap;
+use tonic::{Request, Response, Status};
+
+use super::page::{self, List};
+use super::watch::{self, Watch};
+use super::{Shared, job_key, no_batch, no_job, queue_error, submit, trace, view};
+use crate::auth::Call;
+use crate::questions::NotAnswered;
+use crate::session;
+
+/// Batches that a list looks at: the queue has them by name, and the answer is newest first.
+const BATCHES_MAX: usize = 100_000;
+/// Most labels of a filter.
+const FILTER_LABELS_MAX: usize = 64;
+/// Most ids of one retry.
+const RETRY_IDS_MAX: usize = 1_000;
+
+/// The service.
+#[derive(Clone)]
+pub struct JobApi(pub Arc<Shared>);
+
+#[tonic::async_trait]
+impl v1::job_service_server::JobService for JobApi {
+    async fn open_batch(
+        &self,
+        request: Request<v1::OpenBatchRequest>,
+    ) -> Result<Response<v1::OpenBatchResponse>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::OpenBatch)?;
+        let batch = submit::open_batch(&self.0, project, request.into_inner()).await?;
+        Ok(Response::new(v1::OpenBatchResponse { batch: Some(batch) }))
+    }
+
+    async fn submit_chunk(
+        &self,
+        request: Request<v1::SubmitChunkRequest>,
+    ) -> Result<Response<v1::SubmitChunkResponse>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::SubmitChunk)?;
+        let caller = traceparent(request.metadata());
+        let answer = submit::submit_chunk(&self.0, project, request.into_inner(), caller).await?;
+        Ok(Response::new(answer))
+    }
+
+    async fn close_batch(
+        &self,
+        request: Request<v1::CloseBatchRequest>,
+    ) -> Result<Response<v1::CloseBatchResponse>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::CloseBatch)?;
+        let batch = BatchId::new(&request.get_ref().batch).map_err(ApiError::Field)?;
+        let closed = self.0.queue.close_batch(project, batch).await;
+        let batch = Some(view::batch(&closed.map_err(queue_error)?));
+        Ok(Response::new(v1::CloseBatchResponse { batch }))
+    }
+
+    async fn get_batch(
+        &self,
+        request: Request<v1::GetBatchRequest>,
+    ) -> Result<Response<v1::Batch>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::GetBatch)?;
+        let found = self.batch(project, &request.get_ref().batch).await?;
+        Ok(Response::new(view::batch(&found)))
+    }
+
+    async fn list_batches(
+        &self,
+        request: Request<v1::ListBatchesRequest>,
+    ) -> Result<Response<v1::ListBatchesResponse>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::ListBatches)?;
+        Ok(Response::new(
+            self.batches(project, request.get_ref()).await?,
+        ))
+    }
+
+    async fn get_job(
+        &self,
+        request: Request<v1::GetJobRequest>,
+    ) -> Result<Response<v1::Job>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::GetJob)?;
+        let request = request.into_inner();
+        let key = job_key(project, &request.batch, &request.id).map_err(ApiError::Field)?;
+        let found = self.0.queue.job(key.clone()).await.map_err(queue_error)?;
+        Ok(Response::new(view::job(found.ok_or_else(|| no_job(&key))?)))
+    }
+
+    async fn list_jobs(
+        &self,
+        request: Request<v1::ListJobsRequest>,
+    ) -> Result<Response<v1::ListJobsResponse>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::ListJobs)?;
+        Ok(Response::new(
+            self.jobs(project, request.into_inner()).await?,
+        ))
+    }
+
+    type WatchBatchStream = ReceiverStream<Result<v1::BatchEvent, Status>>;
+
+    async fn watch_batch(
+        &self,
+        request: Request<v1::WatchBatchRequest>,
+    ) -> Result<Response<Self::WatchBatchStream>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::WatchBatch)?;
+        let found = self
+            .batch(project.clone(), &request.get_ref().batch)
+            .await?;
+        let (events, stream) = mpsc::channel(watch::EVENTS_MAX);
+        let watch = Watch {
+            shared: Arc::clone(&self.0),
+            project,
+            batch: found.batch,
+            cursor: request.get_ref().after_cursor,
+            events,
+        };
+        self.0.tasks.spawn("api.watch", OnFailure::Log, watch.run());
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<v1::CancelRequest>,
+    ) -> Result<Response<v1::CancelResponse>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::Cancel)?;
+        let which = selector(project, request.into_inner()).map_err(ApiError::Field)?;
+        let done = self.0.queue.cancel(which).await.map_err(queue_error)?;
+        Ok(Response::new(v1::CancelResponse {
+            cancelled: done.cancelled,
+            signalled: done.requested,
+        }))
+    }
+
+    async fn retry(
+        &self,
+        request: Request<v1::RetryRequest>,
+    ) -> Result<Response<v1::RetryResponse>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::Retry)?;
+        let requeued = self.requeue(project, request.into_inner()).await?;
+        Ok(Response::new(v1::RetryResponse { requeued }))
+    }
+
+    async fn list_questions(
+        &self,
+        request: Request<v1::ListQuestionsRequest>,
+    ) -> Result<Response<v1::ListQuestionsResponse>, Status> {
+        let project = self
+            .0
+            .auth
+            .project(request.metadata(), Call::ListQuestions)?;
+        let batch = match request.get_ref().batch.as_str() {
+            "" => None,
+            name => Some(self.batch(project.clone(), name).await?.batch),
+        };
+        let now = self.0.now();
+        let questions = self.0.questions.list(&project, batch.as_ref(), now);
+        Ok(Response::new(v1::ListQuestionsResponse { questions }))
+    }
+
+    async fn answer_question(
+        &self,
+        request: Request<v1::AnswerQuestionRequest>,
+    ) -> Result<Response<v1::AnswerQuestionResponse>, Status> {
+        let project = self
+            .0
+            .auth
+            .project(request.metadata(), Call::AnswerQuestion)?;
+        self.answer(&project, request.into_inner()).await?;
+        Ok(Response::new(v1::AnswerQuestionResponse {}))
+    }
+
+    type GetTraceStream = ReceiverStream<Result<v1::TraceChunk, Status>>;
+
+    async fn get_trace(
+        &self,
+        request: Request<v1::GetTraceRequest>,
+    ) -> Result<Response<Self::GetTraceStream>, Status> {
+        let project = self.0.auth.project(request.metadata(), Call::GetTrace)?;
+        let request = request.into_inner();
+        let key = job_key(project, &request.batch, &request.id).map_err(ApiError::Field)?;
+        let packed = trace::find(&self.0, key).await?;
+        let (pieces, stream) = mpsc::channel(trace::PIECES_MAX);
+        let sent = trace::stream(packed, pieces);
+        self.0.tasks.spawn("api.trace", OnFailure::Log, sent);
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+impl JobApi {
+    async fn batch(&self, project: ProjectId, name: &str) -> Result<BatchView, ApiError> {
+        let batch = BatchId::new(name)?;
+        let found = self.0.queue.batch(project, batch.clone()).await;
+        found.map_err(queue_error)?.ok_or_else(|| no_batch(&batch))
+    }
+
+    async fn batches(
+        &self,
+        project: ProjectId,
+        request: &v1::ListBatchesRequest,
+    ) -> Result<v1::ListBatchesResponse, ApiError> {
+        let size = page::size(request.page_size)?;
+        let list = List::of("ListBatches").with(project.as_str());
+        let before = match list.after(&request.page_token)? {
+            Some(seq) => seq
+                .parse()
+                .map_err(|_| FieldError::new("page_token", seq, "must end with a number"))?,
+            None => u32::MAX,
+        };
+        let mut all = self.all_batches(&project).await?;
+        all.retain(|batch| batch.seq.0 < before);
+        all.sort_unstable_by_key(|batch| std::cmp::Reverse(batch.seq));
+        let more = all.len() > size;
+        all.truncate(size);
+        let last = all.last().filter(|_| more);
+        Ok(v1::ListBatchesResponse {
+            next_page_token: last
+                .map(|batch| list.token(&batch.seq.0.to_string()))
+                .unwrap_or_default(),
+            batches: all.iter().map(view::batch).collect(),
+        })
+    }
+
+    async fn all_batches(&self, project: &ProjectId) -> Result<Vec<BatchView>, ApiError> {
+        let mut all: Vec<BatchView> = Vec::new();
+        while all.len() < BATCHES_MAX {
+            let after = all.last().map(|batch| batch.batch.clone());
+            let limit = crate::queue::PAGE_MAX;
+            let found = self.0.queue.batches(project.clone(), after, limit).await;
+            let found = found.map_err(queue_error)?;
+            let last = found.len() < limit;
+            all.extend(found);
+            if last {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
+    async fn jobs(
+        &self,
+        project: ProjectId,
+        request: v1::ListJobsRequest,
+    ) -> Result<v1::ListJobsResponse, ApiError> {
+        let size = page::size(request.page_size)?;
+        if request.labels.len() > FILTER_LABELS_MAX {
+            let rule = format!("must have at most {FILTER_LABELS_MAX} entries");
+            return Err(FieldError::new("labels", request.labels.len(), rule).into());
+        }
+        let batch = BatchId::new(&request.batch)?;
+        let mut states = view::states_from_wire(&request.states)?;
+        states.sort_unstable();
+        states.dedup();
+        let mut list = List::of("ListJobs")
+            .with(project.as_str())
+            .with(batch.as_str());
+        for state in &states {
+            list = list.with(state.as_str());
+        }
+        for (name, value) in &request.labels {
+            list = list.with(name).with(value);
+        }
+        let after = list
+            .after(&request.page_token)?
+            .map(JobId::new)
+            .transpose()?;
+        let filter = JobFilter {
+            states,
+            kinds: Vec::new(),
+            labels: request.labels,
+        };
+        let found = self.0.queue.jobs(project, batch, filter, after, size).await;
+        let found = found.map_err(queue_error)?;
+        // A short page is the last; after a full one there may be nothing, which the next call says.
+        let last = found.last().filter(|_| found.len() == size);
+        Ok(v1::ListJobsResponse {
+            next_page_token: last
+                .map(|detail| list.token(detail.job.key.job.as_str()))
+                .unwrap_or_default(),
+            jobs: found.into_iter().map(view::job).collect(),
+        })
+    }
+
+    async fn requeue(
+        &self,
+        project: ProjectId,
+        request: v1::RetryRequest,
+    ) -> Result<u64, ApiError> {
+        if request.ids.len() > RETRY_IDS_MAX {
+            let rule = format!("must have at most {RETRY_IDS_MAX} entries");
+            return Err(FieldError::new("ids", request.ids.len(), rule).into());
+        }
+        let batch = self.batch(project.clone(), &request.batch).await?.batch;
+        if request.ids.is_empty() {
+            let which = Selector::Batch(project, batch);
+            return self.0.queue.requeue_dead(which).await.map_err(queue_error);
+        }
+        let mut requeued = 0;
+        for (i, id) in request.ids.iter().enumerate() {
+            let id = JobId::new(id).map_err(|mut error| {
+                error.field = format!("ids[{i}]");
+                error
+            })?;
+            let which = Selector::Job(JobKey::new(project.clone(), batch.clone(), id));
+            requeued += self
+                .0
+                .queue
+                .requeue_dead(which)
+                .await
+                .map_err(queue_error)?;
+        }
+        Ok(requeued)
+    }
+
+    /// Keeps the answer and hands it to the worker. Without a stream it waits for the worker to ask again.
+    async fn answer(
+        &self,
+        project: &ProjectId,
+        request: v1::AnswerQuestionRequest,
+    ) -> Result<(), ApiError> {
+        let (id, allow) = (request.id, request.allow);
+        let answered = self.0.questions.answer(project, &id, allow, self.0.now());
+        let addressee = answered.map_err(|why| match why {
+            NotAnswered::Unknown => ApiError::NotFound {
+                what: "open question",
+                name: id.clone(),
+            },
+            NotAnswered::Otherwise(earlier) => {
+                let said = if earlier { "allowed" } else { "refused" };
+                ApiError::Conflict(format!("question `{id}` was answered before: {said}"))
+            }
+        })?;
+        let Some(connected) = self.0.registry.find(&addressee.worker) else {
+            return Ok(());
+        };
+        let answer = v1::coordinator_message::Message::Answer(v1::Answer { id, allow });
+        let sent = connected.outbox().send(Ok(session::message(answer)));
+        match with_deadline("session.answer", session::SEND_LIMIT, sent).await {
+            // A stream that has just ended: the worker asks again on the next one.
+            Ok(_) => Ok(()),
+            Err(_) => Err(ApiError::Unavailable(
+                "the worker does not take the answer now; send it again".to_owned(),
+            )),
+        }
+    }
+}
+
+fn selector(project: ProjectId, request: v1::CancelRequest) -> Result<Selector, FieldError> {
+    use v1::cancel_request::Target;
+    match request.target {
+        Some(Target::Job(job)) => Ok(Selector::Job(job_key(project, &job.batch, &job.id)?)),
+        Some(Target::Batch(batch)) => Ok(Selector::Batch(project, BatchId::new(batch)?)),
+        Some(Target::Label(label)) if label.name.is_empty() => Err(FieldError::new(
+            "label.name",
+            label.name,
+            "must not be empty",
+        )),
+        Some(Target::Label(label)) => Ok(Selector::Label {
+            project,
+            key: label.name,
+            value: label.value,
+        }),
+        None => Err(FieldError::new(
+            "target",
+            "nothing",
+            "must be a job, a batch or a label",
+        )),
+    }
+}
+
+/// The caller's trace context, where it sent a valid one.
+fn traceparent(metadata: &MetadataMap) -> Option<String> {
+    let text = metadata.get("traceparent")?.to_str().ok()?;
+    let parsed: TraceParent = text.parse().ok()?;
+    Some(parsed.to_string())
+}

@@ -1,0 +1,122 @@
+//! The services of clients and operators: the only part, with the sessions of workers, that sees generated types.
+//!
+//! Handlers admit the caller, turn the request into domain types, ask the queue, and turn the answer back. What they
+//! share is [`Shared`]; rules of jobs are in `espalier-core`, rules of the queue behind its trait.
+
+mod admin;
+mod jobs;
+pub mod page;
+pub mod stored;
+pub mod submit;
+mod trace;
+pub mod view;
+mod watch;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use espalier_core::error::FieldError;
+use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
+use espalier_core::queue::Refusal;
+use espalier_core::time::Timestamp;
+use espalier_proto::status::ApiError;
+use espalier_runtime::clock::Clock;
+use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::store::Store;
+use espalier_runtime::tasks::{BlockingFailed, Tasks};
+
+use crate::auth::Auth;
+use crate::config::CoordinatorConfig;
+use crate::questions::Questions;
+use crate::queue::{Queue, QueueError};
+use crate::registry::Registry;
+
+pub use admin::AdminApi;
+pub use jobs::JobApi;
+
+/// What all services of one coordinator share.
+#[derive(Clone)]
+pub struct Shared {
+    /// The configuration, checked.
+    pub config: Arc<CoordinatorConfig>,
+    /// Who may call.
+    pub auth: Arc<Auth>,
+    /// The jobs.
+    pub queue: Arc<dyn Queue>,
+    /// Large specs, manifests and traces.
+    pub store: Store,
+    /// The connected workers.
+    pub registry: Arc<Registry>,
+    /// What rollouts ask.
+    pub questions: Arc<Questions>,
+    /// The time of day.
+    pub clock: Arc<dyn Clock>,
+    /// Where streams run.
+    pub tasks: Tasks,
+    /// Running, draining or aborted.
+    pub shutdown: Shutdown,
+}
+
+impl Shared {
+    /// The present moment.
+    pub fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    /// Names of MCP servers that a job may use.
+    pub fn mcp_servers(&self) -> BTreeSet<String> {
+        let mut names = self.registry.mcp_servers();
+        names.extend(self.config.mcp_servers.iter().cloned());
+        names
+    }
+}
+
+/// What a client has to know of a queue's error.
+pub fn queue_error(error: QueueError) -> ApiError {
+    match error {
+        QueueError::Refused(Refusal::UnknownBatch { batch, .. }) => no_batch(&batch),
+        QueueError::Refused(Refusal::UnknownJob(key)) => no_job(&key),
+        QueueError::Refused(Refusal::BatchClosed { batch, .. }) => ApiError::Conflict(format!(
+            "batch `{batch}` is closed and takes no more jobs; open another one"
+        )),
+        QueueError::Refused(Refusal::Field(field)) => ApiError::Field(field),
+        QueueError::Unavailable {
+            reason,
+            retry_after,
+        } => {
+            tracing::error!(reason, "the queue is unavailable");
+            ApiError::Unavailable(format!(
+                "the queue cannot be reached; try again in {} ms",
+                retry_after.as_millis()
+            ))
+        }
+        QueueError::Closed => ApiError::Unavailable("the coordinator is shutting down".to_owned()),
+    }
+}
+
+/// Work off the async threads that failed is a fault of ours.
+pub fn blocking_error(error: BlockingFailed) -> ApiError {
+    tracing::error!(error = %error, "blocking work failed");
+    ApiError::Internal("an internal rule failed; the log has the details".to_owned())
+}
+
+/// There is no such batch, or it is another project's.
+pub fn no_batch(batch: &BatchId) -> ApiError {
+    ApiError::NotFound {
+        what: "batch",
+        name: batch.to_string(),
+    }
+}
+
+/// There is no such job, or it is another project's.
+pub fn no_job(key: &JobKey) -> ApiError {
+    ApiError::NotFound {
+        what: "job",
+        name: format!("{}/{}", key.batch, key.job),
+    }
+}
+
+/// The job that a request names within the caller's project.
+fn job_key(project: ProjectId, batch: &str, id: &str) -> Result<JobKey, FieldError> {
+    Ok(JobKey::new(project, BatchId::new(batch)?, JobId::new(id)?))
+}

@@ -1,0 +1,151 @@
+//! `GetTrace`: the published trace of a job, verified against its manifest, as JSON in pieces.
+
+use std::io::Read;
+
+use bytes::Bytes;
+use espalier_core::id::JobKey;
+use espalier_core::queue::StateName;
+use espalier_core::trace::Manifest;
+use espalier_proto::status::ApiError;
+use espalier_proto::v1;
+use espalier_runtime::store::StoreError;
+use espalier_runtime::{tasks, telemetry};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use super::{Shared, no_job, queue_error};
+
+/// Bytes of one piece.
+const PIECE_BYTES: usize = 1 << 20;
+/// Pieces that wait for a slow client.
+pub const PIECES_MAX: usize = 2;
+/// Longest trace, unpacked, in bytes: what is compressed came from a worker and may claim anything.
+const TRACE_BYTES_MAX: u64 = 512 << 20;
+
+/// The compressed trace of a job, as it was published.
+pub async fn find(shared: &Shared, key: JobKey) -> Result<Bytes, ApiError> {
+    let detail = shared.queue.job(key.clone()).await.map_err(queue_error)?;
+    let detail = detail.ok_or_else(|| no_job(&key))?;
+    let state = detail.job.state.name();
+    let Some(result) = detail.result.filter(|_| state == StateName::Succeeded) else {
+        return Err(ApiError::Conflict(format!(
+            "job `{}/{}` has no published trace: it is {}",
+            key.batch,
+            key.job,
+            state.as_str()
+        )));
+    };
+    let manifest = read(shared, &result.manifest).await?;
+    let manifest = Manifest::parse(&manifest, &key).map_err(|error| damaged(&error))?;
+    let file = manifest
+        .trace_file()
+        .ok_or_else(|| damaged(&"the manifest names no trace"))?;
+    let packed = read(shared, &file.path).await?;
+    let (file, packed, whole) = {
+        let file = file.clone();
+        let hashed = tasks::blocking("trace.verify", move || {
+            let whole = file.holds(&packed);
+            (file, packed, whole)
+        });
+        hashed.await.map_err(super::blocking_error)?
+    };
+    if !whole {
+        return Err(damaged(&format_args!(
+            "{} is not what the manifest names",
+            file.path
+        )));
+    }
+    Ok(packed)
+}
+
+/// Unpacks `packed` and sends it piece by piece, on a thread of its own.
+pub async fn stream(packed: Bytes, pieces: mpsc::Sender<Result<v1::TraceChunk, Status>>) {
+    let unpack = move || {
+        if let Err(error) = send_pieces(&packed, &pieces) {
+            let error = damaged(&error);
+            // The client may have gone.
+            let _ = pieces.blocking_send(Err(error.into()));
+        }
+    };
+    if let Err(error) = tasks::blocking("trace.stream", unpack).await {
+        tracing::error!(error = %error, "a trace could not be streamed");
+    }
+}
+
+fn send_pieces(
+    packed: &[u8],
+    pieces: &mpsc::Sender<Result<v1::TraceChunk, Status>>,
+) -> std::io::Result<()> {
+    let mut unpacked = zstd::Decoder::new(packed)?.take(TRACE_BYTES_MAX + 1);
+    let mut sent = 0;
+    loop {
+        let mut piece = Vec::with_capacity(PIECE_BYTES);
+        unpacked
+            .by_ref()
+            .take(PIECE_BYTES as u64)
+            .read_to_end(&mut piece)?;
+        if piece.is_empty() {
+            return Ok(());
+        }
+        sent += piece.len() as u64;
+        if sent > TRACE_BYTES_MAX {
+            let limit = format!("the trace must have at most {TRACE_BYTES_MAX} bytes unpacked");
+            return Err(std::io::Error::other(limit));
+        }
+        let data = piece.into();
+        if pieces.blocking_send(Ok(v1::TraceChunk { data })).is_err() {
+            return Ok(());
+        }
+    }
+}
+
+async fn read(shared: &Shared, path: &str) -> Result<Bytes, ApiError> {
+    shared
+        .store
+        .get(path)
+        .await
+        .map_err(|error| store_error(&error))
+}
+
+fn store_error(error: &StoreError) -> ApiError {
+    tracing::error!(
+        error = telemetry::error_chain(error),
+        "a trace could not be read"
+    );
+    if error.is_not_found() {
+        return damaged(&error);
+    }
+    ApiError::Unavailable("the object store cannot be read; try again".to_owned())
+}
+
+fn damaged(error: &dyn std::fmt::Display) -> ApiError {
+    ApiError::Internal(format!("the published trace is damaged: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn pieces_add_up_to_the_text() {
+        let text: Vec<u8> = (0..3 * PIECE_BYTES / 2).map(|i| i as u8).collect();
+        let packed = zstd::encode_all(&text[..], 1).unwrap();
+        let (pieces, mut received) = mpsc::channel(4);
+        stream(packed.into(), pieces).await;
+        let mut joined = Vec::new();
+        let mut count = 0;
+        while let Some(piece) = received.recv().await {
+            joined.extend_from_slice(&piece.unwrap().data);
+            count += 1;
+        }
+        assert_eq!((count, joined), (2, text));
+    }
+
+    #[tokio::test]
+    async fn what_is_not_compressed_is_an_error_of_the_stream() {
+        let (pieces, mut received) = mpsc::channel(4);
+        stream(Bytes::from_static(b"{}"), pieces).await;
+        let status = received.recv().await.unwrap().unwrap_err();
+        assert!(status.message().contains("damaged"), "{status}");
+    }
+}

@@ -1,0 +1,285 @@
+//! The configuration of a coordinator: one TOML file, every key also as `ESPALIER_…`, unknown keys refused.
+//!
+//! `main` loads it, `espalier up` builds it in code; [`CoordinatorConfig::validate`] runs before a port opens and is
+//! the only place for rules over several keys.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use espalier_core::error::FieldError;
+use espalier_core::id::ProjectId;
+use espalier_runtime::net::ServerTls;
+use espalier_runtime::telemetry::TelemetryConfig;
+use serde::Deserialize;
+
+use crate::auth::TokenConfig;
+
+/// The port where nothing else is said.
+pub const PORT_DEFAULT: u16 = 7411;
+/// Most MCP servers that a configuration may name, which a refusal lists to the client.
+const MCP_SERVERS_MAX: usize = 256;
+
+/// A coordinator's configuration.
+///
+/// ```toml
+/// listen = "127.0.0.1:7411"
+/// data_dir = "/var/lib/espalier"
+/// store_url = "file:///var/lib/espalier/store"
+/// mcp_servers = ["browser"]
+///
+/// [[tokens]]
+/// name = "ci"
+/// sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+/// project = "shop"
+/// roles = ["submit", "read"]
+///
+/// [[tokens]]
+/// name = "workers"
+/// sha256 = "60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752"
+/// project = "*"
+/// roles = ["worker"]
+/// ```
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CoordinatorConfig {
+    /// Where it listens; port 0 takes a free one. Default: loopback only.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// Folder of the embedded queue's file.
+    pub data_dir: PathBuf,
+    /// The object store: `file:///absolute/folder`, or `memory://` for tests.
+    pub store_url: String,
+    /// Certificate and key; without them the connection is not encrypted.
+    #[serde(default)]
+    pub tls: Option<ServerTls>,
+    /// Who may call. At least one.
+    #[serde(default)]
+    pub tokens: Vec<TokenConfig>,
+    /// Settings of single projects.
+    #[serde(default)]
+    pub projects: BTreeMap<ProjectId, ProjectConfig>,
+    /// MCP servers that jobs may name, besides those that connected workers announce.
+    #[serde(default)]
+    pub mcp_servers: BTreeSet<String>,
+    /// Whether a job may bring a server of its own, which is a command that a worker runs. Workers decide again.
+    #[serde(default)]
+    pub allow_inline_mcp: bool,
+    /// Jobs of one project that may wait (blocked, delayed or ready); beyond, submissions are refused.
+    #[serde(default = "default_jobs_waiting_max")]
+    pub jobs_waiting_max: u64,
+    /// How long a lease lasts without renewal, in milliseconds; absent: what suits the kind of job.
+    #[serde(default)]
+    pub lease_ttl_ms: Option<u64>,
+    /// Days for which a complete batch is kept in the queue, and the files of attempts that lost.
+    #[serde(default = "default_keep_days")]
+    pub keep_days: u32,
+    /// Age at which a worker's stream is asked to reconnect, so that new coordinators get load.
+    #[serde(default = "default_session_max_age_s")]
+    pub session_max_age_s: u64,
+    /// How long a drain may take before connections are cut.
+    #[serde(default = "default_drain_limit_s")]
+    pub drain_limit_s: u64,
+    /// Logs, traces and metrics.
+    #[serde(default)]
+    pub telemetry: TelemetryConfig,
+}
+
+/// Settings of one project.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectConfig {
+    /// Share of the workers where several projects wait, from 1 to 1,000; a project without an entry has 100.
+    pub weight: u32,
+}
+
+fn default_listen() -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, PORT_DEFAULT))
+}
+
+fn default_jobs_waiting_max() -> u64 {
+    1_000_000
+}
+
+fn default_keep_days() -> u32 {
+    30
+}
+
+fn default_session_max_age_s() -> u64 {
+    1_800
+}
+
+fn default_drain_limit_s() -> u64 {
+    10
+}
+
+impl CoordinatorConfig {
+    /// A configuration with every default.
+    pub fn new(
+        data_dir: impl Into<PathBuf>,
+        store_url: impl Into<String>,
+        tokens: Vec<TokenConfig>,
+    ) -> Self {
+        Self {
+            listen: default_listen(),
+            data_dir: data_dir.into(),
+            store_url: store_url.into(),
+            tls: None,
+            tokens,
+            projects: BTreeMap::new(),
+            mcp_servers: BTreeSet::new(),
+            allow_inline_mcp: false,
+            jobs_waiting_max: default_jobs_waiting_max(),
+            lease_ttl_ms: None,
+            keep_days: default_keep_days(),
+            session_max_age_s: default_session_max_age_s(),
+            drain_limit_s: default_drain_limit_s(),
+            telemetry: TelemetryConfig::default(),
+        }
+    }
+
+    /// Checks what the types cannot say.
+    pub fn validate(&self) -> Result<(), FieldError> {
+        check_range("jobs_waiting_max", self.jobs_waiting_max, 1, 100_000_000)?;
+        check_range("keep_days", u64::from(self.keep_days), 1, 3_650)?;
+        check_range("session_max_age_s", self.session_max_age_s, 1, 86_400)?;
+        check_range("drain_limit_s", self.drain_limit_s, 1, 600)?;
+        if let Some(ttl) = self.lease_ttl_ms {
+            check_range("lease_ttl_ms", ttl, 100, 3_600_000)?;
+        }
+        for (project, settings) in &self.projects {
+            let field = format!("projects.{project}.weight");
+            check_range(&field, u64::from(settings.weight), 1, 1_000)?;
+        }
+        if self.mcp_servers.len() > MCP_SERVERS_MAX {
+            let rule = format!("must have at most {MCP_SERVERS_MAX} names");
+            return Err(FieldError::new("mcp_servers", self.mcp_servers.len(), rule));
+        }
+        self.validate_tokens()
+    }
+
+    fn validate_tokens(&self) -> Result<(), FieldError> {
+        if self.tokens.is_empty() {
+            let rule = "must have at least one entry: without a token nobody can call";
+            return Err(FieldError::new("tokens", "nothing", rule));
+        }
+        let mut names = BTreeSet::new();
+        for (i, token) in self.tokens.iter().enumerate() {
+            token
+                .validate()
+                .map_err(|e| e.under(&format!("tokens[{i}]")))?;
+            if !names.insert(&token.name) {
+                let field = format!("tokens[{i}].name");
+                return Err(FieldError::new(field, &token.name, "must be unique"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Path of the embedded queue's file.
+    pub fn queue_file(&self) -> PathBuf {
+        self.data_dir.join("queue.redb")
+    }
+
+    /// The lease that a worker gets, where the configuration has one.
+    pub fn lease_ttl(&self) -> Option<Duration> {
+        self.lease_ttl_ms.map(Duration::from_millis)
+    }
+
+    /// How long a complete batch is kept.
+    pub fn keep(&self) -> Duration {
+        Duration::from_secs(u64::from(self.keep_days) * 86_400)
+    }
+
+    /// How long a drain may take.
+    pub fn drain_limit(&self) -> Duration {
+        Duration::from_secs(self.drain_limit_s)
+    }
+}
+
+fn check_range(field: &str, value: u64, min: u64, max: u64) -> Result<(), FieldError> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(FieldError::new(
+        field,
+        value,
+        format!("must be in {min}..={max}"),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        data_dir = "/tmp/x"
+        store_url = "memory://"
+        [[tokens]]
+        name = "ci"
+        sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+        project = "shop"
+        roles = ["submit", "read"]
+        [projects.shop]
+        weight = 200
+    "#;
+
+    fn parse(text: &str) -> Result<CoordinatorConfig, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("coordinator.toml");
+        std::fs::write(&file, text).unwrap();
+        let environment = espalier_runtime::config::Environment::new();
+        let config: CoordinatorConfig =
+            espalier_runtime::config::load(Some(&file), "ESPALIER_", &environment)
+                .map_err(|e| e.to_string())?;
+        config.validate().map_err(|e| e.to_string())?;
+        Ok(config)
+    }
+
+    #[test]
+    fn a_file_gives_a_config_with_defaults() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.listen.port(), PORT_DEFAULT);
+        assert!(config.listen.ip().is_loopback());
+        assert_eq!(config.keep_days, 30);
+    }
+
+    #[test]
+    fn what_breaks_a_rule_is_named() {
+        let cases = [
+            ("keep_day = 3", "keep_day"),
+            ("keep_days = 0", "`keep_days` must be in 1..=3650"),
+            (
+                "lease_ttl_ms = 5",
+                "`lease_ttl_ms` must be in 100..=3600000",
+            ),
+            ("[projects.\"a/b\"]\nweight = 1", "project"),
+            (
+                "[projects.b]\nweight = 0",
+                "`projects.b.weight` must be in 1..=1000",
+            ),
+        ];
+        for (line, expected) in cases {
+            let text = if line.starts_with('[') {
+                format!("{GOOD}\n{line}")
+            } else {
+                format!("{line}\n{GOOD}")
+            };
+            let error = parse(&text).unwrap_err();
+            assert!(error.contains(expected), "{line}: {error}");
+        }
+        for (from, to, expected) in [
+            ("9f86", "zz86", "sha256"),
+            ("\"shop\"", "\"*\"", "`tokens[0].project`"),
+            ("\"read\"", "\"root\"", "roles"),
+            ("[\"submit\", \"read\"]", "[]", "`tokens[0].roles`"),
+            ("\"submit\"", "\"worker\"", "`tokens[0].project`"),
+        ] {
+            let error = parse(&GOOD.replace(from, to)).unwrap_err();
+            assert!(error.contains(expected), "{to}: {error}");
+        }
+        let without = GOOD.replace("[[tokens]]", "[ignored]");
+        assert!(parse(&without).is_err());
+    }
+}

@@ -1,0 +1,39 @@
+//! What a coordinator does by itself: follow the queue's events, end what has run out, measure, and forget what is
+//! old. One file a task; each is idempotent, so that any number of coordinators may run them.
+
+mod events;
+mod gauges;
+mod rescuer;
+mod retention;
+
+use std::sync::Arc;
+
+use espalier_runtime::tasks::OnFailure;
+
+use crate::api::Shared;
+
+/// Starts every task. They end when the process aborts, so that a drain is still looked after.
+pub fn start(shared: &Arc<Shared>) {
+    let tasks = &shared.tasks;
+    // Without these two, jobs are not granted in time and leases do not end: the process is of no use.
+    tasks.spawn(
+        "maintenance.events",
+        OnFailure::ShutDown,
+        events::run(Arc::clone(shared)),
+    );
+    tasks.spawn(
+        "maintenance.rescuer",
+        OnFailure::ShutDown,
+        rescuer::run(Arc::clone(shared)),
+    );
+    tasks.spawn(
+        "maintenance.gauges",
+        OnFailure::Log,
+        gauges::run(Arc::clone(shared)),
+    );
+    tasks.spawn(
+        "maintenance.retention",
+        OnFailure::Log,
+        retention::run(Arc::clone(shared)),
+    );
+}

@@ -1,0 +1,197 @@
+//! Forgets what is old: the private objects of attempts that lost, then the batch's rows in the queue.
+//!
+//! Objects go first, so that a break in between leaves rows that name the work still to be done. What a manifest
+//! published stays, and so do shared blobs.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
+use espalier_core::layout;
+use espalier_core::trace::Manifest;
+use espalier_runtime::store::{LIST_MAX, Store, StoreError};
+use espalier_runtime::telemetry;
+
+use crate::api::Shared;
+use crate::queue::{PAGE_MAX, QueueError};
+
+/// Time between two rounds: days are kept, so an hour more is nothing.
+const INTERVAL: Duration = Duration::from_secs(3_600);
+/// Most batches of one round; the next one takes the rest.
+const BATCHES_MAX: usize = 100;
+
+/// Why a round stopped early. The next one goes on.
+#[derive(Debug, thiserror::Error)]
+enum RetentionError {
+    #[error("the queue could not be asked")]
+    Queue(#[from] QueueError),
+    #[error("objects could not be removed")]
+    Store(#[from] StoreError),
+}
+
+/// Runs rounds until the process aborts.
+pub async fn run(shared: Arc<Shared>) {
+    let mut ticks = tokio::time::interval(INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = shared.shutdown.aborted() => return,
+        }
+        let round = tokio::select! {
+            round = round(&shared, shared.config.keep()) => round,
+            () = shared.shutdown.aborted() => return,
+        };
+        match round {
+            Ok(0) => {}
+            Ok(batches) => tracing::info!(batches, "old batches forgotten"),
+            Err(error) => {
+                tracing::warn!(
+                    error = telemetry::error_chain(&error),
+                    "retention stopped early"
+                );
+            }
+        }
+    }
+}
+
+/// One round; returns how many batches were forgotten.
+async fn round(shared: &Shared, keep: Duration) -> Result<usize, RetentionError> {
+    let stats = shared.queue.stats().await?;
+    let mut projects: Vec<ProjectId> = stats.lines.into_iter().map(|l| l.project).collect();
+    projects.dedup();
+    for project in projects {
+        for batch in due(shared, &project, keep).await? {
+            clean(&shared.store, &project, &batch).await?;
+        }
+    }
+    Ok(shared.queue.purge(keep, BATCHES_MAX).await?.len())
+}
+
+/// Batches of a project that have been complete for longer than `keep`.
+async fn due(
+    shared: &Shared,
+    project: &ProjectId,
+    keep: Duration,
+) -> Result<Vec<BatchId>, QueueError> {
+    let now = shared.now();
+    let mut due = Vec::new();
+    let mut after = None;
+    loop {
+        let page = shared
+            .queue
+            .batches(project.clone(), after, PAGE_MAX)
+            .await?;
+        let old = page
+            .iter()
+            .filter(|batch| batch.completed_at.is_some_and(|at| now.since(at) >= keep));
+        due.extend(old.map(|batch| batch.batch.clone()));
+        after = page.last().map(|batch| batch.batch.clone());
+        if page.len() < PAGE_MAX || due.len() >= BATCHES_MAX {
+            return Ok(due);
+        }
+    }
+}
+
+/// Removes what attempts of a batch wrote that no manifest names.
+async fn clean(store: &Store, project: &ProjectId, batch: &BatchId) -> Result<(), StoreError> {
+    let mut winners: BTreeMap<JobKey, Winner> = BTreeMap::new();
+    let mut after: Option<String> = None;
+    loop {
+        let prefix = layout::batch(project, batch);
+        let page = store.list(&prefix, after.as_deref(), LIST_MAX).await?;
+        for object in &page {
+            let Some((key, fence)) = layout::attempt_of(&object.path) else {
+                continue;
+            };
+            let winner = match winners.get(&key) {
+                Some(winner) => *winner,
+                None => {
+                    let winner = winner_of(store, &key).await?;
+                    winners.insert(key, winner);
+                    winner
+                }
+            };
+            if winner.beats(fence) {
+                store.delete(&object.path).await?;
+            }
+        }
+        if page.len() < LIST_MAX {
+            return Ok(());
+        }
+        after = page.last().map(|object| object.path.clone());
+    }
+}
+
+/// Which attempt of a job was published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Winner {
+    /// The one with this fence.
+    Attempt(Fence),
+    /// None: every attempt lost.
+    Nobody,
+    /// The manifest cannot be read by this version, so nothing of the job is touched.
+    Unknown,
+}
+
+impl Winner {
+    fn beats(self, fence: Fence) -> bool {
+        match self {
+            Self::Attempt(winner) => winner != fence,
+            Self::Nobody => true,
+            Self::Unknown => false,
+        }
+    }
+}
+
+async fn winner_of(store: &Store, key: &JobKey) -> Result<Winner, StoreError> {
+    match store.get(&layout::manifest(key)).await {
+        Ok(bytes) => Ok(match Manifest::parse(&bytes, key) {
+            Ok(manifest) => Winner::Attempt(manifest.fence),
+            Err(_) => Winner::Unknown,
+        }),
+        Err(error) if error.is_not_found() => Ok(Winner::Nobody),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    #[tokio::test]
+    async fn what_no_manifest_names_goes_and_the_rest_stays() {
+        let store = Store::open("memory://").await.unwrap();
+        let (project, batch) = ("shop".parse().unwrap(), "b".parse().unwrap());
+        let put = async |path: String, content: &'static str| {
+            store
+                .put(&path, Bytes::from_static(content.as_bytes()))
+                .await
+                .unwrap();
+            path
+        };
+        let key = |job: &str| -> JobKey { format!("shop/b/{job}").parse().unwrap() };
+        let (dead, unreadable) = (key("dead"), key("unreadable"));
+        let lost = put(layout::trace(&dead, Fence(1)), "x").await;
+        put(layout::manifest(&unreadable), "{}").await;
+        let unknown = put(layout::trace(&unreadable, Fence(2)), "x").await;
+        let blob = put(layout::blob(&project, "ab"), "x").await;
+
+        for _ in 0..2 {
+            clean(&store, &project, &batch).await.unwrap();
+            assert!(store.head(&lost).await.unwrap_err().is_not_found());
+            assert!(store.head(&unknown).await.is_ok());
+            assert!(store.head(&blob).await.is_ok());
+        }
+    }
+
+    #[test]
+    fn a_winner_beats_every_other_attempt() {
+        assert!(Winner::Attempt(Fence(2)).beats(Fence(1)));
+        assert!(!Winner::Attempt(Fence(2)).beats(Fence(2)));
+        assert!(Winner::Nobody.beats(Fence(1)));
+        assert!(!Winner::Unknown.beats(Fence(1)));
+    }
+}

@@ -1,0 +1,294 @@
+//! The workers that are connected now: who offers what, who runs what, and how to reach them.
+//!
+//! In memory, and rebuilt by reconnecting workers: nothing here decides about leases, which are the queue's. The
+//! sessions enter and leave, the event task wakes and tells them, the API layer lists them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use espalier_core::id::{Fence, JobKey, WorkerId};
+use espalier_core::queue::JobKind;
+use espalier_core::time::Timestamp;
+use espalier_proto::v1;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+/// Most workers at one coordinator: each has a stream and a few tasks.
+const WORKERS_MAX: usize = 10_000;
+/// Most ids of drained workers that are remembered for their next stream; the smallest ids, which are the oldest
+/// processes, go first.
+const DRAINED_MAX: usize = 10_000;
+/// The prefix of the tags that stand for MCP servers.
+pub const MCP_TAG: &str = "mcp:";
+
+/// A way to a worker: bounded, so that one which does not read cannot take the memory of others.
+pub type Outbox = mpsc::Sender<Result<v1::CoordinatorMessage, Status>>;
+
+/// One worker's stream, as others see it.
+#[derive(Debug)]
+pub struct Connected {
+    /// Who it is.
+    pub worker: WorkerId,
+    /// Tells this stream from an earlier or later one of the same worker.
+    pub number: u64,
+    /// What it offers.
+    pub tags: BTreeSet<String>,
+    /// The kinds of jobs that it takes.
+    pub kinds: BTreeSet<JobKind>,
+    /// How many jobs it runs at once.
+    pub capacity: u32,
+    /// Its version.
+    pub version: String,
+    /// Since when.
+    pub connected_at: Timestamp,
+    /// Rung when there may be something to grant.
+    pub wake: Notify,
+    /// No more grants: the worker asked for it, an operator did, or the stream is about to end.
+    pub draining: AtomicBool,
+    /// The end of the stream.
+    pub ended: CancellationToken,
+    outbox: Outbox,
+    running: Mutex<HashMap<JobKey, Fence>>,
+}
+
+/// What a worker said in its first message, checked.
+#[derive(Debug)]
+pub struct Introduction {
+    /// Who it is.
+    pub worker: WorkerId,
+    /// What it offers.
+    pub tags: BTreeSet<String>,
+    /// The kinds of jobs that it takes.
+    pub kinds: BTreeSet<JobKind>,
+    /// How many jobs it runs at once.
+    pub capacity: u32,
+    /// Its version.
+    pub version: String,
+}
+
+impl Connected {
+    /// Whether it may be given a job of `kind` that needs `needs`.
+    fn takes(&self, kind: JobKind, needs: &BTreeSet<String>) -> bool {
+        self.kinds.contains(&kind) && needs.is_subset(&self.tags)
+    }
+
+    /// The way to the worker.
+    pub fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// Tells the worker something that it would learn later anyway; dropped where its outbox is full.
+    pub fn hint(&self, message: v1::coordinator_message::Message) {
+        let message = v1::CoordinatorMessage {
+            message: Some(message),
+        };
+        if self.outbox.try_send(Ok(message)).is_err() {
+            tracing::debug!(worker = %self.worker, "a hint was dropped: the worker reads too slowly or has gone");
+        }
+    }
+
+    /// Notes that the worker has a job.
+    pub fn started(&self, key: JobKey, fence: Fence) {
+        lock(&self.running).insert(key, fence);
+    }
+
+    /// Notes that the worker has a job no longer.
+    pub fn stopped(&self, key: &JobKey, fence: Fence) {
+        let mut running = lock(&self.running);
+        if running.get(key) == Some(&fence) {
+            running.remove(key);
+        }
+    }
+
+    fn view(&self) -> v1::Worker {
+        let running = lock(&self.running).len();
+        v1::Worker {
+            worker: self.worker.to_string(),
+            tags: self.tags.iter().cloned().collect(),
+            capacity: self.capacity,
+            running: u32::try_from(running).unwrap_or(u32::MAX),
+            draining: self.draining.load(Ordering::Relaxed),
+            connected_at_us: self.connected_at.0,
+            version: self.version.clone(),
+        }
+    }
+}
+
+/// The registry. One a process.
+#[derive(Debug)]
+pub struct Registry {
+    inner: Mutex<Inner>,
+    last_number: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    connected: BTreeMap<WorkerId, Arc<Connected>>,
+    drained: BTreeSet<WorkerId>,
+}
+
+/// There is no room for another worker.
+#[derive(Debug, thiserror::Error)]
+#[error("this coordinator serves at most {WORKERS_MAX} workers")]
+pub struct Full;
+
+impl Registry {
+    /// An empty registry. Numbers begin at the present time, so that they do not repeat after a restart: lease
+    /// requests are numbered by them, and the queue remembers those for some seconds.
+    pub fn new(now: Timestamp) -> Self {
+        Self {
+            inner: Mutex::default(),
+            last_number: AtomicU64::new(now.0),
+        }
+    }
+
+    /// A number that was not given before: for streams and lease requests.
+    pub fn next_number(&self) -> u64 {
+        self.last_number.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Enters a worker. An older stream of the same worker ends: the worker has reconnected.
+    pub fn enter(
+        &self,
+        who: Introduction,
+        connected_at: Timestamp,
+        outbox: Outbox,
+        ended: CancellationToken,
+    ) -> Result<Arc<Connected>, Full> {
+        let mut inner = lock(&self.inner);
+        if inner.connected.len() >= WORKERS_MAX && !inner.connected.contains_key(&who.worker) {
+            return Err(Full);
+        }
+        let connected = Arc::new(Connected {
+            number: self.next_number(),
+            tags: who.tags,
+            kinds: who.kinds,
+            capacity: who.capacity,
+            version: who.version,
+            connected_at,
+            wake: Notify::new(),
+            draining: AtomicBool::new(inner.drained.contains(&who.worker)),
+            ended,
+            outbox,
+            running: Mutex::default(),
+            worker: who.worker.clone(),
+        });
+        if let Some(older) = inner.connected.insert(who.worker, Arc::clone(&connected)) {
+            older.ended.cancel();
+        }
+        Ok(connected)
+    }
+
+    /// Takes a stream off the list.
+    pub fn leave(&self, connected: &Connected) {
+        let mut inner = lock(&self.inner);
+        let present = inner.connected.get(&connected.worker);
+        if present.is_some_and(|present| present.number == connected.number) {
+            inner.connected.remove(&connected.worker);
+        }
+    }
+
+    /// The stream of a worker.
+    pub fn find(&self, worker: &WorkerId) -> Option<Arc<Connected>> {
+        lock(&self.inner).connected.get(worker).cloned()
+    }
+
+    /// Rings every worker that may take a job of `kind` which needs `needs`.
+    pub fn wake(&self, kind: JobKind, needs: &BTreeSet<String>) {
+        for connected in lock(&self.inner).connected.values() {
+            if connected.takes(kind, needs) {
+                connected.wake.notify_one();
+            }
+        }
+    }
+
+    /// Rings every worker.
+    pub fn wake_all(&self) {
+        for connected in lock(&self.inner).connected.values() {
+            connected.wake.notify_one();
+        }
+    }
+
+    /// Gives a worker no more jobs, on this stream and on later ones. False: it is not connected.
+    pub fn drain(&self, worker: &WorkerId) -> bool {
+        let mut inner = lock(&self.inner);
+        let Some(connected) = inner.connected.get(worker) else {
+            return false;
+        };
+        connected.draining.store(true, Ordering::Relaxed);
+        inner.drained.insert(worker.clone());
+        if inner.drained.len() > DRAINED_MAX {
+            inner.drained.pop_first();
+        }
+        true
+    }
+
+    /// All workers, ordered by id.
+    pub fn list(&self) -> Vec<v1::Worker> {
+        let inner = lock(&self.inner);
+        inner.connected.values().map(|c| c.view()).collect()
+    }
+
+    /// Names of the MCP servers that connected workers offer.
+    pub fn mcp_servers(&self) -> BTreeSet<String> {
+        let inner = lock(&self.inner);
+        let tags = inner.connected.values().flat_map(|c| &c.tags);
+        tags.filter_map(|tag| tag.strip_prefix(MCP_TAG))
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+/// No code that may panic runs under these locks, and the state is valid after every statement.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enter(registry: &Registry, worker: &str, tags: &[&str]) -> Arc<Connected> {
+        let (outbox, _) = mpsc::channel(1);
+        let who = Introduction {
+            worker: worker.parse().unwrap(),
+            tags: tags.iter().map(|t| (*t).to_owned()).collect(),
+            kinds: [JobKind::Rollout].into(),
+            capacity: 1,
+            version: String::new(),
+        };
+        let ended = CancellationToken::new();
+        registry.enter(who, Timestamp(1), outbox, ended).unwrap()
+    }
+
+    #[test]
+    fn a_worker_that_comes_back_ends_its_older_stream_and_stays_drained() {
+        let registry = Registry::new(Timestamp(7));
+        let older = enter(&registry, "w", &[]);
+        assert!(registry.drain(&older.worker));
+        let newer = enter(&registry, "w", &["mcp:browser"]);
+        assert!(older.ended.is_cancelled());
+        assert!(newer.draining.load(Ordering::Relaxed));
+
+        registry.leave(&older);
+        assert_eq!(registry.find(&newer.worker).unwrap().number, newer.number);
+        assert_eq!(registry.mcp_servers(), ["browser".to_owned()].into());
+        registry.leave(&newer);
+        assert!(registry.list().is_empty());
+        assert!(!registry.drain(&newer.worker));
+    }
+
+    #[test]
+    fn an_end_under_an_old_fence_leaves_the_present_lease() {
+        let registry = Registry::new(Timestamp(7));
+        let worker = enter(&registry, "w", &[]);
+        let key: JobKey = "p/b/j".parse().unwrap();
+        worker.started(key.clone(), Fence(2));
+        worker.stopped(&key, Fence(1));
+        assert_eq!(worker.view().running, 1);
+        worker.stopped(&key, Fence(2));
+        assert_eq!(worker.view().running, 0);
+    }
+}
