@@ -1,6 +1,11 @@
 //! The MCP host with real browsers: isolation between rollouts, the loss of what is behind a rollout, and what stays
 //! behind. Needs Chromium and `npm ci` in `agent-worker/playwright`; without them these tests fail and name the fix.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "the pages and processes are part of the tests"
+)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -1,9 +1,17 @@
 //! The MCP host against a real stdio server that behaves and misbehaves, and against the end of the host itself.
 
+#![expect(clippy::unwrap_used, reason = "the servers are part of the tests")]
+
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use axum::Json;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
 use espalier_agent_worker::mcp::{
     McpConfig, McpError, McpHost, McpHostConfig, ToolOutcome, Toolbox,
 };
@@ -11,7 +19,7 @@ use espalier_core::error::ErrorClass;
 use espalier_core::id::ProjectId;
 use espalier_core::spec::{McpServer, McpUse, ToolPolicy};
 use espalier_runtime::shutdown::Shutdown;
-use espalier_runtime::tasks::Tasks;
+use espalier_runtime::tasks::{OnFailure, Tasks};
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -241,11 +249,7 @@ async fn a_hang_ends_at_the_deadline() {
     let error = call.await.unwrap_err();
     assert!(matches!(error, McpError::Deadline { .. }), "{error}");
     assert_eq!(error.class(), ErrorClass::Infra);
-    assert!(
-        started.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < LONG, "{:?}", started.elapsed());
     toolbox.close().await;
     assert!(host.process_ids().is_empty(), "a hung server is killed");
     assert!(host.shutdown(LONG).await);
@@ -422,4 +426,94 @@ async fn kill_9_leaves_nothing() {
         !pids.iter().any(|pid| is_running(*pid))
     })
     .await;
+}
+
+/// A streamable HTTP server that forgets its session on request.
+#[derive(Clone, Default)]
+struct Forgetful {
+    forgotten: Arc<AtomicBool>,
+    handshakes: Arc<AtomicUsize>,
+}
+
+impl Forgetful {
+    async fn serve(&self) -> String {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/mcp", listener.local_addr().unwrap());
+        let server = self.clone();
+        let answer = move |headers: HeaderMap, Json(request): Json<Value>| async move {
+            server.answer(&headers, &request)
+        };
+        let router = axum::Router::new().route("/mcp", post(answer));
+        Tasks::new(Shutdown::new()).spawn("test.mcp", OnFailure::Log, async move {
+            axum::serve(listener, router).await
+        });
+        url
+    }
+
+    fn answer(&self, headers: &HeaderMap, request: &Value) -> Response {
+        if headers
+            .get("authorization")
+            .is_none_or(|value| value != "Bearer hunter2-secret")
+        {
+            return StatusCode::UNAUTHORIZED.into_response();
+        }
+        let result = match request["method"].as_str().unwrap() {
+            "initialize" => {
+                self.handshakes.fetch_add(1, Ordering::SeqCst);
+                json!({"protocolVersion": request["params"]["protocolVersion"], "capabilities": {"tools": {}},
+                       "serverInfo": {"name": "forgetful", "version": "1"}})
+            }
+            _ if self.forgotten.load(Ordering::SeqCst) => {
+                return StatusCode::NOT_FOUND.into_response();
+            }
+            "tools/list" => {
+                json!({"tools": [{"name": "state", "inputSchema": {"type": "object"}}]})
+            }
+            "tools/call" => json!({"content": [{"type": "text", "text": "kept"}]}),
+            _ => return StatusCode::ACCEPTED.into_response(),
+        };
+        let reply = Json(json!({"jsonrpc": "2.0", "id": request["id"], "result": result}));
+        ([("mcp-session-id", "s1")], reply).into_response()
+    }
+}
+
+#[tokio::test]
+async fn a_forgotten_session_is_an_error_and_never_begun_again() {
+    let server = Forgetful::default();
+    let url = server.serve().await;
+    let servers = json!({
+        "http": {"url": url, "headers": {"Authorization": "Bearer ${TOY_TOKEN}"}},
+        "stranger": {"url": url, "headers": {"Authorization": "Bearer other-secret"}},
+    });
+    let host = host(servers, false);
+    let toolbox = connect(
+        &host,
+        &[McpUse::Named("http".into())],
+        &ToolPolicy::default(),
+    )
+    .await
+    .unwrap();
+    assert_eq!(
+        call(&toolbox, "state", json!({})).await.unwrap().text,
+        "kept"
+    );
+    server.forgotten.store(true, Ordering::SeqCst);
+    for _ in 0..2 {
+        let error = call(&toolbox, "state", json!({})).await.unwrap_err();
+        assert!(matches!(error, McpError::ContextLost { .. }), "{error}");
+        assert_eq!(error.class(), ErrorClass::Infra);
+    }
+    assert_eq!(server.handshakes.load(Ordering::SeqCst), 1);
+
+    let error = connect(
+        &host,
+        &[McpUse::Named("stranger".into())],
+        &ToolPolicy::default(),
+    )
+    .await
+    .err()
+    .unwrap();
+    assert!(matches!(error, McpError::Start { .. }), "{error}");
+    assert!(!format!("{error:?}").contains("other-secret"), "{error:?}");
+    assert!(host.shutdown(LONG).await);
 }

@@ -52,7 +52,7 @@ const INHERITED: &[&str] = &[
 /// The variables that a server gets from the worker's environment.
 pub(super) fn inherited(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let kept = |name: &&str| Some(((*name).to_owned(), env.get(*name)?.clone()));
-    INHERITED.iter().filter_map(|name| kept(&name)).collect()
+    INHERITED.iter().filter_map(kept).collect()
 }
 
 /// What is started.

@@ -51,7 +51,7 @@ impl<K: Eq + Hash + Clone> Slots<K> {
     pub(super) fn take(&mut self, key: &K, contexts_max: u32, recycle_after: u32) -> SlotId {
         let slots = self.by_key.entry(key.clone()).or_default();
         let has_room = |slot: &&mut Slot| !slot.retired && slot.active < contexts_max;
-        let id = match slots.iter_mut().find(has_room) {
+        match slots.iter_mut().find(has_room) {
             Some(slot) => {
                 slot.active += 1;
                 slot.served += 1;
@@ -68,8 +68,7 @@ impl<K: Eq + Hash + Clone> Slots<K> {
                 });
                 self.next_id
             }
-        };
-        id
+        }
     }
 
     /// A rollout left. `doubted`: it saw the server fail, so no other may join.

@@ -182,9 +182,9 @@ impl Toolbox {
     ) -> Result<ToolOutcome, McpError> {
         let link = self.link(server)?;
         let started = Instant::now();
-        let read = link
-            .connection
-            .read_resource(uri, deadline.min(link.call_timeout));
+        let timeout = deadline.min(link.call_timeout);
+        // Boxed: the futures of rmcp are large.
+        let read = Box::pin(link.connection.read_resource(uri, timeout));
         let answer = self
             .unless_stopped(read)
             .await
@@ -249,9 +249,9 @@ impl Toolbox {
         deadline: Duration,
     ) -> Result<ToolOutcome, McpError> {
         let started = Instant::now();
-        let call = link
-            .connection
-            .call(tool, arguments, deadline.min(link.call_timeout));
+        let timeout = deadline.min(link.call_timeout);
+        // Boxed: the futures of rmcp are large.
+        let call = Box::pin(link.connection.call(tool, arguments, timeout));
         let answer: Result<CallToolResult, ErrorData> = self
             .unless_stopped(call)
             .await
