@@ -41,14 +41,16 @@ pub(super) struct Turn<'a> {
 /// Answers a call, once its group is on the disk or has failed.
 pub(super) type Reply = Box<dyn FnOnce(Result<&Reader, QueueError>) + Send>;
 
+/// Changes the machine, where there is one, and hands back what answers the caller.
+pub(super) type Apply = Box<dyn FnOnce(Result<Turn<'_>, QueueError>) -> Reply + Send>;
+
 /// One call.
 pub(super) struct Call {
     /// It brings new work, which is refused while the file does not take any.
     pub admits: bool,
     /// Bytes of payload that it brings.
     pub bytes: usize,
-    /// Changes the machine and hands back what answers the caller.
-    pub apply: Box<dyn FnOnce(Result<Turn<'_>, QueueError>) -> Reply + Send>,
+    pub apply: Apply,
 }
 
 /// The machine and its file, when both are well.
@@ -95,7 +97,7 @@ impl Engine {
 
     fn load(&self) -> Result<Live, StoreError> {
         let store = Store::new((self.open)(self.cache_bytes)?)?;
-        let mut machine = Machine::load(self.config.clone(), &store.rows()?)?;
+        let mut machine = store.load(self.config.clone())?;
         machine.refresh_leases(self.clock.now());
         Ok(Live { machine, store })
     }

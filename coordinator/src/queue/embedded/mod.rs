@@ -111,7 +111,7 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// Opens or creates the file and reads all jobs. Blocks, about a second for a hundred thousand jobs.
+    /// Opens or creates the file and reads all jobs. Blocks: a few seconds for a million jobs.
     pub fn open(config: EmbeddedConfig) -> Result<Self, OpenError> {
         if let Some(folder) = config.path.parent() {
             std::fs::create_dir_all(folder).map_err(|source| OpenError::Folder {

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use espalier_core::queue::{BatchSeq, Changes, JobSeq, Rows};
+use espalier_core::queue::{BatchSeq, Changes, JobSeq, Loading, Machine, MachineConfig};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 
 use super::super::JobResult;
@@ -126,32 +126,31 @@ impl Store {
         Ok(())
     }
 
-    /// All rows of the machine.
-    pub fn rows(&self) -> Result<Rows, StoreError> {
+    /// The machine whose rows are in the file.
+    pub fn load(&self, config: MachineConfig) -> Result<Machine, StoreError> {
         let read = self.database.begin_read()?;
-        let mut rows = Rows::default();
-        for entry in read.open_table(JOBS)?.iter()? {
-            let (seq, row) = entry?;
-            rows.jobs.insert(JobSeq(seq.value()), row.value().to_vec());
+        let mut loading = Loading::new(config);
+        if let Some(row) = read.open_table(META)?.get(0)? {
+            loading.meta(row.value())?;
         }
         for entry in read.open_table(BATCHES)?.iter()? {
             let (seq, row) = entry?;
-            rows.batches
-                .insert(BatchSeq(seq.value()), row.value().to_vec());
+            loading.batch(BatchSeq(seq.value()), row.value())?;
         }
         for entry in read.open_table(CHUNKS)?.iter()? {
             let (key, row) = entry?;
             let (batch, n) = key.value();
-            rows.chunks
-                .insert((BatchSeq(batch), n), row.value().to_vec());
+            loading.chunk(BatchSeq(batch), n, row.value())?;
         }
         for entry in read.open_table(RINGS)?.iter()? {
             let (number, row) = entry?;
-            rows.rings.insert(number.value(), row.value().to_vec());
+            loading.ring(number.value(), row.value())?;
         }
-        let meta = read.open_table(META)?.get(0)?;
-        rows.meta = meta.map(|row| row.value().to_vec());
-        Ok(rows)
+        for entry in read.open_table(JOBS)?.iter()? {
+            let (seq, row) = entry?;
+            loading.job(JobSeq(seq.value()), row.value())?;
+        }
+        Ok(loading.finish())
     }
 
     /// Stores all of it or nothing, and returns when it is on the disk.

@@ -27,10 +27,8 @@ pub use event::{Event, RevokeReason};
 pub use job::{
     AttemptError, Budgets, DeadReason, End, JobKind, JobState, Lease, NewJob, StateName,
 };
-pub use machine::{Machine, MachineConfig};
-pub use record::{
-    BatchRow, Change, Changes, ChunkRow, JobRow, MetaRow, RecordError, RingRow, Rows,
-};
+pub use machine::{Loading, Machine, MachineConfig};
+pub use record::{BatchRow, Change, Changes, ChunkRow, JobRow, MetaRow, RecordError, RingRow};
 pub use request::{
     Cancelled, ChunkAnswer, FinishReply, Grant, ItemResult, LeaseRequest, Outcome, Refusal,
     RenewReply, Selector, Ticked,

@@ -1,7 +1,7 @@
 //! The machine's rows as they are stored: JSON with a version in each, so that a file can be read by people and by
 //! later versions. Golden files beside the tests hold one row of each sort for each version.
 //!
-//! A backend stores the bytes under the numbers given and gives all of them back to [`super::Machine::load`].
+//! A backend stores the bytes under the numbers given and gives all of them back to [`super::Loading`].
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -168,21 +168,6 @@ impl Changes {
             && self.rings.is_empty()
             && self.meta.is_none()
     }
-}
-
-/// All rows that are stored, in the order of their numbers.
-#[derive(Clone, Debug, Default)]
-pub struct Rows {
-    /// See [`Changes::jobs`].
-    pub jobs: BTreeMap<JobSeq, Vec<u8>>,
-    /// See [`Changes::batches`].
-    pub batches: BTreeMap<BatchSeq, Vec<u8>>,
-    /// See [`Changes::chunks`].
-    pub chunks: BTreeMap<(BatchSeq, u32), Vec<u8>>,
-    /// See [`Changes::rings`].
-    pub rings: BTreeMap<RingNumber, Vec<u8>>,
-    /// See [`Changes::meta`].
-    pub meta: Option<Vec<u8>>,
 }
 
 /// A sort of row.

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::{Counters, JobSeq, JobState, JobView, Rows};
-use super::{Changes, Machine};
+use super::super::record::RingNumber;
+use super::super::{BatchSeq, Change, Counters, JobSeq, JobState, JobView, RecordError};
+use super::{Changes, Loading, Machine, MachineConfig};
 
 /// Panics where an index, a counter or a link disagrees with the jobs.
 pub(super) fn check(machine: &Machine) {
@@ -81,9 +82,38 @@ fn check_deps(machine: &Machine, seq: JobSeq) {
     }
 }
 
+/// What a backend has stored.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Rows {
+    pub jobs: BTreeMap<JobSeq, Vec<u8>>,
+    pub batches: BTreeMap<BatchSeq, Vec<u8>>,
+    pub chunks: BTreeMap<(BatchSeq, u32), Vec<u8>>,
+    pub rings: BTreeMap<RingNumber, Vec<u8>>,
+    pub meta: Option<Vec<u8>>,
+}
+
+/// The machine of stored rows.
+pub(crate) fn load(rows: &Rows) -> Result<Machine, RecordError> {
+    let mut loading = Loading::new(MachineConfig::default());
+    rows.meta.iter().try_for_each(|row| loading.meta(row))?;
+    for (seq, row) in &rows.batches {
+        loading.batch(*seq, row)?;
+    }
+    for ((batch, n), row) in &rows.chunks {
+        loading.chunk(*batch, *n, row)?;
+    }
+    for (number, row) in &rows.rings {
+        loading.ring(*number, row)?;
+    }
+    for (seq, row) in &rows.jobs {
+        loading.job(*seq, row)?;
+    }
+    Ok(loading.finish())
+}
+
 /// Does to `rows` what a backend does.
 pub(super) fn store(rows: &mut Rows, changes: Changes) {
-    fn put<K: Ord>(map: &mut BTreeMap<K, Vec<u8>>, rows: Vec<(K, Option<Vec<u8>>)>) {
+    fn put<K: Ord>(map: &mut BTreeMap<K, Vec<u8>>, rows: Vec<Change<K>>) {
         for (key, row) in rows {
             match row {
                 Some(row) => map.insert(key, row),

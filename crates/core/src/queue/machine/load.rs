@@ -7,45 +7,74 @@ use super::super::batch::Batch;
 use super::super::job::{Job, Rare};
 use super::super::lane::{Lane, Lanes};
 use super::super::record::{
-    self, BatchRow, ChunkRow, JobRow, MetaRow, ROW_VERSION, RecordError, RingNumber, RingRow, Rows,
+    self, BatchRow, ChunkRow, JobRow, MetaRow, ROW_VERSION, RecordError, RingNumber, RingRow,
 };
 use super::super::{BatchSeq, Counters, JobKind, JobSeq, JobState, PRIORITY_MAX, ProjectSeq};
 use super::{Machine, MachineConfig, RingKey, place_of};
 
-impl Machine {
-    /// The machine whose rows these are. It equals the one that wrote them but for what is not stored: progress
-    /// texts, renewals (see [`Machine::refresh_leases`]) and the memory of recent lease requests.
-    pub fn load(config: MachineConfig, rows: &Rows) -> Result<Self, RecordError> {
-        let mut machine = Self::new(config);
-        if let Some(bytes) = &rows.meta {
-            let meta: MetaRow = record::decode(bytes)?;
-            machine.last_fence = meta.last_fence;
-            machine.next_job = meta.next_job;
-            machine.next_batch = meta.next_batch;
-            machine.next_project = meta.next_project;
-            machine.next_end = meta.next_end;
+/// A machine on its way in from its rows. They are given one by one, so that a million of them need not be in
+/// memory beside the machine: the one row first, batches before all that belongs to them, virtual times before jobs,
+/// jobs in the order of their numbers.
+#[derive(Debug)]
+pub struct Loading {
+    machine: Machine,
+}
+
+impl Loading {
+    /// Of an empty queue.
+    pub fn new(config: MachineConfig) -> Self {
+        Self {
+            machine: Machine::new(config),
         }
-        for (seq, bytes) in &rows.batches {
-            machine.load_batch(*seq, record::decode(bytes)?);
-        }
-        for ((batch, n), bytes) in &rows.chunks {
-            let row: ChunkRow = record::decode(bytes)?;
-            let missing =
-                || inconsistent(format!("chunk {n} of batch {}, which is missing", batch.0));
-            let batch = machine.batches.get_mut(batch).ok_or_else(missing)?;
-            batch.chunks.insert(*n, row);
-        }
-        for (number, bytes) in &rows.rings {
-            let row: RingRow = record::decode(bytes)?;
-            machine.ready.restore(ring_key(*number)?, row.vtime);
-        }
-        for (seq, bytes) in &rows.jobs {
-            machine.load_job(*seq, record::decode(bytes)?)?;
-        }
-        machine.count_unmet();
-        Ok(machine)
     }
 
+    /// The one row; a queue that never changed has none.
+    pub fn meta(&mut self, bytes: &[u8]) -> Result<(), RecordError> {
+        let meta: MetaRow = record::decode(bytes)?;
+        self.machine.last_fence = meta.last_fence;
+        self.machine.next_job = meta.next_job;
+        self.machine.next_batch = meta.next_batch;
+        self.machine.next_project = meta.next_project;
+        self.machine.next_end = meta.next_end;
+        Ok(())
+    }
+
+    /// A batch.
+    pub fn batch(&mut self, seq: BatchSeq, bytes: &[u8]) -> Result<(), RecordError> {
+        self.machine.load_batch(seq, record::decode(bytes)?);
+        Ok(())
+    }
+
+    /// The answer to a chunk.
+    pub fn chunk(&mut self, seq: BatchSeq, n: u32, bytes: &[u8]) -> Result<(), RecordError> {
+        let row: ChunkRow = record::decode(bytes)?;
+        let missing = || inconsistent(format!("chunk {n} of batch {}, which is missing", seq.0));
+        let batch = self.machine.batches.get_mut(&seq).ok_or_else(missing)?;
+        batch.chunks.insert(n, row);
+        Ok(())
+    }
+
+    /// A virtual time.
+    pub fn ring(&mut self, number: RingNumber, bytes: &[u8]) -> Result<(), RecordError> {
+        let row: RingRow = record::decode(bytes)?;
+        self.machine.ready.restore(ring_key(number)?, row.vtime);
+        Ok(())
+    }
+
+    /// A job.
+    pub fn job(&mut self, seq: JobSeq, bytes: &[u8]) -> Result<(), RecordError> {
+        self.machine.load_job(seq, record::decode(bytes)?)
+    }
+
+    /// The machine whose rows these were. It equals the one that wrote them but for what is not stored: progress
+    /// texts, renewals (see [`Machine::refresh_leases`]) and the memory of recent lease requests.
+    pub fn finish(mut self) -> Machine {
+        self.machine.count_unmet();
+        self.machine
+    }
+}
+
+impl Machine {
     fn load_batch(&mut self, seq: BatchSeq, row: BatchRow) {
         if !self.projects.contains_key(&row.project_seq) {
             self.add_project(row.project_seq, row.project);

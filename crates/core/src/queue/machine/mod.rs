@@ -34,6 +34,8 @@ use crate::id::{BatchId, Fence, JobKey, ProjectId};
 use crate::time::Timestamp;
 use lease::Repeats;
 
+pub use load::Loading;
+
 /// What an operator may set. Not stored: it comes with the process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineConfig {

@@ -9,9 +9,9 @@ use proptest::prelude::*;
 
 use super::super::{
     FinishReply, Grant, ItemResult, JobKind, LeaseRequest, NewBatch, NewJob, Outcome, RenewReply,
-    Rows, Selector, StateName,
+    Selector, StateName,
 };
-use super::check::{check, same, store, visible};
+use super::check::{Rows, check, load, same, store, visible};
 use super::{Event, Machine, MachineConfig};
 use crate::error::ErrorClass;
 use crate::id::{BatchId, Fence, JobId, JobKey, ProjectId, WorkerId};
@@ -340,7 +340,7 @@ impl World {
 
     fn restart(&mut self) {
         store(&mut self.rows, self.machine.take_changes());
-        let loaded = Machine::load(MachineConfig::default(), &self.rows).unwrap();
+        let loaded = load(&self.rows).unwrap();
         check(&loaded);
         same(&visible(&loaded), &visible(&self.machine));
         self.machine = loaded;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::super::{
-    JobKind, LeaseRequest, Machine, MachineConfig, NewBatch, NewJob, Outcome, Selector,
+    JobKind, LeaseRequest, Loading, Machine, MachineConfig, NewBatch, NewJob, Outcome, Selector,
 };
 use super::*;
 use crate::error::ErrorClass;
@@ -146,10 +146,9 @@ fn a_later_version_is_refused_by_name() {
 fn broken_rows_are_errors() {
     assert!(decode::<MetaRow>(b"").is_err());
     assert!(decode::<BatchRow>(br#"{"v":1}"#).is_err());
-    let mut rows = Rows::default();
     let job = GOLDEN.lines().next().unwrap();
-    let row = job.as_bytes()[job.find('{').unwrap()..].to_vec();
-    rows.jobs.insert(JobSeq(0), row);
-    let error = Machine::load(MachineConfig::default(), &rows).unwrap_err();
+    let row = &job.as_bytes()[job.find('{').unwrap()..];
+    let mut loading = Loading::new(MachineConfig::default());
+    let error = loading.job(JobSeq(0), row).unwrap_err();
     assert!(error.to_string().contains("batch 0"), "{error}");
 }
