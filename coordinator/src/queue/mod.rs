@@ -8,6 +8,7 @@
 //! parameter would carry that choice through every signature of the API layer. The price is one allocated future per
 //! call, and every method takes a batch, so that the price is paid once for many jobs.
 
+pub mod bench;
 #[cfg(test)]
 mod conformance;
 mod embedded;

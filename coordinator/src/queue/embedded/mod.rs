@@ -80,8 +80,8 @@ pub enum OpenError {
         /// The file.
         path: PathBuf,
     },
-    /// The folder of the file cannot be made.
-    #[error("the folder of the queue's file {} cannot be made", path.display())]
+    /// The folder of the file cannot be made or synced.
+    #[error("the folder of the queue's file {} cannot be made or synced", path.display())]
     Folder {
         /// The file.
         path: PathBuf,
@@ -113,14 +113,21 @@ pub struct Embedded {
 impl Embedded {
     /// Opens or creates the file and reads all jobs. Blocks: a few seconds for a million jobs.
     pub fn open(config: EmbeddedConfig) -> Result<Self, OpenError> {
-        if let Some(folder) = config.path.parent() {
-            std::fs::create_dir_all(folder).map_err(|source| OpenError::Folder {
-                path: config.path.clone(),
-                source,
-            })?;
-        }
-        let open = store::in_file(&config.path);
-        Self::open_with(config, open)
+        let folder_error = |source| OpenError::Folder {
+            path: config.path.clone(),
+            source,
+        };
+        let folder = match config.path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        std::fs::create_dir_all(folder).map_err(folder_error)?;
+        let queue = Self::open_with(config.clone(), store::in_file(&config.path))?;
+        // A file that is new to its folder outlasts a power cut only when the folder is synced too.
+        std::fs::File::open(folder)
+            .and_then(|folder| folder.sync_all())
+            .map_err(folder_error)?;
+        Ok(queue)
     }
 
     fn open_with(config: EmbeddedConfig, open: OpenDatabase) -> Result<Self, OpenError> {

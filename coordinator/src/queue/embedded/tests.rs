@@ -141,6 +141,26 @@ async fn what_could_not_be_stored_never_happened() {
 }
 
 #[tokio::test]
+async fn a_panic_of_a_rule_undoes_its_group_and_no_more() {
+    let (disk, clock) = (Disk::default(), Arc::new(ManualClock::new(START)));
+    let queue = on_disk(&disk, &clock);
+    open_batch(&*queue).await;
+    submit(&*queue, 0, 3).await.unwrap();
+    let broken = queue.call(
+        false,
+        0,
+        |turn| {
+            let _ = turn.machine.lease(turn.now, &lease_request(3));
+            panic!("a rule that does not hold")
+        },
+        |(), _| Ok(()),
+    );
+    assert!(unavailable(&broken.await));
+    let granted = queue.lease(lease_request(5)).await.unwrap();
+    assert_eq!(granted.len(), 3, "the leases of the broken call are undone");
+}
+
+#[tokio::test]
 async fn concurrent_calls_share_commits_and_each_gets_its_answer() {
     let (disk, clock) = (Disk::default(), Arc::new(ManualClock::new(START)));
     let queue = on_disk(&disk, &clock);

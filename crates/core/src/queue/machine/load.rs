@@ -10,7 +10,8 @@ use super::super::record::{
     self, BatchRow, ChunkRow, JobRow, MetaRow, ROW_VERSION, RecordError, RingNumber, RingRow,
 };
 use super::super::{BatchSeq, Counters, JobKind, JobSeq, JobState, PRIORITY_MAX, ProjectSeq};
-use super::{Machine, MachineConfig, RingKey, place_of};
+use super::step::place_of;
+use super::{Machine, MachineConfig, RingKey};
 
 /// A machine on its way in from its rows. They are given one by one, so that a million of them need not be in
 /// memory beside the machine: the one row first, batches before all that belongs to them, virtual times before jobs,
