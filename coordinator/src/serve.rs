@@ -12,11 +12,12 @@ use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::{self, BlockingFailed, Tasks};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tonic::transport::server::Router;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::api::{AdminApi, JobApi, Shared};
+use crate::api::{AdminApi, JobApi, Shared, trace};
 use crate::auth::Auth;
 use crate::config::CoordinatorConfig;
 use crate::maintenance;
@@ -157,6 +158,7 @@ fn share(config: CoordinatorConfig, deps: Deps, outer: Shutdown) -> Arc<Shared> 
         store: deps.store,
         registry: Arc::new(Registry::new(now)),
         questions: Arc::new(Questions::default()),
+        trace_readers: Arc::new(Semaphore::new(trace::READERS_MAX)),
         clock: deps.clock,
         tasks,
         shutdown,

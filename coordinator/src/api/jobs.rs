@@ -186,9 +186,14 @@ impl v1::job_service_server::JobService for JobApi {
         let project = self.0.auth.project(request.metadata(), Call::GetTrace)?;
         let request = request.into_inner();
         let key = job_key(project, &request.batch, &request.id).map_err(ApiError::Field)?;
+        let turn = self.0.trace_readers.clone().acquire_owned();
+        let turn = with_deadline("api.trace.turn", trace::TURN_LIMIT, turn).await;
+        let turn = turn.ok().and_then(Result::ok).ok_or_else(|| {
+            ApiError::Unavailable("too many traces are being read; try again".to_owned())
+        })?;
         let packed = trace::find(&self.0, key).await?;
         let (pieces, stream) = mpsc::channel(trace::PIECES_MAX);
-        let sent = trace::stream(packed, pieces);
+        let sent = trace::stream(packed, pieces, turn);
         self.0.tasks.spawn("api.trace", OnFailure::Log, sent);
         Ok(Response::new(ReceiverStream::new(stream)))
     }

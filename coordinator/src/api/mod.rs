@@ -8,7 +8,7 @@ mod jobs;
 pub mod page;
 pub mod stored;
 pub mod submit;
-mod trace;
+pub mod trace;
 pub mod view;
 mod watch;
 
@@ -24,6 +24,7 @@ use espalier_runtime::clock::Clock;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{BlockingFailed, Tasks};
+use tokio::sync::Semaphore;
 
 use crate::auth::Auth;
 use crate::config::CoordinatorConfig;
@@ -35,7 +36,6 @@ pub use admin::AdminApi;
 pub use jobs::JobApi;
 
 /// What all services of one coordinator share.
-#[derive(Clone)]
 pub struct Shared {
     /// The configuration, checked.
     pub config: Arc<CoordinatorConfig>,
@@ -49,6 +49,8 @@ pub struct Shared {
     pub registry: Arc<Registry>,
     /// What rollouts ask.
     pub questions: Arc<Questions>,
+    /// Turns of those who read traces.
+    pub trace_readers: Arc<Semaphore>,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
     /// Where streams run.

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, ProjectId};
 use espalier_core::layout;
-use espalier_core::queue::{ItemResult, JobKind, NewBatch, NewJob};
+use espalier_core::queue::{ItemResult, JobKind, NewBatch, NewJob, StateName};
 use espalier_core::spec::{JobDraft, JobSpec, McpUse, McpUseDraft, PromptDraft, limits};
 use espalier_core::time::Timestamp;
 use espalier_proto::convert::{draft_from_wire, field_error_to_wire};
@@ -314,7 +314,6 @@ fn check_size(jobs: &[v1::JobSpec]) -> Result<(), FieldError> {
 
 /// Stops admission of a project that has more waiting than it may.
 async fn check_room(shared: &Shared, project: &ProjectId, jobs: usize) -> Result<(), ApiError> {
-    use espalier_core::queue::StateName;
     let stats = shared.queue.stats().await.map_err(queue_error)?;
     let of_project = stats.lines.iter().filter(|line| line.project == *project);
     let waiting: u64 = of_project
@@ -380,7 +379,9 @@ impl Checked {
                     new += 1;
                 }
                 ItemResult::AlreadyThere => self.accepted += 1,
-                ItemResult::Rejected(error) => self.reject(index, id, vec![error]),
+                ItemResult::Rejected(error) => {
+                    self.reject(index, id, vec![in_clients_terms(error)]);
+                }
             }
         }
         if !reply.repeated && new > 0 {
@@ -400,6 +401,12 @@ impl Checked {
             rejected: self.rejected,
         }
     }
+}
+
+/// Clients write `after` what the queue calls `deps`.
+pub fn in_clients_terms(mut error: FieldError) -> FieldError {
+    error.field = error.field.replace("deps", "after");
+    error
 }
 
 async fn submit(

@@ -1,6 +1,7 @@
 //! `GetTrace`: the published trace of a job, verified against its manifest, as JSON in pieces.
 
 use std::io::Read;
+use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::id::JobKey;
@@ -10,7 +11,8 @@ use espalier_proto::status::ApiError;
 use espalier_proto::v1;
 use espalier_runtime::store::StoreError;
 use espalier_runtime::{tasks, telemetry};
-use tokio::sync::mpsc;
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tonic::Status;
 
 use super::{Shared, no_job, queue_error};
@@ -19,6 +21,12 @@ use super::{Shared, no_job, queue_error};
 const PIECE_BYTES: usize = 1 << 20;
 /// Pieces that wait for a slow client.
 pub const PIECES_MAX: usize = 2;
+/// Traces that are read at once: each is in memory as it is stored, and takes a thread.
+pub const READERS_MAX: usize = 8;
+/// How long a call waits for its turn.
+pub const TURN_LIMIT: Duration = Duration::from_secs(30);
+/// How long a client may take to read one piece before the stream is given up.
+const SEND_LIMIT: Duration = Duration::from_secs(60);
 /// Longest trace, unpacked, in bytes: what is compressed came from a worker and may claim anything.
 const TRACE_BYTES_MAX: u64 = 512 << 20;
 
@@ -58,13 +66,18 @@ pub async fn find(shared: &Shared, key: JobKey) -> Result<Bytes, ApiError> {
     Ok(packed)
 }
 
-/// Unpacks `packed` and sends it piece by piece, on a thread of its own.
-pub async fn stream(packed: Bytes, pieces: mpsc::Sender<Result<v1::TraceChunk, Status>>) {
+/// Unpacks `packed` and sends it piece by piece, on a thread of its own. `turn` is kept until the end.
+pub async fn stream(
+    packed: Bytes,
+    pieces: mpsc::Sender<Result<v1::TraceChunk, Status>>,
+    turn: OwnedSemaphorePermit,
+) {
     let unpack = move || {
+        let _turn = turn;
         if let Err(error) = send_pieces(&packed, &pieces) {
             let error = damaged(&error);
             // The client may have gone.
-            let _ = pieces.blocking_send(Err(error.into()));
+            let _ = pieces.try_send(Err(error.into()));
         }
     };
     if let Err(error) = tasks::blocking("trace.stream", unpack).await {
@@ -93,7 +106,9 @@ fn send_pieces(
             return Err(std::io::Error::other(limit));
         }
         let data = piece.into();
-        if pieces.blocking_send(Ok(v1::TraceChunk { data })).is_err() {
+        let taken = pieces.send(Ok(v1::TraceChunk { data }));
+        let taken = tasks::with_deadline("api.trace", SEND_LIMIT, taken);
+        if !matches!(Handle::current().block_on(taken), Ok(Ok(()))) {
             return Ok(());
         }
     }
@@ -125,13 +140,19 @@ fn damaged(error: &dyn std::fmt::Display) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use tokio::sync::Semaphore;
+
+    fn turn() -> OwnedSemaphorePermit {
+        Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap()
+    }
 
     #[tokio::test]
     async fn pieces_add_up_to_the_text() {
         let text: Vec<u8> = (0..3 * PIECE_BYTES / 2).map(|i| i as u8).collect();
         let packed = zstd::encode_all(&text[..], 1).unwrap();
         let (pieces, mut received) = mpsc::channel(4);
-        stream(packed.into(), pieces).await;
+        stream(packed.into(), pieces, turn()).await;
         let mut joined = Vec::new();
         let mut count = 0;
         while let Some(piece) = received.recv().await {
@@ -144,7 +165,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_not_compressed_is_an_error_of_the_stream() {
         let (pieces, mut received) = mpsc::channel(4);
-        stream(Bytes::from_static(b"{}"), pieces).await;
+        stream(Bytes::from_static(b"{}"), pieces, turn()).await;
         let status = received.recv().await.unwrap().unwrap_err();
         assert!(status.message().contains("damaged"), "{status}");
     }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use espalier_core::id::{BatchId, ProjectId};
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
+use espalier_runtime::tasks::with_deadline;
 use tokio::sync::mpsc;
 use tonic::Status;
 
@@ -18,6 +19,8 @@ use super::{Shared, queue_error, view};
 const LOOK_INTERVAL: Duration = Duration::from_millis(150);
 /// Most jobs of one event: keeps it far below the largest message.
 const JOBS_MAX: usize = 500;
+/// How long a client may take to read one event before the stream is given up; it can take it up again.
+const SEND_LIMIT: Duration = Duration::from_secs(60);
 /// Events that wait for a slow client; the next look waits for room.
 pub const EVENTS_MAX: usize = 4;
 
@@ -38,8 +41,7 @@ impl Watch {
             let event = match self.look().await {
                 Ok(event) => event,
                 Err(error) => {
-                    // The client may have gone; then nobody has to know.
-                    let _ = self.events.send(Err(error.into())).await;
+                    self.send(Err(error.into())).await;
                     return;
                 }
             };
@@ -49,7 +51,7 @@ impl Watch {
                 let mut seen = event.clone();
                 seen.ended.clear();
                 last_sent = Some(seen);
-                if self.events.send(Ok(event)).await.is_err() {
+                if !self.send(Ok(event)).await {
                     return;
                 }
             }
@@ -60,6 +62,12 @@ impl Watch {
                 return;
             }
         }
+    }
+
+    /// False: the client has gone, or does not read.
+    async fn send(&self, event: Result<v1::BatchEvent, Status>) -> bool {
+        let sent = with_deadline("api.watch", SEND_LIMIT, self.events.send(event)).await;
+        matches!(sent, Ok(Ok(())))
     }
 
     /// What has ended since the cursor, and the batch at that moment.

@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use super::{ENTRIES_MAX, QUEUE_BACKOFF, Session, lease_from_wire};
-use crate::api::submit::{Admitted, Door};
+use crate::api::submit::{Admitted, Door, in_clients_terms};
 use crate::api::view;
 use crate::queue::{Finish, FinishAck, JobResult, Outcome, Submission};
 
@@ -65,7 +65,9 @@ impl Session {
         let mut refused = Vec::new();
         for (ending, reply) in endings.into_iter().zip(replies) {
             match reply {
-                FinishAck::Refused(error) => refused.push(ending.fail(&error.to_string())),
+                FinishAck::Refused(error) => {
+                    refused.push(ending.fail(&in_clients_terms(error).to_string()));
+                }
                 reply => acks.push(self.acknowledge(ending, &reply)),
             }
         }

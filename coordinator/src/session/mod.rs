@@ -140,7 +140,8 @@ async fn serve(shared: Arc<Shared>, mut stream: Stream) {
         outbox,
         credit: Mutex::default(),
     };
-    session.run(incoming).await;
+    // Boxed: the loops' states together would make every task of a session carry tens of kilobytes twice.
+    Box::pin(session.run(incoming)).await;
     shared.registry.leave(&connected);
     let unsent = std::mem::take(&mut *lock(&unsent));
     session.give_back(unsent).await;

@@ -108,8 +108,15 @@ async fn another_projects_things_do_not_exist() {
     assert_eq!(cancel.unwrap_err().code(), Code::NotFound);
     let jobs = vec![plain("j2")];
     let batch = "b1".to_owned();
-    let chunk = v1::SubmitChunkRequest { batch, chunk: 0, jobs };
-    assert_eq!(bank.submit_chunk(chunk).await.unwrap_err().code(), Code::NotFound);
+    let chunk = v1::SubmitChunkRequest {
+        batch,
+        chunk: 0,
+        jobs,
+    };
+    assert_eq!(
+        bank.submit_chunk(chunk).await.unwrap_err().code(),
+        Code::NotFound
+    );
 
     // The same name in another project is another batch.
     open(&mut bank, "b1").await;
@@ -151,10 +158,16 @@ async fn operators_see_queues_workers_and_what_this_is() {
     let mut admin = coordinator.admin();
     let queues = admin.get_queues(v1::GetQueuesRequest {}).await.unwrap();
     let shop = &queues.get_ref().queues[0];
-    assert_eq!((shop.project.as_str(), shop.ready, shop.leased), ("shop", 1, 1));
+    assert_eq!(
+        (shop.project.as_str(), shop.ready, shop.leased),
+        ("shop", 1, 1)
+    );
     let workers = admin.list_workers(v1::ListWorkersRequest {}).await.unwrap();
     let seen = &workers.get_ref().workers[0];
-    assert_eq!((seen.worker.as_str(), seen.capacity, seen.running), ("w1", 1, 1));
+    assert_eq!(
+        (seen.worker.as_str(), seen.capacity, seen.running),
+        ("w1", 1, 1)
+    );
     let info = admin.get_info(v1::GetInfoRequest {}).await.unwrap();
     assert_eq!(info.get_ref().mcp_servers, ["browser"]);
 

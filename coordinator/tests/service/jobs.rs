@@ -59,7 +59,12 @@ async fn bad_jobs_are_refused_by_field_and_the_rest_is_taken() {
         assert!(fields(dependency)[0].starts_with("after"), "{rejected:?}");
     }
     assert_eq!(fields(13), ["spec"]);
-    let unknown = &answer.rejected.iter().find(|r| r.index == 3).unwrap().errors[0];
+    let unknown = &answer
+        .rejected
+        .iter()
+        .find(|r| r.index == 3)
+        .unwrap()
+        .errors[0];
     assert_eq!(unknown.value, "nobody");
     assert_eq!(unknown.rule, "must be a configured MCP server: browser");
 }
@@ -74,7 +79,10 @@ async fn sending_again_changes_nothing() {
     let first = submit(&mut jobs, "b1", 7, unnamed()).await;
     assert_eq!((first.accepted, first.rejected.len()), (2, 0));
     assert_eq!(submit(&mut jobs, "b1", 7, unnamed()).await, first);
-    assert_eq!(get_job(&mut jobs, "b1", "c7-0001").await.state(), v1::JobState::Ready);
+    assert_eq!(
+        get_job(&mut jobs, "b1", "c7-0001").await.state(),
+        v1::JobState::Ready
+    );
 
     // The same job in another chunk, and another job under a number that is taken.
     let same = vec![plain("j")];
@@ -86,7 +94,10 @@ async fn sending_again_changes_nothing() {
         jobs: vec![plain("k")],
     };
     let status = jobs.submit_chunk(request).await.unwrap_err();
-    assert_eq!((status.code(), field(&status)), (Code::InvalidArgument, "chunk".to_owned()));
+    assert_eq!(
+        (status.code(), field(&status)),
+        (Code::InvalidArgument, "chunk".to_owned())
+    );
 
     let closed = v1::CloseBatchRequest {
         batch: "b1".to_owned(),
@@ -136,7 +147,10 @@ async fn a_batch_is_opened_with_valid_defaults_and_kept_with_them() {
     let grant = worker.grants(1).await.remove(0);
     let rollout = v1::JobSpec::decode(grant.spec).unwrap().rollout.unwrap();
     assert_eq!(rollout.mcp[0].name, "browser");
-    assert_eq!((rollout.hints.as_deref(), &rollout.prompts[0][..]), (Some("h"), "x"));
+    assert_eq!(
+        (rollout.hints.as_deref(), &rollout.prompts[0][..]),
+        (Some("h"), "x")
+    );
 }
 
 #[tokio::test]
@@ -194,7 +208,11 @@ async fn pages_add_up_and_their_tokens_stay_at_home() {
         page_size: 2,
         page_token,
     };
-    let first = jobs.list_batches(page(String::new())).await.unwrap().into_inner();
+    let first = jobs
+        .list_batches(page(String::new()))
+        .await
+        .unwrap()
+        .into_inner();
     let second = jobs.list_batches(page(first.next_page_token.clone())).await;
     let second = second.unwrap().into_inner();
     let names = [first.batches, second.batches].concat();
@@ -203,7 +221,12 @@ async fn pages_add_up_and_their_tokens_stay_at_home() {
     assert!(second.next_page_token.is_empty());
 
     let specs: Vec<v1::JobSpec> = (0..5)
-        .map(|i| job(&format!(r#"{{"id":"j{i}","prompt":"x","labels":{{"even":"{}"}}}}"#, i % 2 == 0)))
+        .map(|i| {
+            job(&format!(
+                r#"{{"id":"j{i}","prompt":"x","labels":{{"even":"{}"}}}}"#,
+                i % 2 == 0
+            ))
+        })
         .collect();
     submit(&mut jobs, "a", 0, specs).await;
     let list = |page_token: &str| v1::ListJobsRequest {
@@ -214,8 +237,17 @@ async fn pages_add_up_and_their_tokens_stay_at_home() {
         page_token: page_token.to_owned(),
     };
     let one = jobs.list_jobs(list("")).await.unwrap().into_inner();
-    let two = jobs.list_jobs(list(&one.next_page_token)).await.unwrap().into_inner();
-    let ids: Vec<&str> = one.jobs.iter().chain(&two.jobs).map(|j| j.id.as_str()).collect();
+    let two = jobs
+        .list_jobs(list(&one.next_page_token))
+        .await
+        .unwrap()
+        .into_inner();
+    let ids: Vec<&str> = one
+        .jobs
+        .iter()
+        .chain(&two.jobs)
+        .map(|j| j.id.as_str())
+        .collect();
     assert_eq!(ids, ["j0", "j2", "j4"]);
 
     let token = one.next_page_token;
@@ -224,19 +256,33 @@ async fn pages_add_up_and_their_tokens_stay_at_home() {
     let mut other_batch = list(&token);
     other_batch.batch = "m".to_owned();
     let tampered = list(&format!("{token}0"));
-    for request in [other_filter, other_batch, tampered, list(&first.next_page_token)] {
+    for request in [
+        other_filter,
+        other_batch,
+        tampered,
+        list(&first.next_page_token),
+    ] {
         let status = jobs.list_jobs(request).await.unwrap_err();
         assert_eq!(field(&status), "page_token");
     }
     let mut bank = coordinator.jobs(BANK);
     open(&mut bank, "a").await;
-    assert_eq!(field(&bank.list_jobs(list(&token)).await.unwrap_err()), "page_token");
+    assert_eq!(
+        field(&bank.list_jobs(list(&token)).await.unwrap_err()),
+        "page_token"
+    );
     let mut unknown_state = list("");
     unknown_state.states = vec![99];
-    assert_eq!(field(&jobs.list_jobs(unknown_state).await.unwrap_err()), "states[0]");
+    assert_eq!(
+        field(&jobs.list_jobs(unknown_state).await.unwrap_err()),
+        "states[0]"
+    );
     let mut too_many = list("");
     too_many.page_size = 1_001;
-    assert_eq!(field(&jobs.list_jobs(too_many).await.unwrap_err()), "page_size");
+    assert_eq!(
+        field(&jobs.list_jobs(too_many).await.unwrap_err()),
+        "page_size"
+    );
 }
 
 #[tokio::test]
@@ -257,9 +303,14 @@ async fn dead_jobs_come_back_when_asked() {
         error: Some(error.clone()),
         retry_after_ms: 0,
     };
-    worker.report(lease, v1::result::Outcome::Failure(failure)).await;
+    worker
+        .report(lease, v1::result::Outcome::Failure(failure))
+        .await;
     let dead = get_job(&mut jobs, "b1", "j").await;
-    assert_eq!((dead.state(), dead.last_error), (v1::JobState::Dead, Some(error)));
+    assert_eq!(
+        (dead.state(), dead.last_error),
+        (v1::JobState::Dead, Some(error))
+    );
 
     let trace = v1::GetTraceRequest {
         batch: "b1".to_owned(),
@@ -274,7 +325,10 @@ async fn dead_jobs_come_back_when_asked() {
     };
     let unknown = jobs.retry(retry(&["x"])).await.unwrap_err();
     assert_eq!(unknown.code(), Code::NotFound);
-    assert_eq!(jobs.retry(retry(&["j"])).await.unwrap().get_ref().requeued, 1);
+    assert_eq!(
+        jobs.retry(retry(&["j"])).await.unwrap().get_ref().requeued,
+        1
+    );
     assert_eq!(jobs.retry(retry(&[])).await.unwrap().get_ref().requeued, 0);
     worker.credit(1).await;
     assert_eq!(worker.grants(1).await[0].attempt, 2);
@@ -311,4 +365,30 @@ async fn waiting_jobs_are_cancelled_by_job_label_and_batch() {
     assert_eq!(batch.get_ref().counts.unwrap().cancelled, 3);
     let nothing = jobs.cancel(v1::CancelRequest { target: None }).await;
     assert_eq!(field(&nothing.unwrap_err()), "target");
+}
+
+#[tokio::test]
+async fn a_restart_forgets_nothing_that_was_acknowledged() {
+    let coordinator = Coordinator::start().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    let defaults = Some(job(r#"{"mcp":["browser"],"system":"s"}"#));
+    let batch = "b1".to_owned();
+    jobs.open_batch(v1::OpenBatchRequest { batch, defaults })
+        .await
+        .unwrap();
+    let specs = || vec![job(r#"{"prompt":"x"}"#), job(r#"{"prompt":""}"#)];
+    let first = submit(&mut jobs, "b1", 0, specs()).await;
+    assert_eq!((first.accepted, first.rejected.len()), (1, 1));
+
+    let coordinator = coordinator.restart().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    assert_eq!(submit(&mut jobs, "b1", 0, specs()).await, first);
+    let more = submit(&mut jobs, "b1", 1, vec![job(r#"{"prompt":"y"}"#)]).await;
+    assert_eq!(more.accepted, 1);
+    let mut worker = coordinator.worker("w1", 2).await;
+    worker.credit(2).await;
+    for grant in worker.grants(2).await {
+        let rollout = v1::JobSpec::decode(grant.spec).unwrap().rollout.unwrap();
+        assert_eq!(rollout.system.as_deref(), Some("s"));
+    }
 }

@@ -1,5 +1,10 @@
 //! The coordinator as its clients and workers see it: in this process, over real gRPC.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail a test by panicking"
+)]
+
 mod access;
 mod jobs;
 mod questions;

@@ -42,7 +42,10 @@ async fn an_answer_reaches_the_rollout_that_asked() {
         }
         tokio::task::yield_now().await;
     };
-    assert_eq!((question.batch.as_str(), question.job.as_str()), ("b1", "j"));
+    assert_eq!(
+        (question.batch.as_str(), question.job.as_str()),
+        ("b1", "j")
+    );
     assert!(open_questions(&mut bank).await.is_empty());
 
     let answer = |allow| v1::AnswerQuestionRequest {

@@ -43,7 +43,7 @@ pub struct Coordinator {
     pub shutdown: Shutdown,
     ended: oneshot::Receiver<Result<(), RunError>>,
     _tasks: Tasks,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 pub fn config(folder: &std::path::Path) -> CoordinatorConfig {
@@ -70,10 +70,18 @@ impl Coordinator {
     }
 
     pub async fn start_with(change: impl FnOnce(&mut CoordinatorConfig)) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open("memory://").await.unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), store, change).await
+    }
+
+    /// Starts on the queue file of `folder`, which an earlier coordinator may have left.
+    pub async fn start_in(
+        folder: tempfile::TempDir,
+        store: Store,
+        change: impl FnOnce(&mut CoordinatorConfig),
+    ) -> Self {
         let mut config = config(folder.path());
         change(&mut config);
-        let store = Store::open("memory://").await.unwrap();
         let deps = Deps::with_store(&config, store.clone(), Arc::new(SystemClock))
             .await
             .unwrap();
@@ -92,7 +100,7 @@ impl Coordinator {
             shutdown,
             ended,
             _tasks: tasks,
-            _folder: folder,
+            folder,
         }
     }
 
@@ -139,6 +147,13 @@ impl Coordinator {
     pub async fn end(self) -> Result<(), RunError> {
         self.shutdown.drain();
         soon(self.ended).await.unwrap()
+    }
+
+    /// Ends in order and starts again on the same file and store.
+    pub async fn restart(self) -> Self {
+        self.shutdown.drain();
+        soon(self.ended).await.unwrap().unwrap();
+        Self::start_in(self.folder, self.store, |_| {}).await
     }
 }
 
@@ -202,7 +217,11 @@ impl Worker {
     }
 
     /// Reports one result and returns what the coordinator makes of it.
-    pub async fn report(&mut self, lease: v1::Lease, outcome: v1::result::Outcome) -> v1::ResultAck {
+    pub async fn report(
+        &mut self,
+        lease: v1::Lease,
+        outcome: v1::result::Outcome,
+    ) -> v1::ResultAck {
         let result = v1::Result {
             lease: Some(lease),
             outcome: Some(outcome),
@@ -237,7 +256,9 @@ pub fn job(line: &str) -> v1::JobSpec {
 }
 
 pub fn plain(id: &str) -> v1::JobSpec {
-    job(&format!(r#"{{"id":"{id}","prompt":"do it","mcp":["browser"]}}"#))
+    job(&format!(
+        r#"{{"id":"{id}","prompt":"do it","mcp":["browser"]}}"#
+    ))
 }
 
 pub async fn open(jobs: &mut Jobs, batch: &str) -> v1::Batch {
@@ -271,7 +292,9 @@ pub async fn get_job(client: &mut Jobs, batch: &str, id: &str) -> v1::Job {
 /// The refused field of an error.
 pub fn field(status: &tonic::Status) -> String {
     let error = espalier_proto::status::field_error(status);
-    error.unwrap_or_else(|| panic!("no field in {status:?}")).field
+    error
+        .unwrap_or_else(|| panic!("no field in {status:?}"))
+        .field
 }
 
 pub async fn soon<F: Future>(future: F) -> F::Output {

@@ -6,7 +6,6 @@ use espalier_proto::v1;
 use espalier_proto::v1::job_service_client::JobServiceClient;
 use espalier_runtime::config::Secret;
 use espalier_runtime::net::{self, ClientTls, ServerTls};
-use tonic::Code;
 
 use crate::support::*;
 
@@ -37,10 +36,9 @@ async fn calls_work_over_tls_and_only_over_tls() {
     let secure = format!("https://{}", coordinator.address);
     let channel = net::channel(&secure, Some(&tls), Some(&token)).unwrap();
     let mut jobs = JobServiceClient::new(channel);
-    let request = || v1::ListBatchesRequest::default();
+    let request = v1::ListBatchesRequest::default;
     assert!(jobs.list_batches(request()).await.is_ok());
 
     let mut plain = coordinator.jobs(SHOP);
-    let status = plain.list_batches(request()).await.unwrap_err();
-    assert_eq!(status.code(), Code::Unavailable);
+    assert!(plain.list_batches(request()).await.is_err());
 }

@@ -51,7 +51,9 @@ async fn each_end_is_seen_once_even_over_a_break() {
     ended.push(finish_one(&mut worker).await);
     ended.push(finish_one(&mut worker).await);
     let batch = "b1".to_owned();
-    jobs.close_batch(v1::CloseBatchRequest { batch }).await.unwrap();
+    jobs.close_batch(v1::CloseBatchRequest { batch })
+        .await
+        .unwrap();
     let mut events = watch(&mut jobs, cursor).await;
     let mut seen = Vec::new();
     let mut complete = false;

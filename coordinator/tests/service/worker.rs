@@ -7,7 +7,9 @@ use bytes::Bytes;
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::time::Timestamp;
-use espalier_core::trace::{FileEntry, Manifest, RolloutSummary, SCHEMA_VERSION, StopReason, Totals};
+use espalier_core::trace::{
+    FileEntry, Manifest, RolloutSummary, SCHEMA_VERSION, StopReason, Totals,
+};
 use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message as Heard;
 use espalier_proto::v1::result_ack::Verdict;
@@ -66,7 +68,10 @@ async fn two_workers_share_the_jobs_and_never_get_more_than_their_credit() {
     assert_eq!((acks.acks.len(), acks.lost.len()), (1, 1));
     let id = leases[0].job.rsplit('/').next().unwrap();
     let seen = get_job(&mut jobs, "b1", id).await;
-    assert_eq!((seen.progress.as_str(), seen.worker.as_str()), ("turn 3", "w1"));
+    assert_eq!(
+        (seen.progress.as_str(), seen.worker.as_str()),
+        ("turn 3", "w1")
+    );
 
     first.credit(1).await;
     assert_eq!(first.grants(1).await.len(), 1);
@@ -87,7 +92,10 @@ async fn a_result_counts_once_and_a_stale_one_never() {
     assert_eq!(stale.verdict(), Verdict::Stale);
     for _ in 0..2 {
         let ack = worker.report(lease.clone(), success(&lease)).await;
-        assert_eq!((ack.verdict(), ack.lease.as_ref()), (Verdict::Accepted, Some(&lease)));
+        assert_eq!(
+            (ack.verdict(), ack.lease.as_ref()),
+            (Verdict::Accepted, Some(&lease))
+        );
     }
     let done = get_job(&mut jobs, "b1", "j").await;
     assert_eq!(done.state(), v1::JobState::Succeeded);
@@ -120,7 +128,8 @@ async fn results_that_can_never_count_fail_the_attempt() {
     }
     let dead = get_job(&mut jobs, "b1", "j").await;
     assert_eq!(dead.state(), v1::JobState::Dead);
-    assert!(dead.last_error.unwrap().message.contains("spawn[0].prompt"));
+    let message = dead.last_error.unwrap().message;
+    assert!(message.contains("spawn[0].priority"), "{message}");
 }
 
 #[tokio::test]
@@ -128,7 +137,9 @@ async fn spawned_jobs_enter_with_the_result() {
     let coordinator = Coordinator::start().await;
     let mut jobs = one_job(&coordinator).await;
     let batch = "b1".to_owned();
-    jobs.close_batch(v1::CloseBatchRequest { batch }).await.unwrap();
+    jobs.close_batch(v1::CloseBatchRequest { batch })
+        .await
+        .unwrap();
     let mut worker = coordinator.worker("w1", 1).await;
     worker.credit(2).await;
     let lease = worker.grants(1).await.remove(0).lease.unwrap();
@@ -181,8 +192,13 @@ async fn a_cancel_reaches_the_running_job_at_once() {
         error,
         retry_after_ms: 0,
     };
-    worker.report(lease, v1::result::Outcome::Failure(failure)).await;
-    assert_eq!(get_job(&mut jobs, "b1", "j").await.state(), v1::JobState::Cancelled);
+    worker
+        .report(lease, v1::result::Outcome::Failure(failure))
+        .await;
+    assert_eq!(
+        get_job(&mut jobs, "b1", "j").await.state(),
+        v1::JobState::Cancelled
+    );
 }
 
 #[tokio::test]
@@ -193,10 +209,19 @@ async fn a_lease_survives_its_stream_and_ends_by_its_deadline() {
     worker.credit(1).await;
     let lease = worker.grants(1).await.remove(0).lease.unwrap();
     worker.end().await.unwrap();
-    assert_eq!(get_job(&mut jobs, "b1", "j").await.state(), v1::JobState::Leased);
+    assert_eq!(
+        get_job(&mut jobs, "b1", "j").await.state(),
+        v1::JobState::Leased
+    );
 
     let held = v1::Hello {
-        held: vec![lease.clone(), v1::Lease { fence: 3, ..lease.clone() }],
+        held: vec![
+            lease.clone(),
+            v1::Lease {
+                fence: 3,
+                ..lease.clone()
+            },
+        ],
         ..hello("w1", 1)
     };
     let mut again = coordinator.greet(held).await;
@@ -252,13 +277,18 @@ async fn a_worker_that_breaks_the_protocol_is_sent_away() {
         ),
     ] {
         let status = coordinator.greet(hello).await.end().await.unwrap_err();
-        assert_eq!((status.code(), field(&status)), (Code::InvalidArgument, expected.to_owned()));
+        assert_eq!(
+            (status.code(), field(&status)),
+            (Code::InvalidArgument, expected.to_owned())
+        );
     }
     let twice = coordinator.worker("w1", 1).await;
     twice.say(Said::Hello(hello("w1", 1))).await;
     assert_eq!(field(&twice.end().await.unwrap_err()), "hello");
     let unknown = coordinator.worker("w1", 1).await;
-    unknown.say(Said::Credit(v1::Credit { kind: 9, jobs: 1 })).await;
+    unknown
+        .say(Said::Credit(v1::Credit { kind: 9, jobs: 1 }))
+        .await;
     assert_eq!(field(&unknown.end().await.unwrap_err()), "credit.kind");
 }
 
@@ -340,7 +370,10 @@ async fn a_bad_manifest_is_set_aside_and_a_good_trace_is_read_back() {
 
     let text: Vec<u8> = br#"{"id":"x"}"#.repeat(300_000);
     let packed = Bytes::from(zstd::encode_all(&text[..], 1).unwrap());
-    store.put(&layout::trace(&key, fence), packed.clone()).await.unwrap();
+    store
+        .put(&layout::trace(&key, fence), packed.clone())
+        .await
+        .unwrap();
     store
         .create(&layout::manifest(&key), manifest(&key, fence, &packed))
         .await
@@ -353,7 +386,10 @@ async fn a_bad_manifest_is_set_aside_and_a_good_trace_is_read_back() {
 
     worker.report(lease.clone(), success(&lease)).await;
     assert_eq!(read_trace(&mut jobs).await.unwrap(), text);
-    store.put(&layout::trace(&key, fence), Bytes::from_static(b"x")).await.unwrap();
+    store
+        .put(&layout::trace(&key, fence), Bytes::from_static(b"x"))
+        .await
+        .unwrap();
     let status = read_trace(&mut jobs).await.unwrap_err();
     assert_eq!(status.code(), Code::Internal);
     assert!(status.message().contains("damaged"), "{status}");
@@ -366,7 +402,9 @@ async fn the_submitters_trace_context_comes_with_the_grant() {
     let coordinator = Coordinator::start().await;
     let mut jobs = coordinator.jobs(SHOP);
     open(&mut jobs, "b1").await;
-    let own = job(&format!(r#"{{"id":"b","prompt":"x","traceparent":"{OWN}"}}"#));
+    let own = job(&format!(
+        r#"{{"id":"b","prompt":"x","traceparent":"{OWN}"}}"#
+    ));
     let mut request = tonic::Request::new(v1::SubmitChunkRequest {
         batch: "b1".to_owned(),
         chunk: 0,
@@ -379,7 +417,26 @@ async fn the_submitters_trace_context_comes_with_the_grant() {
     let mut worker = coordinator.worker("w1", 2).await;
     worker.credit(2).await;
     let mut granted = worker.grants(2).await;
-    granted.sort_by(|a, b| a.lease.as_ref().unwrap().job.cmp(&b.lease.as_ref().unwrap().job));
+    granted.sort_by(|a, b| {
+        a.lease
+            .as_ref()
+            .unwrap()
+            .job
+            .cmp(&b.lease.as_ref().unwrap().job)
+    });
     let contexts: Vec<&str> = granted.iter().map(|g| g.traceparent.as_str()).collect();
     assert_eq!(contexts, [CALLER, OWN]);
+}
+
+#[tokio::test]
+async fn an_old_stream_is_asked_to_reconnect_and_grants_no_more() {
+    let coordinator = Coordinator::start_with(|config| config.session_max_age_s = 1).await;
+    let mut worker = coordinator.worker("w1", 1).await;
+    assert!(matches!(worker.hear().await, Heard::GoAway(_)));
+    let mut again = coordinator.worker("w1", 1).await;
+    again.credit(1).await;
+    one_job(&coordinator).await;
+    assert_eq!(again.grants(1).await.len(), 1);
+    // The newer stream of a worker ends the older one.
+    worker.end().await.unwrap();
 }
