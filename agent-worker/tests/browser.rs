@@ -33,6 +33,10 @@ use tokio_util::sync::CancellationToken;
 const LONG: Duration = Duration::from_secs(30);
 
 fn host_with(espalier: Value) -> McpHost {
+    host_of(json!({"preset": "playwright", "espalier": espalier}))
+}
+
+fn host_of(browser: Value) -> McpHost {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("playwright");
     let setup = "run `make setup` first";
     assert!(
@@ -43,7 +47,7 @@ fn host_with(espalier: Value) -> McpHost {
         Path::new("/usr/bin/chromium").exists(),
         "no /usr/bin/chromium: {setup}"
     );
-    let file = json!({"mcpServers": {"browser": {"preset": "playwright", "espalier": espalier}}});
+    let file = json!({"mcpServers": {"browser": browser}});
     let env: BTreeMap<String, String> = std::env::vars().collect();
     McpHost::new(McpHostConfig {
         servers: McpConfig::parse(&file.to_string(), &env).unwrap(),
@@ -542,7 +546,7 @@ async fn a_killed_browser_is_an_error_and_never_a_blank_page() {
 async fn a_browser_killed_in_the_middle_of_a_call_is_an_error() {
     let host = host_with(json!({}));
     let (one, two, _) = two_on_a_page(&host).await;
-    let waiting = call(&one, "browser_wait_for", json!({"time": 20}));
+    let waiting = call(&one, "browser_wait_for", json!({"time": 5}));
     let killing = async {
         // The other rollout's call shows that the server has taken up the first one.
         snapshot(&two).await;
@@ -567,6 +571,33 @@ async fn a_crashed_page_is_an_error_and_never_a_blank_page() {
     kill_where(&host.process_ids(), |line| line.contains("--type=renderer"));
     assert_lost(call(&one, "browser_snapshot", json!({})).await);
     assert_lost(call(&two, "browser_tabs", json!({"action": "list"})).await);
+    assert!(host.shutdown(LONG).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_playwright_of_the_users_own_is_watched_too() {
+    let cli = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("playwright/node_modules/@playwright/mcp/cli.js");
+    let flags = [
+        "--executable-path",
+        "/usr/bin/chromium",
+        "--headless",
+        "--isolated",
+        "--no-sandbox",
+    ];
+    let args: Vec<&str> = [cli.to_str().unwrap()].into_iter().chain(flags).collect();
+    let host = host_of(json!({"command": "node", "args": args}));
+    let site = serve(storage_site).await;
+    let toolbox = connect(&host).await.unwrap();
+    open(&toolbox, &format!("{site}/put/x")).await;
+    assert_eq!(
+        toolbox.evaluate_page("localStorage.m", LONG).await.unwrap(),
+        Ok(json!("x"))
+    );
+    kill_where(&host.process_ids(), |line| {
+        line.contains("/chromium ") && !line.contains("--type=")
+    });
+    assert_lost(call(&toolbox, "browser_snapshot", json!({})).await);
     assert!(host.shutdown(LONG).await);
 }
 

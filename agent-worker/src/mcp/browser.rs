@@ -12,6 +12,13 @@ pub(super) const EVALUATE_TOOL: &str = "browser_evaluate";
 /// the next call goes on with an empty browser: the attempt could only be given up.
 pub(super) const NEVER_OFFERED: &[&str] = &["browser_close"];
 
+/// Whether a configured command starts some Playwright MCP, as the files of desktop programs do (`npx
+/// @playwright/mcp@latest`).
+pub(super) fn is_playwright(command: &str, args: &[String]) -> bool {
+    let mut words = std::iter::once(command).chain(args.iter().map(String::as_str));
+    words.any(|word| word.contains("@playwright/mcp") || word.contains("playwright-mcp"))
+}
+
 /// Arguments with which [`TABS_TOOL`] only tells.
 pub(super) fn list_tabs() -> Map<String, Value> {
     json!({"action": "list"})

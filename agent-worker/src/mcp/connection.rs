@@ -2,7 +2,7 @@
 //!
 //! **How the loss of a browser context is seen.** Playwright MCP opens a new, blank context without a word when the old
 //! one is gone. But whenever it opens a context it asks the client for its *roots*. So the client counts: the first
-//! time is the beginning of the rollout, which `Connection::open_context` waits for, a second time is a loss, whatever
+//! time is the beginning of the rollout, which `Connection::open_context` waits for; a second time is a loss, whatever
 //! the answer of the call looks like. A session that the server has forgotten is never opened again
 //! (`reinit_on_expired_session(false)`).
 
@@ -109,6 +109,8 @@ pub(super) struct Connection {
     asked: Arc<AtomicU32>,
     /// Whether a browser context is behind it.
     is_browser: bool,
+    /// Whether the server's questions for roots tell about its context.
+    is_watched: bool,
     /// The server's process, where it is ours.
     process: Option<Arc<ServerProcess>>,
     meter: Option<Arc<AtomicU64>>,
@@ -144,33 +146,35 @@ impl Connection {
             running: Mutex::new(Some(running)),
             asked,
             is_browser,
+            is_watched: is_browser,
             process,
             meter,
         })
     }
 
     /// Makes a browser server open its context, so that the rollout does not wait for the browser in its first call
-    /// and so that a loss can be told from the beginning.
-    pub(super) async fn open_context(&self, timeout: Duration) -> Result<(), McpError> {
-        if !self.is_browser {
-            return Ok(());
-        }
+    /// and so that a loss can be told from the beginning. `pinned`: a server that does not ask for roots as the pinned
+    /// one does is refused; another version is used without the watch.
+    pub(super) async fn open_context(
+        &mut self,
+        pinned: bool,
+        timeout: Duration,
+    ) -> Result<(), McpError> {
         let answer = self
             .call_once(browser::TABS_TOOL, browser::list_tabs(), timeout)
             .await?;
         let asked = self.asked.load(Ordering::SeqCst);
-        if let Ok(result) = &answer
-            && result.is_error != Some(true)
-            && asked == 1
-        {
-            return Ok(());
-        }
         let reason = match answer {
             Ok(result) if result.is_error == Some(true) => text_of(&result),
+            Err(error) => error.message.to_string(),
+            Ok(_) if asked == 1 => return Ok(()),
+            Ok(_) if !pinned => {
+                self.is_watched = false;
+                return Ok(());
+            }
             Ok(_) => format!(
                 "it asked for roots {asked} times and not once, so that a lost context could not be seen"
             ),
-            Err(error) => error.message.to_string(),
         };
         Err(start_error(
             &self.server,
@@ -226,7 +230,7 @@ impl Connection {
                 format!("### Error\n{tool} did not end within {timeout:?} and was given up.");
             answer = Ok(Err(ErrorData::internal_error(text, None)));
         }
-        if !self.is_browser {
+        if !self.is_watched {
             return answer;
         }
         if let Ok(Ok(result)) = &answer

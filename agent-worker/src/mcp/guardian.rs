@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use std::os::unix::process::CommandExt;
 
 /// Reads `add PGID` and `del PGID`; at the end of its input kills what is left. Browsers end with their server: their
-/// control pipe closes. The wait lets them go before their profile is removed.
+/// control pipe closes. While they do they still write into their profile, so its removal may need another try.
 const SCRIPT: &str = r#"
 trap '' HUP INT TERM
 groups=
@@ -26,8 +26,11 @@ while read -r verb group; do
   esac
 done
 for group in $groups; do kill -s KILL -- "-$group" 2>/dev/null; done
-[ -z "$groups" ] || sleep 1
-rm -rf -- "$1"
+for try in 1 2 3 4 5 6 7 8 9 10; do
+  rm -rf -- "$1" 2>/dev/null
+  [ -e "$1" ] || break
+  sleep 1
+done
 "#;
 
 /// The guardian of one host.
@@ -78,7 +81,8 @@ impl Guardian {
         }
     }
 
-    /// Closes the pipe and waits until the guardian has removed the folder. Blocking, for at most what `rm` takes.
+    /// Closes the pipe and waits until the guardian has removed the folder. Blocking, for as long as the
+    /// script tries.
     pub(super) fn finish(&self) -> std::io::Result<()> {
         drop(
             self.input

@@ -299,14 +299,16 @@ impl Inner {
         let pipes =
             pipes.ok_or_else(|| start_failed(name, &std::io::Error::other("it has no pipes")))?;
         let reach = Reach::Pipes(pipes);
-        let connection = Connection::open(
-            name,
-            reach,
-            None,
-            Some(Arc::clone(&process)),
-            options.start_timeout,
-        )
-        .await?;
+        // Only a browser is told a root: others take it for the files that they may touch.
+        let root = browser::is_playwright(&stdio.command, &stdio.args).then(|| dir.path());
+        let owned = Some(Arc::clone(&process));
+        let mut connection =
+            Connection::open(name, reach, root, owned, options.start_timeout).await?;
+        if connection.is_browser() {
+            connection
+                .open_context(false, options.start_timeout)
+                .await?;
+        }
         Ok(Link {
             info: info(&connection),
             connection,
@@ -378,7 +380,7 @@ impl Inner {
             dirs,
             call_timeout: options.call_timeout,
         };
-        let opened = link.connection.open_context(timeout).await;
+        let opened = link.connection.open_context(true, timeout).await;
         if let (Err(_), Some(lease)) = (&opened, &link.lease) {
             lease.doubt();
         }

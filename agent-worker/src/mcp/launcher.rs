@@ -12,6 +12,9 @@ use espalier_runtime::tasks::{Tasks, blocking, with_deadline};
 use super::child::{Launch, Pipes, ServerProcess};
 use super::guardian::Guardian;
 
+/// How long the guardian may take to remove the folders; it goes on without us.
+const GUARDIAN_GRACE: Duration = Duration::from_secs(5);
+
 /// The start of every server of one host.
 #[derive(Debug)]
 pub(super) struct Launcher {
@@ -95,8 +98,9 @@ impl Launcher {
             process.kill();
         }
         let guardian = Arc::clone(&self.guardian);
-        let finished = blocking("mcp.guardian", move || guardian.finish()).await;
-        stopped && matches!(finished, Ok(Ok(())))
+        let finish = blocking("mcp.guardian", move || guardian.finish());
+        let finished = with_deadline("mcp.guardian", GUARDIAN_GRACE, finish).await;
+        stopped && matches!(finished, Ok(Ok(Ok(()))))
     }
 
     fn live(&self) -> Vec<Arc<ServerProcess>> {
