@@ -10,7 +10,6 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
 use espalier_core::spec::{JobDraft, JobSpec, parse_line};
-use espalier_core::trace::Trace;
 use espalier_qwen3_text::Tokenizer;
 use espalier_runtime::clock::SystemClock;
 use espalier_runtime::model::{ModelClient, ModelEndpoint};
@@ -138,23 +137,17 @@ pub fn calls(calls: &[(&str, &str)]) -> Value {
 
 /// Everything that a rollout needs.
 pub struct World {
-    pub dir: TempDir,
     pub model: FakeModel,
     pub services: Services,
     pub record: RecordContext,
-    pub tasks: Tasks,
-    pub shutdown: Shutdown,
+    _dir: TempDir,
 }
 
 impl World {
     pub async fn new() -> Self {
-        Self::with_store(Store::open("memory://").await.unwrap()).await
-    }
-
-    pub async fn with_store(store: Store) -> Self {
+        let store = Store::open("memory://").await.unwrap();
         let dir = TempDir::new().unwrap();
-        let shutdown = Shutdown::new();
-        let tasks = Tasks::new(shutdown.clone());
+        let tasks = Tasks::new(Shutdown::new());
         let model = FakeModel::start(&tasks).await;
         let clock = Arc::new(SystemClock);
         let endpoint = ModelEndpoint {
@@ -175,22 +168,14 @@ impl World {
             store,
             spool: Spool::open(&dir.path().join("data")).await.unwrap(),
             clock,
-            tasks: tasks.clone(),
+            tasks,
         };
         Self {
-            dir,
             model,
             services,
             record,
-            tasks,
-            shutdown,
+            _dir: dir,
         }
-    }
-
-    /// The trace that lies at `path`.
-    pub async fn trace(&self, path: &str) -> Trace {
-        let packed = self.record.store.get(path).await.unwrap();
-        Trace::from_json(&zstd::decode_all(&packed[..]).unwrap()).unwrap()
     }
 }
 

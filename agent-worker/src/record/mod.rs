@@ -33,7 +33,7 @@ use espalier_runtime::tasks::{self, OnFailure, Tasks};
 
 pub use adopt::{Found, find_published};
 pub use error::RecordError;
-pub use publish::Published;
+pub use publish::{Gate, NoLease, Published};
 pub use spool::Spool;
 
 use log::StepLog;

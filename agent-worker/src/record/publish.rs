@@ -23,6 +23,34 @@ const BACKOFF: Backoff = Backoff {
     max: Duration::from_secs(30),
 };
 
+/// How often a manifest that does not verify is reported within one publication: a second time only if another worker
+/// without a lease wrote one meanwhile.
+const REPORTS_MAX: u32 = 2;
+
+/// Whom the recorder asks before it makes a result visible.
+pub trait Gate: Sync {
+    /// Whether the attempt still holds its lease. Asked right before the manifest is created, so that an attempt which
+    /// was suspended past its lease publishes nothing.
+    fn may_publish(&self) -> bool;
+
+    /// Reports that the manifest which is there does not verify. True: it was moved aside.
+    fn report_invalid(&self, reason: &str) -> impl Future<Output = bool> + Send;
+}
+
+/// The gate of a recording that no lease protects: a conversation in a terminal.
+#[derive(Clone, Copy, Debug)]
+pub struct NoLease;
+
+impl Gate for NoLease {
+    fn may_publish(&self) -> bool {
+        true
+    }
+
+    async fn report_invalid(&self, _reason: &str) -> bool {
+        false
+    }
+}
+
 /// A result that everybody can see.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Published {
@@ -35,15 +63,14 @@ pub struct Published {
 }
 
 impl Recorder {
-    /// Ends the recording and publishes it. `may_publish` is asked right before the manifest is created, so that an
-    /// attempt which lost its lease while it was suspended publishes nothing. Waits for a store that is away; the
-    /// caller drops the future when the attempt has to stop.
+    /// Ends the recording and publishes it. Waits for a store that is away; the caller drops the future when the
+    /// attempt has to stop.
     ///
     /// A result that an earlier attempt published is verified and taken over in place of this one.
     pub async fn publish(
         mut self,
         outcome: Outcome,
-        may_publish: impl Fn() -> bool,
+        gate: &impl Gate,
     ) -> Result<Published, RecordError> {
         self.outcome(&outcome).await?;
         let trace = self.take_trace(outcome)?;
@@ -58,7 +85,7 @@ impl Recorder {
         })
         .await?;
         let manifest = self.manifest(entry, summary);
-        let published = self.create(&manifest, may_publish).await?;
+        let published = self.create(&manifest, gate).await?;
         self.shipment.published();
         Ok(published)
     }
@@ -95,52 +122,51 @@ impl Recorder {
     async fn create(
         &self,
         manifest: &Manifest,
-        may_publish: impl Fn() -> bool,
+        gate: &impl Gate,
     ) -> Result<Published, RecordError> {
         let path = layout::manifest(&self.key);
         let content =
             Bytes::from(serde_json::to_vec_pretty(manifest).map_err(RecordError::Encode)?);
-        let created = self
-            .until_stored("manifest", || async {
-                if !may_publish() {
+        let mut reports = 0;
+        loop {
+            let create = || async {
+                if !gate.may_publish() {
                     return Err(RecordError::Stopped);
                 }
                 Ok(self.context.store.create(&path, content.clone()).await?)
-            })
-            .await?;
-        if created == Created::New {
-            return Ok(Published {
-                manifest: path,
-                summary: manifest.summary.clone(),
-                adopted: false,
-            });
+            };
+            if self.until_stored("manifest", create).await? == Created::New {
+                return Ok(Published {
+                    manifest: path,
+                    summary: manifest.summary.clone(),
+                    adopted: false,
+                });
+            }
+            let reason = match self.look().await? {
+                Found::Published(found) => {
+                    return Ok(Published {
+                        manifest: path,
+                        // After a lost answer it is this attempt's own.
+                        adopted: found.fence != manifest.fence,
+                        summary: found.summary,
+                    });
+                }
+                Found::Invalid { reason } => reason,
+                Found::Nothing => "it went away while it was read".to_owned(),
+            };
+            reports += 1;
+            if reports > REPORTS_MAX || !gate.report_invalid(&reason).await {
+                return Err(RecordError::InvalidManifest {
+                    job: self.key.to_string(),
+                    reason,
+                });
+            }
         }
-        self.take_over(manifest).await
     }
 
-    /// There is a manifest: this attempt's own, after a lost answer, or that of an earlier one.
-    async fn take_over(&self, own: &Manifest) -> Result<Published, RecordError> {
-        let found = self
-            .until_stored("adoption", || {
-                find_published(&self.context.store, &self.key)
-            })
-            .await?;
-        match found {
-            Found::Published(manifest) => Ok(Published {
-                manifest: layout::manifest(&self.key),
-                adopted: manifest.fence != own.fence,
-                summary: manifest.summary,
-            }),
-            Found::Invalid { reason } => Err(RecordError::InvalidManifest {
-                job: self.key.to_string(),
-                reason,
-            }),
-            // Moved aside between the two: the next attempt publishes.
-            Found::Nothing => Err(RecordError::InvalidManifest {
-                job: self.key.to_string(),
-                reason: "it went away while it was read".to_owned(),
-            }),
-        }
+    async fn look(&self) -> Result<Found, RecordError> {
+        let find = || find_published(&self.context.store, &self.key);
+        self.until_stored("adoption", find).await
     }
 
     /// Does `work` again and again while the store may come back.

@@ -1,1 +1,422 @@
+//! Recordings that end well, badly, twice, and on stores that misbehave.
 
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use espalier_core::chat::ToolCall;
+use espalier_core::error::ErrorClass;
+use espalier_core::spec::{Sampling, Task};
+use espalier_core::trace::{
+    Decision, Manifest, Provenance, SCHEMA_VERSION, StopReason, Totals, Trace, TraceError,
+};
+use espalier_runtime::clock::SystemClock;
+use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::store::StoreLimits;
+use espalier_runtime::store::faults::{Fault, Faults};
+use tempfile::TempDir;
+
+use super::*;
+
+struct World {
+    dir: TempDir,
+    context: RecordContext,
+}
+
+impl World {
+    async fn new() -> Self {
+        Self::with_store(Store::open("memory://").await.unwrap()).await
+    }
+
+    async fn with_store(store: Store) -> Self {
+        let dir = TempDir::new().unwrap();
+        let context = RecordContext {
+            store,
+            spool: Spool::open(dir.path()).await.unwrap(),
+            clock: Arc::new(SystemClock),
+            tasks: Tasks::new(Shutdown::new()),
+        };
+        Self { dir, context }
+    }
+
+    async fn recorder(&self, fence: u64) -> Recorder {
+        let fence = Fence(fence);
+        let mut recorder = Recorder::open(self.context.clone(), key(), 1, fence)
+            .await
+            .unwrap();
+        recorder.header(header(fence)).await.unwrap();
+        let content = "price?".to_owned();
+        recorder.message(Message::User { content }).await.unwrap();
+        recorder
+    }
+
+    async fn manifest(&self) -> Option<Manifest> {
+        let bytes = self
+            .context
+            .store
+            .get(&layout::manifest(&key()))
+            .await
+            .ok()?;
+        Some(Manifest::parse(&bytes, &key()).unwrap())
+    }
+
+    async fn lines(&self, fence: u64, n: u32) -> Option<String> {
+        let path = layout::segment(&key(), Fence(fence), n);
+        let packed = self.context.store.get(&path).await.ok()?;
+        Some(String::from_utf8(zstd::decode_all(&packed[..]).unwrap()).unwrap())
+    }
+
+    async fn all_ended(&self) {
+        self.context
+            .tasks
+            .join_all(Duration::from_secs(20))
+            .await
+            .unwrap();
+    }
+
+    fn attempts(&self) -> usize {
+        std::fs::read_dir(self.dir.path().join("attempts"))
+            .unwrap()
+            .count()
+    }
+}
+
+fn key() -> JobKey {
+    "p/b/j".parse().unwrap()
+}
+
+fn header(fence: Fence) -> Header {
+    Header {
+        schema_version: SCHEMA_VERSION,
+        id: format!("{}@{fence}", key()),
+        job: key(),
+        attempt: 1,
+        fence,
+        started_at_us: Default::default(),
+        otel_trace_id: None,
+        task: Task::default(),
+        labels: Default::default(),
+        provenance: Provenance {
+            espalier_version: "0".into(),
+            model: "m".into(),
+            sampling: Sampling {
+                thinking: true,
+                temperature: 0.6,
+                top_p: 0.95,
+                top_k: 20,
+                min_p: 0.0,
+                presence_penalty: 0.0,
+                seed: None,
+                completion_tokens_max: 10,
+            },
+            tools_sha256: String::new(),
+            mcp_servers: vec![],
+            browser: None,
+            tokenizer_sha256: None,
+        },
+        tools: vec![],
+        verify: None,
+    }
+}
+
+fn outcome(turns: u32) -> Outcome {
+    Outcome {
+        stop: StopReason::Answered,
+        ended_at_us: Default::default(),
+        final_url: None,
+        verdict: None,
+        totals: Totals {
+            turns,
+            ..Totals::default()
+        },
+    }
+}
+
+/// Holds the lease, or not; moves a bad manifest aside, or not.
+struct Always {
+    may_publish: bool,
+    moves: Option<Store>,
+    reports: AtomicU32,
+}
+
+fn gate(may_publish: bool) -> Always {
+    Always {
+        may_publish,
+        moves: None,
+        reports: AtomicU32::new(0),
+    }
+}
+
+impl Gate for Always {
+    fn may_publish(&self) -> bool {
+        self.may_publish
+    }
+
+    async fn report_invalid(&self, _reason: &str) -> bool {
+        self.reports.fetch_add(1, Ordering::SeqCst);
+        match &self.moves {
+            Some(store) => store.delete(&layout::manifest(&key())).await.is_ok(),
+            None => false,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_published_trace_verifies_and_leaves_nothing_on_this_machine() {
+    let world = World::new().await;
+    let mut recorder = world.recorder(7).await;
+    let raw = Bytes::from_static(b"{\"content\": []}");
+    let blob = recorder
+        .blob(raw.clone(), "application/json")
+        .await
+        .unwrap()
+        .unwrap();
+    let same = recorder
+        .blob(raw, "application/json")
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(blob, same);
+    let call = ToolCall::new("c", "open", Default::default());
+    let turn = Message::assistant(String::new(), None, vec![call]);
+    recorder.message(turn).await.unwrap();
+    let tool = Message::Tool {
+        tool_call_id: "c".into(),
+        content: "ok".into(),
+    };
+    let message = recorder.message(tool).await.unwrap();
+    assert_eq!(message, 2);
+    let record = ToolCallRecord {
+        message,
+        call_id: "c".into(),
+        name: "open".into(),
+        server: None,
+        tool: None,
+        arguments: Default::default(),
+        decision: Decision::Allowed,
+        is_error: false,
+        raw: Some(blob),
+        images: vec![],
+        shown_tokens: 1,
+        truncated: false,
+        started_at_us: Default::default(),
+        latency_ms: 1,
+    };
+    recorder.tool_call(record).await.unwrap();
+    let published = recorder.publish(outcome(1), &gate(true)).await.unwrap();
+    assert!(!published.adopted);
+    assert_eq!(published.summary.totals.turns, 1);
+
+    let Found::Published(manifest) = find_published(&world.context.store, &key()).await.unwrap()
+    else {
+        panic!("not published");
+    };
+    assert_eq!((manifest.fence, manifest.files.len()), (Fence(7), 2));
+    let packed = world
+        .context
+        .store
+        .get(&layout::trace(&key(), Fence(7)))
+        .await
+        .unwrap();
+    let trace = Trace::from_json(&zstd::decode_all(&packed[..]).unwrap()).unwrap();
+    assert_eq!((trace.messages.len(), trace.tool_calls.len()), (3, 1));
+    world.all_ended().await;
+    assert_eq!(world.attempts(), 0);
+}
+
+#[tokio::test]
+async fn a_recording_that_is_dropped_shows_nothing_and_keeps_its_steps() {
+    let world = World::new().await;
+    drop(world.recorder(7).await);
+    world.all_ended().await;
+    assert_eq!(world.manifest().await, None);
+    assert_eq!(world.attempts(), 0);
+    let lines = world.lines(7, 0).await.unwrap();
+    assert_eq!(
+        Trace::from_lines(&lines),
+        Err(TraceError::NoOutcome { messages: 1 })
+    );
+}
+
+#[tokio::test]
+async fn every_step_is_in_the_file_when_the_call_returns() {
+    let world = World::new().await;
+    let recorder = world.recorder(7).await;
+    let file = world
+        .context
+        .spool
+        .folder(&key(), Fence(7))
+        .join("steps.jsonl");
+    let lines = std::fs::read_to_string(file).unwrap();
+    assert_eq!(
+        Trace::from_lines(&lines),
+        Err(TraceError::NoOutcome { messages: 1 })
+    );
+    drop(recorder);
+}
+
+#[tokio::test]
+async fn the_later_attempt_takes_over_what_a_zombie_published_first() {
+    let world = World::new().await;
+    let (zombie, holder) = (world.recorder(1).await, world.recorder(2).await);
+    zombie.publish(outcome(3), &gate(true)).await.unwrap();
+    let published = holder.publish(outcome(5), &gate(true)).await.unwrap();
+    assert!(published.adopted);
+    assert_eq!(
+        published.summary.totals.turns, 3,
+        "the summary is of what is published"
+    );
+    assert_eq!(world.manifest().await.unwrap().fence, Fence(1));
+}
+
+#[tokio::test]
+async fn a_zombie_that_comes_late_changes_nothing() {
+    let world = World::new().await;
+    let (zombie, holder) = (world.recorder(1).await, world.recorder(2).await);
+    holder.publish(outcome(5), &gate(true)).await.unwrap();
+    let refused = world
+        .recorder(3)
+        .await
+        .publish(outcome(9), &gate(false))
+        .await
+        .unwrap_err();
+    assert!(matches!(refused, RecordError::Stopped), "{refused}");
+    let late = zombie.publish(outcome(3), &gate(true)).await.unwrap();
+    assert!(late.adopted);
+    assert_eq!(late.summary.totals.turns, 5);
+    assert_eq!(world.manifest().await.unwrap().fence, Fence(2));
+}
+
+#[tokio::test]
+async fn an_attempt_without_its_lease_publishes_nothing() {
+    let world = World::new().await;
+    let error = world
+        .recorder(1)
+        .await
+        .publish(outcome(1), &gate(false))
+        .await
+        .unwrap_err();
+    assert_eq!(error.class(), ErrorClass::Preempted);
+    assert_eq!(world.manifest().await, None);
+}
+
+#[tokio::test]
+async fn a_manifest_whose_files_changed_is_reported_and_replaced_only_once_moved() {
+    let world = World::new().await;
+    let store = world.context.store.clone();
+    world
+        .recorder(1)
+        .await
+        .publish(outcome(1), &gate(true))
+        .await
+        .unwrap();
+    let trace = layout::trace(&key(), Fence(1));
+    store
+        .put(&trace, Bytes::from_static(b"torn"))
+        .await
+        .unwrap();
+
+    let stays = gate(true);
+    let error = world
+        .recorder(2)
+        .await
+        .publish(outcome(2), &stays)
+        .await
+        .unwrap_err();
+    assert_eq!(error.class(), ErrorClass::Infra);
+    assert!(
+        error.to_string().contains("is not what the manifest says"),
+        "{error}"
+    );
+    assert_eq!(stays.reports.load(Ordering::SeqCst), 1);
+
+    let moves = Always {
+        moves: Some(store.clone()),
+        ..gate(true)
+    };
+    let published = world
+        .recorder(3)
+        .await
+        .publish(outcome(3), &moves)
+        .await
+        .unwrap();
+    assert!(!published.adopted);
+    assert_eq!(world.manifest().await.unwrap().fence, Fence(3));
+
+    store
+        .delete(&layout::trace(&key(), Fence(3)))
+        .await
+        .unwrap();
+    let Found::Invalid { reason } = find_published(&store, &key()).await.unwrap() else {
+        panic!("a missing file went unseen");
+    };
+    assert!(reason.ends_with("is missing"), "{reason}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_full_or_loses_its_reply_delays_a_result_and_loses_none() {
+    let limits = StoreLimits {
+        tries_max: 1,
+        ..StoreLimits::default()
+    };
+    for fault in [Fault::Full, Fault::Unavailable, Fault::LoseReply] {
+        let faults = Faults::new(|_, _| None);
+        let store = Store::open("memory://").await.unwrap();
+        let store = store.with_limits(limits).with_faults(faults.clone());
+        let world = World::with_store(store).await;
+        let mut recorder = world.recorder(1).await;
+        recorder
+            .blob(Bytes::from_static(b"x"), "text/plain")
+            .await
+            .unwrap();
+        let mut left = 6;
+        faults.set(move |operation, _| {
+            let writes = matches!(operation, "put" | "create");
+            left -= i32::from(writes);
+            (writes && left >= 0).then_some(fault)
+        });
+        let published = recorder.publish(outcome(1), &gate(true)).await.unwrap();
+        assert!(!published.adopted, "{fault:?}: its own manifest");
+        assert_eq!(world.manifest().await.unwrap().fence, Fence(1));
+        world.all_ended().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn segments_bring_the_steps_to_the_store_while_the_rollout_runs() {
+    let world = World::new().await;
+    let mut recorder = world.recorder(1).await;
+    let wait_for = async |n: u32| {
+        while world.lines(1, n).await.is_none() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let began = tokio::time::Instant::now();
+    wait_for(0).await;
+    assert!(
+        began.elapsed() >= Duration::from_secs(9),
+        "not one object a step"
+    );
+    let content = "more".to_owned();
+    recorder.message(Message::User { content }).await.unwrap();
+    wait_for(1).await;
+    let (first, second) = (
+        world.lines(1, 0).await.unwrap(),
+        world.lines(1, 1).await.unwrap(),
+    );
+    assert_eq!((first.lines().count(), second.lines().count()), (2, 1));
+}
+
+#[tokio::test]
+async fn a_data_folder_belongs_to_one_process_and_is_cleaned_at_its_start() {
+    let dir = TempDir::new().unwrap();
+    let left = dir.path().join("attempts/9-abc/blobs");
+    std::fs::create_dir_all(&left).unwrap();
+    let spool = Spool::open(dir.path()).await.unwrap();
+    assert!(!Path::new(&left).exists());
+    let error = Spool::open(dir.path()).await.unwrap_err();
+    let text = espalier_runtime::telemetry::error_chain(&error);
+    assert!(text.contains("another agent worker uses it"), "{text}");
+    drop(spool);
+    Spool::open(dir.path()).await.unwrap();
+}

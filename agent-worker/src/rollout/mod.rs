@@ -363,11 +363,11 @@ impl<C: Conversation> Rollout<'_, C> {
         Ok(verdict)
     }
 
-    /// None without a browser, and where the page does not tell in time: it may stand in a dialog.
+    /// None without a browser, and where the page does not tell: it may stand in a dialog.
     async fn final_url(&self) -> Result<Option<String>, RolloutError> {
         match self.toolbox.current_url(URL_TIMEOUT).await {
             Ok(url) => Ok(Some(url).filter(|url| !url.is_empty())),
-            Err(McpError::Invalid(_) | McpError::Deadline { .. }) => Ok(None),
+            Err(McpError::Invalid(_)) => Ok(None),
             Err(error) => Err(error.into()),
         }
     }

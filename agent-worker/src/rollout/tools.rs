@@ -94,11 +94,7 @@ impl<C: Conversation> Rollout<'_, C> {
                 self.explain(Decision::Unknown, format!("Tool {name} not found"))
                     .await
             }
-            // The server is alive, as the toolbox has made sure of: the tool is slow, which the model may know.
-            Err(McpError::Deadline { after, .. }) => {
-                let text = format!("Error: {name} did not end within {} s.", after.as_secs());
-                self.explain(decision, text).await
-            }
+            // A slow tool of a server that is well is an outcome; a deadline here means that the server is not.
             Err(error) => {
                 span.record(attribute::ERROR_TYPE, error.class().as_str());
                 Err(error.into())

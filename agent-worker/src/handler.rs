@@ -1,0 +1,223 @@
+//! What an agent worker does with a granted job: take over a result that is there already, or run the rollout and
+//! publish it.
+
+use std::time::Duration;
+
+use espalier_core::error::ErrorClass;
+use espalier_core::id::JobKey;
+use espalier_core::layout;
+use espalier_core::trace::Outcome;
+use espalier_proto::v1;
+use espalier_runtime::telemetry::names::{attribute, span};
+use espalier_runtime::telemetry::{self, metrics};
+use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome, Stop};
+use tracing::Instrument;
+
+use crate::record::{Found, Gate, Published, RecordContext, RecordError, Recorder, find_published};
+use crate::rollout::{self, Approver, Order, Question, RolloutError, Scripted, Services};
+
+/// Most arguments that a question shows, in bytes: as much as the protocol lets through.
+const QUESTION_BYTES_MAX: usize = 4 * 1024;
+
+/// Does rollouts.
+pub struct RolloutHandler {
+    services: Services,
+    record: RecordContext,
+}
+
+/// Why an attempt left no result.
+#[derive(Debug, thiserror::Error)]
+enum AttemptError {
+    #[error(transparent)]
+    Rollout(#[from] RolloutError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+impl AttemptError {
+    fn class(&self) -> ErrorClass {
+        match self {
+            Self::Rollout(error) => error.class(),
+            Self::Record(error) => error.class(),
+        }
+    }
+}
+
+impl RolloutHandler {
+    /// Runs rollouts with `services` and records them with `record`.
+    pub fn new(services: Services, record: RecordContext) -> Self {
+        Self { services, record }
+    }
+
+    async fn attempt(
+        &self,
+        grant: &Grant,
+        context: &JobContext,
+    ) -> Result<Published, AttemptError> {
+        if let Some(published) = self.adopt(&grant.key, context).await? {
+            return Ok(published);
+        }
+        let (key, attempt, fence) = (grant.key.clone(), grant.attempt, grant.fence);
+        let mut recorder = Recorder::open(self.record.clone(), key, attempt, fence).await?;
+        let order = Order {
+            spec: &grant.spec.rollout,
+            verify: grant.draft.verify.as_ref(),
+            labels: &grant.spec.labels,
+        };
+        let prompts = grant.spec.rollout.prompts.clone();
+        let mut conversation = Scripted::new(prompts, ByCoordinator(context));
+        let cancel = context.lease().stopped();
+        let run = rollout::run(
+            &self.services,
+            order,
+            &mut recorder,
+            &mut conversation,
+            cancel,
+        );
+        let outcome = Box::pin(run).await?;
+        self.publish(recorder, outcome, context).await
+    }
+
+    /// A result that an earlier attempt published, if there is one and it verifies.
+    async fn adopt(
+        &self,
+        key: &JobKey,
+        context: &JobContext,
+    ) -> Result<Option<Published>, RecordError> {
+        match find_published(&self.record.store, key).await? {
+            Found::Nothing => Ok(None),
+            Found::Published(manifest) => {
+                tracing::info!(job = %key, winner = manifest.fence.0, "took over the result of an earlier attempt");
+                Ok(Some(Published {
+                    manifest: layout::manifest(key),
+                    summary: manifest.summary,
+                    adopted: true,
+                }))
+            }
+            // Moved aside: this attempt may publish its own.
+            Found::Invalid { reason } if context.report_bad_manifest(&reason).await => Ok(None),
+            Found::Invalid { reason } => Err(RecordError::InvalidManifest {
+                job: key.to_string(),
+                reason,
+            }),
+        }
+    }
+
+    async fn publish(
+        &self,
+        recorder: Recorder,
+        outcome: Outcome,
+        context: &JobContext,
+    ) -> Result<Published, AttemptError> {
+        let key = recorder.key().clone();
+        let span = tracing::info_span!(
+            span::PUBLISH,
+            { attribute::TRACE_PATH } = layout::trace(&key, recorder.fence()),
+        );
+        context.lease().progress("publishing");
+        let gate = ByLease(context);
+        Ok(recorder.publish(outcome, &gate).instrument(span).await?)
+    }
+}
+
+impl Handler for RolloutHandler {
+    fn kind(&self) -> v1::JobKind {
+        v1::JobKind::Rollout
+    }
+
+    async fn run(&self, grant: Grant, context: JobContext) -> JobOutcome {
+        let _running = Running::begin();
+        let stopped = context.lease().stopped();
+        let attempt = Box::pin(self.attempt(&grant, &context));
+        // Dropping the attempt frees its browser context and removes its files.
+        let done = tokio::select! {
+            biased;
+            done = attempt => done,
+            () = stopped.cancelled() => return stopped_outcome(context.lease().reason()),
+        };
+        match done {
+            Ok(published) => JobOutcome::Published {
+                manifest: published.manifest,
+                summary: published.summary,
+                spawn: Vec::new(),
+            },
+            Err(AttemptError::Record(RecordError::Stopped)) => {
+                stopped_outcome(context.lease().reason())
+            }
+            Err(error) => JobOutcome::failed(error.class(), telemetry::error_chain(&error)),
+        }
+    }
+}
+
+/// The loop knows better what a stop means; this is what is left to say.
+fn stopped_outcome(reason: Option<Stop>) -> JobOutcome {
+    let reason = match reason {
+        Some(Stop::Cancelled) => return JobOutcome::failed(ErrorClass::Cancelled, "cancelled"),
+        Some(Stop::Draining | Stop::Aborted) => "the worker stops",
+        _ => "the lease ended",
+    };
+    JobOutcome::Released {
+        reason: reason.to_owned(),
+    }
+}
+
+/// Counts a rollout for as long as it runs.
+struct Running;
+
+impl Running {
+    fn begin() -> Self {
+        metrics().rollouts_running.add(1, &[]);
+        Self
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        metrics().rollouts_running.add(-1, &[]);
+    }
+}
+
+/// Results become visible under the lease alone.
+struct ByLease<'a>(&'a JobContext);
+
+impl Gate for ByLease<'_> {
+    fn may_publish(&self) -> bool {
+        self.0.lease().may_publish()
+    }
+
+    async fn report_invalid(&self, reason: &str) -> bool {
+        self.0.report_bad_manifest(reason).await
+    }
+}
+
+/// Questions go to people over the coordinator.
+struct ByCoordinator<'a>(&'a JobContext);
+
+impl Approver for ByCoordinator<'_> {
+    async fn approve(&self, question: Question<'_>) -> bool {
+        let mut arguments = serde_json::to_string(question.arguments).unwrap_or_default();
+        if arguments.len() > QUESTION_BYTES_MAX {
+            let mut end = QUESTION_BYTES_MAX - "…".len();
+            while !arguments.is_char_boundary(end) {
+                end -= 1;
+            }
+            arguments.truncate(end);
+            arguments.push('…');
+        }
+        self.0
+            .lease()
+            .progress(&format!("waits for an answer about {}", question.tool));
+        self.0
+            .ask(question.tool, &arguments, approve_timeout(question.timeout))
+            .await
+    }
+
+    fn progress(&self, text: String) {
+        self.0.lease().progress(&text);
+    }
+}
+
+/// The loop itself counts the wait that came to its end; this one only must not end first.
+fn approve_timeout(timeout: Duration) -> Duration {
+    timeout + Duration::from_secs(1)
+}

@@ -1,0 +1,75 @@
+//! The process `espalier-agent-worker`: configuration, telemetry and signals around [`espalier_agent_worker::run`].
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use espalier_agent_worker::{AgentWorkerConfig, Deps};
+use espalier_runtime::config::{self, ENV_PREFIX, Environment};
+use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::telemetry;
+
+/// A configuration that cannot be used, as `sysexits.h` numbers it.
+const EXIT_USAGE: u8 = 64;
+/// How long telemetry may take to leave at the end.
+const FLUSH_LIMIT: Duration = Duration::from_secs(5);
+/// Beyond the grace of rollouts: last results are acknowledged, servers end.
+const DRAIN_MARGIN: Duration = Duration::from_secs(40);
+
+/// Runs rollouts.
+#[derive(Parser)]
+#[command(name = "espalier-agent-worker", version)]
+struct Arguments {
+    /// The configuration, in TOML; every key can be set as ESPALIER_… too.
+    #[arg(long, env = "ESPALIER_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let (config, environment) = match load(&arguments) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            eprintln!("espalier-agent-worker: {error:#}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    match serve(config, environment).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("espalier-agent-worker: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(arguments: &Arguments) -> anyhow::Result<(AgentWorkerConfig, Environment)> {
+    let environment = config::environment()?;
+    let mut config: AgentWorkerConfig =
+        config::load(arguments.config.as_deref(), ENV_PREFIX, &environment)?;
+    config.telemetry = config.telemetry.or_from(&environment);
+    config.validate()?;
+    config.mcp(&environment)?;
+    Ok((config, environment))
+}
+
+async fn serve(config: AgentWorkerConfig, environment: Environment) -> anyhow::Result<()> {
+    let telemetry = telemetry::init(&config.telemetry, "espalier-agent-worker")?;
+    let served = serve_until_signal(config, environment).await;
+    telemetry.shutdown(FLUSH_LIMIT).await;
+    served
+}
+
+async fn serve_until_signal(
+    config: AgentWorkerConfig,
+    environment: Environment,
+) -> anyhow::Result<()> {
+    let shutdown = Shutdown::from_signals(config.grace() + DRAIN_MARGIN)
+        .context("signals cannot be listened to")?;
+    let deps = Deps::open(&config, environment).await?;
+    espalier_agent_worker::run(config, deps, shutdown).await?;
+    Ok(())
+}

@@ -1,0 +1,238 @@
+//! One agent worker from start to end: servers, recorder and endpoint around the worker loop, and a drain in order.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_core::error::FieldError;
+use espalier_core::id::{Fence, JobKey};
+use espalier_core::spec::{JobDraft, JobSpec};
+use espalier_qwen3_text::Tokenizer;
+use espalier_runtime::clock::{Clock, SystemClock};
+use espalier_runtime::config::Environment;
+use espalier_runtime::model::{ModelClient, ModelError};
+use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::store::{Store, StoreError};
+use espalier_runtime::tasks::{self, BlockingFailed, Tasks};
+use espalier_runtime::worker::{self, WorkerConfig, WorkerDeps, WorkerError};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{AgentWorkerConfig, McpSettingsError};
+use crate::handler::RolloutHandler;
+use crate::mcp::{McpConfig, McpHost, McpHostConfig};
+use crate::record::{NoLease, Published, RecordContext, RecordError, Recorder, Spool};
+use crate::rollout::{self, Conversation, Hooks, Order, RolloutError, Services};
+
+/// How long servers may take to end, browsers included.
+const SERVERS_END_LIMIT: Duration = Duration::from_secs(10);
+/// How long tasks may take to end once nothing runs any more.
+const TASKS_END_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a worker works with, made from its configuration or by a test.
+#[derive(Clone)]
+pub struct Deps {
+    /// Where results go; the same that the coordinator uses.
+    pub store: Store,
+    /// The servers that jobs may name.
+    pub mcp: McpConfig,
+    /// The process's environment, which servers inherit a part of.
+    pub environment: Environment,
+    /// The time of day.
+    pub clock: Arc<dyn Clock>,
+    /// Where the host's sockets lie; its path has to be short.
+    pub temp_dir: PathBuf,
+}
+
+impl Deps {
+    /// Opens the store and reads the servers as `config` names them.
+    pub async fn open(
+        config: &AgentWorkerConfig,
+        environment: Environment,
+    ) -> Result<Self, RunError> {
+        let store = Store::open(&config.store_url).await?;
+        Self::with_store(config, store, environment)
+    }
+
+    /// The same beside a store that is open already, as `espalier up` shares one with its coordinator.
+    pub fn with_store(
+        config: &AgentWorkerConfig,
+        store: Store,
+        environment: Environment,
+    ) -> Result<Self, RunError> {
+        Ok(Self {
+            store,
+            mcp: config.mcp(&environment)?,
+            environment,
+            clock: Arc::new(SystemClock),
+            temp_dir: std::env::temp_dir(),
+        })
+    }
+}
+
+/// Why a worker could not start, or did not end in order.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A key breaks its rule.
+    #[error(transparent)]
+    Config(#[from] FieldError),
+    /// The MCP servers cannot be used.
+    #[error(transparent)]
+    Mcp(#[from] McpSettingsError),
+    /// The MCP host could not be made.
+    #[error("the MCP host cannot start")]
+    Host(#[source] std::io::Error),
+    /// The store cannot be used.
+    #[error("the object store cannot be used")]
+    Store(#[from] StoreError),
+    /// The model's settings cannot work.
+    #[error("the model's endpoint cannot be used")]
+    Model(#[from] ModelError),
+    /// The data folder cannot be used.
+    #[error("the data folder cannot be used")]
+    Record(#[from] RecordError),
+    /// The client for HTTP hooks could not be made.
+    #[error("the client for verifier hooks cannot be made")]
+    Hooks(#[from] reqwest::Error),
+    /// The embedded tokenizer could not be read.
+    #[error("the tokenizer cannot be loaded: {reason}")]
+    Tokenizer {
+        /// Why.
+        reason: String,
+    },
+    /// The loop could not begin.
+    #[error("the worker loop cannot start")]
+    Worker(#[from] WorkerError),
+    /// Work off the async threads failed.
+    #[error(transparent)]
+    Blocking(#[from] BlockingFailed),
+}
+
+/// An agent worker that is ready to run rollouts, from a coordinator or from a terminal.
+pub struct Agent {
+    services: Services,
+    record: RecordContext,
+    tasks: Tasks,
+}
+
+impl Agent {
+    /// Takes the data folder, loads the tokenizer and makes the MCP host. Servers start with the first rollout.
+    pub async fn start(
+        config: &AgentWorkerConfig,
+        deps: &Deps,
+        shutdown: &Shutdown,
+    ) -> Result<Self, RunError> {
+        config.validate()?;
+        let tasks = Tasks::new(shutdown.clone());
+        let record = RecordContext {
+            store: deps.store.clone(),
+            spool: Spool::open(&config.data_dir).await?,
+            clock: Arc::clone(&deps.clock),
+            tasks: tasks.clone(),
+        };
+        let tokenizer = tasks::blocking("tokenizer.load", || Tokenizer::shared().cloned()).await?;
+        let tokenizer = tokenizer.map_err(|error| RunError::Tokenizer {
+            reason: error.to_string(),
+        })?;
+        let services = Services {
+            mcp: McpHost::new(McpHostConfig {
+                servers: deps.mcp.clone(),
+                allow_inline: config.allow_inline_mcp,
+                playwright_dir: config.playwright_dir.clone(),
+                temp_dir: deps.temp_dir.clone(),
+                env: deps.environment.clone(),
+                tasks: tasks.clone(),
+            })
+            .map_err(RunError::Host)?,
+            model: ModelClient::new(config.model.clone())?,
+            model_name: config.model_name.clone(),
+            vllm_extensions: config.model.vllm_extensions,
+            extra: config.model_extra.clone(),
+            tokenizer,
+            hooks: Hooks::new(config.http_hook_hosts.clone())?,
+            clock: Arc::clone(&deps.clock),
+        };
+        Ok(Self {
+            services,
+            record,
+            tasks,
+        })
+    }
+
+    /// The MCP host, for measurements and tests.
+    pub fn mcp(&self) -> &McpHost {
+        &self.services.mcp
+    }
+
+    /// Runs one rollout without a coordinator and publishes its trace: `espalier chat`. `key` and `fence` are the
+    /// caller's to choose; a fence of microseconds since the epoch is never given twice.
+    ///
+    /// # Errors
+    /// The rollout cannot go on, or its trace cannot be published.
+    pub async fn converse<C: Conversation>(
+        &self,
+        key: JobKey,
+        fence: Fence,
+        job: (&JobDraft, &JobSpec),
+        conversation: &mut C,
+        cancel: CancellationToken,
+    ) -> Result<Published, RolloutError> {
+        let mut recorder = Recorder::open(self.record.clone(), key, 1, fence).await?;
+        let (draft, spec) = job;
+        let order = Order {
+            spec: &spec.rollout,
+            verify: draft.verify.as_ref(),
+            labels: &spec.labels,
+        };
+        let run = rollout::run(&self.services, order, &mut recorder, conversation, cancel);
+        let outcome = Box::pin(run).await?;
+        Ok(recorder.publish(outcome, &NoLease).await?)
+    }
+
+    /// Ends servers and background work, and waits for them.
+    pub async fn end(self) {
+        if !self.services.mcp.shutdown(SERVERS_END_LIMIT).await {
+            tracing::warn!("an MCP server did not end in time and was killed");
+        }
+        if let Err(unfinished) = self.tasks.join_all(TASKS_END_LIMIT).await {
+            tracing::warn!(error = %unfinished, "not everything ended in time");
+        }
+    }
+}
+
+/// Runs an agent worker until `shutdown` drains and everything it holds is finished or handed back.
+///
+/// # Errors
+/// It could not start. A coordinator that is away is no error.
+pub async fn run(
+    config: AgentWorkerConfig,
+    deps: Deps,
+    shutdown: Shutdown,
+) -> Result<(), RunError> {
+    let agent = Agent::start(&config, &deps, &shutdown).await?;
+    let mut tags = config.tags.clone();
+    tags.extend(
+        agent
+            .services
+            .mcp
+            .server_names()
+            .iter()
+            .map(|name| format!("mcp:{name}")),
+    );
+    let handler = RolloutHandler::new(agent.services.clone(), agent.record.clone());
+    let worker = WorkerConfig {
+        coordinator: config.coordinator_url.clone(),
+        tls: config.tls.clone(),
+        token: config.token.clone(),
+        tags,
+        slots: config.slots,
+        grace: config.grace(),
+    };
+    let loop_deps = WorkerDeps {
+        store: deps.store.clone(),
+        clock: Arc::clone(&deps.clock),
+        tasks: agent.tasks.clone(),
+    };
+    let ended = worker::run(Arc::new(handler), worker, loop_deps, shutdown).await;
+    agent.end().await;
+    Ok(ended?)
+}
