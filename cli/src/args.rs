@@ -6,7 +6,7 @@ use crate::context::Global;
 use crate::jobs::JobCommand;
 use crate::practice::Practice;
 use crate::traces::TracesCommand;
-use crate::{admin, jobs, questions, submit, watch};
+use crate::{admin, doctor, jobs, questions, submit, up, watch};
 
 const ABOUT: &str = "Run tool-using agents in real browsers, many at once, and keep verified traces of what they do";
 
@@ -46,6 +46,9 @@ pub struct Cli {
 /// What to do.
 #[derive(Subcommand, Debug)]
 pub enum Command {
+    /// Run everything on this machine: coordinator, worker, queue and store in one process
+    #[command(after_help = UP_HELP)]
+    Up(Box<up::Up>),
     /// Turn a file of jobs into a batch; jobs that break a rule are refused one by one
     #[command(after_help = SUBMIT_HELP)]
     Submit(submit::Submit),
@@ -78,7 +81,18 @@ pub enum Command {
     /// The practice site, and tasks on it with known answers
     #[command(subcommand)]
     Practice(Practice),
+    /// Check this machine and what it is connected to; each fault comes with its fix
+    Doctor(doctor::Doctor),
 }
+
+const UP_HELP: &str = "\
+  espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B --mcp mcp.json
+  espalier submit tasks.jsonl --watch          in another terminal
+
+mcp.json: {\"mcpServers\": {\"browser\": {\"preset\": \"playwright\"}, \"notes\": {\"command\": \"notes-mcp\"}}}
+
+The first SIGTERM or Ctrl-C drains: running rollouts end or go back to the queue. The second one stops at once.
+Jobs, traces and the queue stay in the data folder for the next `up`.";
 
 const SUBMIT_HELP: &str = "\
 A job is one JSON object a line; only `prompt` is needed:

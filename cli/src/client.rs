@@ -3,6 +3,7 @@
 //! `ESPALIER_URL` and `ESPALIER_TOKEN` name a remote coordinator; without them, the file that `espalier up` left in
 //! the data folder does.
 
+use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -168,9 +169,7 @@ impl Client {
         let greeting = jobs.list_batches(request);
         match with_deadline("cli.connect", CONNECT_TIMEOUT, greeting).await {
             Err(timeout) => Err(away(timeout.to_string())),
-            Ok(Err(status)) if status.code() == Code::Unavailable => {
-                Err(away(error_chain(&status)))
-            }
+            Ok(Err(status)) if status.code() == Code::Unavailable => Err(away(root_cause(&status))),
             // A token that may do less than look is for the command's own call to refuse.
             Ok(Err(status)) if status.code() == Code::PermissionDenied => Ok(()),
             Ok(Err(status)) => Err(status.into()),
@@ -195,6 +194,18 @@ impl Client {
         WorkerServiceClient::new(self.link.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+}
+
+/// The last cause in the chain: what is above it repeats it in layers.
+fn root_cause(error: &(dyn Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    match cause.downcast_ref::<tonic::Status>() {
+        Some(status) => status.message().to_owned(),
+        None => cause.to_string(),
     }
 }
 

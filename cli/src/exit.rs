@@ -86,6 +86,8 @@ impl fmt::Display for Problem {
     }
 }
 
+impl Error for Problem {}
+
 impl From<io::Error> for Problem {
     fn from(error: io::Error) -> Self {
         // `espalier … | head` is no failure: the reader has seen enough.

@@ -8,6 +8,7 @@ mod admin;
 mod args;
 mod client;
 mod context;
+mod doctor;
 mod exit;
 mod jobs;
 mod json;
@@ -15,8 +16,10 @@ mod output;
 mod practice;
 mod progress;
 mod questions;
+mod servers;
 mod submit;
 mod traces;
+mod up;
 mod watch;
 
 use std::process::ExitCode;
@@ -65,6 +68,7 @@ fn start(cli: Cli) -> Outcome {
 
 async fn run(context: &Context, command: &Command) -> Outcome {
     match command {
+        Command::Up(args) => up::run(context, args).await,
         Command::Submit(args) => submit::run(context, args).await,
         Command::Watch(args) => watch::run(context, args).await,
         Command::Jobs(args) => jobs::list(context, args).await,
@@ -79,5 +83,6 @@ async fn run(context: &Context, command: &Command) -> Outcome {
         Command::Drain(args) => admin::drain(context, args).await,
         Command::Traces(command) => traces::run(context, command).await,
         Command::Practice(command) => practice::run(context, command).await,
+        Command::Doctor(args) => doctor::run(context, args).await,
     }
 }

@@ -4,11 +4,8 @@
 use std::io::{self, IsTerminal, Write};
 
 use comfy_table::presets::NOTHING;
-use comfy_table::{Cell, ContentArrangement, Table};
+use comfy_table::{Cell, ColumnConstraint, ContentArrangement, Table};
 use serde_json::Value;
-
-/// Width of tables where there is no terminal to ask.
-const WIDTH_DEFAULT: u16 = 120;
 
 /// Where results go.
 #[derive(Clone, Copy, Debug)]
@@ -62,11 +59,17 @@ pub fn note(text: impl AsRef<str>) {
 pub fn table<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING);
-    table.set_content_arrangement(ContentArrangement::Dynamic);
-    if !io::stdout().is_terminal() {
-        table.set_width(WIDTH_DEFAULT);
-    }
+    // Elsewhere than on a terminal a row is a line, so that `grep` and `cut` work.
+    let arrangement = match io::stdout().is_terminal() {
+        true => ContentArrangement::Dynamic,
+        false => ContentArrangement::Disabled,
+    };
+    table.set_content_arrangement(arrangement);
     table.set_header(header.map(|name| Cell::new(name.to_uppercase())));
+    // Names come first, and a name that is broken over lines cannot be copied.
+    if let Some(names) = table.column_mut(0) {
+        names.set_constraint(ColumnConstraint::ContentWidth);
+    }
     for row in rows {
         table.add_row(row.map(|text| plain(&text)));
     }

@@ -35,6 +35,9 @@ pub struct Site {
     /// What the site is made from; tasks need the same
     #[arg(long, value_name = "N", default_value_t = DEFAULT_SEED)]
     pub seed: u64,
+    /// File that gets the site's address once it serves
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    pub ready_file: Option<PathBuf>,
 }
 
 /// Options of `practice tasks`.
@@ -70,6 +73,11 @@ async fn serve(context: &Context, args: &Site) -> Outcome {
     let listener = TcpListener::bind(&args.listen).await.map_err(cannot)?;
     let url = format!("http://{}", listener.local_addr()?);
     let shutdown = Shutdown::from_signals(DRAIN_LIMIT)?;
+    if let Some(file) = &args.ready_file {
+        std::fs::write(file, &url).map_err(|error| {
+            Problem::failed(format!("cannot write {}: {error}", file.display()))
+        })?;
+    }
     // One line of JSON or text, so that a script knows the address before it goes on.
     if context.out.json {
         context.out.event(&json!({"url": url, "seed": args.seed}))?;

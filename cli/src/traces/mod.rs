@@ -6,6 +6,7 @@
 mod export;
 mod import;
 mod list;
+mod reverify;
 mod show;
 mod source;
 
@@ -28,6 +29,8 @@ pub enum TracesCommand {
     Export(export::Export),
     /// Take in the workshop's trace files as a batch of their own
     Import(import::Import),
+    /// Judge stored traces again, where their checks need no live browser
+    Reverify(reverify::Reverify),
 }
 
 const EXPORT_HELP: &str = "\
@@ -101,6 +104,7 @@ pub async fn run(context: &Context, command: &TracesCommand) -> Outcome {
         TracesCommand::Show(args) => show::run(context, args).await,
         TracesCommand::Export(args) => export::run(context, args).await,
         TracesCommand::Import(args) => import::run(context, args).await,
+        TracesCommand::Reverify(args) => reverify::run(context, args).await,
     }
 }
 

@@ -1,0 +1,282 @@
+//! What `espalier up` is told: options, then `--config espalier.toml`, whose every key can be set as
+//! `ESPALIER_UP_…` too.
+//!
+//! ```toml
+//! slots = 8
+//! mcp = "mcp.json"
+//!
+//! [model]
+//! name = "Qwen/Qwen3-4B"
+//!
+//! [model.endpoint]
+//! base_url = "http://localhost:8000/v1"
+//! api_key = { env = "OPENAI_API_KEY" }
+//! ```
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use espalier_core::error::FieldError;
+use espalier_runtime::config::{Environment, Secret, load};
+use espalier_runtime::model::ModelEndpoint;
+use espalier_runtime::telemetry::TelemetryConfig;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::exit::Problem;
+
+/// Every key of the file as a variable begins with this. Not `ESPALIER_` alone, so that the variables of scripts and
+/// other commands are none of ours.
+const ENV_PREFIX: &str = "ESPALIER_UP_";
+/// Where the coordinator listens unless told otherwise.
+const LISTEN_DEFAULT: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 7411);
+/// Rollouts at once unless told otherwise: a browser context of each takes about a quarter of a core.
+const SLOTS_DEFAULT: u32 = 8;
+/// How long running rollouts may go on after SIGTERM.
+const GRACE_DEFAULT_S: u64 = 30;
+
+/// Options of `up`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Up {
+    /// OpenAI-compatible endpoint, up to and including the version, such as http://localhost:8000/v1
+    #[arg(long, value_name = "URL")]
+    pub model_url: Option<String>,
+    /// Name of the model at that endpoint
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    /// Environment variable that holds the endpoint's API key
+    #[arg(long, value_name = "VAR")]
+    pub api_key_env: Option<String>,
+    /// MCP servers, in the form that Claude Desktop and Cursor read [default: a built-in server `browser`]
+    #[arg(long, value_name = "FILE")]
+    pub mcp: Option<PathBuf>,
+    /// Where the coordinator listens; port 0 takes a free one [default: 127.0.0.1:7411]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Rollouts at once [default: 8]
+    #[arg(long, value_name = "N")]
+    pub slots: Option<u32>,
+    /// Object store for traces [default: file://DATA_DIR/store]
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+    /// Shows the windows of browsers
+    #[arg(long)]
+    pub headed: bool,
+    /// Folder that holds node_modules/@playwright/mcp
+    #[arg(long, value_name = "DIR", hide_short_help = true)]
+    pub playwright_dir: Option<PathBuf>,
+    /// Seconds that a lease lasts without a sign of life [default: what suits the kind of job]
+    #[arg(long, value_name = "S", hide_short_help = true)]
+    pub lease_ttl_s: Option<u64>,
+    /// File that gets the coordinator's address once everything serves
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    pub ready_file: Option<PathBuf>,
+    /// All of this and more as TOML; options win over the file
+    #[arg(long, value_name = "FILE", env = "ESPALIER_CONFIG")]
+    pub config: Option<PathBuf>,
+}
+
+/// The file.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct UpFileConfig {
+    listen: Option<SocketAddr>,
+    slots: Option<u32>,
+    store_url: Option<String>,
+    mcp: Option<PathBuf>,
+    headed: bool,
+    playwright_dir: Option<PathBuf>,
+    lease_ttl_ms: Option<u64>,
+    grace_s: Option<u64>,
+    /// Hosts whose HTTP hooks verifiers may ask.
+    http_hook_hosts: Vec<String>,
+    model: ModelConfig,
+    telemetry: TelemetryConfig,
+}
+
+/// The `[model]` section.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ModelConfig {
+    /// The model of jobs that name none.
+    name: Option<String>,
+    /// More fields of every request.
+    extra: Map<String, Value>,
+    /// Where it is served.
+    endpoint: Option<ModelEndpoint>,
+}
+
+/// Everything that `up` needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where the coordinator listens.
+    pub listen: SocketAddr,
+    /// Rollouts at once.
+    pub slots: u32,
+    /// The object store; none: a folder in the data folder.
+    pub store_url: Option<String>,
+    /// The file of MCP servers.
+    pub mcp: Option<PathBuf>,
+    /// Whether browsers show their windows.
+    pub headed: bool,
+    /// The folder that holds the Playwright MCP.
+    pub playwright_dir: Option<PathBuf>,
+    /// How long a lease lasts.
+    pub lease_ttl_ms: Option<u64>,
+    /// How long running rollouts may go on while draining.
+    pub grace: Duration,
+    /// Hosts whose HTTP hooks verifiers may ask.
+    pub http_hook_hosts: Vec<String>,
+    /// Where the model is served.
+    pub endpoint: ModelEndpoint,
+    /// The model of jobs that name none.
+    pub model: String,
+    /// More fields of every request.
+    pub extra: Map<String, Value>,
+    /// Logs, traces and metrics.
+    pub telemetry: TelemetryConfig,
+    /// File that gets the address.
+    pub ready_file: Option<PathBuf>,
+}
+
+impl Settings {
+    /// Joins options, file and environment.
+    pub fn load(args: &Up, environment: &Environment) -> Result<Self, Problem> {
+        let file: UpFileConfig = load(args.config.as_deref(), ENV_PREFIX, environment)?;
+        let (endpoint, model, extra) = model(args, file.model, environment)?;
+        let slots = args.slots.or(file.slots).unwrap_or(SLOTS_DEFAULT);
+        if !(1..=espalier_runtime::worker::SLOTS_MAX).contains(&slots) {
+            let rule = format!("must be in 1..={}", espalier_runtime::worker::SLOTS_MAX);
+            return Err(FieldError::new("slots", slots, rule).into());
+        }
+        let lease_ttl_ms = args
+            .lease_ttl_s
+            .map(|s| s.saturating_mul(1000))
+            .or(file.lease_ttl_ms);
+        Ok(Self {
+            listen: args.listen.or(file.listen).unwrap_or(LISTEN_DEFAULT),
+            slots,
+            store_url: args.store.clone().or(file.store_url),
+            mcp: args.mcp.clone().or(file.mcp),
+            headed: args.headed || file.headed,
+            playwright_dir: args.playwright_dir.clone().or(file.playwright_dir),
+            lease_ttl_ms,
+            grace: Duration::from_secs(file.grace_s.unwrap_or(GRACE_DEFAULT_S)),
+            http_hook_hosts: file.http_hook_hosts,
+            endpoint,
+            model,
+            extra,
+            telemetry: file.telemetry.or_from(environment),
+            ready_file: args.ready_file.clone(),
+        })
+    }
+}
+
+fn model(
+    args: &Up,
+    file: ModelConfig,
+    environment: &Environment,
+) -> Result<(ModelEndpoint, String, Map<String, Value>), Problem> {
+    let endpoint = match (file.endpoint, &args.model_url) {
+        (Some(endpoint), Some(url)) => Some(ModelEndpoint {
+            base_url: url.clone(),
+            ..endpoint
+        }),
+        (endpoint, url) => endpoint.or_else(|| url.clone().map(ModelEndpoint::new)),
+    };
+    let example = "espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B";
+    let mut endpoint =
+        endpoint.ok_or_else(|| Problem::refused("no model endpoint is named").fix(example))?;
+    let name = args.model.clone().or(file.name);
+    let name = name.ok_or_else(|| Problem::refused("no model is named").fix(example))?;
+    if let Some(variable) = &args.api_key_env {
+        let key = environment.get(variable).filter(|key| !key.is_empty());
+        let missing = || {
+            let rule = "must name an environment variable that is set";
+            FieldError::new("--api-key-env", variable, rule)
+        };
+        endpoint.api_key = Some(Secret::new(key.ok_or_else(missing)?));
+    }
+    Ok((endpoint, name, file.extra))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::Exit;
+
+    fn settings(args: &Up, toml: &str, environment: &[(&str, &str)]) -> Result<Settings, Problem> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("espalier.toml");
+        std::fs::write(&file, toml).unwrap();
+        let environment = environment
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
+        let args = Up {
+            config: Some(file),
+            ..args.clone()
+        };
+        Settings::load(&args, &environment)
+    }
+
+    #[test]
+    fn options_win_over_the_file_and_the_file_over_defaults() {
+        let toml = "slots = 3\n[model]\nname = \"m\"\n[model.endpoint]\nbase_url = \"http://a/v1\"\nmax_retries = 1\napi_key = { env = \"KEY\" }\n";
+        let args = Up {
+            model_url: Some("http://b/v1".to_owned()),
+            ..Up::default()
+        };
+        let found = settings(
+            &args,
+            toml,
+            &[("KEY", "s3cret"), ("ESPALIER_UP_GRACE_S", "5")],
+        )
+        .unwrap();
+        assert_eq!((found.slots, found.model.as_str()), (3, "m"));
+        assert_eq!(
+            (found.endpoint.base_url.as_str(), found.endpoint.max_retries),
+            ("http://b/v1", 1)
+        );
+        assert_eq!(
+            (found.listen, found.grace),
+            (LISTEN_DEFAULT, Duration::from_secs(5))
+        );
+        assert!(!format!("{found:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn what_is_missing_or_wrong_is_named() {
+        let problem = settings(&Up::default(), "", &[]).unwrap_err();
+        assert_eq!(problem.exit, Exit::Refused);
+        assert!(problem.fix.unwrap().contains("--model-url"));
+        let args = Up {
+            model_url: Some("http://b/v1".to_owned()),
+            model: Some("m".to_owned()),
+            ..Up::default()
+        };
+        for (toml, part) in [
+            ("slot = 3", "slot"),
+            ("slots = 0", "`slots`"),
+            ("[model.endpoint]\nbase_ur = \"x\"", "base_ur"),
+        ] {
+            let message = settings(&args, toml, &[]).unwrap_err().message;
+            assert!(message.contains(part), "{toml}: {message}");
+        }
+        let keyed = Up {
+            api_key_env: Some("NO_SUCH".to_owned()),
+            ..args.clone()
+        };
+        assert!(
+            settings(&keyed, "", &[])
+                .unwrap_err()
+                .message
+                .contains("NO_SUCH")
+        );
+        // Variables of others are none of ours.
+        assert!(settings(&args, "", &[("ESPALIER_TEST_MARK_ab", "1")]).is_ok());
+    }
+}

@@ -1,0 +1,358 @@
+//! `espalier up`: coordinator, agent worker, embedded queue and file store in one process, over real gRPC on
+//! loopback, so that what works here works on many machines.
+//!
+//! ```text
+//! take the data folder → look at the MCP servers → open store and queue → listen → worker → up.json
+//! SIGTERM: no more jobs → running rollouts end or go back → worker gone → coordinator gone → up.json gone
+//! ```
+//! The order of the drain matters: the worker hands its last results to the coordinator, so that one goes last.
+
+mod config;
+mod place;
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_agent_worker::AgentWorkerConfig;
+use espalier_coordinator::{CoordinatorConfig, Role, Scope, TokenConfig};
+use espalier_core::id::ProjectId;
+use espalier_runtime::clock::{Clock, SystemClock};
+use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::store::Store;
+use espalier_runtime::tasks::{OnFailure, Tasks};
+use espalier_runtime::telemetry::{self, error_chain};
+use rand::RngExt;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::client::{Client, Target, UpFile, store_dir};
+use crate::context::{Context, PROJECT_DEFAULT};
+use crate::exit::{Exit, Outcome, Problem};
+use crate::output::{facts, note};
+use crate::servers::{self, Probed, Servers};
+pub use config::{Settings, Up};
+use place::Place;
+
+/// Beyond the grace of rollouts: last results are acknowledged, servers end, the queue is closed.
+const DRAIN_MARGIN: Duration = Duration::from_secs(40);
+/// How long everything may take to end once it was told to.
+const END_LIMIT: Duration = Duration::from_secs(30);
+/// How long telemetry may take to leave at the end.
+const FLUSH_LIMIT: Duration = Duration::from_secs(5);
+/// Bytes of a token: nobody guesses 256 bits.
+const TOKEN_BYTES: usize = 32;
+
+/// Runs the command.
+pub async fn run(context: &Context, args: &Up) -> Outcome {
+    let settings = Settings::load(args, &context.environment)?;
+    let place = Place::take(&context.data_dir()?)?;
+    let telemetry = telemetry::init(&settings.telemetry, "espalier-up")
+        .map_err(|error| Problem::refused(error_chain(&error)))?;
+    let outcome = Box::pin(serve(context, settings, &place)).await;
+    place.withdraw();
+    telemetry.shutdown(FLUSH_LIMIT).await;
+    outcome
+}
+
+async fn serve(context: &Context, settings: Settings, place: &Place) -> Outcome {
+    let shutdown = Shutdown::from_signals(settings.grace + DRAIN_MARGIN)?;
+    let tasks = Tasks::new(shutdown.clone());
+    let starting = Box::pin(start(context, &settings, &tasks, &shutdown));
+    let started = tokio::select! {
+        started = starting => started,
+        () = shutdown.draining() => Err(Problem::failed("stopped before it was up")),
+    };
+    let served = match started {
+        Ok((up, found)) => until_drained(context, &settings, place, &up, &found, &shutdown).await,
+        Err(problem) => Err(problem),
+    };
+    shutdown.drain();
+    end(&tasks, &shutdown, settings.grace + DRAIN_MARGIN).await;
+    match (served, tasks.first_failure()) {
+        (Ok(_), Some(task)) => Err(Problem::failed(format!(
+            "`{task}` failed; the log above says why"
+        ))),
+        (served, _) => served,
+    }
+}
+
+/// Tells the other commands and the person, and waits for the end.
+async fn until_drained(
+    context: &Context,
+    settings: &Settings,
+    place: &Place,
+    up: &UpFile,
+    found: &[(String, Probed)],
+    shutdown: &Shutdown,
+) -> Outcome {
+    place.announce(up)?;
+    if let Some(file) = &settings.ready_file {
+        std::fs::write(file, &up.url).map_err(|error| {
+            Problem::failed(format!("cannot write {}: {error}", file.display()))
+        })?;
+    }
+    greet(context, settings, up, found)?;
+    shutdown.draining().await;
+    note("draining: running rollouts end or go back to the queue; once more to stop at once");
+    Ok(Exit::Ok)
+}
+
+/// Waits for the tasks; an abort shortens the wait.
+async fn end(tasks: &Tasks, shutdown: &Shutdown, drain_limit: Duration) {
+    let ended = tokio::select! {
+        ended = tasks.join_all(drain_limit + END_LIMIT) => ended,
+        () = async { shutdown.aborted().await; tokio::time::sleep(END_LIMIT).await } => tasks.join_all(Duration::ZERO).await,
+    };
+    if let Err(unfinished) = ended {
+        tracing::warn!(error = %unfinished, "not everything ended in time");
+    }
+}
+
+/// Starts everything and proves that the coordinator answers.
+async fn start(
+    context: &Context,
+    settings: &Settings,
+    tasks: &Tasks,
+    shutdown: &Shutdown,
+) -> Result<(UpFile, Vec<(String, Probed)>), Problem> {
+    let environment = &context.environment;
+    let data_dir = context.data_dir()?;
+    let asked = Servers::load(settings.mcp.as_deref(), settings.headed, environment)?;
+    let playwright_dir = servers::playwright_dir(settings.playwright_dir.as_deref(), environment);
+    let probing = Box::pin(servers::probe_all(
+        asked,
+        playwright_dir.clone(),
+        environment,
+        tasks,
+    ));
+    let (servers, found, remarks) = probing.await?;
+    for remark in remarks {
+        note(format!("warning: {remark}"));
+    }
+
+    let store_url = store_url(settings, &data_dir);
+    let store = Store::open(&store_url).await?;
+    let listener = listen(settings).await?;
+    let tokens = Tokens::new();
+    let up = UpFile {
+        url: format!("http://{}", listener.local_addr()?),
+        token: tokens.client.clone(),
+        store: store_url,
+        project: PROJECT_DEFAULT.to_owned(),
+        pid: std::process::id(),
+    };
+    let parts = Parts {
+        up: &up,
+        tokens: &tokens,
+        store,
+        servers,
+        playwright_dir,
+        data_dir: &data_dir,
+        environment,
+    };
+    let coordinator_ends = Shutdown::new();
+    let coordinator = coordinator(settings, &parts, listener, coordinator_ends.clone()).await?;
+    let worker = worker(settings, &parts, shutdown.clone())?;
+    run_in_order(tasks, shutdown, coordinator_ends, coordinator, worker);
+    let target = Target {
+        url: up.url.clone(),
+        token: Some(Secret::new(tokens.client)),
+        origin: "this process".to_owned(),
+    };
+    Client::connect(&target, None).await?;
+    Ok((up, found))
+}
+
+/// What both halves are made from.
+struct Parts<'a> {
+    up: &'a UpFile,
+    tokens: &'a Tokens,
+    store: Store,
+    servers: Servers,
+    playwright_dir: Option<PathBuf>,
+    data_dir: &'a Path,
+    environment: &'a Environment,
+}
+
+/// Tokens of this one process: gone with it.
+struct Tokens {
+    client: String,
+    worker: String,
+}
+
+impl Tokens {
+    fn new() -> Self {
+        let fresh = || -> String {
+            let bytes: [u8; TOKEN_BYTES] = rand::rng().random();
+            bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+        };
+        Self {
+            client: fresh(),
+            worker: fresh(),
+        }
+    }
+}
+
+fn store_url(settings: &Settings, data_dir: &Path) -> String {
+    let default = || format!("file://{}", store_dir(data_dir).display());
+    settings.store_url.clone().unwrap_or_else(default)
+}
+
+async fn listen(settings: &Settings) -> Result<TcpListener, Problem> {
+    TcpListener::bind(settings.listen).await.map_err(|error| {
+        Problem::refused(format!("cannot listen on {}: {error}", settings.listen))
+            .fix("choose another address with --listen; 127.0.0.1:0 takes a free port")
+    })
+}
+
+type Ending = std::pin::Pin<Box<dyn Future<Output = Result<(), Problem>> + Send>>;
+
+async fn coordinator(
+    settings: &Settings,
+    parts: &Parts<'_>,
+    listener: TcpListener,
+    shutdown: Shutdown,
+) -> Result<Ending, Problem> {
+    let project = ProjectId::new(PROJECT_DEFAULT)?;
+    let roles = [Role::Submit, Role::Read, Role::Admin];
+    let tokens = vec![
+        TokenConfig::of("up", &parts.tokens.client, Scope::Project(project), &roles),
+        TokenConfig::of("worker", &parts.tokens.worker, Scope::All, &[Role::Worker]),
+    ];
+    let config = CoordinatorConfig {
+        listen: settings.listen,
+        mcp_servers: parts.servers.names().into_iter().collect(),
+        // One person's machine: who may submit may run commands anyway.
+        allow_inline_mcp: true,
+        lease_ttl_ms: settings.lease_ttl_ms,
+        ..CoordinatorConfig::new(parts.data_dir, parts.up.store.as_str(), tokens)
+    };
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let deps = espalier_coordinator::Deps::with_store(&config, parts.store.clone(), clock)
+        .await
+        .map_err(|error| Problem::failed(error_chain(&error)))?;
+    Ok(Box::pin(async move {
+        let ran = espalier_coordinator::run(config, listener, deps, shutdown).await;
+        ran.map_err(|error| Problem::failed(error_chain(&error)))
+    }))
+}
+
+fn worker(settings: &Settings, parts: &Parts<'_>, shutdown: Shutdown) -> Result<Ending, Problem> {
+    let config = AgentWorkerConfig {
+        coordinator_url: parts.up.url.clone(),
+        token: Some(Secret::new(parts.tokens.worker.as_str())),
+        model_extra: settings.extra.clone(),
+        allow_inline_mcp: true,
+        playwright_dir: parts.playwright_dir.clone(),
+        slots: settings.slots,
+        http_hook_hosts: settings.http_hook_hosts.clone(),
+        grace_s: settings.grace.as_secs(),
+        ..AgentWorkerConfig::new(
+            parts.data_dir.join("worker"),
+            parts.up.store.as_str(),
+            settings.endpoint.clone(),
+            settings.model.as_str(),
+        )
+    };
+    config.validate()?;
+    let deps = espalier_agent_worker::Deps {
+        store: parts.store.clone(),
+        mcp: parts.servers.config.clone(),
+        environment: parts.environment.clone(),
+        clock: Arc::new(SystemClock),
+        temp_dir: std::env::temp_dir(),
+    };
+    Ok(Box::pin(async move {
+        let ran = Box::pin(espalier_agent_worker::run(config, deps, shutdown)).await;
+        ran.map_err(|error| Problem::failed(error_chain(&error)))
+    }))
+}
+
+/// Runs both halves; the coordinator is told to end when the worker has ended.
+fn run_in_order(
+    tasks: &Tasks,
+    shutdown: &Shutdown,
+    coordinator_ends: Shutdown,
+    coordinator: Ending,
+    worker: Ending,
+) {
+    let (outer, aborting) = (shutdown.clone(), coordinator_ends.clone());
+    let (whole, gone) = (shutdown.clone(), CancellationToken::new());
+    tasks.spawn("up.coordinator", OnFailure::ShutDown, async move {
+        let aborted = async {
+            outer.aborted().await;
+            aborting.abort();
+        };
+        let ((), ran) = tokio::join!(
+            async {
+                tokio::select! {
+                    () = aborted => {}
+                    () = gone.cancelled() => {}
+                }
+            },
+            async {
+                let ran = coordinator.await;
+                gone.cancel();
+                ran
+            }
+        );
+        // Without a coordinator the rest is of no use, however it ended.
+        whole.drain();
+        ran
+    });
+    tasks.spawn("up.worker", OnFailure::ShutDown, async move {
+        let ran = worker.await;
+        coordinator_ends.drain();
+        ran
+    });
+}
+
+/// Where things are and what to do next.
+fn greet(
+    context: &Context,
+    settings: &Settings,
+    up: &UpFile,
+    found: &[(String, Probed)],
+) -> Result<(), Problem> {
+    if context.out.json {
+        let servers: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+        return Ok(context.out.event(&json!({
+            "url": up.url, "store": up.store, "project": up.project, "pid": up.pid,
+            "model": settings.model, "slots": settings.slots, "mcp_servers": servers,
+        }))?);
+    }
+    let mut rows = vec![
+        ("coordinator", up.url.clone()),
+        (
+            "model",
+            format!("{} at {}", settings.model, settings.endpoint.base_url),
+        ),
+        ("rollouts", format!("{} at once", settings.slots)),
+        ("store", up.store.clone()),
+    ];
+    rows.extend(
+        found
+            .iter()
+            .map(|(name, probed)| ("server", format!("{name}: {}", probed.text()))),
+    );
+    context.out.line(facts(&rows))?;
+    note("next: espalier submit tasks.jsonl --watch");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_long_and_different() {
+        let tokens = Tokens::new();
+        assert_eq!(tokens.client.len(), 2 * TOKEN_BYTES);
+        assert_ne!(tokens.client, tokens.worker);
+        assert_ne!(tokens.client, Tokens::new().client);
+    }
+}
