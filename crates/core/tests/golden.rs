@@ -1,0 +1,100 @@
+//! The stored formats, version 1, as they lie in object stores. These files must never change; a new version gets files
+//! of its own, and the old ones must still be read or refused by version.
+
+use espalier_core::id::JobKey;
+use espalier_core::trace::{Manifest, Step, Trace, TraceError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+const TRACE: &str = include_str!("golden/trace-v1.json");
+const STEPS: &str = include_str!("golden/steps-v1.jsonl");
+const MANIFEST: &str = include_str!("golden/manifest-v1.json");
+
+/// Reads `text` and writes it again, byte by byte the same.
+fn reads_and_writes<T: DeserializeOwned + Serialize>(text: &str) -> T {
+    let value: T = serde_json::from_str(text).unwrap();
+    assert_eq!(serde_json::to_string_pretty(&value).unwrap() + "\n", text);
+    value
+}
+
+#[test]
+fn a_trace_of_version_1() {
+    let trace: Trace = reads_and_writes(TRACE);
+    assert_eq!(Trace::from_json(TRACE.as_bytes()).unwrap(), trace);
+    assert_eq!(trace.answer(), "The red lamp costs 24.50 €.");
+    assert_eq!(trace.reward(), Some(0.5));
+    assert_eq!(trace.summary().reason, "it ends at the cart");
+}
+
+#[test]
+fn steps_of_version_1_add_up_to_the_trace() {
+    for line in STEPS.lines() {
+        let step: Step = serde_json::from_str(line).unwrap();
+        assert_eq!(serde_json::to_string(&step).unwrap(), line);
+    }
+    let trace: Trace = serde_json::from_str(TRACE).unwrap();
+    assert_eq!(Trace::from_lines(STEPS).unwrap(), trace);
+}
+
+#[test]
+fn steps_that_were_cut_off_say_how_far_they_came() {
+    let cut: Vec<&str> = STEPS.lines().take(4).collect();
+    let error = Trace::from_lines(&cut.join("\n")).unwrap_err();
+    assert_eq!(error, TraceError::NoOutcome { messages: 3 });
+    let torn = &STEPS[..STEPS.len() / 2];
+    assert!(matches!(
+        Trace::from_lines(torn),
+        Err(TraceError::Line { .. })
+    ));
+}
+
+#[test]
+fn a_manifest_of_version_1() {
+    let manifest: Manifest = reads_and_writes(MANIFEST);
+    let job: JobKey = "shop/b1/lamp".parse().unwrap();
+    assert_eq!(
+        Manifest::parse(MANIFEST.as_bytes(), &job).unwrap(),
+        manifest
+    );
+    assert_eq!(manifest.trace_file().unwrap().size, 2048);
+    assert_eq!(manifest.summary.solved(), Some(false));
+}
+
+#[test]
+fn a_manifest_that_points_elsewhere_is_refused() {
+    let job: JobKey = "shop/b1/lamp".parse().unwrap();
+    let refused = |from: &str, to: &str| {
+        let text = MANIFEST.replacen(from, to, 1);
+        assert_ne!(text, MANIFEST, "{from}");
+        Manifest::parse(text.as_bytes(), &job).unwrap_err().field
+    };
+    assert_eq!(
+        refused("\"schema_version\": 1", "\"schema_version\": 2"),
+        "manifest.schema_version"
+    );
+    assert_eq!(
+        refused("\"job\": \"shop/b1/lamp\"", "\"job\": \"shop/b1/other\""),
+        "manifest.job"
+    );
+    assert_eq!(
+        refused("\"path\": \"shop/blobs/", "\"path\": \"bank/blobs/"),
+        "manifest.files"
+    );
+    assert_eq!(
+        refused("\"path\": \"shop/blobs/", "\"path\": \"shop/blobs/../"),
+        "manifest.files"
+    );
+    assert_eq!(
+        refused("a-7/trace.json.zst", "a-7/other.json.zst"),
+        "manifest.files"
+    );
+}
+
+#[test]
+fn another_version_is_refused_by_its_number() {
+    let later = TRACE.replacen("\"schema_version\": 1", "\"schema_version\": 2", 1);
+    assert_eq!(
+        Trace::from_json(later.as_bytes()),
+        Err(TraceError::Version { found: 2 })
+    );
+}
