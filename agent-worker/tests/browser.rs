@@ -474,7 +474,7 @@ fn unix_sockets(pids: &[i32]) -> Vec<PathBuf> {
     let dirs = pids
         .iter()
         .filter_map(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).ok());
-    dirs.map(|dir| dir.join("mcp.sock"))
+    dirs.map(|dir| dir.join("server.sock"))
         .filter(|path| path.exists())
         .collect()
 }

@@ -112,7 +112,7 @@ impl ServerProcess {
         let last_words = Arc::new(LastWords::new(launch.secrets.clone()));
         if let Some(stderr) = child.stderr.take() {
             let kept = Arc::clone(&last_words);
-            tasks.spawn("mcp.server_stderr", OnFailure::Ignore, kept.read(stderr));
+            tasks.spawn("mcp_server_stderr", OnFailure::Ignore, kept.read(stderr));
         }
         let pipes = match (child.stdin.take(), child.stdout.take()) {
             (Some(stdin), Some(stdout)) => Some(Pipes { stdin, stdout }),
@@ -120,7 +120,7 @@ impl ServerProcess {
         };
         let (tell, exited) = watch::channel(None);
         tasks.spawn(
-            "mcp.server_wait",
+            "mcp_server_wait",
             OnFailure::Log,
             wait(child, group, guardian, tell),
         );
@@ -159,14 +159,14 @@ impl ServerProcess {
     /// Ends it: asks, and kills what does not go. `false`: something is still there.
     pub(super) async fn stop(&self) -> bool {
         self.signal(Signal::TERM);
-        if with_deadline("mcp.server_terminate", TERMINATE_GRACE, self.exited())
+        if with_deadline("mcp_server_terminate", TERMINATE_GRACE, self.exited())
             .await
             .is_ok()
         {
             return true;
         }
         self.kill();
-        with_deadline("mcp.server_kill", KILL_GRACE, self.exited())
+        with_deadline("mcp_server_kill", KILL_GRACE, self.exited())
             .await
             .is_ok()
     }

@@ -370,7 +370,7 @@ fn parse_own(value: Option<&Value>) -> Result<(ServerOptions, PlaywrightOptions)
     for (key, number, max) in numbers {
         if !(1..=max).contains(&number) {
             let rule = format!("must be 1 to {max}");
-            return Err(FieldError::new(format!("espalier.{key}"), number, rule));
+            return Err(FieldError::new(key, number, rule).under("espalier"));
         }
     }
     let options = ServerOptions {

@@ -133,7 +133,7 @@ impl Connection {
         let meter = matches!(reach, Reach::Pipes(_)).then(Arc::<AtomicU64>::default);
         let handshake = serve(server, client, reach, meter.clone());
         let running = tokio::select! {
-            done = with_deadline("mcp.handshake", timeout, handshake) => match done {
+            done = with_deadline("mcp_handshake", timeout, handshake) => match done {
                 Ok(Ok(running)) => Ok(running),
                 Ok(Err(error)) => Err(with_last_words(error, process.as_deref()).await),
                 Err(_) => Err(start_error(server, "no handshake in time", process.as_deref())),
@@ -200,7 +200,7 @@ impl Connection {
 
     /// Every tool of the server.
     pub(super) async fn list_tools(&self, timeout: Duration) -> Result<Vec<Tool>, McpError> {
-        let listed = with_deadline("mcp.list_tools", timeout, self.peer.list_all_tools()).await;
+        let listed = with_deadline("mcp_list_tools", timeout, self.peer.list_all_tools()).await;
         let tools = match listed {
             Ok(Ok(tools)) => tools,
             Ok(Err(error)) => return Err(self.gone(&error).await),
@@ -256,7 +256,7 @@ impl Connection {
     ) -> Result<Result<ReadResourceResult, ErrorData>, McpError> {
         self.refill();
         let read = self.peer.read_resource(ReadResourceRequestParams::new(uri));
-        let wait = with_deadline("mcp.read_resource", timeout, read);
+        let wait = with_deadline("mcp_read_resource", timeout, read);
         let answer = tokio::select! {
             answer = wait => answer,
             status = exited(self.process.as_deref()) => return Err(self.crashed(&status)),
@@ -301,7 +301,7 @@ impl Connection {
                 .await_response()
                 .await
         };
-        let wait = with_deadline("mcp.call", timeout + CALL_SLACK, call);
+        let wait = with_deadline("mcp_call", timeout + CALL_SLACK, call);
         let answer = tokio::select! {
             answer = wait => answer,
             status = exited(self.process.as_deref()) => return Err(self.crashed(&status)),
@@ -337,7 +337,7 @@ impl Connection {
             .peer
             .send_request(ClientRequest::PingRequest(PingRequest::default()));
         matches!(
-            with_deadline("mcp.ping", PING_TIMEOUT, ping).await,
+            with_deadline("mcp_ping", PING_TIMEOUT, ping).await,
             Ok(Ok(_))
         )
     }
@@ -385,7 +385,7 @@ impl Connection {
             return McpError::ContextLost { server, reason };
         }
         let end = exited(self.process.as_deref());
-        if let Ok(status) = with_deadline("mcp.server_end", EXIT_GRACE, end).await {
+        if let Ok(status) = with_deadline("mcp_server_end", EXIT_GRACE, end).await {
             return self.crashed(&status);
         }
         let reason = format!("the connection ended: {error}");
@@ -475,7 +475,7 @@ async fn with_last_words(error: McpError, process: Option<&ServerProcess>) -> Mc
     let (McpError::Start { server, .. }, Some(process)) = (&error, process) else {
         return error;
     };
-    match with_deadline("mcp.failed_start", EXIT_GRACE, process.exited()).await {
+    match with_deadline("mcp_failed_start", EXIT_GRACE, process.exited()).await {
         Ok(status) => start_error(server, &status, Some(process)),
         Err(_) => error,
     }

@@ -288,12 +288,9 @@ impl Inner {
         };
         let started = self.launcher.start(&launch, true);
         let (process, pipes) = started.map_err(|error| match server.is_inline {
-            true => FieldError::new(
-                "mcp.command",
-                &stdio.command,
-                format!("must start: {error}"),
-            )
-            .into(),
+            true => FieldError::new("command", &stdio.command, format!("must start: {error}"))
+                .under(name)
+                .into(),
             false => start_failed(name, &error),
         })?;
         let pipes =
@@ -404,7 +401,7 @@ impl Inner {
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .kill_on_drop(true);
-        let output = with_deadline("mcp.browser_version", VERSION_TIMEOUT, command.output()).await;
+        let output = with_deadline("mcp_browser_version", VERSION_TIMEOUT, command.output()).await;
         let build = match output {
             Ok(Ok(output)) => Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
             _ => None,

@@ -90,7 +90,7 @@ impl Launcher {
     pub(super) async fn shut_down(&self, deadline: Duration) -> bool {
         let live = self.live();
         let stops = futures::future::join_all(live.iter().map(|process| process.stop()));
-        let stopped = match with_deadline("mcp.shutdown", deadline, stops).await {
+        let stopped = match with_deadline("mcp_shutdown", deadline, stops).await {
             Ok(stopped) => stopped.into_iter().all(|stopped| stopped),
             Err(_) => false,
         };
@@ -98,8 +98,8 @@ impl Launcher {
             process.kill();
         }
         let guardian = Arc::clone(&self.guardian);
-        let finish = blocking("mcp.guardian", move || guardian.finish());
-        let finished = with_deadline("mcp.guardian", GUARDIAN_GRACE, finish).await;
+        let finish = blocking("mcp_guardian", move || guardian.finish());
+        let finished = with_deadline("mcp_guardian", GUARDIAN_GRACE, finish).await;
         stopped && matches!(finished, Ok(Ok(Ok(()))))
     }
 
@@ -124,7 +124,7 @@ impl PrivateDir {
     /// Removes it off the async threads.
     pub(super) async fn remove(self) {
         // What cannot be removed now goes with the whole folder of the host.
-        let _ = blocking("mcp.remove_dir", move || drop(self)).await;
+        let _ = blocking("mcp_remove_dir", move || drop(self)).await;
     }
 }
 

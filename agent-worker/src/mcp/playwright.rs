@@ -29,7 +29,7 @@ const CHROMIUM_NAMES: &[&str] = &[
 /// enough that the contexts of a dead one do not pile up.
 const PING_TIMEOUT_MS: u32 = 60_000;
 /// The file of the socket within the server's folder.
-const SOCKET_FILE: &str = "mcp.sock";
+const SOCKET_FILE: &str = "server.sock";
 /// Longest path of a Unix socket, less the byte that ends it (`unix(7)`).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 

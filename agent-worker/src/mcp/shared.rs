@@ -100,7 +100,7 @@ impl SharedServers {
         };
         let start = lease.server.running.get_or_try_init(|| async {
             let start = self.start(name, installation, browser);
-            match with_deadline("mcp.server_start", options.start_timeout, start).await {
+            match with_deadline("mcp_server_start", options.start_timeout, start).await {
                 Ok(started) => started,
                 Err(_) => Err(McpError::Deadline {
                     server: name.to_owned(),
@@ -164,7 +164,7 @@ impl SharedServers {
                 let rest = lease.idle_stop;
                 self.launcher
                     .tasks()
-                    .spawn("mcp.server_rest", OnFailure::Log, async move {
+                    .spawn("mcp_server_rest", OnFailure::Log, async move {
                         tokio::select! {
                             () = tokio::time::sleep(rest) => {}
                             () = servers.closing.cancelled() => return,
@@ -184,7 +184,7 @@ impl SharedServers {
         };
         self.launcher
             .tasks()
-            .spawn("mcp.server_stop", OnFailure::Log, async move {
+            .spawn("mcp_server_stop", OnFailure::Log, async move {
                 let Some(running) = server.running.get() else {
                     return;
                 };
