@@ -3,7 +3,6 @@
 use espalier_core::error::FieldError;
 use espalier_core::id::JobKey;
 use espalier_core::queue::{BatchView, Counters, JobKind, JobState, StateName};
-use espalier_core::trace::RolloutSummary;
 use espalier_proto::convert::{error_to_wire, summary_from_wire};
 use espalier_proto::v1;
 use prost::Message;
@@ -115,7 +114,7 @@ pub fn lease(key: &JobKey, fence: espalier_core::id::Fence) -> v1::Lease {
 
 /// What the queue keeps of a summary, once it was checked.
 pub fn stored_summary(mut wire: v1::RolloutSummary) -> Result<bytes::Bytes, FieldError> {
-    let RolloutSummary { .. } = summary_from_wire(wire.clone())?;
+    summary_from_wire(wire.clone()).map(drop)?;
     wire.reason
         .truncate(wire.reason.floor_char_boundary(REASON_BYTES_MAX));
     let bytes = wire.encode_to_vec();

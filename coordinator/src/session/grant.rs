@@ -1,20 +1,23 @@
 //! Granting: as many ready jobs as the worker has credit for, as soon as both are there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use espalier_core::error::ErrorClass;
 use espalier_core::id::{Fence, JobKey};
+use espalier_core::layout;
 use espalier_core::queue::{GRANTS_MAX, JobKind, LeaseRequest};
 use espalier_core::time::Timestamp;
 use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message;
+use espalier_runtime::store::Store;
 use espalier_runtime::telemetry::{self, names::attribute};
+use futures::StreamExt;
 use opentelemetry::KeyValue;
 use prost::Message as _;
 
-use super::{QUEUE_BACKOFF, Session, lock};
+use super::{QUEUE_BACKOFF, Session, give_back, lock};
 use crate::api::stored::StoredSpec;
 use crate::api::view;
 use crate::queue::{Finish, Granted, Outcome};
@@ -23,6 +26,13 @@ use crate::queue::{Finish, Granted, Outcome};
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// A worker with credit looks again after this long even if nobody rang: the bell is a hint, and no wait is endless.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Fences of earlier attempts that a grant names.
+const EARLIER_MAX: usize = 8;
+/// Objects of one job that are looked at for them: a dozen attempts of the longest rollout.
+const OBJECTS_MAX: usize = 2_000;
+/// Jobs that are looked at together.
+const LISTS_MAX: usize = 16;
 
 /// A grant on its way, and the lease that it is about.
 struct Outbound {
@@ -42,15 +52,23 @@ impl Session {
                 () = ended.cancelled() => return,
             }
             for kind in self.connected.kinds.iter().copied() {
-                while let Some(n) = self.room(kind) {
-                    let granted = self.lease(kind, n).await;
-                    if granted.is_empty() {
-                        break;
-                    }
-                    self.deliver(kind, granted).await;
-                }
+                while self.grant_some(kind).await {}
             }
         }
+    }
+
+    /// Grants once; false: there is no room or no job.
+    async fn grant_some(&self, kind: JobKind) -> bool {
+        let _granting = self.granting.lock().await;
+        let Some(n) = self.room(kind) else {
+            return false;
+        };
+        let granted = self.lease(kind, n).await;
+        let some = !granted.is_empty();
+        if some {
+            self.deliver(kind, granted).await;
+        }
+        some
     }
 
     /// How many jobs of `kind` may be granted now.
@@ -62,7 +80,7 @@ impl Session {
         (credit > 0).then_some(credit.min(GRANTS_MAX))
     }
 
-    /// Asks the queue until it answers or the stream ends; a repetition of the same request finds the same grants.
+    /// Asks the queue until it answers or no more grants are wanted; a repetition of the same request finds the same grants.
     async fn lease(&self, kind: JobKind, n: u32) -> Vec<Granted> {
         let request = LeaseRequest {
             worker: self.connected.worker.clone(),
@@ -79,6 +97,9 @@ impl Session {
                 Err(error) => tracing::warn!(error = %error, "jobs cannot be leased now"),
             }
             failures += 1;
+            if self.connected.draining.load(Ordering::Relaxed) {
+                return Vec::new();
+            }
             tokio::select! {
                 () = tokio::time::sleep(QUEUE_BACKOFF.jittered(failures)) => {}
                 () = self.connected.ended.cancelled() => return Vec::new(),
@@ -93,13 +114,17 @@ impl Session {
             *left = left.saturating_sub(u32::try_from(granted.len()).unwrap_or(u32::MAX));
         }
         count(kind, &granted);
+        let mut earlier = earlier_fences(&self.shared.store, &granted).await;
         let now = self.shared.now();
         let mut unreadable = Vec::new();
         let mut waiting = Vec::new();
         for granted in granted {
             let (key, fence) = (granted.grant.key.clone(), granted.grant.fence);
             match to_wire(granted, now) {
-                Some(wire) => waiting.push(Outbound { key, fence, wire }),
+                Some(mut wire) => {
+                    wire.earlier_fences = earlier.remove(&fence).unwrap_or_default();
+                    waiting.push(Outbound { key, fence, wire });
+                }
                 None => unreadable.push(Finish {
                     key,
                     fence,
@@ -135,7 +160,10 @@ impl Session {
             }
             if !self.send(Message::Grants(v1::Grants { grants })).await {
                 leases.extend(waiting.by_ref().map(|next| (next.key, next.fence)));
-                self.give_back(leases).await;
+                for (key, fence) in &leases {
+                    self.connected.stopped(key, *fence);
+                }
+                give_back(&self.shared, leases).await;
             }
         }
     }
@@ -159,6 +187,28 @@ fn to_wire(granted: Granted, now: Timestamp) -> Option<v1::Grant> {
         earlier_fences: Vec::new(),
         traceparent: grant.traceparent.unwrap_or_default(),
     })
+}
+
+/// What earlier attempts left in the store, for grants that are not a job's first. A store that does not answer costs
+/// the worker a hint: it finds the same when it looks for itself.
+async fn earlier_fences(store: &Store, granted: &[Granted]) -> BTreeMap<Fence, Vec<u64>> {
+    let repeated = granted.iter().filter(|granted| granted.grant.attempt > 1);
+    let lists = repeated.map(|granted| async {
+        let grant = &granted.grant;
+        let listed = store
+            .list(&layout::job(&grant.key), None, OBJECTS_MAX)
+            .await;
+        let attempts = listed.unwrap_or_default();
+        let found = attempts.iter().filter_map(|o| layout::attempt_of(&o.path));
+        let earlier = found.map(|(_, fence)| fence).filter(|f| *f < grant.fence);
+        let earlier: BTreeSet<Fence> = earlier.collect();
+        let newest = earlier.into_iter().rev().take(EARLIER_MAX);
+        (grant.fence, newest.map(|fence| fence.0).collect())
+    });
+    futures::stream::iter(lists.collect::<Vec<_>>())
+        .buffer_unordered(LISTS_MAX)
+        .collect()
+        .await
 }
 
 fn count(kind: JobKind, granted: &[Granted]) {

@@ -73,11 +73,13 @@ impl v1::worker_service_server::WorkerService for WorkerApi {
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
         let ended = CancellationToken::new();
         let unsent = Unsent::default();
-        let outgoing = Outgoing::new(messages, Arc::clone(&unsent), ended.clone());
+        let gone = CancellationToken::new();
+        let outgoing = Outgoing::new(messages, Arc::clone(&unsent), ended.clone(), gone.clone());
         let stream = Stream {
             incoming: request.into_inner(),
             outbox,
             ended,
+            gone,
             unsent,
         };
         let served = serve(Arc::clone(&self.0), stream);
@@ -94,6 +96,8 @@ struct Stream {
     incoming: Streaming<v1::WorkerMessage>,
     outbox: Outbox,
     ended: CancellationToken,
+    /// Nothing more can be sent, and what was not is in `unsent`.
+    gone: CancellationToken,
     unsent: Unsent,
 }
 
@@ -101,9 +105,10 @@ struct Stream {
 struct Session {
     shared: Arc<Shared>,
     connected: Arc<Connected>,
-    outbox: Outbox,
     /// Jobs that the worker has room for, by kind.
     credit: Mutex<BTreeMap<JobKind, u32>>,
+    /// Held from a lease to its delivery, so that no grant follows the message that ends the stream.
+    granting: tokio::sync::Mutex<()>,
 }
 
 /// Wraps a message.
@@ -131,21 +136,43 @@ async fn serve(shared: Arc<Shared>, mut stream: Stream) {
     let Stream {
         incoming,
         outbox,
+        gone,
         unsent,
         ..
     } = stream;
+    drop(outbox);
+    let worker = connected.worker.clone();
     let session = Session {
         shared: Arc::clone(&shared),
-        connected: Arc::clone(&connected),
-        outbox,
+        connected,
         credit: Mutex::default(),
+        granting: tokio::sync::Mutex::default(),
     };
     // Boxed: the loops' states together would make every task of a session carry tens of kilobytes twice.
     Box::pin(session.run(incoming)).await;
-    shared.registry.leave(&connected);
+    shared.registry.leave(&session.connected);
+    drop(session);
+    // Without senders the stream ends, and says what it could not send.
+    let _ = with_deadline("session.flush", SEND_LIMIT, gone.cancelled()).await;
     let unsent = std::mem::take(&mut *lock(&unsent));
-    session.give_back(unsent).await;
-    tracing::info!(worker = %connected.worker, "worker disconnected");
+    give_back(&shared, unsent).await;
+    tracing::info!(%worker, "worker disconnected");
+}
+
+/// Puts back jobs whose grants never left this process: they spend nothing and are ready at once.
+async fn give_back(shared: &Shared, unsent: Vec<(JobKey, Fence)>) {
+    if unsent.is_empty() {
+        return;
+    }
+    tracing::info!(leases = unsent.len(), "undelivered leases go back");
+    let finishes = unsent.into_iter().map(|(key, fence)| Finish {
+        key,
+        fence,
+        outcome: Outcome::Released,
+    });
+    if let Err(error) = shared.queue.finish(finishes.collect()).await {
+        tracing::warn!(error = %error, "undelivered leases could not go back; they end by their deadline");
+    }
 }
 
 impl Session {
@@ -179,10 +206,13 @@ impl Session {
             () = tokio::time::sleep(self.max_age()) => "the stream is old; coordinators that are new get load this way",
         };
         self.connected.draining.store(true, Ordering::Relaxed);
+        // A worker may stop reading at this message: what was leased before is sent before.
+        let granting = self.granting.lock().await;
         let go_away = v1::GoAway {
             reason: reason.to_owned(),
         };
         self.send(Message::GoAway(go_away)).await;
+        drop(granting);
         // The worker sends what it has and reconnects; leases stand.
         tokio::select! {
             () = ended.cancelled() => {}
@@ -201,31 +231,12 @@ impl Session {
 
     /// Sends `what`; false: the worker has gone or does not read, and the stream ends.
     async fn send(&self, what: Message) -> bool {
-        let sent = self.outbox.send(Ok(message(what)));
+        let sent = self.connected.outbox().send(Ok(message(what)));
         if let Ok(Ok(())) = with_deadline("session.send", SEND_LIMIT, sent).await {
             return true;
         }
         self.connected.ended.cancel();
         false
-    }
-
-    /// Puts back jobs whose grants never left this process: they spend nothing and are ready at once.
-    async fn give_back(&self, unsent: Vec<(JobKey, Fence)>) {
-        if unsent.is_empty() {
-            return;
-        }
-        tracing::info!(worker = %self.connected.worker, leases = unsent.len(), "undelivered leases go back");
-        let finishes = unsent.into_iter().map(|(key, fence)| {
-            self.connected.stopped(&key, fence);
-            Finish {
-                key,
-                fence,
-                outcome: Outcome::Released,
-            }
-        });
-        if let Err(error) = self.shared.queue.finish(finishes.collect()).await {
-            tracing::warn!(error = %error, "undelivered leases could not go back; they end by their deadline");
-        }
     }
 }
 

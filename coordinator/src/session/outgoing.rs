@@ -1,7 +1,6 @@
 //! The stream to a worker. When the connection breaks, what waits in it was provably never sent.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use espalier_core::id::{Fence, JobKey};
@@ -22,6 +21,7 @@ pub struct Outgoing {
     messages: mpsc::Receiver<Item>,
     unsent: Unsent,
     ended: CancellationToken,
+    gone: CancellationToken,
 }
 
 impl Outgoing {
@@ -29,11 +29,13 @@ impl Outgoing {
         messages: mpsc::Receiver<Item>,
         unsent: Unsent,
         ended: CancellationToken,
+        gone: CancellationToken,
     ) -> Self {
         Self {
             messages,
-            unsent: Arc::clone(&unsent),
+            unsent,
             ended,
+            gone,
         }
     }
 }
@@ -56,6 +58,7 @@ impl Drop for Outgoing {
         }
         lock(&self.unsent).append(&mut left);
         self.ended.cancel();
+        self.gone.cancel();
     }
 }
 
@@ -78,12 +81,15 @@ fn granted_in(item: Item) -> Vec<(JobKey, Fence)> {
 mod tests {
     use super::super::message;
     use super::*;
+    use std::sync::Arc;
 
     #[tokio::test]
     async fn grants_that_were_not_read_are_kept_for_giving_back() {
         let (outbox, messages) = mpsc::channel(8);
         let (unsent, ended) = (Unsent::default(), CancellationToken::new());
-        let mut outgoing = Outgoing::new(messages, Arc::clone(&unsent), ended.clone());
+        let gone = CancellationToken::new();
+        let parts = (Arc::clone(&unsent), ended.clone(), gone.clone());
+        let mut outgoing = Outgoing::new(messages, parts.0, parts.1, parts.2);
         for fence in [1, 2] {
             let lease = v1::Lease {
                 job: "p/b/j".to_owned(),
@@ -104,7 +110,7 @@ mod tests {
         let read = tokio_stream::StreamExt::next(&mut outgoing).await;
         assert!(read.is_some());
         drop(outgoing);
-        assert!(ended.is_cancelled());
+        assert!(ended.is_cancelled() && gone.is_cancelled());
         assert_eq!(*lock(&unsent), [("p/b/j".parse().unwrap(), Fence(2))]);
         assert!(outbox.is_closed());
     }

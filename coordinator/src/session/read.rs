@@ -46,7 +46,7 @@ impl Session {
             };
             if let Err(error) = taken {
                 tracing::warn!(worker = %self.connected.worker, error = %error, "worker broke the protocol");
-                let _ = self.outbox.try_send(Err(error.into()));
+                let _ = self.connected.outbox().try_send(Err(error.into()));
                 break;
             }
         }

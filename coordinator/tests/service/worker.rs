@@ -247,6 +247,9 @@ async fn a_released_job_is_ready_again_and_has_spent_nothing() {
     let mut worker = coordinator.worker("w1", 1).await;
     worker.credit(2).await;
     let lease = worker.grants(1).await.remove(0).lease.unwrap();
+    let (key, fence): (JobKey, _) = (lease.job.parse().unwrap(), lease.fence);
+    let left = layout::segment(&key, Fence(fence), 0);
+    coordinator.store.put(&left, Bytes::new()).await.unwrap();
     let results = vec![v1::Result {
         lease: Some(lease),
         outcome: Some(v1::result::Outcome::Released(v1::Released::default())),
@@ -257,7 +260,7 @@ async fn a_released_job_is_ready_again_and_has_spent_nothing() {
             break grants.grants.remove(0);
         }
     };
-    assert_eq!(granted.attempt, 2);
+    assert_eq!((granted.attempt, granted.earlier_fences), (2, vec![fence]));
     let seen = get_job(&mut jobs, "b1", "j").await;
     assert_eq!((seen.handler_failures, seen.infra_failures), (0, 0));
 }
