@@ -192,20 +192,22 @@ impl Book {
         renewals
     }
 
-    /// Results to send now.
+    /// Results to send now. Their leases are not renewed beside them: the answer to a result that is accepted would
+    /// cross the word that its lease is no more.
     pub(super) fn results(&mut self, now: Instant) -> Vec<v1::Result> {
-        let waiting = self
-            .held
-            .values_mut()
-            .filter_map(|held| held.result.as_mut());
-        let due = waiting
-            .filter(|unacked| now >= unacked.send_at)
-            .take(BATCH_MAX);
-        due.map(|unacked| {
+        let mut results = Vec::new();
+        for held in self.held.values_mut() {
+            let Some(unacked) = &mut held.result else {
+                continue;
+            };
+            if now < unacked.send_at || results.len() >= BATCH_MAX {
+                continue;
+            }
             unacked.send_at = now + RESEND_AFTER;
-            unacked.result.clone()
-        })
-        .collect()
+            held.renew_at = held.renew_at.max(now + spread(held.ttl));
+            results.push(unacked.result.clone());
+        }
+        results
     }
 
     /// A new stream begins: everything is told anew.
@@ -307,7 +309,7 @@ mod tests {
         let now = pass(29).await;
         assert_eq!(
             book.expire(now),
-            [b.clone()],
+            std::slice::from_ref(&b),
             "a was renewed at 20 s, b ends at 48 s"
         );
         assert_eq!(lease.reason(), None);
@@ -344,7 +346,9 @@ mod tests {
         assert_eq!(book.free(1), 1, "a slot is free when the work is done");
         assert_eq!(book.results(Instant::now()).len(), 1);
         assert!(book.results(Instant::now()).is_empty());
-        let now = pass(15).await;
+        let now = pass(14).await;
+        assert!(book.renewals(now).is_empty(), "the result says it all");
+        let now = pass(1).await;
         assert_eq!(book.results(now).len(), 1);
         book.reconnected(now);
         assert_eq!(book.results(now).len(), 1);
