@@ -2,11 +2,12 @@
 
 use clap::{Parser, Subcommand};
 
+use crate::bench::Bench;
 use crate::context::Global;
 use crate::jobs::JobCommand;
 use crate::practice::Practice;
 use crate::traces::TracesCommand;
-use crate::{admin, doctor, jobs, questions, submit, up, watch};
+use crate::{admin, chat, doctor, jobs, questions, submit, up, watch};
 
 const ABOUT: &str = "Run tool-using agents in real browsers, many at once, and keep verified traces of what they do";
 
@@ -81,6 +82,12 @@ pub enum Command {
     /// The practice site, and tasks on it with known answers
     #[command(subcommand)]
     Practice(Practice),
+    /// Talk to an agent with tools in this terminal; it asks before each call and records a trace
+    #[command(after_help = CHAT_HELP)]
+    Chat(Box<chat::Chat>),
+    /// Measure this machine; figures as JSON with --json
+    #[command(subcommand)]
+    Bench(Bench),
     /// Check this machine and what it is connected to; each fault comes with its fix
     Doctor(doctor::Doctor),
 }
@@ -93,6 +100,11 @@ mcp.json: {\"mcpServers\": {\"browser\": {\"preset\": \"playwright\"}, \"notes\"
 
 The first SIGTERM or Ctrl-C drains: running rollouts end or go back to the queue. The second one stops at once.
 Jobs, traces and the queue stay in the data folder for the next `up`.";
+
+const CHAT_HELP: &str = "\
+  espalier chat --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B --mcp mcp.json --headed
+
+/exit or Ctrl-D ends the chat and publishes its trace; `espalier traces show chat/NAME` reads it.";
 
 const SUBMIT_HELP: &str = "\
 A job is one JSON object a line; only `prompt` is needed:

@@ -6,6 +6,8 @@
 
 mod admin;
 mod args;
+mod bench;
+mod chat;
 mod client;
 mod context;
 mod doctor;
@@ -16,6 +18,7 @@ mod output;
 mod practice;
 mod progress;
 mod questions;
+mod render;
 mod servers;
 mod submit;
 mod traces;
@@ -83,6 +86,8 @@ async fn run(context: &Context, command: &Command) -> Outcome {
         Command::Drain(args) => admin::drain(context, args).await,
         Command::Traces(command) => traces::run(context, command).await,
         Command::Practice(command) => practice::run(context, command).await,
+        Command::Chat(args) => chat::run(context, args).await,
+        Command::Bench(command) => bench::run(context, command).await,
         Command::Doctor(args) => doctor::run(context, args).await,
     }
 }

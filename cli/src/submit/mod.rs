@@ -23,7 +23,7 @@ use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, cut, duration, facts, note, table};
 use crate::watch;
 use file::{Additions, JobFile, Refusal};
-pub use send::{Sent, send};
+pub use send::{Sent, again, close_batch, open, send};
 
 /// Refusals that are shown to a person; `--json` has all of them.
 const REFUSALS_SHOWN_MAX: usize = 20;

@@ -1,0 +1,93 @@
+//! How long a batch takes from the first byte sent to the last job durable and acknowledged.
+
+use std::time::{Duration, Instant};
+
+use espalier_core::id::BatchId;
+use espalier_proto::v1;
+use futures::{StreamExt, TryStreamExt};
+use serde_json::{Value, json};
+
+use super::server::Server;
+use super::{SubmitArgs, millis, per_second, percentile_ms};
+use crate::client::Client;
+use crate::exit::Problem;
+use crate::submit::file::CHUNK_JOBS_MAX;
+use crate::submit::{again, close_batch, open};
+
+/// Chunks on their way at once, as `espalier submit` has them.
+const IN_FLIGHT: usize = 4;
+/// Bytes of a job's prompt: with the rest, about 300 a job.
+const PROMPT_BYTES: usize = 256;
+
+/// Measures.
+pub async fn measure(args: SubmitArgs) -> Result<Value, Problem> {
+    let server = Server::start().await?;
+    let mut times = Vec::new();
+    for round in 0..args.rounds {
+        let batch = BatchId::new(format!("submit-{round}"))?;
+        let chunks = chunks(&batch, args.jobs, CHUNK_JOBS_MAX);
+        let began = Instant::now();
+        open(&server.client, &batch, v1::JobSpec::default()).await?;
+        send(&server.client, chunks).await?;
+        close_batch(&server.client, &batch).await?;
+        times.push(began.elapsed());
+    }
+    server.end().await?;
+    let best = times.iter().min().copied().unwrap_or(Duration::ZERO);
+    let median = percentile_ms(&mut times, 0.5);
+    Ok(json!({
+        "jobs": args.jobs,
+        "rounds": args.rounds,
+        "ack_median_ms": median,
+        "ack_best_ms": millis(best),
+        "ack_worst_ms": percentile_ms(&mut times, 1.0),
+        "best_jobs_per_s": per_second(args.jobs, best),
+    }))
+}
+
+/// Chunks of small jobs.
+pub fn chunks(batch: &BatchId, jobs: usize, per_chunk: usize) -> Vec<v1::SubmitChunkRequest> {
+    let starts = (0..jobs).step_by(per_chunk).enumerate();
+    starts
+        .map(|(number, start)| v1::SubmitChunkRequest {
+            batch: batch.to_string(),
+            chunk: u32::try_from(number).unwrap_or(u32::MAX),
+            jobs: (start..jobs.min(start + per_chunk)).map(job).collect(),
+        })
+        .collect()
+}
+
+/// A job without tools that asks for nothing.
+pub fn job(n: usize) -> v1::JobSpec {
+    v1::JobSpec {
+        id: Some(format!("j{n:07}")),
+        rollout: Some(v1::RolloutSpec {
+            prompts: vec!["x".repeat(PROMPT_BYTES)],
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+/// Sends chunks, a few at once. Every job must be accepted.
+pub async fn send(client: &Client, chunks: Vec<v1::SubmitChunkRequest>) -> Result<(), Problem> {
+    let send_one = |chunk: v1::SubmitChunkRequest| async move {
+        let response = again(|| {
+            let (mut jobs, chunk) = (client.jobs(), chunk.clone());
+            async move { jobs.submit_chunk(chunk).await }
+        });
+        let response = response.await?;
+        match response.rejected.first() {
+            None => Ok(()),
+            Some(rejection) => Err(Problem::failed(format!(
+                "a job was refused: {:?}",
+                rejection.errors
+            ))),
+        }
+    };
+    futures::stream::iter(chunks)
+        .map(send_one)
+        .buffer_unordered(IN_FLIGHT)
+        .try_collect()
+        .await
+}
