@@ -117,7 +117,9 @@ pub async fn run(
     let shared = share(config, deps, shutdown);
     let (health, router) = services(server, &shared).await?;
     maintenance::start(&shared);
-    tracing::info!(address = ?listener.local_addr().ok(), "coordinator serves");
+    if let Ok(address) = listener.local_addr() {
+        tracing::info!(%address, "coordinator serves");
+    }
 
     let served = serve(router, listener, &shared, health).await;
     shared.shutdown.abort();

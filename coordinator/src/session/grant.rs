@@ -22,8 +22,9 @@ use crate::api::stored::StoredSpec;
 use crate::api::view;
 use crate::queue::{Finish, Granted, Outcome};
 
-/// Bytes of grants in one message: a quarter of what a client takes, so that one more grant always fits.
-const MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// Bytes of grants in one message: a worker begins while the rest is on its way, and when a stream breaks, little is
+/// half sent and therefore in doubt.
+const MESSAGE_BYTES_MAX: usize = 512 << 10;
 /// A worker with credit looks again after this long even if nobody rang: the bell is a hint, and no wait is endless.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 

@@ -1,7 +1,14 @@
 //! Submitting, reading and steering jobs; every refusal at the door.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_core::id::Fence;
+use espalier_core::layout;
+use espalier_core::time::Timestamp;
 use espalier_core::trace::sha256_hex;
 use espalier_proto::v1;
+use espalier_runtime::clock::ManualClock;
 use prost::Message;
 use tonic::Code;
 
@@ -391,4 +398,40 @@ async fn a_restart_forgets_nothing_that_was_acknowledged() {
         let rollout = v1::JobSpec::decode(grant.spec).unwrap().rollout.unwrap();
         assert_eq!(rollout.system.as_deref(), Some("s"));
     }
+}
+
+#[tokio::test]
+async fn old_batches_are_forgotten_with_what_lost() {
+    let clock = Arc::new(ManualClock::new(Timestamp::from_ms(1_700_000_000_000)));
+    let coordinator = Coordinator::start_at(clock.clone(), |_| {}).await;
+    let mut jobs = coordinator.jobs(SHOP);
+    for batch in ["old", "open"] {
+        open(&mut jobs, batch).await;
+        submit(&mut jobs, batch, 0, vec![plain("j")]).await;
+    }
+    let target = Some(v1::cancel_request::Target::Batch("old".to_owned()));
+    jobs.cancel(v1::CancelRequest { target }).await.unwrap();
+    let lost = layout::trace(&"shop/old/j".parse().unwrap(), Fence(7));
+    coordinator.store.put(&lost, "x".into()).await.unwrap();
+
+    clock.advance(Duration::from_secs(31 * 86_400));
+    // Retention runs at the start, and then each hour.
+    let coordinator = coordinator.restart().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    let looking = async {
+        loop {
+            let batch = "old".to_owned();
+            if let Err(status) = jobs.get_batch(v1::GetBatchRequest { batch }).await {
+                return status.code();
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    assert_eq!(soon(looking).await, Code::NotFound);
+    let gone = coordinator.store.head(&lost).await.unwrap_err();
+    assert!(gone.is_not_found());
+    assert_eq!(
+        get_job(&mut jobs, "open", "j").await.state(),
+        v1::JobState::Ready
+    );
 }

@@ -13,7 +13,7 @@ use espalier_proto::v1::coordinator_message::Message as Heard;
 use espalier_proto::v1::job_service_client::JobServiceClient;
 use espalier_proto::v1::worker_message::Message as Said;
 use espalier_proto::v1::worker_service_client::WorkerServiceClient;
-use espalier_runtime::clock::SystemClock;
+use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::Secret;
 use espalier_runtime::net::{self, AuthorizedChannel};
 use espalier_runtime::shutdown::Shutdown;
@@ -44,6 +44,7 @@ pub struct Coordinator {
     ended: oneshot::Receiver<Result<(), RunError>>,
     _tasks: Tasks,
     folder: tempfile::TempDir,
+    clock: Arc<dyn Clock>,
 }
 
 pub fn config(folder: &std::path::Path) -> CoordinatorConfig {
@@ -70,19 +71,28 @@ impl Coordinator {
     }
 
     pub async fn start_with(change: impl FnOnce(&mut CoordinatorConfig)) -> Self {
+        Self::start_at(Arc::new(SystemClock), change).await
+    }
+
+    /// Starts with a clock of the test's own.
+    pub async fn start_at(
+        clock: Arc<dyn Clock>,
+        change: impl FnOnce(&mut CoordinatorConfig),
+    ) -> Self {
         let store = Store::open("memory://").await.unwrap();
-        Self::start_in(tempfile::tempdir().unwrap(), store, change).await
+        Self::start_in(tempfile::tempdir().unwrap(), store, clock, change).await
     }
 
     /// Starts on the queue file of `folder`, which an earlier coordinator may have left.
-    pub async fn start_in(
+    async fn start_in(
         folder: tempfile::TempDir,
         store: Store,
+        clock: Arc<dyn Clock>,
         change: impl FnOnce(&mut CoordinatorConfig),
     ) -> Self {
         let mut config = config(folder.path());
         change(&mut config);
-        let deps = Deps::with_store(&config, store.clone(), Arc::new(SystemClock))
+        let deps = Deps::with_store(&config, store.clone(), Arc::clone(&clock))
             .await
             .unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -101,6 +111,7 @@ impl Coordinator {
             ended,
             _tasks: tasks,
             folder,
+            clock,
         }
     }
 
@@ -153,7 +164,7 @@ impl Coordinator {
     pub async fn restart(self) -> Self {
         self.shutdown.drain();
         soon(self.ended).await.unwrap().unwrap();
-        Self::start_in(self.folder, self.store, |_| {}).await
+        Self::start_in(self.folder, self.store, self.clock, |_| {}).await
     }
 }
 
@@ -279,6 +290,21 @@ pub async fn submit(
     let batch = batch.to_owned();
     let request = v1::SubmitChunkRequest { batch, chunk, jobs };
     client.submit_chunk(request).await.unwrap().into_inner()
+}
+
+/// Looks at a batch until `wanted` holds.
+pub async fn until(client: &mut Jobs, batch: &str, wanted: impl Fn(v1::Counts) -> bool) {
+    let looking = async {
+        loop {
+            let batch = batch.to_owned();
+            let seen = client.get_batch(v1::GetBatchRequest { batch }).await;
+            if wanted(seen.unwrap().into_inner().counts.unwrap()) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(looking).await;
 }
 
 pub async fn get_job(client: &mut Jobs, batch: &str, id: &str) -> v1::Job {

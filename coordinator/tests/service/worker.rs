@@ -443,3 +443,23 @@ async fn an_old_stream_is_asked_to_reconnect_and_grants_no_more() {
     // The newer stream of a worker ends the older one.
     worker.end().await.unwrap();
 }
+
+#[tokio::test]
+async fn grants_that_a_dead_stream_never_sent_go_back_at_once() {
+    let coordinator = Coordinator::start().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    open(&mut jobs, "b1").await;
+    let text = "x".repeat(3_800);
+    let spec = |i| job(&format!(r#"{{"id":"j{i}","prompt":"{text}"}}"#));
+    let specs: Vec<v1::JobSpec> = (0..2_000).map(spec).collect();
+    submit(&mut jobs, "b1", 0, specs).await;
+    // More than a connection holds on its way, to a worker that reads nothing of it.
+    let worker = coordinator.greet(hello("w1", 2_000)).await;
+    worker.credit(2_000).await;
+    until(&mut jobs, "b1", |counts| counts.leased == 2_000).await;
+    drop(worker);
+    until(&mut jobs, "b1", |counts| counts.ready > 0).await;
+    let mut other = coordinator.worker("w2", 1).await;
+    other.credit(1).await;
+    other.grants(1).await;
+}
