@@ -18,9 +18,27 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 /// Beyond the grace of rollouts: last results are acknowledged, servers end.
 const DRAIN_MARGIN: Duration = Duration::from_secs(40);
 
+const KEYS: &str = "\
+Keys of the configuration (each also as a variable: `model.base_url` is ESPALIER_MODEL__BASE_URL):
+  coordinator_url    address of the coordinator [http://127.0.0.1:7411]
+  token              token with role `worker`: text, { file = \"…\" } or { env = \"…\" }
+  tls.ca, …          authorities, for https://
+  data_dir           folder of this process alone
+  store_url          the coordinator's object store, such as file:///var/lib/espalier/store
+  model.base_url     OpenAI-compatible endpoint, up to /v1; also model.api_key, time-outs and retries
+  model_name         the model, for jobs that name none; model_extra: more fields of each request
+  mcp_config         file with mcpServers; mcp_servers: the same entries here, by name
+  allow_inline_mcp   whether jobs may bring commands of their own [false]
+  playwright_dir     folder that holds node_modules/@playwright/mcp
+  slots              rollouts at once [8]
+  tags               what the worker offers beyond its MCP servers
+  http_hook_hosts    hosts whose hooks verifiers may ask
+  grace_s            time for running rollouts when the process drains [30]
+  telemetry          otlp_endpoint, log_format, log_filter, resource, metric_interval_s";
+
 /// Runs rollouts.
 #[derive(Parser)]
-#[command(name = "espalier-agent-worker", version)]
+#[command(name = "espalier-agent-worker", version, after_help = KEYS)]
 struct Arguments {
     /// The configuration, in TOML; every key can be set as ESPALIER_… too.
     #[arg(long, env = "ESPALIER_CONFIG")]

@@ -70,6 +70,12 @@ pub trait Conversation: Send {
     /// Whether a call may run. The loop gives up waiting after the question's time.
     fn approve(&mut self, question: Question<'_>) -> impl Future<Output = bool> + Send;
 
+    /// Ends when the user wants no more of it in the middle of a turn; the rollout then ends in good order, with what
+    /// there is. Polled anew in each turn.
+    fn hung_up(&self) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
+
     /// Told of everything that happens. Must not block.
     fn see(&mut self, _seen: Seen<'_>) {}
 }

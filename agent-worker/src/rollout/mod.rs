@@ -32,6 +32,7 @@ use espalier_runtime::model::ModelClient;
 use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry::names::{attribute, metric, operation, span};
 use espalier_runtime::telemetry::{Metrics, inject_traceparent, metrics};
+use opentelemetry::KeyValue;
 use serde_json::{Map, Value};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -110,7 +111,12 @@ pub async fn run<C: Conversation>(
         cancel,
     ));
     let outcome = ran.instrument(span.clone()).await;
-    Metrics::record(&metrics().invoke_agent_duration, began.elapsed(), &[]);
+    let ended = match &outcome {
+        Ok(outcome) => outcome.stop.as_str(),
+        Err(error) => error.class().as_str(),
+    };
+    let labels = [KeyValue::new(attribute::OUTCOME, ended)];
+    Metrics::record(&metrics().invoke_agent_duration, began.elapsed(), &labels);
     match &outcome {
         Ok(outcome) => {
             span.record(attribute::OUTCOME, outcome.stop.as_str());
@@ -187,6 +193,7 @@ async fn connect_and_run<C: Conversation>(
         turn: TurnClock::new(),
         pending: Vec::new(),
         last_tokens: None,
+        hung_up: false,
     };
     let outcome = Box::pin(rollout.run()).await;
     // One that does not close in time is cleaned up by the host.
@@ -220,6 +227,8 @@ struct Rollout<'a, C> {
     /// Calls of the last turn that are not answered yet.
     pending: Vec<(ToolCall, Fate)>,
     last_tokens: Option<LastTokens>,
+    /// Whether the user has gone in the middle of a turn.
+    hung_up: bool,
 }
 
 /// How a turn's time was spent.

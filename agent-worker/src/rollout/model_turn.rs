@@ -1,7 +1,7 @@
 //! One turn of the model: the request as the model's template wants it, and what is recorded of the answer.
 
 use espalier_core::chat::Message;
-use espalier_core::trace::{ModelCall, PromptTokens};
+use espalier_core::trace::{ModelCall, PromptTokens, StopReason};
 use espalier_runtime::model::{ChatRequest, ChatTurn, ModelError};
 use espalier_runtime::telemetry::metrics;
 use serde_json::{Map, Value, json};
@@ -37,6 +37,7 @@ impl<C: Conversation> Rollout<'_, C> {
         let answered = tokio::select! {
             answered = self.services.model.chat(&request, &self.cancel) => answered,
             () = tokio::time::sleep(self.time_left()) => return Ok(Event::TimeUp),
+            () = self.conversation.hung_up() => return Ok(Event::UserDone(StopReason::UserExit)),
         };
         self.turn.elsewhere += asked.elapsed();
         let turn = match answered {

@@ -288,3 +288,61 @@ async fn cancelling_ends_a_rollout_at_once() {
         "its server is gone"
     );
 }
+
+/// A person who says one thing and leaves as soon as a tool runs.
+struct Leaver {
+    said: bool,
+    left: CancellationToken,
+}
+
+impl Conversation for Leaver {
+    async fn next_turn(&mut self) -> UserTurn {
+        match std::mem::replace(&mut self.said, true) {
+            false => UserTurn::Say("wait for it".to_owned()),
+            true => UserTurn::Done(StopReason::UserExit),
+        }
+    }
+
+    async fn approve(&mut self, _: Question<'_>) -> bool {
+        true
+    }
+
+    async fn hung_up(&self) {
+        self.left.cancelled().await;
+    }
+
+    fn see(&mut self, seen: Seen<'_>) {
+        if let Seen::ToolCalled { .. } = seen {
+            self.left.cancel();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_person_who_leaves_in_the_middle_leaves_a_whole_trace() {
+    let world = World::new().await;
+    world
+        .model
+        .will([calls(&[("sleep", "{}"), ("echo", "{}")])]);
+    let (_, spec) = job(json!({}));
+    let key: JobKey = "local/chat/1".parse().unwrap();
+    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7))
+        .await
+        .unwrap();
+    let order = Order {
+        spec: &spec.rollout,
+        verify: None,
+        labels: &spec.labels,
+    };
+    let mut person = Leaver {
+        said: false,
+        left: CancellationToken::new(),
+    };
+    let cancel = CancellationToken::new();
+    let outcome = run(&world.services, order, &mut recorder, &mut person, cancel).await;
+    let outcome = outcome.unwrap();
+    assert_eq!(outcome.stop, StopReason::UserExit);
+    assert_eq!(outcome.totals.tool_calls, 1);
+    let published = recorder.publish(outcome, &crate::record::NoLease).await;
+    assert_eq!(published.unwrap().summary.stop, StopReason::UserExit);
+}

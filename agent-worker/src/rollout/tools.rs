@@ -5,7 +5,7 @@ use std::time::Duration;
 use espalier_core::chat::{Message, ToolCall};
 use espalier_core::spec::Observation;
 use espalier_core::time::Timestamp;
-use espalier_core::trace::{BlobRef, Decision, ToolCallRecord};
+use espalier_core::trace::{BlobRef, Decision, StopReason, ToolCallRecord};
 use espalier_runtime::tasks;
 use espalier_runtime::telemetry::names::{attribute, operation, span};
 use espalier_runtime::telemetry::{Metrics, metrics};
@@ -22,6 +22,9 @@ use crate::observe::shape;
 
 /// What the model is told of a call that was refused: the workshop's words.
 const REJECTED: &str = "User rejected tool call.";
+
+/// What stands in place of a result that nobody waited for.
+const HUNG_UP: &str = "The user ended the conversation.";
 
 /// What came of one call.
 struct Answer {
@@ -42,6 +45,9 @@ impl<C: Conversation> Rollout<'_, C> {
                 return Ok(Event::TimeUp);
             }
             self.answer_call(call, fate).await?;
+            if self.hung_up {
+                return Ok(Event::UserDone(StopReason::UserExit));
+            }
         }
         self.end_turn();
         Ok(Event::CallsAnswered)
@@ -76,11 +82,14 @@ impl<C: Conversation> Rollout<'_, C> {
         let limit = Duration::from_secs(self.limits().tool_call_s.into()).min(self.time_left());
         let began = Instant::now();
         let span = tool_span(self.toolbox.tool(name), call);
-        let ran = self
-            .toolbox
-            .call(name, arguments.clone(), limit)
-            .instrument(span.clone())
-            .await;
+        let called = self.toolbox.call(name, arguments.clone(), limit);
+        let ran = tokio::select! {
+            ran = called.instrument(span.clone()) => ran,
+            () = self.conversation.hung_up() => {
+                self.hung_up = true;
+                return self.explain(decision, HUNG_UP.to_owned()).await;
+            }
+        };
         self.turn.elsewhere += began.elapsed();
         count(name, &ran, began.elapsed());
         match ran {

@@ -145,6 +145,13 @@ impl Book {
         }
     }
 
+    /// What the job was at, newest last.
+    pub(super) fn last_progress(&self, id: &LeaseId) -> String {
+        let held = self.held.get(id);
+        held.map(|held| held.lease.last_progress())
+            .unwrap_or_default()
+    }
+
     /// A renewal was answered.
     pub(super) fn renewed(&mut self, id: &LeaseId, ttl: Duration) {
         let Some(held) = self.held.get_mut(id) else {

@@ -235,7 +235,9 @@ async fn fetch_spec(path: &str, id: &LeaseId, deps: &WorkerDeps) -> Result<Bytes
 }
 
 /// The result as it goes over the wire.
-pub(super) fn to_wire(id: &LeaseId, outcome: JobOutcome) -> v1::Result {
+///
+/// `log_tail`: what the job was at, told where it failed.
+pub(super) fn to_wire(id: &LeaseId, outcome: JobOutcome, log_tail: String) -> v1::Result {
     use v1::result::Outcome;
     let outcome = match outcome {
         JobOutcome::Published {
@@ -255,7 +257,7 @@ pub(super) fn to_wire(id: &LeaseId, outcome: JobOutcome) -> v1::Result {
             error: Some(error_to_wire(
                 class,
                 cut(&message, MESSAGE_BYTES_MAX),
-                String::new(),
+                log_tail,
             )),
             retry_after_ms: retry_after.map_or(0, |wait| {
                 u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)

@@ -1,5 +1,6 @@
 //! One lease as its job sees it: how long it may go on, and why it was stopped.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,6 +9,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Longest progress text, in bytes.
 const PROGRESS_BYTES_MAX: usize = 200;
+/// Progress texts that are kept, for the report of a failure: what the job was at when it failed.
+const PROGRESS_TEXTS_MAX: usize = 20;
 
 /// Why a job has to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +43,8 @@ struct Inner {
 struct State {
     stop_at: Instant,
     reason: Option<Stop>,
-    progress: String,
+    /// Newest last.
+    progress: VecDeque<String>,
 }
 
 /// When the work under a lease has to stop: a fifth before its end, so that it is over when another may begin.
@@ -55,7 +59,7 @@ impl Lease {
             state: Mutex::new(State {
                 stop_at,
                 reason: None,
-                progress: String::new(),
+                progress: VecDeque::new(),
             }),
             stopped: CancellationToken::new(),
         }))
@@ -84,11 +88,22 @@ impl Lease {
         while !text.is_char_boundary(end) {
             end -= 1;
         }
-        text[..end].clone_into(&mut self.lock().progress);
+        let mut state = self.lock();
+        if state.progress.len() >= PROGRESS_TEXTS_MAX {
+            state.progress.pop_front();
+        }
+        state.progress.push_back(text[..end].to_owned());
     }
 
     pub(super) fn current_progress(&self) -> String {
-        self.lock().progress.clone()
+        self.lock().progress.back().cloned().unwrap_or_default()
+    }
+
+    /// The last things that the job was at, one a line.
+    pub(super) fn last_progress(&self) -> String {
+        let state = self.lock();
+        let lines: Vec<&str> = state.progress.iter().map(String::as_str).collect();
+        lines.join("\n")
     }
 
     pub(super) fn stop_at(&self) -> Instant {
@@ -141,9 +156,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn progress_is_cut_at_a_character() {
+    async fn progress_is_cut_at_a_character_and_the_last_of_it_is_kept() {
         let lease = Lease::new(Instant::now());
+        assert_eq!(
+            (lease.current_progress(), lease.last_progress()),
+            Default::default()
+        );
+        for n in 0..PROGRESS_TEXTS_MAX {
+            lease.progress(&format!("step {n}"));
+        }
         lease.progress(&"é".repeat(150));
         assert_eq!(lease.current_progress(), "é".repeat(100));
+        assert!(lease.last_progress().starts_with("step 1\nstep 2\n"));
     }
 }

@@ -326,7 +326,7 @@ impl<H: Handler> Session<H> {
     fn on_event(&mut self, event: Event) {
         match event {
             Event::Ended(id, outcome) => {
-                let result = job::to_wire(&id, *outcome);
+                let result = job::to_wire(&id, *outcome, self.book.last_progress(&id));
                 self.book.ended(&id, result, Instant::now());
             }
             Event::Ask(id, question, reply) => {
@@ -419,7 +419,7 @@ impl<H: Handler> Session<H> {
         };
         if self.phase != Phase::Working {
             let reason = "the worker stops".to_owned();
-            let result = job::to_wire(&id, JobOutcome::Released { reason });
+            let result = job::to_wire(&id, JobOutcome::Released { reason }, String::new());
             self.book.ended(&id, result, Instant::now());
             return;
         }
