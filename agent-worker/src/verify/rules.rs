@@ -54,10 +54,10 @@ pub fn number(wanted: f64, tolerance: f64, answer: &str) -> (f64, String) {
 
 fn last_number(text: &str) -> Option<f64> {
     let is_part = |c: char| c.is_ascii_digit() || matches!(c, '.' | ',');
-    let candidates = text
+    let mut candidates = text
         .split(|c: char| !is_part(c))
         .filter(|part| part.contains(|c: char| c.is_ascii_digit()));
-    let last = candidates.last()?;
+    let last = candidates.next_back()?;
     // Where the piece stands in the text, to see a minus sign before it.
     let start = last.as_ptr() as usize - text.as_ptr() as usize;
     let number: f64 = last
