@@ -101,31 +101,30 @@ pub struct Target {
 }
 
 impl Target {
-    /// From `--url` and `ESPALIER_TOKEN`, or from the file of `up`.
-    pub fn find(
-        url: Option<&str>,
-        data_dir: &Path,
-        environment: &Environment,
-    ) -> Result<Self, Problem> {
+    /// The one that `--url` or `ESPALIER_URL` names, with the token in `ESPALIER_TOKEN`.
+    pub fn named(url: &str, environment: &Environment) -> Self {
         let token = environment
             .get("ESPALIER_TOKEN")
             .filter(|text| !text.is_empty());
-        if let Some(url) = url {
-            return Ok(Self {
-                url: url.to_owned(),
-                token: token.map(Secret::new),
-                origin: "--url or ESPALIER_URL".to_owned(),
-            });
+        Self {
+            url: url.to_owned(),
+            token: token.map(Secret::new),
+            origin: "--url or ESPALIER_URL".to_owned(),
         }
+    }
+
+    /// The local `up`.
+    pub fn local(data_dir: &Path) -> Result<Self, Problem> {
+        let path = UpFile::path(data_dir);
         match UpFile::read(data_dir)? {
             Some(up) => Ok(Self {
                 url: up.url,
                 token: Some(Secret::new(up.token)),
-                origin: UpFile::path(data_dir).display().to_string(),
+                origin: path.display().to_string(),
             }),
             None => Err(Problem::unreachable(format!(
                 "no coordinator is known: {} is not there and ESPALIER_URL is not set",
-                UpFile::path(data_dir).display()
+                path.display()
             ))
             .fix("start one with `espalier up`, or set ESPALIER_URL and ESPALIER_TOKEN")),
         }
@@ -220,31 +219,28 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_wins_over_the_file_of_up() {
+    fn a_target_is_named_or_found_in_the_file_of_up() {
         let folder = tempfile::tempdir().unwrap();
-        let none = Target::find(None, folder.path(), &environment(&[])).unwrap_err();
+        let none = Target::local(folder.path()).unwrap_err();
         assert_eq!(none.exit, Exit::Unreachable);
         let up = UpFile {
             url: "http://127.0.0.1:1".to_owned(),
             token: "t".to_owned(),
             store: "memory://".to_owned(),
-            project: "local".to_owned(),
+            project: "default".to_owned(),
             pid: 1,
         };
-        std::fs::write(
-            UpFile::path(folder.path()),
-            serde_json::to_string(&up).unwrap(),
-        )
-        .unwrap();
-        let found = Target::find(None, folder.path(), &environment(&[])).unwrap();
+        let text = serde_json::to_string(&up).unwrap();
+        std::fs::write(UpFile::path(folder.path()), text).unwrap();
+        let found = Target::local(folder.path()).unwrap();
+        let token = found.token.unwrap();
         assert_eq!(
-            (found.url.as_str(), found.token.unwrap().expose()),
+            (found.url.as_str(), token.expose()),
             ("http://127.0.0.1:1", "t")
         );
-        let environment = environment(&[("ESPALIER_TOKEN", "u")]);
-        let found = Target::find(Some("http://h:2"), folder.path(), &environment).unwrap();
+        let named = Target::named("http://h:2", &environment(&[("ESPALIER_TOKEN", "u")]));
         assert_eq!(
-            (found.url.as_str(), found.token.unwrap().expose()),
+            (named.url.as_str(), named.token.unwrap().expose()),
             ("http://h:2", "u")
         );
     }

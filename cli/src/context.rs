@@ -67,11 +67,10 @@ impl Context {
 
     /// Where the coordinator is.
     pub fn target(&self) -> Result<Target, Problem> {
-        Target::find(
-            self.global.url.as_deref(),
-            &self.data_dir()?,
-            &self.environment,
-        )
+        match &self.global.url {
+            Some(url) => Ok(Target::named(url, &self.environment)),
+            None => Target::local(&self.data_dir()?),
+        }
     }
 
     /// A connection to the coordinator.

@@ -19,6 +19,8 @@ mod practice;
 mod progress;
 mod questions;
 mod render;
+#[cfg(test)]
+mod scenarios;
 mod servers;
 mod submit;
 mod traces;

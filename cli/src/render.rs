@@ -21,6 +21,8 @@ pub struct Style {
     pub color: bool,
     /// Lines of a tool result; none: all.
     pub lines: Option<usize>,
+    /// How to see the rest of a result.
+    pub rest: &'static str,
 }
 
 pub const BOLD: &str = "1";
@@ -130,7 +132,7 @@ pub fn tool(
         let _ = writeln!(text, "  {}", plain(line));
     }
     if shown < lines.len() {
-        let more = format!("  … {} more lines (--full)", lines.len() - shown);
+        let more = format!("  … {} more lines{}", lines.len() - shown, style.rest);
         let _ = writeln!(text, "{}", style.paint(DIM, &more));
     }
 }

@@ -19,6 +19,12 @@ use crate::context::Context;
 use crate::exit::{Exit, Outcome};
 use crate::output::facts;
 
+#[cfg(test)]
+pub use self::{
+    server::Server,
+    worker::{Orders, work},
+};
+
 /// What to measure.
 #[derive(Subcommand, Clone, Debug)]
 pub enum Bench {

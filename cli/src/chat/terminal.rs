@@ -44,6 +44,7 @@ impl Terminal {
             style: Style {
                 color: out.color,
                 lines: Some(RESULT_LINES),
+                rest: "",
             },
             out,
             editor: None,

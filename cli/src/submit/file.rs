@@ -154,10 +154,6 @@ impl JobFile {
     }
 
     /// The next entry as JSON; empty lines are passed over.
-    #[expect(
-        clippy::type_complexity,
-        reason = "read, then found, then well-formed: three questions in one answer"
-    )]
     fn next_value(&mut self) -> io::Result<Option<Result<Value, (String, FieldError)>>> {
         loop {
             let line = match &mut self.source {

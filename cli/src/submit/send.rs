@@ -194,7 +194,7 @@ where
 {
     let mut failures = 0;
     loop {
-        let status = match with_deadline("cli.answer", ANSWER_TIMEOUT, call()).await {
+        let status = match with_deadline("cli.answer", ANSWER_TIMEOUT, Box::pin(call())).await {
             Ok(Ok(response)) => return Ok(response.into_inner()),
             Ok(Err(status)) => status,
             Err(timeout) => Status::deadline_exceeded(timeout.to_string()),

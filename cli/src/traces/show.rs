@@ -12,6 +12,9 @@ use crate::exit::{Exit, Outcome};
 use crate::output::{count, duration, plain};
 use crate::render::{BOLD, GREEN, MAGENTA, RED, Style, assistant, section, tool};
 
+/// How to see the whole of a result.
+const FULL: &str = " (--full)";
+
 /// Runs the command.
 pub async fn run(context: &Context, args: &Show) -> Outcome {
     let source = Source::open(context, &args.place).await?;
@@ -19,6 +22,7 @@ pub async fn run(context: &Context, args: &Show) -> Outcome {
     let style = Style {
         color: context.out.color,
         lines: (!args.full).then_some(args.lines),
+        rest: FULL,
     };
     context
         .out
@@ -157,6 +161,7 @@ mod tests {
         let style = Style {
             color: false,
             lines: Some(2),
+            rest: FULL,
         };
         let expected = "\
 default/b/j
@@ -192,6 +197,7 @@ reward 0.000
         let style = Style {
             color: true,
             lines: None,
+            rest: FULL,
         };
         let text = render(&trace(), style);
         assert!(text.contains("\u{1b}[2mhm\u{1b}[0m"));

@@ -256,11 +256,8 @@ impl Row {
 
     fn cells(&self, kind: &str) -> [String; 10] {
         let judged = self.solved + self.unsolved;
-        let tokens = if self.finished == 0 {
-            "-".to_owned()
-        } else {
-            count(self.tokens / self.finished)
-        };
+        let tokens = self.tokens.checked_div(self.finished);
+        let tokens = tokens.map_or_else(|| "-".to_owned(), count);
         [
             kind.to_owned(),
             count(self.jobs),
