@@ -10,6 +10,11 @@ use serde_json::Value;
 
 const DEADLINE: Duration = Duration::from_secs(90);
 
+async fn start_impatient(url: &str) -> Up {
+    let folder = tempfile::TempDir::new().unwrap();
+    Up::start_in(folder, &toy_servers(), url, &[], &model::impatient(url)).await
+}
+
 /// Faults that pass: the client tries again, and the rollout never notices.
 const PASSING: [&str; 6] = [
     "http500 times=2",
@@ -85,37 +90,33 @@ async fn what_the_model_says_wrong_is_told_to_the_model() {
 }
 
 #[tokio::test]
-async fn a_tool_call_without_an_end_stops_the_rollout() {
+async fn a_tool_call_without_an_end_is_not_run() {
     let up = Up::start(&toy_servers(), &model::start().await, &[]).await;
     let mut client = up.client().await;
-    client
-        .submit(
-            "b",
-            &[faulty_job("j", 1, "unclosed_tool_call times=always")],
-        )
-        .await;
+    let mut always = faulty_job("always", 2, "unclosed_tool_call times=always");
+    always["limits"] = serde_json::json!({"turns": 3});
+    let jobs = [faulty_job("once", 1, "unclosed_tool_call"), always];
+    client.submit("b", &jobs).await;
     let result = client.wait("b", DEADLINE).await;
-    assert_eq!(result.count(JobState::Succeeded), 1, "{:#?}", result.jobs);
-    let trace = client.trace("b", "j").await;
-    assert_eq!(
-        trace.outcome.stop,
-        StopReason::CutAnswer,
-        "{:?}",
-        trace.outcome
-    );
-    assert!(
-        trace
-            .tool_calls
-            .iter()
-            .all(|call| call.decision != Decision::Allowed),
-        "a half call was run"
-    );
+    assert_eq!(result.count(JobState::Succeeded), 2, "{:#?}", result.jobs);
+    for (id, stop) in [
+        ("once", StopReason::Answered),
+        ("always", StopReason::TurnLimit),
+    ] {
+        let trace = client.trace("b", id).await;
+        assert_eq!(trace.outcome.stop, stop, "{:?}", trace.outcome);
+        assert_eq!(
+            trace.tool_calls[0].decision,
+            Decision::Malformed,
+            "half a call was run"
+        );
+        assert_eq!(trace.model_calls[0].finish_reason, "length");
+    }
 }
 
 #[tokio::test]
 async fn faults_that_stay_end_in_a_dead_letter_with_the_reason() {
-    let more = ["--model-idle-timeout-s", "1", "--model-retries", "1"];
-    let up = Up::start(&toy_servers(), &model::start().await, &more).await;
+    let up = start_impatient(&model::start().await).await;
     let mut client = up.client().await;
     let faults = ["http500", "html", "empty_choices", "cut", "hang"];
     let job = |fault: &&str| {
@@ -154,8 +155,7 @@ async fn a_model_that_is_not_there_costs_no_job() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);
-    let more = ["--model-retries", "1"];
-    let up = Up::start(&toy_servers(), &format!("http://{address}/v1"), &more).await;
+    let up = start_impatient(&format!("http://{address}/v1")).await;
     let mut client = up.client().await;
     client.submit("b", &[model::sum_job("j", 1)]).await;
     let deadline = Duration::from_secs(20);

@@ -42,6 +42,14 @@ async fn one_rollout_is_one_trace_linked_to_its_submission() {
             .await
             .success()
     );
+    // The queue is measured when a process starts, and every few seconds after.
+    up.restart().await;
+    assert!(
+        up.process
+            .terminate(Duration::from_secs(60))
+            .await
+            .success()
+    );
 
     let spans = sink.spans();
     let of_operation = |name: &str| {

@@ -251,9 +251,16 @@ fn spans_attributes_and_metrics_are_named_in_one_file() {
         let elsewhere = !path.ends_with("telemetry/names.rs")
             && !path.components().any(|c| c.as_os_str() == "tests");
         for (n, line) in text.lines().enumerate().filter(|_| elsewhere) {
-            let literal = ["\"gen_ai.", "\"espalier.", "\"mcp."]
-                .iter()
-                .find(|start| line.contains(**start));
+            let literal = [
+                "\"gen_ai.",
+                "\"espalier.",
+                "\"mcp.method",
+                "\"mcp.session",
+                "\"mcp.client",
+                "\"mcp.protocol",
+            ]
+            .iter()
+            .find(|start| line.contains(**start));
             let is_name = literal.is_some()
                 && !line.contains("//")
                 && !line.contains(".toml\"")

@@ -197,7 +197,7 @@ async fn connect_and_run<C: Conversation>(
     };
     let outcome = Box::pin(rollout.run()).await;
     // One that does not close in time is cleaned up by the host.
-    let _ = with_deadline("mcp.close", CLOSE_TIMEOUT, toolbox.close()).await;
+    let _ = with_deadline("mcp_close", CLOSE_TIMEOUT, toolbox.close()).await;
     outcome
 }
 

@@ -27,6 +27,16 @@ pub async fn start_with(config: Config) -> String {
     url
 }
 
+/// Variables by which `espalier up` waits for the model at `url` for a second at most, and tries again once.
+pub fn impatient(url: &str) -> [(&str, &str); 4] {
+    [
+        ("ESPALIER_UP_MODEL__ENDPOINT__BASE_URL", url),
+        ("ESPALIER_UP_MODEL__ENDPOINT__FIRST_BYTE_TIMEOUT_MS", "1000"),
+        ("ESPALIER_UP_MODEL__ENDPOINT__IDLE_TIMEOUT_MS", "1000"),
+        ("ESPALIER_UP_MODEL__ENDPOINT__MAX_RETRIES", "1"),
+    ]
+}
+
 /// A job over the toy server that plays `steps` and must end with `answer`.
 pub fn toy_job(id: &str, steps: &Value, answer: &str) -> Value {
     json!({

@@ -81,7 +81,7 @@ impl Up {
         .into();
         arguments.push(mcp_file.display().to_string());
         arguments.extend(more.iter().map(|&argument| argument.to_owned()));
-        let mark = format!("ESPALIER_TEST_MARK_{:016x}", rand::rng().random::<u64>());
+        let mark = format!("LOGNAME=espalier-test-{:016x}", rand::rng().random::<u64>());
         let environment: Vec<(String, String)> = environment
             .iter()
             .map(|&(name, value)| (name.to_owned(), value.to_owned()))
@@ -176,7 +176,9 @@ fn spawn(
         .args(arguments)
         .arg("--data-dir")
         .arg(folder.join("data"));
-    command.env(mark, "1").envs(environment.iter().cloned());
+    // MCP servers inherit little of the worker's environment; the name of the user is a part of it.
+    let (name, value) = mark.split_once('=').expect("a mark is a variable");
+    command.env(name, value).envs(environment.iter().cloned());
     // From the root of the tree, where the locked Playwright package is found.
     command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     Process::start("up", command, folder)
