@@ -14,9 +14,12 @@ const ABOUT: &str = "Run tool-using agents in real browsers, many at once, and k
 const LONG_ABOUT: &str = "\
 Run tool-using agents in real browsers, many at once, and keep verified traces of what they do.
 
-  espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B    everything on this machine
-  espalier submit tasks.jsonl --watch                                       a batch of jobs, to its end
-  espalier traces export BATCH --format workshop --min-reward 1 --out DIR   the good ones, for training";
+  espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B
+      everything on this machine
+  espalier submit tasks.jsonl --watch
+      a batch of jobs, to its end
+  espalier traces export BATCH --format workshop --min-reward 1 --out DIR
+      the good ones, for training";
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -113,8 +116,8 @@ A job is one JSON object a line; only `prompt` is needed:
 
   espalier submit tasks.jsonl --var site=http://127.0.0.1:4310 --samples 4 --watch
 
-Sending the same file under the same --batch again is harmless. Exit code 2: some jobs were refused, and the others
-were accepted.";
+Sending the same file under the same --batch again is harmless.
+Exit code 2: some jobs were refused, and the others were accepted.";
 
 #[cfg(test)]
 mod tests {

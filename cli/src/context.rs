@@ -16,6 +16,7 @@ pub const PROJECT_DEFAULT: &str = "default";
 
 /// Options that every command takes.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Options of every command")]
 pub struct Global {
     /// JSON on standard output instead of text
     #[arg(long, global = true)]

@@ -61,7 +61,7 @@ pub async fn run(context: &Context, args: &Up) -> Outcome {
 async fn serve(context: &Context, settings: Settings, place: &Place) -> Outcome {
     let shutdown = Shutdown::from_signals(settings.grace + DRAIN_MARGIN)?;
     let tasks = Tasks::new(shutdown.clone());
-    let starting = Box::pin(start(context, &settings, &tasks, &shutdown));
+    let starting = Box::pin(start(context, &settings, place, &tasks, &shutdown));
     let started = tokio::select! {
         started = starting => started,
         () = shutdown.draining() => Err(Problem::failed("stopped before it was up")),
@@ -116,6 +116,7 @@ async fn end(tasks: &Tasks, shutdown: &Shutdown, drain_limit: Duration) {
 async fn start(
     context: &Context,
     settings: &Settings,
+    place: &Place,
     tasks: &Tasks,
     shutdown: &Shutdown,
 ) -> Result<(UpFile, Vec<(String, Probed)>), Problem> {
@@ -137,7 +138,10 @@ async fn start(
     let store_url = store_url(settings, &data_dir);
     let store = Store::open(&store_url).await?;
     let listener = listen(settings).await?;
-    let tokens = Tokens::new();
+    let tokens = Tokens {
+        client: place.token(fresh_token)?,
+        worker: fresh_token(),
+    };
     let up = UpFile {
         url: format!("http://{}", listener.local_addr()?),
         token: tokens.client.clone(),
@@ -178,23 +182,17 @@ struct Parts<'a> {
     environment: &'a Environment,
 }
 
-/// Tokens of this one process: gone with it.
+/// Who may call the coordinator.
 struct Tokens {
+    /// Of clients: the data folder's.
     client: String,
+    /// Of the worker: gone with this process.
     worker: String,
 }
 
-impl Tokens {
-    fn new() -> Self {
-        let fresh = || -> String {
-            let bytes: [u8; TOKEN_BYTES] = rand::rng().random();
-            bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-        };
-        Self {
-            client: fresh(),
-            worker: fresh(),
-        }
-    }
+fn fresh_token() -> String {
+    let bytes: [u8; TOKEN_BYTES] = rand::rng().random();
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn store_url(settings: &Settings, data_dir: &Path) -> String {
@@ -350,9 +348,7 @@ mod tests {
 
     #[test]
     fn tokens_are_long_and_different() {
-        let tokens = Tokens::new();
-        assert_eq!(tokens.client.len(), 2 * TOKEN_BYTES);
-        assert_ne!(tokens.client, tokens.worker);
-        assert_ne!(tokens.client, Tokens::new().client);
+        assert_eq!(fresh_token().len(), 2 * TOKEN_BYTES);
+        assert_ne!(fresh_token(), fresh_token());
     }
 }

@@ -10,6 +10,8 @@ use crate::exit::Problem;
 
 /// The file whose lock says that the folder is taken. The kernel lets go of it however the process ends.
 const LOCK_FILE: &str = "up.lock";
+/// The file of the clients' token.
+const TOKEN_FILE: &str = "token";
 
 /// The folder, held.
 #[derive(Debug)]
@@ -47,23 +49,27 @@ impl Place {
         }
     }
 
+    /// The token of clients, the same for every `up` on this folder: a client that waits out a restart keeps it.
+    pub fn token(&self, fresh: impl FnOnce() -> String) -> Result<String, Problem> {
+        let path = self.folder.join(TOKEN_FILE);
+        match std::fs::read_to_string(&path) {
+            Ok(token) if !token.trim().is_empty() => return Ok(token.trim().to_owned()),
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                let message = format!("cannot read {}: {error}", path.display());
+                return Err(Problem::failed(message));
+            }
+        }
+        let token = fresh();
+        write_private(&path, &token)?;
+        Ok(token)
+    }
+
     /// Tells the other commands. Whole or not at all, and for the owner's eyes only: it holds a token.
     pub fn announce(&self, up: &UpFile) -> Result<(), Problem> {
-        let path = UpFile::path(&self.folder);
-        let staged = path.with_extension("json.new");
-        let write = || {
-            let mut file = OpenOptions::new()
-                .create(true)
-                .truncate(true)
-                .write(true)
-                .mode(0o600)
-                .open(&staged)?;
-            writeln!(file, "{:#}", serde_json::json!(up))?;
-            file.sync_all()?;
-            std::fs::rename(&staged, &path)
-        };
-        write()
-            .map_err(|error| Problem::failed(format!("cannot write {}: {error}", path.display())))
+        let text = format!("{:#}\n", serde_json::json!(up));
+        write_private(&UpFile::path(&self.folder), &text)
     }
 
     /// Takes the announcement back.
@@ -73,6 +79,23 @@ impl Place {
             tracing::debug!(path = %path.display(), %error, "the announcement is gone already");
         }
     }
+}
+
+/// Writes a file that only its owner may read, whole or not at all.
+fn write_private(path: &Path, text: &str) -> Result<(), Problem> {
+    let staged = path.with_extension("new");
+    let write = || {
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(&staged)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&staged, path)
+    };
+    write().map_err(|error| Problem::failed(format!("cannot write {}: {error}", path.display())))
 }
 
 fn taken(folder: &Path) -> Problem {
@@ -118,6 +141,19 @@ mod tests {
         );
         drop(place);
         assert!(Place::take(&folder).is_ok());
+    }
+
+    #[test]
+    fn the_token_stays_and_is_private() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = Place::take(folder.path()).unwrap();
+        assert_eq!(place.token(|| "a".to_owned()).unwrap(), "a");
+        assert_eq!(place.token(|| "b".to_owned()).unwrap(), "a");
+        let mode = std::fs::metadata(folder.path().join(TOKEN_FILE))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]

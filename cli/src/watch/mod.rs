@@ -45,10 +45,11 @@ pub async fn run(context: &Context, args: &Watch) -> Outcome {
 /// Follows a batch to its end and says what came of it.
 pub async fn follow(context: &Context, client: &Client, batch: &str) -> Outcome {
     let mut watched = Watched::new(context, batch);
+    let mut client = client.clone();
     let mut failures = 0;
     let mut away_since: Option<Instant> = None;
     while !watched.complete() {
-        let Err(status) = stream(context, client, &mut watched).await? else {
+        let Err(status) = stream(context, &client, &mut watched).await? else {
             // The stream ended in good order before the batch did: the coordinator is restarting.
             tokio::time::sleep(BACKOFF.jittered(1)).await;
             continue;
@@ -71,6 +72,10 @@ pub async fn follow(context: &Context, client: &Client, batch: &str) -> Outcome 
             error_chain(&status)
         ));
         tokio::time::sleep(BACKOFF.jittered(failures)).await;
+        // An `up` that was started again may listen elsewhere.
+        if let Ok(fresh) = context.client().await {
+            client = fresh;
+        }
     }
     watched.bar.finish_and_clear();
     finish(context, watched.report)
