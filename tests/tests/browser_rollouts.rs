@@ -170,6 +170,26 @@ async fn a_browser_that_crashes_costs_infrastructure_and_no_blank_page_is_judged
     let mut client = up.client().await;
     let tasks = practice(8).await;
     client.submit("b", &tasks).await;
+    // Once one rollout has ended, the others are under way.
+    wait_for("a rollout to end", Duration::from_secs(60), || {
+        let mut api = client.jobs.clone();
+        async move {
+            let request = espalier_proto::v1::GetBatchRequest { batch: "b".into() };
+            let counts = api
+                .get_batch(request)
+                .await
+                .unwrap()
+                .into_inner()
+                .counts
+                .unwrap();
+            if counts.succeeded > 0 {
+                Ok(())
+            } else {
+                Err(counts)
+            }
+        }
+    })
+    .await;
     let pid = wait_for("a browser to work", Duration::from_secs(60), || async {
         let lines = up.processes();
         // The browser itself is the one that is no helper of another.
@@ -178,23 +198,6 @@ async fn a_browser_that_crashes_costs_infrastructure_and_no_blank_page_is_judged
             .find(|(_, line)| line.contains("chromium") && !line.contains("--type="));
         main.map(|(pid, _)| *pid).ok_or(lines.len())
     })
-    .await;
-    wait_for(
-        "a rollout to be under way",
-        Duration::from_secs(60),
-        || async {
-            let renderers = up
-                .processes()
-                .into_iter()
-                .filter(|(_, line)| line.contains("--type=renderer"))
-                .count();
-            if renderers > 1 {
-                Ok(())
-            } else {
-                Err(renderers)
-            }
-        },
-    )
     .await;
     rustix::process::kill_process(
         rustix::process::Pid::from_raw(pid.cast_signed()).unwrap(),

@@ -54,8 +54,13 @@ pub enum ModelError {
         retry_after: Option<Duration>,
     },
     /// No connection, or one that broke before the answer began.
-    #[error("the model endpoint cannot be reached")]
-    Connect(#[source] reqwest::Error),
+    #[error("the model endpoint at {host} cannot be reached")]
+    Connect {
+        /// Host and port; the rest of its address may hold secrets.
+        host: String,
+        /// Why, without the address.
+        source: reqwest::Error,
+    },
     /// A part of the call took too long.
     #[error("the model call timed out")]
     Timeout(#[from] DeadlineExceeded),
@@ -95,7 +100,7 @@ impl ModelError {
             Self::Settings { .. }
             | Self::Configuration { .. }
             | Self::Server { .. }
-            | Self::Connect(_)
+            | Self::Connect { .. }
             | Self::Timeout(_)
             | Self::Cut { .. }
             | Self::Malformed { .. }
@@ -113,7 +118,7 @@ impl ModelError {
             Self::Configuration { .. } => "configuration",
             Self::Server { status: 429, .. } => "rate_limited",
             Self::Server { .. } => "server",
-            Self::Connect(_) => "connect",
+            Self::Connect { .. } => "connect",
             Self::Timeout(_) => "timeout",
             Self::Cut { .. } => "cut",
             Self::Malformed { .. } => "malformed",
@@ -126,7 +131,7 @@ impl ModelError {
     pub(super) fn may_pass(&self) -> bool {
         match self {
             Self::Server { .. }
-            | Self::Connect(_)
+            | Self::Connect { .. }
             | Self::Timeout(_)
             | Self::Cut { .. }
             | Self::Malformed { .. }

@@ -344,8 +344,10 @@ impl ModelClient {
             Duration::from_millis(limit_ms),
             request.send(),
         );
-        sent.await?
-            .map_err(|error| ModelError::Connect(error.without_url()))
+        sent.await?.map_err(|error| ModelError::Connect {
+            host: error.url().map(host_of).unwrap_or_default(),
+            source: error.without_url(),
+        })
     }
 
     /// Some servers repeat the key that they refuse.
@@ -388,6 +390,15 @@ fn headers(api_key: Option<&Secret>) -> Result<HeaderMap, ModelError> {
         headers.insert(AUTHORIZATION, value);
     }
     Ok(headers)
+}
+
+/// Host and port of an address: what an error may show of it.
+fn host_of(url: &reqwest::Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    match url.port_or_known_default() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
+    }
 }
 
 fn turn(

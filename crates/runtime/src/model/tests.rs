@@ -444,7 +444,7 @@ async fn an_endpoint_that_is_not_there_is_tried_again_and_named_unreachable() {
     };
     drop(listener);
     let error = ask(&settings).await.unwrap_err();
-    assert!(matches!(error, ModelError::Connect(_)), "{error}");
+    assert!(matches!(error, ModelError::Connect { .. }), "{error}");
     assert!(
         telemetry::error_chain(&error).contains("refused"),
         "{}",
