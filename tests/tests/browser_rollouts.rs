@@ -1,5 +1,7 @@
 //! The practice tasks in real browsers: Chromium behind the real Playwright MCP server.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 

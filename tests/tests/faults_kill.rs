@@ -1,6 +1,8 @@
 //! Processes that are killed and paused. After each round: no acknowledged job lost, one accepted result a job,
 //! counters that add up, no process left over.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::time::Duration;
 
 use espalier_proto::v1::JobState;

@@ -1,5 +1,7 @@
 //! A model endpoint that misbehaves: slow, cut, wrong, silent. Each rollout ends, and nothing is lost.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::time::Duration;
 
 use espalier_core::trace::{Decision, StopReason};

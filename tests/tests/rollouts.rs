@@ -1,5 +1,7 @@
 //! Rollouts over a toy stdio MCP server: what a user gets when everything works, and what the model gets when it errs.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::time::Duration;
 
 use espalier_core::chat::Message;

@@ -1,6 +1,8 @@
 //! The stored formats, version 1, as they lie in object stores. These files must never change; a new version gets files
 //! of its own, and the old ones must still be read or refused by version.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use espalier_core::id::JobKey;
 use espalier_core::trace::{Manifest, Step, Trace, TraceError};
 use serde::Serialize;
