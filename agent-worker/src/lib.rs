@@ -19,4 +19,4 @@ pub mod verify;
 
 pub use config::{AgentWorkerConfig, McpSettingsError};
 pub use handler::RolloutHandler;
-pub use serve::{Agent, Deps, RunError, run};
+pub use serve::{Agent, Conversed, Deps, RunError, run};

@@ -107,6 +107,15 @@ pub enum RunError {
     Blocking(#[from] BlockingFailed),
 }
 
+/// A conversation that was published.
+#[derive(Debug)]
+pub struct Conversed {
+    /// Where its trace is.
+    pub published: Published,
+    /// What broke it off, if something did.
+    pub broken: Option<RolloutError>,
+}
+
 /// An agent worker that is ready to run rollouts, from a coordinator or from a terminal.
 pub struct Agent {
     services: Services,
@@ -166,8 +175,10 @@ impl Agent {
     /// Runs one rollout without a coordinator and publishes its trace: `espalier chat`. `key` and `fence` are the
     /// caller's to choose; a fence of microseconds since the epoch is never given twice.
     ///
+    /// A conversation that breaks off, because the model is away or the person has had enough, is published too.
+    ///
     /// # Errors
-    /// The rollout cannot go on, or its trace cannot be published.
+    /// The rollout could not begin, or its trace cannot be published.
     pub async fn converse<C: Conversation>(
         &self,
         key: JobKey,
@@ -175,7 +186,7 @@ impl Agent {
         job: (&JobDraft, &JobSpec),
         conversation: &mut C,
         cancel: CancellationToken,
-    ) -> Result<Published, RolloutError> {
+    ) -> Result<Conversed, RolloutError> {
         let mut recorder = Recorder::open(self.record.clone(), key, 1, fence).await?;
         let (draft, spec) = job;
         let order = Order {
@@ -184,8 +195,13 @@ impl Agent {
             labels: &spec.labels,
         };
         let run = rollout::run(&self.services, order, &mut recorder, conversation, cancel);
-        let outcome = Box::pin(run).await?;
-        Ok(recorder.publish(outcome, &NoLease).await?)
+        let (outcome, broken) = match Box::pin(run).await {
+            Ok(outcome) => (outcome, None),
+            Err(error) if recorder.has_begun() => (recorder.broken_off(), Some(error)),
+            Err(error) => return Err(error),
+        };
+        let published = recorder.publish(outcome, &NoLease).await?;
+        Ok(Conversed { published, broken })
     }
 
     /// Ends servers and background work, and waits for them.

@@ -25,7 +25,8 @@ use espalier_core::chat::Message;
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::trace::{
-    BlobRef, FileEntry, Header, ModelCall, Outcome, Step, ToolCallRecord, sha256_hex,
+    BlobRef, FileEntry, Header, ModelCall, Outcome, Step, StopReason, ToolCallRecord, Totals,
+    sha256_hex,
 };
 use espalier_runtime::clock::Clock;
 use espalier_runtime::store::Store;
@@ -132,6 +133,34 @@ impl Recorder {
     /// The tool calls so far.
     pub fn tool_calls(&self) -> &[ToolCallRecord] {
         &self.tool_calls
+    }
+
+    /// Whether there is something to publish: a header and a word.
+    pub fn has_begun(&self) -> bool {
+        self.header.is_some() && !self.messages.is_empty()
+    }
+
+    /// The outcome of a conversation that broke off with its user still there: what was recorded, without a verdict.
+    pub fn broken_off(&self) -> Outcome {
+        let errors = self.tool_calls.iter().filter(|call| call.is_error).count();
+        let sum = |tokens: fn(&ModelCall) -> u64| self.model_calls.iter().map(tokens).sum();
+        let now = self.context.clock.now();
+        let began = self.header.as_ref().map_or(now, |h| h.started_at_us);
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Outcome {
+            stop: StopReason::UserExit,
+            ended_at_us: now,
+            final_url: None,
+            verdict: None,
+            totals: Totals {
+                turns: count(self.model_calls.len()),
+                tool_calls: count(self.tool_calls.len()),
+                tool_errors: count(errors),
+                prompt_tokens: sum(|call| call.prompt_tokens),
+                completion_tokens: sum(|call| call.completion_tokens),
+                wall_ms: u64::try_from(now.since(began).as_millis()).unwrap_or(u64::MAX),
+            },
+        }
     }
 
     /// Records what is known before the first model call.

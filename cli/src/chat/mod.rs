@@ -161,12 +161,23 @@ async fn converse(context: &Context, args: &Chat, settings: &Settings) -> Outcom
     shutdown.drain();
     agent.end().await;
     match talked {
-        Ok(published) => {
+        Ok(conversed) => {
+            if let Some(error) = &conversed.broken {
+                note(format!(
+                    "the conversation broke off: {}",
+                    error_chain(error)
+                ));
+            }
+            let manifest = &conversed.published.manifest;
             context.out.show(
-                || json!({"job": key, "manifest": published.manifest, "store": store_url}),
+                || json!({"job": key, "manifest": manifest, "store": store_url}),
                 || format!("\ntrace: espalier traces show {}/{}", key.batch, key.job),
             )?;
-            Ok(Exit::Ok)
+            Ok(if conversed.broken.is_some() {
+                Exit::Failed
+            } else {
+                Exit::Ok
+            })
         }
         Err(error) => Err(Problem::failed(error_chain(&error))),
     }
