@@ -19,9 +19,27 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 /// Time for the drain itself to end in order before the process lets go of everything.
 const DRAIN_MARGIN: Duration = Duration::from_secs(5);
 
+const KEYS: &str = "\
+Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_LEASE_TTL_MS):
+  listen             address [127.0.0.1:7411]; without TLS, loopback is advised
+  tls                cert and client_ca: PEM files; key: { file = \"…\" }
+  data_dir           folder of the embedded queue
+  store_url          object store, the same as the workers', such as file:///var/lib/espalier/store
+  tokens             a list of name, sha256, project (\"*\" for workers) and roles (submit, read, worker, admin);
+                     printf %s \"$TOKEN\" | sha256sum
+  projects.NAME      weight: share of the workers where several projects wait [100]
+  mcp_servers        servers that jobs may name before a worker has announced them
+  allow_inline_mcp   whether jobs may bring servers of their own [false]
+  jobs_waiting_max   waiting jobs of a project, beyond which submissions are refused [1000000]
+  lease_ttl_ms       how long a lease lasts without renewal [what suits the kind of job]
+  keep_days          days for which complete batches are kept in the queue [30]
+  session_max_age_s  age at which a worker's stream is asked to reconnect [1800]
+  drain_limit_s      how long a drain may take [10]
+  telemetry          otlp_endpoint, log_format, log_filter, resource, metric_interval_s";
+
 /// Accepts, orders and leases jobs.
 #[derive(Parser)]
-#[command(name = "espalier-coordinator", version)]
+#[command(name = "espalier-coordinator", version, after_help = KEYS)]
 struct Arguments {
     /// The configuration, in TOML; every key can be set as ESPALIER_… too.
     #[arg(long, env = "ESPALIER_CONFIG")]
