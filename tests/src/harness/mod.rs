@@ -3,6 +3,7 @@
 //! Nothing here judges; the scenarios in `tests/tests` do.
 
 pub mod client;
+pub mod cluster;
 pub mod model;
 pub mod otlp;
 pub mod process;

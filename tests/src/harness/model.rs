@@ -62,3 +62,17 @@ pub fn faulty_job(id: &str, n: usize, fault: &str) -> Value {
     .into();
     job
 }
+
+/// How many completions the model at `url` has given.
+pub async fn completions(url: &str) -> u64 {
+    let control = url.replace("/v1", "/control");
+    let counters: Value = reqwest::get(control)
+        .await
+        .expect("the model answers")
+        .json()
+        .await
+        .expect("its counters are JSON");
+    counters["completions"]
+        .as_u64()
+        .expect("it counts completions")
+}

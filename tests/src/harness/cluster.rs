@@ -1,0 +1,243 @@
+//! A coordinator and agent workers as processes of their own, on loopback, over one `file://` store. Each can be killed
+//! and paused by itself.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use espalier_core::id::{Fence, JobKey};
+use espalier_core::layout;
+use espalier_core::trace::{Manifest, sha256_hex};
+use rand::RngExt;
+use tempfile::TempDir;
+
+use super::client::Client;
+use super::process::{Process, binary, marked_processes};
+use super::wait_for;
+
+/// Long enough for two busy cores; a hang is told apart from slowness by the tests' own deadlines.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+/// The project of the client's token.
+const PROJECT: &str = "default";
+const CLIENT_TOKEN: &str = "client-of-a-test-cluster";
+const WORKER_TOKEN: &str = "worker-of-a-test-cluster";
+
+/// A running coordinator, and what workers need to join it.
+#[derive(Debug)]
+pub struct Cluster {
+    /// Everybody's data and logs.
+    pub folder: TempDir,
+    /// The coordinator; replaced by [`Cluster::restart_coordinator`].
+    pub coordinator: Process,
+    address: SocketAddr,
+    model_url: String,
+}
+
+/// A running agent worker.
+#[derive(Debug)]
+pub struct Worker {
+    /// The process.
+    pub process: Process,
+    data_dir: PathBuf,
+    mark: String,
+}
+
+impl Cluster {
+    /// Starts a coordinator whose leases last `lease_ttl_ms`. Workers will ask the model at `model_url`.
+    pub async fn start(model_url: &str, lease_ttl_ms: u64) -> Self {
+        let folder = TempDir::new().expect("a temporary folder");
+        // A restart has to find the same port, so that workers find it again.
+        let address = free_address();
+        let config = coordinator_config(folder.path(), address, lease_ttl_ms);
+        std::fs::write(folder.path().join("coordinator.toml"), config)
+            .expect("the test's folder is writable");
+        let coordinator = spawn_coordinator(folder.path());
+        let mut cluster = Self {
+            folder,
+            coordinator,
+            address,
+            model_url: model_url.to_owned(),
+        };
+        cluster.wait_until_ready().await;
+        cluster
+    }
+
+    /// Starts the coordinator again on the same data, after its process ended.
+    pub async fn restart_coordinator(&mut self) {
+        self.coordinator = spawn_coordinator(self.folder.path());
+        self.wait_until_ready().await;
+    }
+
+    /// Starts a worker with the toy MCP server. A name that was used before takes over that worker's data folder.
+    pub fn worker(&self, name: &str, slots: u32) -> Worker {
+        let config_file = self.folder.path().join(format!("{name}.toml"));
+        let data_dir = self.folder.path().join(name);
+        std::fs::write(&config_file, self.worker_config(&data_dir, slots))
+            .expect("the test's folder is writable");
+        let value = format!("espalier-test-{:016x}", rand::rng().random::<u64>());
+        let mut command = Command::new(binary("espalier-agent-worker"));
+        // MCP servers inherit little of the worker's environment; the name of the user is a part of it.
+        command
+            .arg("--config")
+            .arg(config_file)
+            .env("LOGNAME", &value);
+        Worker {
+            process: Process::start(name, command, self.folder.path()),
+            data_dir,
+            mark: format!("LOGNAME={value}"),
+        }
+    }
+
+    /// A client that may submit and read.
+    pub async fn client(&self) -> Client {
+        Client::connect(&format!("http://{}", self.address), CLIENT_TOKEN).await
+    }
+
+    /// The key of a job of the client's.
+    pub fn key(&self, batch: &str, job: &str) -> JobKey {
+        format!("{PROJECT}/{batch}/{job}")
+            .parse()
+            .expect("names of tests are valid")
+    }
+
+    /// Where the object at `path` lies.
+    pub fn object(&self, path: &str) -> PathBuf {
+        self.folder.path().join("store").join(path)
+    }
+
+    /// The published manifest of a job. Panics if it is not there, or a file of it is not what it says.
+    pub fn manifest(&self, key: &JobKey) -> Manifest {
+        let path = self.object(&layout::manifest(key));
+        let bytes =
+            std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let manifest = Manifest::parse(&bytes, key).expect("the manifest reads");
+        for file in &manifest.files {
+            let bytes = std::fs::read(self.object(&file.path))
+                .unwrap_or_else(|error| panic!("{} of {key}: {error}", file.path));
+            assert!(file.holds(&bytes), "{} of {key} is damaged", file.path);
+        }
+        manifest
+    }
+
+    /// Whether the attempt under `fence` has stored its trace.
+    pub fn has_trace(&self, key: &JobKey, fence: Fence) -> bool {
+        self.object(&layout::trace(key, fence)).exists()
+    }
+
+    /// Waits until a manifest of the job is there.
+    pub async fn wait_until_published(&self, key: &JobKey, deadline: Duration) {
+        let path = self.object(&layout::manifest(key));
+        let what = format!("{}", path.display());
+        wait_for(&what, deadline, || {
+            let there = path.exists().then_some(()).ok_or("it is not there");
+            async move { there }
+        })
+        .await;
+    }
+
+    async fn wait_until_ready(&mut self) {
+        let (address, coordinator) = (self.address, &mut self.coordinator);
+        wait_for("the coordinator to serve", START_DEADLINE, || {
+            let ended = coordinator.ended();
+            assert!(ended.is_none(), "it ended: {}", coordinator.log());
+            let reached = TcpStream::connect(address).map(drop);
+            async move { reached }
+        })
+        .await;
+    }
+
+    fn worker_config(&self, data_dir: &Path, slots: u32) -> String {
+        format!(
+            "coordinator_url = \"http://{address}\"\ntoken = {WORKER_TOKEN:?}\ndata_dir = {data_dir:?}\n\
+             store_url = {store:?}\nmodel_name = \"scripted\"\nslots = {slots}\n\
+             [model]\nbase_url = {model:?}\n[mcp_servers.toy]\ncommand = {toy:?}\n",
+            address = self.address,
+            store = store_url(self.folder.path()),
+            model = self.model_url,
+            toy = binary("toy-mcp"),
+        )
+    }
+}
+
+impl Worker {
+    /// Waits until its rollout of `key` has had its first turn, so that a tool is at work. Gives the lease of the
+    /// attempt. The log of steps tells it at once; what a worker says of its progress comes with renewals only.
+    pub async fn wait_until_at_tool(&self, key: &JobKey, deadline: Duration) -> Fence {
+        let what = format!("{key} to be at its tool");
+        wait_for(&what, deadline, || {
+            let (seen, attempts) = (self.attempt_at_tool(key), self.attempts());
+            async move { seen.ok_or(attempts) }
+        })
+        .await
+    }
+
+    fn attempt_at_tool(&self, key: &JobKey) -> Option<Fence> {
+        self.attempts().into_iter().find_map(|folder| {
+            let steps = std::fs::read_to_string(folder.join("steps.jsonl")).ok()?;
+            let of_job = steps.contains(&format!("\"{key}\""));
+            let at_tool = steps.contains("\"model_call\"") && !steps.contains("\"tool_call\"");
+            let fence = folder.file_name()?.to_str()?.split_once('-')?.0;
+            (of_job && at_tool).then_some(Fence(fence.parse().ok()?))
+        })
+    }
+
+    /// Folders of the attempts that it is at; each is named by its fence first.
+    fn attempts(&self) -> Vec<PathBuf> {
+        let Ok(entries) = std::fs::read_dir(self.data_dir.join("attempts")) else {
+            return Vec::new();
+        };
+        entries.flatten().map(|entry| entry.path()).collect()
+    }
+
+    /// Kills the process, and waits until its MCP servers are gone too.
+    pub async fn kill(&mut self, deadline: Duration) {
+        self.process.kill();
+        self.wait_until_gone(deadline).await;
+    }
+
+    /// Lets it drain, and waits until nothing is left of it.
+    pub async fn terminate(&mut self, deadline: Duration) {
+        let status = self.process.terminate(deadline).await;
+        assert!(status.success(), "{status:?}");
+        self.wait_until_gone(deadline).await;
+    }
+
+    async fn wait_until_gone(&self, deadline: Duration) {
+        wait_for("a worker's processes to be gone", deadline, || async {
+            let left = marked_processes(&self.mark);
+            if left.is_empty() { Ok(()) } else { Err(left) }
+        })
+        .await;
+    }
+}
+
+/// A port that was free a moment ago.
+fn free_address() -> SocketAddr {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .and_then(|listener| listener.local_addr())
+        .expect("a free port")
+}
+
+fn store_url(folder: &Path) -> String {
+    format!("file://{}", folder.join("store").display())
+}
+
+fn coordinator_config(folder: &Path, address: SocketAddr, lease_ttl_ms: u64) -> String {
+    format!(
+        "listen = \"{address}\"\ndata_dir = {data_dir:?}\nstore_url = {store:?}\nmcp_servers = [\"toy\"]\n\
+         lease_ttl_ms = {lease_ttl_ms}\n\
+         [[tokens]]\nname = \"client\"\nsha256 = \"{client}\"\nproject = \"{PROJECT}\"\nroles = [\"submit\", \"read\"]\n\
+         [[tokens]]\nname = \"workers\"\nsha256 = \"{worker}\"\nproject = \"*\"\nroles = [\"worker\"]\n",
+        data_dir = folder.join("coordinator"),
+        store = store_url(folder),
+        client = sha256_hex(CLIENT_TOKEN.as_bytes()),
+        worker = sha256_hex(WORKER_TOKEN.as_bytes()),
+    )
+}
+
+fn spawn_coordinator(folder: &Path) -> Process {
+    let mut command = Command::new(binary("espalier-coordinator"));
+    command.arg("--config").arg(folder.join("coordinator.toml"));
+    Process::start("coordinator", command, folder)
+}
