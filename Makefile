@@ -8,6 +8,11 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 PLAYWRIGHT := agent-worker/playwright/node_modules/.package-lock.json
 VENV := target/venv
+# Playwright needs Node.js 20; where the machine's is older or missing, one from the package registry stands in.
+NODE := target/node
+NODE_PACKAGE := node-linux-$(if $(filter aarch64,$(shell uname -m)),arm64,x64)@22
+export PATH := $(CURDIR)/$(NODE)/node_modules/.bin:$(PATH)
+NPM_QUIET := --ignore-scripts --no-audit --no-fund --loglevel=error
 PYTHON_READY := $(VENV)/ready
 TEST_BINS := cargo build --locked --workspace --bins
 
@@ -23,8 +28,9 @@ endef
 
 setup: ## Installs what running needs: a C compiler, Node, Chromium, the locked Playwright MCP server
 	$(call need,cc,build-essential)
-	$(call need,node,nodejs)
 	$(call need,npm,npm)
+	@node -e 'process.exit(parseInt(process.versions.node) >= 20 ? 0 : 1)' 2>/dev/null \
+		|| { echo "installing Node.js 22"; npm install --prefix $(NODE) $(NPM_QUIET) $(NODE_PACKAGE); }
 	$(call need,chromium,chromium)
 	@$(MAKE) --no-print-directory $(PLAYWRIGHT)
 
@@ -35,7 +41,7 @@ setup-test: setup ## Installs what testing needs on top: cargo-nextest, Python's
 	@$(MAKE) --no-print-directory $(PYTHON_READY)
 
 $(PLAYWRIGHT): agent-worker/playwright/package-lock.json
-	cd agent-worker/playwright && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	cd agent-worker/playwright && npm ci $(NPM_QUIET)
 	@touch $@
 
 $(PYTHON_READY): examples/python/requirements.txt

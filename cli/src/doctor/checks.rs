@@ -119,39 +119,49 @@ pub async fn tokenizer() -> Finding {
     }
 }
 
+/// Oldest major version of Node.js that Playwright runs on.
+const NODE_MAJOR_MIN: u32 = 20;
+/// The names under which Chromium is installed.
+const BROWSERS: [&str; 4] = [
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+];
+
 /// The versions of what the browser preset needs.
 pub async fn programs(environment: &Environment) -> Vec<Finding> {
-    let fix = "run `make setup`, or install it with the system's package manager";
-    let mut findings = Vec::new();
-    for (what, names) in [
-        ("node", &["node"][..]),
-        (
-            "chromium",
-            &[
-                "chromium",
-                "chromium-browser",
-                "google-chrome",
-                "google-chrome-stable",
-            ][..],
-        ),
-    ] {
-        let mut found = None;
-        for name in names {
-            if let Some(version) = version(name, environment).await {
-                found = Some(format!("{name}: {version}"));
-                break;
-            }
+    vec![
+        node(version("node", environment).await.as_deref()),
+        browser(environment).await,
+    ]
+}
+
+fn node(version: Option<&str>) -> Finding {
+    let fix = "run `make setup`, which brings one, or install a newer Node.js";
+    let Some(version) = version else {
+        return Finding::warn("node", "`node` does not answer; browsers need it", fix);
+    };
+    let major = version.trim_start_matches('v').split('.').next();
+    let major: Option<u32> = major.and_then(|text| text.parse().ok());
+    match major {
+        Some(major) if major < NODE_MAJOR_MIN => {
+            let seen = format!("{version}; browsers need {NODE_MAJOR_MIN} or newer");
+            Finding::warn("node", seen, fix)
         }
-        findings.push(match found {
-            Some(seen) => Finding::ok(what, seen),
-            None => Finding::warn(
-                what,
-                format!("none of {} answers; browsers need it", names.join(", ")),
-                fix,
-            ),
-        });
+        _ => Finding::ok("node", version),
     }
-    findings
+}
+
+async fn browser(environment: &Environment) -> Finding {
+    for name in BROWSERS {
+        if let Some(version) = version(name, environment).await {
+            return Finding::ok("chromium", format!("{name}: {version}"));
+        }
+    }
+    let seen = format!("none of {} answers; browsers need it", BROWSERS.join(", "));
+    let fix = "run `make setup`, or install it with the system's package manager";
+    Finding::warn("chromium", seen, fix)
 }
 
 async fn version(program: &str, environment: &Environment) -> Option<String> {
@@ -427,5 +437,12 @@ mod tests {
     async fn an_endpoint_that_is_away_is_a_fault() {
         let endpoint = ModelEndpoint::new("http://127.0.0.1:1/v1");
         assert!(list_models(&endpoint).await.is_err());
+    }
+
+    #[test]
+    fn an_old_node_is_a_warning() {
+        assert!(matches!(node(Some("v18.20.4")).level, Level::Warn));
+        assert!(matches!(node(Some("v20.0.0")).level, Level::Ok));
+        assert!(matches!(node(None).level, Level::Warn));
     }
 }
