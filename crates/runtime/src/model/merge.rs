@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use serde_json::Value;
 
 use super::error::ModelError;
-use super::wire::{CallDelta, Choice, Chunk, Delta, WireUsage};
+use super::wire::{CallDelta, Choice, Chunk, Delta, TokenLogprob, WireUsage};
 use super::{RawToolCall, Usage};
 
 /// An answer as far as it has come.
@@ -99,7 +99,9 @@ impl Merge {
             self.token_ids.get_or_insert_default().extend(ids);
         }
         if let Some(tokens) = choice.logprobs.and_then(|logprobs| logprobs.content) {
-            let logprobs = tokens.into_iter().map(|token| token.logprob);
+            // JSON cannot hold the infinity that a number beyond `f32` becomes: the trace could not be read again.
+            let finite = |token: TokenLogprob| token.logprob.clamp(f32::MIN, f32::MAX);
+            let logprobs = tokens.into_iter().map(finite);
             self.logprobs.get_or_insert_default().extend(logprobs);
         }
         if let Some(reason) = choice.finish_reason.filter(|reason| !reason.is_empty()) {
@@ -314,6 +316,16 @@ mod tests {
             completion_tokens: 3,
         };
         assert_eq!(merged.usage, Some(usage));
+    }
+
+    #[test]
+    fn an_impossible_logprob_stays_a_number_of_json() {
+        let logprobs = json!({"content": [{"logprob": -1e300}, {"logprob": -1.5}]});
+        let chunk = json!({"choices": [{"delta": {}, "logprobs": logprobs}]});
+        assert_eq!(
+            merge(&[chunk]).logprobs.as_deref(),
+            Some(&[f32::MIN, -1.5][..])
+        );
     }
 
     #[test]
