@@ -67,13 +67,15 @@ impl CompiledPolicy {
         })
     }
 
-    /// The verdict about a tool: rules are matched with `offered`, danger is known by `raw`.
+    /// The verdict about a tool. A rule fits by the name that is offered or by the server's own: a tool whose name was
+    /// changed, because another server has it too, must not slip through `deny` and `ask`. Danger is known by `raw`.
     pub(super) fn verdict(&self, offered: &str, raw: &str) -> Verdict {
-        if matches(&self.deny, offered) {
+        let fits = |rules: &[Rule]| matches(rules, offered) || matches(rules, raw);
+        if fits(&self.deny) {
             return Verdict::Deny;
         }
         let is_dangerous = DANGEROUS_TOOLS.contains(&raw);
-        let asked = matches(&self.ask, offered);
+        let asked = fits(&self.ask);
         if is_dangerous {
             return match (names(&self.ask, offered), names(&self.allow, offered)) {
                 (true, _) => Verdict::Ask,
@@ -85,7 +87,7 @@ impl CompiledPolicy {
         if asked {
             return Verdict::Ask;
         }
-        if self.allow.is_empty() || matches(&self.allow, offered) {
+        if self.allow.is_empty() || fits(&self.allow) {
             return Verdict::Allow;
         }
         Verdict::Deny
@@ -165,6 +167,20 @@ mod tests {
         let policy = CompiledPolicy::new(&ToolPolicy::default(), &["note_*".into()]).unwrap();
         assert_eq!(policy.verdict("b__browser_drop", "browser_drop"), Deny);
         assert_eq!(policy.verdict("note_write", "note_write"), Deny);
+    }
+
+    #[test]
+    fn a_tool_that_was_renamed_is_still_denied_and_asked_about() {
+        let policy = ToolPolicy {
+            ask: vec!["send".into()],
+            deny: vec!["drop_*".into()],
+            ..ToolPolicy::default()
+        };
+        let policy = CompiledPolicy::new(&policy, &["erase".into()]).unwrap();
+        assert_eq!(policy.verdict("b__drop_all", "drop_all"), Deny);
+        assert_eq!(policy.verdict("b__erase", "erase"), Deny);
+        assert_eq!(policy.verdict("b__send", "send"), Ask);
+        assert_eq!(policy.verdict("b__list", "list"), Allow);
     }
 
     #[test]
