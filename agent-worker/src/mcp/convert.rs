@@ -81,8 +81,11 @@ impl OfferedTool {
     }
 }
 
-/// Converts the tools of all servers of a rollout. Names depend only on the list, not on its history.
-pub(super) fn convert(tools: Vec<RawTool>) -> Vec<OfferedTool> {
+/// Converts the tools of all servers of a rollout. Names depend only on the list, not on its history. A tool that its
+/// server lists twice is offered once, since a call could only reach one of them.
+pub(super) fn convert(mut tools: Vec<RawTool>) -> Vec<OfferedTool> {
+    let mut listed = BTreeSet::new();
+    tools.retain(|tool| listed.insert((tool.server.clone(), tool.name.clone())));
     let names = offered_names(&tools);
     let offered = |(tool, name): (RawTool, String)| {
         let (parameters, wrapped) = parameters(tool.schema);
@@ -134,7 +137,12 @@ fn offered_names(tools: &[RawTool]) -> Vec<String> {
         taken.extend(names.iter().flatten().cloned());
     }
     let digested = |((name, tool), prefixed): ((Option<String>, &RawTool), String)| {
-        name.unwrap_or_else(|| with_digest(&prefixed, tool))
+        name.unwrap_or_else(|| {
+            // A server may call a tool of its own by what another's would be called.
+            let mut tries = (0..).map(|n| with_digest(&prefixed, tool, n));
+            let free = tries.find(|name| taken.insert(name.clone()));
+            free.unwrap_or(prefixed)
+        })
     };
     names
         .into_iter()
@@ -160,8 +168,14 @@ fn clean(name: &str) -> String {
     }
 }
 
-fn with_digest(prefixed: &str, tool: &RawTool) -> String {
-    let digest = Sha256::digest(format!("{}\0{}", tool.server, tool.name));
+/// `n` tells the tries apart.
+fn with_digest(prefixed: &str, tool: &RawTool, n: u32) -> String {
+    let tried = if n == 0 {
+        String::new()
+    } else {
+        format!("\0{n}")
+    };
+    let digest = Sha256::digest(format!("{}\0{}{tried}", tool.server, tool.name));
     let suffix: String = digest
         .iter()
         .take(4)
@@ -369,6 +383,20 @@ mod tests {
         let mut back = names(&turned);
         back.reverse();
         assert_eq!(got, back, "order does not matter");
+    }
+
+    #[test]
+    fn a_tool_that_is_listed_twice_is_offered_once() {
+        assert_eq!(names(&[("a", "open"), ("a", "open")]), ["open"]);
+    }
+
+    #[test]
+    fn no_server_can_take_the_name_of_another_servers_tool() {
+        let long = "x".repeat(100);
+        let victim = names(&[("a", &long)]).remove(0);
+        let got = names(&[("b", &victim), ("a", &long)]);
+        assert_eq!(got[0], victim);
+        assert_ne!(got[1], victim);
     }
 
     #[test]
