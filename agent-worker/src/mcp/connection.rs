@@ -37,6 +37,7 @@ use super::browser;
 use super::child::{Pipes, ServerProcess};
 use super::config::HttpServer;
 use super::error::McpError;
+use super::redact::Secrets;
 
 /// Largest message from a server. A page of 5 MB is an answer; more than this is a flood.
 pub(super) const ANSWER_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -114,6 +115,8 @@ pub(super) struct Connection {
     /// The server's process, where it is ours.
     process: Option<Arc<ServerProcess>>,
     meter: Option<Arc<AtomicU64>>,
+    /// What its address and headers must not show in an error.
+    secrets: Secrets,
 }
 
 impl Connection {
@@ -131,6 +134,7 @@ impl Connection {
         };
         let (asked, is_browser) = (Arc::clone(&client.asked), root.is_some());
         let meter = matches!(reach, Reach::Pipes(_)).then(Arc::<AtomicU64>::default);
+        let secrets = secrets(&reach);
         let handshake = serve(server, client, reach, meter.clone());
         let running = tokio::select! {
             done = with_deadline("mcp_handshake", timeout, handshake) => match done {
@@ -149,6 +153,7 @@ impl Connection {
             is_watched: is_browser,
             process,
             meter,
+            secrets,
         })
     }
 
@@ -388,7 +393,9 @@ impl Connection {
         if let Ok(status) = with_deadline("mcp_server_end", EXIT_GRACE, end).await {
             return self.crashed(&status);
         }
+        // The error of a request names its whole address.
         let reason = format!("the connection ended: {error}");
+        let reason = self.secrets.redact(&reason);
         if self.meter.is_some() {
             return self.crashed(&reason);
         }
@@ -445,6 +452,15 @@ fn http_config(uri: &str) -> StreamableHttpClientTransportConfig {
         .reinit_on_expired_session(false)
         .max_sse_event_size(ANSWER_BYTES_MAX)
         .max_json_response_size(ANSWER_BYTES_MAX)
+}
+
+fn secrets(reach: &Reach<'_>) -> Secrets {
+    let Reach::Http(http) = reach else {
+        return Secrets::default();
+    };
+    let address = reqwest::Url::parse(&http.url).ok();
+    let query = address.and_then(|address| address.query().map(str::to_owned));
+    Secrets::new(http.headers.values().chain(&query))
 }
 
 fn headers(server: &str, http: &HttpServer) -> Result<HashMap<HeaderName, HeaderValue>, McpError> {
@@ -517,5 +533,67 @@ impl<R: AsyncRead + Unpin> AsyncRead for Metered<R> {
             return Poll::Ready(Err(std::io::Error::other("the server floods its output")));
         }
         poll
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    /// Answers the handshake and then hangs up on everything.
+    async fn shake_hands_and_leave(listener: TcpListener) {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = vec![0; 8192];
+            let mut count = 0;
+            while !String::from_utf8_lossy(&request[..count]).contains('}') {
+                match stream.read(&mut request[count..]).await.unwrap() {
+                    0 => break,
+                    more => count += more,
+                }
+            }
+            let request = String::from_utf8_lossy(&request[..count]).into_owned();
+            let body = match request.contains("\"initialize\"") {
+                true => {
+                    r#"{"jsonrpc":"2.0","id":0,"result":{"protocolVersion":"2025-06-18","capabilities":{"tools":{}},"serverInfo":{"name":"s","version":"1"}}}"#
+                }
+                false if request.contains("notifications/initialized") => "",
+                false => return,
+            };
+            let status = if body.is_empty() {
+                "202 Accepted"
+            } else {
+                "200 OK"
+            };
+            let head = format!(
+                "HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+                body.len()
+            );
+            stream.write_all((head + body).as_bytes()).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn the_error_of_a_lost_server_shows_no_secret_of_its_address() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let http = HttpServer {
+            url: format!(
+                "http://{}/mcp?api_key=hunter2-secret",
+                listener.local_addr().unwrap()
+            ),
+            headers: BTreeMap::new(),
+        };
+        let timeout = Duration::from_secs(20);
+        let talk = async {
+            let connection = Connection::open("s", Reach::Http(&http), None, None, timeout).await?;
+            connection.list_tools(timeout).await
+        };
+        let (talked, ()) = tokio::join!(talk, shake_hands_and_leave(listener));
+        let error = talked.unwrap_err();
+        assert!(matches!(error, McpError::ContextLost { .. }), "{error}");
+        assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
     }
 }
