@@ -8,6 +8,8 @@ use bytes::Bytes;
 use rmcp::model::{CallToolResult, ContentBlock, ResourceContents};
 use serde_json::{Value, json};
 
+use crate::observe::strip;
+
 /// The answer of one call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ToolOutcome {
@@ -30,7 +32,7 @@ impl ToolOutcome {
         let mut images = Vec::new();
         for block in &result.content {
             match block {
-                ContentBlock::Text(part) => texts.push(without_colours(&part.text)),
+                ContentBlock::Text(part) => texts.push(strip(&part.text).into_owned()),
                 ContentBlock::Image(part) => match BASE64_STANDARD.decode(&part.data) {
                     Ok(data) => images.push((part.mime_type.clone(), data.into())),
                     Err(_) => texts.push("[an image that is not base64]".to_owned()),
@@ -73,30 +75,12 @@ impl ToolOutcome {
 /// The text of a resource, or what kind of thing it is.
 pub(super) fn resource_text(resource: &ResourceContents) -> String {
     match resource {
-        ResourceContents::TextResourceContents { text, .. } => without_colours(text),
+        ResourceContents::TextResourceContents { text, .. } => strip(text).into_owned(),
         ResourceContents::BlobResourceContents { uri, mime_type, .. } => {
             format!("[{uri}, {}]", mime_type.as_deref().unwrap_or("binary"))
         }
         _ => "[a resource of an unknown kind]".to_owned(),
     }
-}
-
-/// `text` without ANSI escape sequences (ECMA-48 control sequences), which Playwright puts into its errors.
-fn without_colours(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once("\u{1b}[") {
-        out.push_str(before);
-        let parameters = after.find(|c: char| !('\u{20}'..='\u{3f}').contains(&c));
-        rest = match parameters {
-            Some(end) => after[end..]
-                .strip_prefix(|c: char| ('\u{40}'..='\u{7e}').contains(&c))
-                .unwrap_or(&after[end..]),
-            None => "",
-        };
-    }
-    out.push_str(rest);
-    out
 }
 
 #[cfg(test)]
@@ -110,7 +94,7 @@ mod tests {
     #[test]
     fn parts_become_text_and_images() {
         let got = outcome(json!({"content": [
-            {"type": "text", "text": "a"},
+            {"type": "text", "text": "\u{1b}[31ma\u{1b}[0m"},
             {"type": "image", "data": "aGk=", "mimeType": "image/png"},
             {"type": "resource", "resource": {"uri": "note://x", "text": "n"}},
             {"type": "text", "text": "b"}
@@ -132,11 +116,5 @@ mod tests {
             "{\"n\":1}"
         );
         assert_eq!(outcome(json!({"content": []})).text, "");
-    }
-
-    #[test]
-    fn colours_are_removed() {
-        let text = "\u{1b}[2m  - waiting\u{1b}[22m for \u{1b}[31;1mé\u{1b}[0m \u{1b}[";
-        assert_eq!(without_colours(text), "  - waiting for é ");
     }
 }

@@ -9,7 +9,7 @@ const ESC: char = '\u{1b}';
 const STRING_BYTES_MAX: usize = 2048;
 
 /// `text` without ANSI escape sequences.
-pub(super) fn strip(text: &str) -> Cow<'_, str> {
+pub(crate) fn strip(text: &str) -> Cow<'_, str> {
     if !text.contains(ESC) {
         return Cow::Borrowed(text);
     }

@@ -17,6 +17,7 @@ use std::borrow::Cow;
 use espalier_core::spec::Observation;
 use espalier_qwen3_text::Tokenizer;
 
+pub(crate) use ansi::strip;
 use snapshot::Snapshot;
 
 /// What stands for a result without text.
