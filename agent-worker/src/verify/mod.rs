@@ -143,13 +143,10 @@ fn score<'a, P: Probes + Sync>(
             Verify::Weighted(list) => {
                 let parts = list.iter().map(|(_, check)| check);
                 let scores = scores(parts, &path, "weighted", evidence, probes, checks).await?;
-                let weights: f64 = list.iter().map(|(weight, _)| weight).sum();
-                Ok(list
-                    .iter()
-                    .zip(scores)
-                    .map(|((weight, _), score)| weight * score)
-                    .sum::<f64>()
-                    / weights)
+                Ok(weighted_mean(
+                    list.iter().map(|(weight, _)| *weight),
+                    &scores,
+                ))
             }
             leaf => {
                 let (name, result) = leaf_score(leaf, evidence, probes).await;
@@ -183,6 +180,15 @@ async fn scores<'a, P: Probes + Sync>(
         found.push(score(check, path, evidence, probes, checks).await?);
     }
     Ok(found)
+}
+
+/// Weights count against the largest, so that the sum of huge ones stays finite: a reward must be a number.
+fn weighted_mean(weights: impl Iterator<Item = f64> + Clone, scores: &[f64]) -> f64 {
+    let largest = weights.clone().fold(f64::MIN_POSITIVE, f64::max);
+    let shares = weights.map(|weight| weight / largest);
+    let sum: f64 = shares.clone().sum();
+    let scored: f64 = shares.zip(scores).map(|(share, score)| share * score).sum();
+    (scored / sum).clamp(0.0, 1.0)
 }
 
 fn join(path: &str, name: &str) -> String {

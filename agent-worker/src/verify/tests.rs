@@ -301,3 +301,11 @@ async fn a_script_that_throws_scores_nothing_and_a_lost_browser_ends_the_attempt
         ErrorClass::Invalid
     );
 }
+
+#[test]
+fn a_weighted_mean_is_a_number_whatever_the_weights() {
+    let mean = |weights: &[f64], scores| weighted_mean(weights.iter().copied(), scores);
+    assert_eq!(mean(&[3.0, 1.0], &[1.0, 0.0]), 0.75);
+    assert_eq!(mean(&[1e308, 1e308], &[1.0, 0.0]), 0.5);
+    assert_eq!(mean(&[5e-324, 5e-324], &[1.0, 1.0]), 1.0);
+}
