@@ -28,7 +28,7 @@ use crate::rollout::{Hooks, Services};
 /// A stdio server with tools that do well and badly.
 const TOY_SERVER: &str = r#"
 const tool = (name) => ({name, description: name, inputSchema: {type: 'object', properties: {text: {type: 'string'}}}});
-const names = ['echo', 'add', 'fail', 'empty', 'long', 'sleep', 'die', 'picture'];
+const names = ['echo', 'add', 'fail', 'empty', 'long', 'sleep', 'die', 'picture', 'block'];
 const text = (text, isError) => ({content: [{type: 'text', text}], isError});
 const call = async ({name, arguments: args}) => {
   if (name === 'echo') return text(args.text);
@@ -39,6 +39,7 @@ const call = async ({name, arguments: args}) => {
   if (name === 'picture') return {content: [{type: 'image', data: 'aGk=', mimeType: 'image/png'}]};
   if (name === 'sleep') { await new Promise((done) => setTimeout(done, 60000)); return text('late'); }
   if (name === 'die') process.exit(7);
+  if (name === 'block') for (;;);
 };
 const answer = async ({method, params}) => {
   if (method === 'initialize') return {protocolVersion: params.protocolVersion, capabilities: {tools: {}},

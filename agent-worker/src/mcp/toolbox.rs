@@ -213,10 +213,7 @@ impl Toolbox {
         script: &str,
         deadline: Duration,
     ) -> Result<Result<Value, String>, McpError> {
-        let Some(link) = self.links.iter().find(|link| link.connection.is_browser()) else {
-            let rule = "needs a server with the preset `playwright` among `mcp`";
-            return Err(FieldError::new("verify.page", "…", rule).into());
-        };
+        let link = self.browser()?;
         let arguments = browser::evaluate(script);
         let outcome = self
             .run(link, browser::EVALUATE_TOOL, arguments, deadline)
@@ -224,6 +221,19 @@ impl Toolbox {
         Ok(match browser::evaluated(&outcome.text) {
             Some(value) if !outcome.is_error => Ok(value),
             _ => Err(outcome.text),
+        })
+    }
+
+    /// Refuses what [`Toolbox::evaluate_page`] would refuse for want of a browser.
+    pub fn check_browser(&self) -> Result<(), McpError> {
+        self.browser().map(drop)
+    }
+
+    fn browser(&self) -> Result<&Link, McpError> {
+        let browser = self.links.iter().find(|link| link.connection.is_browser());
+        browser.ok_or_else(|| {
+            let rule = "needs a server with the preset `playwright` among `mcp`";
+            FieldError::new("verify.page", "…", rule).into()
         })
     }
 

@@ -73,7 +73,11 @@ fn spent(progress: Progress<'_>, limits: &Limits) -> Option<StopReason> {
     let totals = progress.totals;
     if totals.turns >= limits.turns_max {
         Some(StopReason::TurnLimit)
-    } else if totals.prompt_tokens + totals.completion_tokens >= limits.tokens_max {
+    } else if totals
+        .prompt_tokens
+        .saturating_add(totals.completion_tokens)
+        >= limits.tokens_max
+    {
         Some(StopReason::TokenLimit)
     } else if out_of_time(progress, limits) {
         Some(StopReason::TimeLimit)

@@ -251,6 +251,9 @@ impl TurnClock {
 
 impl<C: Conversation> Rollout<'_, C> {
     async fn run(mut self) -> Result<Outcome, RolloutError> {
+        if let Some(verify) = &self.order.spec.verify {
+            self.probes().check(verify)?;
+        }
         self.begin().await?;
         let stop = self.converse().await?;
         self.conclude(stop).await
@@ -361,15 +364,19 @@ impl<C: Conversation> Rollout<'_, C> {
             final_url,
             tool_calls: self.recorder.tool_calls(),
         };
-        let probes = Live {
-            toolbox: self.toolbox,
-            hooks: &self.services.hooks,
-        };
+        let probes = self.probes();
         let span = tracing::info_span!(span::VERIFY, { attribute::REWARD } = tracing::field::Empty);
         let judged = judge(verify, &evidence, &probes).instrument(span.clone());
         let verdict = with_deadline("rollout.verify", VERIFY_TIMEOUT, judged).await??;
         span.record(attribute::REWARD, verdict.reward);
         Ok(verdict)
+    }
+
+    fn probes(&self) -> Live<'_> {
+        Live {
+            toolbox: self.toolbox,
+            hooks: &self.services.hooks,
+        }
     }
 
     /// None without a browser, and where the page does not tell: it may stand in a dialog.

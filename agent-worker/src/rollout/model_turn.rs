@@ -2,7 +2,7 @@
 
 use espalier_core::chat::Message;
 use espalier_core::trace::{ModelCall, PromptTokens, StopReason};
-use espalier_runtime::model::{ChatRequest, ChatTurn, ModelError};
+use espalier_runtime::model::{ChatRequest, ChatTurn, ModelError, Usage};
 use espalier_runtime::telemetry::metrics;
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
@@ -74,7 +74,7 @@ impl<C: Conversation> Rollout<'_, C> {
         turn: &ChatTurn,
         started_at_us: espalier_core::time::Timestamp,
     ) -> ModelCall {
-        let usage = turn.usage;
+        let usage = turn.usage.unwrap_or_else(|| counted(turn));
         ModelCall {
             message: self.recorder.messages().len(),
             model: turn.model.clone(),
@@ -83,8 +83,8 @@ impl<C: Conversation> Rollout<'_, C> {
             completion_ids: turn.token_ids.clone(),
             logprobs: turn.logprobs.clone(),
             finish_reason: turn.finish_reason.clone(),
-            prompt_tokens: usage.map_or(0, |usage| usage.prompt_tokens),
-            completion_tokens: usage.map_or(0, |usage| usage.completion_tokens),
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
             started_at_us,
             first_token_ms: turn.first_token.map(millis),
             latency_ms: millis(turn.latency),
@@ -111,13 +111,26 @@ impl<C: Conversation> Rollout<'_, C> {
         );
         let tool_calls = self.pending.iter().map(|(call, _)| call.clone()).collect();
         self.totals.turns += 1;
-        self.totals.prompt_tokens += call.prompt_tokens;
-        self.totals.completion_tokens += call.completion_tokens;
+        // The endpoint's own counts may be anything.
+        let totals = &mut self.totals;
+        totals.prompt_tokens = totals.prompt_tokens.saturating_add(call.prompt_tokens);
+        totals.completion_tokens = totals
+            .completion_tokens
+            .saturating_add(call.completion_tokens);
         metrics().rollout_turns.add(1, &[]);
         self.say(Message::assistant(turn.content, turn.reasoning, tool_calls))
             .await?;
         self.recorder.model_call(call).await?;
         Ok(())
+    }
+}
+
+/// What a turn cost by its token ids, where the endpoint gives them but does not count.
+fn counted(turn: &ChatTurn) -> Usage {
+    let count = |ids: &Option<Vec<u32>>| ids.as_ref().map_or(0, |ids| ids.len() as u64);
+    Usage {
+        prompt_tokens: count(&turn.prompt_token_ids),
+        completion_tokens: count(&turn.token_ids),
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_core::error::ErrorClass;
+use espalier_core::spec::Verify;
 use futures::StreamExt;
 use serde_json::{Map, Value};
 
@@ -47,20 +48,29 @@ impl Hooks {
         self.hosts.contains(host) || with_port.is_some_and(|name| self.hosts.contains(&name))
     }
 
-    async fn ask(&self, url: &str, body: &Value) -> Result<Value, ProbeError> {
-        let refuse = |rule: &str| ProbeError {
+    /// The address of a hook that may be asked. Errors name no more of it than its path: the rest may hold secrets.
+    fn checked(&self, url: &str) -> Result<reqwest::Url, ProbeError> {
+        let refuse = |message: String| ProbeError {
             class: ErrorClass::Invalid,
-            message: format!("hook `{url}` {rule}"),
+            message,
         };
-        let parsed = reqwest::Url::parse(url).map_err(|_| refuse("is not a URL"))?;
+        let parsed = reqwest::Url::parse(url)
+            .map_err(|error| refuse(format!("the address of a hook is no URL: {error}")))?;
         if !self.allows(&parsed) {
-            return Err(refuse(
-                "is on a host that `http_hook_hosts` of the worker does not list",
-            ));
+            let hook = shown(&parsed);
+            return Err(refuse(format!(
+                "hook `{hook}` is on a host that `http_hook_hosts` of the worker does not list"
+            )));
         }
+        Ok(parsed)
+    }
+
+    async fn ask(&self, url: &str, body: &Value) -> Result<Value, ProbeError> {
+        let parsed = self.checked(url)?;
+        let hook = shown(&parsed);
         let infra = |what: &str| ProbeError {
             class: ErrorClass::Infra,
-            message: format!("hook `{url}` {what}"),
+            message: format!("hook `{hook}` {what}"),
         };
         let response = self
             .client
@@ -86,16 +96,35 @@ impl Hooks {
     }
 }
 
+/// Scheme, host, port and path of an address.
+fn shown(url: &reqwest::Url) -> String {
+    format!("{}{}", url.origin().ascii_serialization(), url.path())
+}
+
 /// The probes of a rollout whose servers still run.
 pub(super) struct Live<'a> {
     pub toolbox: &'a Toolbox,
     pub hooks: &'a Hooks,
 }
 
+impl Live<'_> {
+    /// Refuses checks that this rollout can never answer, before it has cost anything.
+    pub(super) fn check(&self, verify: &Verify) -> Result<(), ProbeError> {
+        for leaf in verify.leaves() {
+            match leaf {
+                Verify::Http(hook) => drop(self.hooks.checked(&hook.url)?),
+                Verify::Page { .. } => self.toolbox.check_browser().map_err(failed)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Probes for Live<'_> {
     async fn page(&self, script: &str) -> Result<Value, ProbeError> {
-        // The script is a function; the toolbox evaluates an expression.
-        let call = format!("({script})()");
+        // The script is a function; the toolbox evaluates an expression. The line break ends a comment at its end.
+        let call = format!("({script}\n)()");
         let answer = self.toolbox.evaluate_page(&call, PROBE_TIMEOUT).await;
         answer.map_err(failed)?.map_err(came_to_nothing)
     }
@@ -157,10 +186,11 @@ mod tests {
         assert!(!allows("http://localhost:9090/"));
         assert!(!allows("http://judge.example.evil.example/"));
         let error = hooks
-            .ask("http://169.254.169.254/", &Value::Null)
+            .ask("http://169.254.169.254/?key=hunter2", &Value::Null)
             .await
             .unwrap_err();
         assert_eq!(error.class, ErrorClass::Invalid);
         assert!(error.message.contains("http_hook_hosts"), "{error}");
+        assert!(!error.message.contains("hunter2"), "{error}");
     }
 }

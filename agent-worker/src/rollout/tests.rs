@@ -346,3 +346,47 @@ async fn a_person_who_leaves_in_the_middle_leaves_a_whole_trace() {
     let published = recorder.publish(outcome, &crate::record::NoLease).await;
     assert_eq!(published.unwrap().summary.stop, StopReason::UserExit);
 }
+
+#[tokio::test]
+async fn a_server_that_stands_still_when_the_time_is_up_is_no_failure_of_the_attempt() {
+    let world = World::new().await;
+    world
+        .model
+        .will([calls(&[("block", "{}"), ("echo", "{}")])]);
+    let ran = roll(&world, json!({"limits": {"wall_s": 1}})).await;
+    assert_eq!(ran.outcome().stop, StopReason::TimeLimit);
+    assert_eq!(ran.shown().len(), 1, "{:?}", ran.shown());
+    assert!(ran.recorder.tool_calls()[0].is_error);
+}
+
+#[tokio::test]
+async fn checks_that_can_never_be_answered_are_refused_before_the_model_is_called() {
+    let world = World::new().await;
+    for verify in [
+        json!({"http": {"url": "http://judge.example/"}}),
+        json!({"any": [{"answer": {"contains": "x"}}, {"page": {"script": "() => true"}}]}),
+    ] {
+        let ran = roll(&world, json!({"verify": verify})).await;
+        assert_eq!(ran.outcome.unwrap_err().class(), ErrorClass::Invalid);
+    }
+    assert_eq!(world.model.asked().len(), 0);
+}
+
+#[tokio::test]
+async fn an_endpoint_that_counts_wrongly_or_not_at_all_is_no_way_around_the_limit() {
+    let world = World::new().await;
+    let mut huge = calls(&[("add", r#"{"a": 1, "b": 1}"#)]);
+    huge["usage"] = json!({"prompt_tokens": u64::MAX, "completion_tokens": u64::MAX});
+    world.model.will([huge]);
+    let ran = roll(&world, json!({})).await;
+    assert_eq!(ran.outcome().stop, StopReason::TokenLimit);
+
+    let mut uncounted = calls(&[("add", r#"{"a": 1, "b": 1}"#)]);
+    uncounted["usage"] = Value::Null;
+    uncounted["prompt_token_ids"] = json!([1, 2, 3]);
+    uncounted["choices"][0]["token_ids"] = json!([4, 5]);
+    world.model.will([uncounted]);
+    let ran = roll(&world, json!({"limits": {"tokens": 5}})).await;
+    assert_eq!(ran.outcome().stop, StopReason::TokenLimit);
+    assert_eq!(ran.outcome().totals.completion_tokens, 2);
+}

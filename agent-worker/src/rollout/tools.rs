@@ -103,6 +103,11 @@ impl<C: Conversation> Rollout<'_, C> {
                 self.explain(Decision::Unknown, format!("Tool {name} not found"))
                     .await
             }
+            // A server that does one thing at a time cannot say that it is well: the time is up, and that is the outcome.
+            Err(error @ McpError::Deadline { .. }) if self.time_left().is_zero() => {
+                span.record(attribute::ERROR_TYPE, error.class().as_str());
+                self.explain(decision, format!("Error: {error}")).await
+            }
             // A slow tool of a server that is well is an outcome; a deadline here means that the server is not.
             Err(error) => {
                 span.record(attribute::ERROR_TYPE, error.class().as_str());
