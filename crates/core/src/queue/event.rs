@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use super::{DeadReason, JobKind, StateName};
-use crate::id::{BatchId, Fence, JobKey, ProjectId, WorkerId};
+use super::JobKind;
+use crate::id::{Fence, JobKey, WorkerId};
 
 /// Why a lease was taken away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,19 +25,6 @@ pub enum Event {
         /// Tags that a worker must offer.
         needs: BTreeSet<String>,
     },
-    /// A job ended.
-    Ended {
-        /// Which.
-        key: JobKey,
-        /// The sort of work.
-        kind: JobKind,
-        /// How.
-        state: StateName,
-        /// Why, where it is dead.
-        reason: Option<DeadReason>,
-        /// Its place in the order of ends.
-        seq: u64,
-    },
     /// The holder of a lease should stop: the job was cancelled.
     CancelRequested {
         /// Who holds it.
@@ -57,12 +44,5 @@ pub enum Event {
         fence: Fence,
         /// Why.
         reason: RevokeReason,
-    },
-    /// A batch is closed and all its jobs have ended.
-    BatchCompleted {
-        /// The tenant.
-        project: ProjectId,
-        /// Which.
-        batch: BatchId,
     },
 }

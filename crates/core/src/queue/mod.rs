@@ -39,10 +39,10 @@ pub use view::{BatchView, EndedJob, JobFilter, JobView, QueueStats, StatLine};
 pub const CHUNK_JOBS_MAX: usize = 10_000;
 /// Most dependencies of one job: enough for a report over one full chunk.
 pub const DEPS_MAX: usize = 10_000;
-/// Most tags that a job may need.
-pub const NEEDS_MAX: usize = 16;
-/// Most labels of a job.
-pub const LABELS_MAX: usize = 32;
+/// Most tags that a job may need: those that a spec may list, and one for each MCP server that it may use.
+pub const NEEDS_MAX: usize = 80;
+/// Most labels of a job, as many as a spec may have.
+pub const LABELS_MAX: usize = 64;
 /// Longest tag, label key or label value, in bytes.
 pub const TAG_BYTES_MAX: usize = 256;
 /// Most distinct pairs of kind and needs at one time: each lease looks at all lanes of its kind.
@@ -82,3 +82,16 @@ pub struct BatchSeq(pub u32);
 )]
 #[serde(transparent)]
 pub struct ProjectSeq(pub u32);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::limits;
+
+    #[test]
+    fn a_spec_within_its_limits_meets_no_tighter_one_here() {
+        assert_eq!(LABELS_MAX, limits::LIST_MAX);
+        assert_eq!(NEEDS_MAX, limits::LIST_MAX + limits::SERVERS_MAX);
+        assert_eq!(TAG_BYTES_MAX, limits::NAME_BYTES_MAX);
+    }
+}

@@ -6,16 +6,15 @@ use std::time::Duration;
 use super::super::job::{self, Next};
 use super::super::{
     AttemptError, DeadReason, Event, GRANTS_MAX, Grant, JobSeq, JobState, LEASE_REPEAT, Lease,
-    LeaseRequest, NEEDS_MAX, ON_THE_WAY_MAX, PROGRESS_BYTES_MAX, Refusal, RenewReply, RevokeReason,
-    Ticked,
+    LeaseRequest, ON_THE_WAY_MAX, PROGRESS_BYTES_MAX, Refusal, RenewReply, RevokeReason, Ticked,
 };
 use super::Machine;
 use crate::error::{ErrorClass, FieldError};
 use crate::id::{Fence, JobKey, WorkerId};
 use crate::time::Timestamp;
 
-/// Most tags that a worker may offer: every tag that a job may need, for a good number of servers.
-const OFFERS_MAX: usize = 16 * NEEDS_MAX;
+/// Most tags that a worker may offer: more than any one job may need, for a good number of servers.
+const OFFERS_MAX: usize = 256;
 /// The shortest and the longest lease: less is lost to a hiccup, more is a hang that nobody notices.
 const TTL_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3_600));
 /// Most lease requests that are remembered; the oldest go first. Five seconds of 10,000 requests a second.

@@ -366,10 +366,6 @@ impl Machine {
         }
         batch.completed_at = Some(self.now);
         self.dirty.batches.insert(seq);
-        self.events.push(Event::BatchCompleted {
-            project: self.projects[&batch.project].id.clone(),
-            batch: batch.id.clone(),
-        });
     }
 }
 

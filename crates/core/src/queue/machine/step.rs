@@ -3,7 +3,7 @@
 
 use super::super::job::Job;
 use super::super::ring::Place;
-use super::super::{DeadReason, End, Event, JobSeq, JobState, ProjectSeq};
+use super::super::{DeadReason, End, JobSeq, JobState, ProjectSeq};
 use super::Machine;
 
 impl Machine {
@@ -71,22 +71,9 @@ impl Machine {
         self.dirty.meta = true;
         self.set_state(seq, how(end));
         self.just_ended.push(seq);
-        let Some(job) = self.jobs.get(&seq) else {
-            return;
-        };
-        let (batch, kind, state) = (job.batch, job.kind, job.state.name());
-        let reason = match &job.state {
-            JobState::Dead { reason, .. } => Some(*reason),
-            _ => None,
-        };
-        self.events.push(Event::Ended {
-            key: self.key_of(job),
-            kind,
-            state,
-            reason,
-            seq: end.seq,
-        });
-        self.complete_if_done(batch);
+        if let Some(batch) = self.jobs.get(&seq).map(|job| job.batch) {
+            self.complete_if_done(batch);
+        }
     }
 
     /// Lets what ended in this command show its effect: dependents become ready, or die with it, and so on.
