@@ -7,11 +7,10 @@ use clap::Parser;
 use espalier_proto::v1;
 use espalier_runtime::config::Environment;
 use espalier_runtime::tasks::OnFailure;
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Cli;
-use crate::bench::{Orders, Server, work};
+use crate::bench::{Ledger, Orders, Server, work};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 
@@ -36,7 +35,7 @@ impl Scene {
         let orders = Orders {
             name: "idle".to_owned(),
             credit: 16,
-            tally: Arc::new(watch::Sender::new(0)),
+            ledger: Arc::new(Ledger::new(0)),
             granted: None,
             leave: self.leave.clone(),
         };

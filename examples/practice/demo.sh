@@ -8,28 +8,8 @@ tasks=${2:-$here/tasks.jsonl}
 data=${ESPALIER_DEMO_DIR:-$PWD/.espalier-demo}
 mkdir -p "$data"
 
-pids=()
-finish() {
-  # In reverse order: who uses a service stops before the service does.
-  for ((i = ${#pids[@]} - 1; i >= 0; i--)); do
-    kill "${pids[i]}" 2>/dev/null && wait "${pids[i]}" 2>/dev/null || true
-  done
-}
-trap finish EXIT
-
-# Starts a process and waits until it has written its address to a file.
-start() {
-  local name=$1 ready=$data/$1.ready deadline=$((SECONDS + 60))
-  shift
-  rm -f "$ready"
-  "$@" 2>"$data/$name.log" &
-  pids+=($!)
-  until [ -s "$ready" ]; do
-    kill -0 "${pids[-1]}" 2>/dev/null || { echo "$name stopped: $(tail -n 5 "$data/$name.log")" >&2; exit 1; }
-    ((SECONDS < deadline)) || { echo "$name is not ready after 60 s: see $data/$name.log" >&2; exit 1; }
-    sleep 0.05
-  done
-}
+source "$here/processes.sh"
+trap stop_all EXIT
 
 start site "$bin/espalier" practice site --listen 127.0.0.1:0 --seed 7 --ready-file "$data/site.ready"
 start model "$bin/scripted-model" --listen 127.0.0.1:0 --seed 7 --mistakes 0.15 --ready-file "$data/model.ready"

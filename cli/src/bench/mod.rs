@@ -1,9 +1,15 @@
 //! `espalier bench`: what the parts manage on this machine, measured over real gRPC.
 //!
 //! `submit` and `queue` start a coordinator of their own on a temporary folder, with the embedded queue and every
-//! commit durable; `rollouts` measures a running `espalier up`. Figures are meant for a release build.
+//! commit durable; `rollouts` measures a running `espalier up`, `memory` any process. Figures are meant for a release
+//! build. `make bench` runs all of them.
 
+mod disk;
+mod figures;
+mod ledger;
 mod machine;
+mod memory;
+mod overhead;
 mod queue;
 mod rollouts;
 mod server;
@@ -18,9 +24,11 @@ use serde_json::{Value, json};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome};
 use crate::output::facts;
+use figures::{Bound, Figures, Headline};
 
 #[cfg(test)]
 pub use self::{
+    ledger::Ledger,
     server::Server,
     worker::{Orders, work},
 };
@@ -32,8 +40,12 @@ pub enum Bench {
     Submit(SubmitArgs),
     /// Submit, lease and finish with workers that do nothing: jobs a second, and the way from submit to worker
     Queue(QueueArgs),
-    /// Rollouts a minute of a running `espalier up`
+    /// A running `espalier up`: rollouts a minute, memory, and what a turn costs beside model and tools
     Rollouts(rollouts::Rollouts),
+    /// Memory of a process and of what it started; the bound is that of an idle coordinator
+    Memory(memory::Memory),
+    /// Show what the others wrote with --json as a table
+    Table(figures::TableArgs),
 }
 
 /// Options of `bench submit`.
@@ -69,12 +81,22 @@ pub struct QueueArgs {
 
 /// Runs the command.
 pub async fn run(context: &Context, command: &Bench) -> Outcome {
-    let figures = match command {
-        Bench::Submit(args) => submit::measure(*args).await?,
-        Bench::Queue(args) => queue::measure(*args).await?,
-        Bench::Rollouts(args) => rollouts::measure(context, args).await?,
+    let (bench, figures) = match command {
+        Bench::Submit(args) => ("submit", submit::measure(*args).await?),
+        Bench::Queue(args) => ("queue", queue::measure(*args).await?),
+        Bench::Rollouts(args) => (
+            args.name.as_str(),
+            Box::pin(rollouts::measure(context, args)).await?,
+        ),
+        Bench::Memory(args) => ("memory", memory::measure(*args).await?),
+        Bench::Table(args) => return figures::show(context, args),
     };
-    let report = json!({"machine": machine::describe(), "debug_build": cfg!(debug_assertions), "figures": figures});
+    let report = json!({
+        "bench": bench,
+        "machine": machine::describe(),
+        "figures": figures.values,
+        "headlines": figures.headlines,
+    });
     if context.out.json {
         context.out.event(&report)?;
     } else {
@@ -97,13 +119,18 @@ fn figures_text(report: &Value) -> String {
 }
 
 /// The value below which `share` of the times lie, in milliseconds.
-fn percentile_ms(times: &mut [Duration], share: f64) -> f64 {
-    times.sort_unstable();
-    if times.is_empty() {
-        return 0.0;
-    }
-    let index = ((times.len() as f64 * share).ceil() as usize).clamp(1, times.len()) - 1;
-    millis(times[index])
+fn percentile_ms(times: &[Duration], share: f64) -> f64 {
+    percentile(times.iter().map(|time| millis(*time)).collect(), share)
+}
+
+/// The value below which `share` of the values lie; 0 where there are none.
+fn percentile(mut values: Vec<f64>, share: f64) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    let index = ((values.len() as f64 * share).ceil() as usize).max(1) - 1;
+    values
+        .get(index.min(values.len().saturating_sub(1)))
+        .copied()
+        .unwrap_or(0.0)
 }
 
 /// Milliseconds, to a hundredth.
@@ -122,11 +149,11 @@ mod tests {
 
     #[test]
     fn percentiles_are_of_the_sorted_times() {
-        let mut times: Vec<Duration> = (1..=100).rev().map(Duration::from_millis).collect();
-        assert_eq!(percentile_ms(&mut times, 0.5), 50.0);
-        assert_eq!(percentile_ms(&mut times, 0.99), 99.0);
-        assert_eq!(percentile_ms(&mut times, 1.0), 100.0);
-        assert_eq!(percentile_ms(&mut [], 0.5), 0.0);
+        let times: Vec<Duration> = (1..=100).rev().map(Duration::from_millis).collect();
+        assert_eq!(percentile_ms(&times, 0.5), 50.0);
+        assert_eq!(percentile_ms(&times, 0.99), 99.0);
+        assert_eq!(percentile_ms(&times, 1.0), 100.0);
+        assert_eq!(percentile_ms(&[], 0.5), 0.0);
         assert_eq!(per_second(10, Duration::from_secs(4)), 2.5);
     }
 
@@ -139,9 +166,13 @@ mod tests {
             workers: 2,
             credit: 64,
         };
-        let figures = queue::measure(args).await.unwrap();
+        let figures = queue::measure(args).await.unwrap().values;
         assert!(
             figures["batched_jobs_per_s"].as_f64().unwrap() > 0.0,
+            "{figures}"
+        );
+        assert_eq!(
+            figures["batched_delivery"]["accepted_once"], 500,
             "{figures}"
         );
         assert!(
@@ -153,7 +184,8 @@ mod tests {
             rounds: 2,
         })
         .await
-        .unwrap();
+        .unwrap()
+        .values;
         assert!(
             figures["ack_median_ms"].as_f64().unwrap() > 0.0,
             "{figures}"

@@ -7,10 +7,12 @@ use espalier_core::layout;
 use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message;
 use espalier_proto::v1::worker_message::Message as Said;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
+use super::ledger::Ledger;
+use super::submit;
 use crate::client::{Client, Target};
 use crate::exit::Problem;
 
@@ -19,9 +21,6 @@ const OUTBOX_MAX: usize = 64;
 /// Grants that may wait to be looked at, in measurements of time.
 pub const GRANTS_MAX: usize = 1024;
 
-/// Counts results that were accepted. Workers share it.
-pub type Tally = Arc<watch::Sender<usize>>;
-
 /// What a worker is told.
 #[derive(Clone)]
 pub struct Orders {
@@ -29,8 +28,8 @@ pub struct Orders {
     pub name: String,
     /// How many jobs it takes at once.
     pub credit: u32,
-    /// Where accepted results are counted.
-    pub tally: Tally,
+    /// Where grants and answers to results are counted.
+    pub ledger: Arc<Ledger>,
     /// Where the moments of grants go, if anybody wants them.
     pub granted: Option<mpsc::Sender<Instant>>,
     /// When to leave.
@@ -75,21 +74,30 @@ pub async fn work(target: Target, orders: Orders) -> Result<(), Problem> {
                         let _ = granted.try_send(Instant::now());
                     }
                 }
+                for grant in &grants.grants {
+                    orders.ledger.granted(job_number(grant.lease.as_ref()));
+                }
                 let count = u32::try_from(grants.grants.len()).unwrap_or(u32::MAX);
                 outbox.send(say(results(grants)?)).await.map_err(gone)?;
                 outbox.send(say(credit(count))).await.map_err(gone)?;
             }
             Message::ResultAcks(acks) => {
-                let accepted = acks
-                    .acks
-                    .iter()
-                    .filter(|ack| ack.verdict() == v1::result_ack::Verdict::Accepted);
-                let accepted = accepted.count();
-                orders.tally.send_modify(|done| *done += accepted);
+                let mut accepted = 0;
+                for ack in &acks.acks {
+                    let counts = ack.verdict() == v1::result_ack::Verdict::Accepted;
+                    let number = job_number(ack.lease.as_ref());
+                    orders.ledger.answered(number, counts);
+                    accepted += usize::from(counts);
+                }
+                orders.ledger.tell(accepted);
             }
             _ => {}
         }
     }
+}
+
+fn job_number(lease: Option<&v1::Lease>) -> Option<usize> {
+    submit::number(&lease?.job)
 }
 
 fn gone_early() -> Problem {

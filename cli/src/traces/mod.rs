@@ -15,7 +15,7 @@ use clap::{Args, Subcommand};
 use crate::context::Context;
 use crate::exit::Outcome;
 use crate::jobs::JobName;
-use source::Source;
+pub use source::Source;
 
 /// What to do.
 #[derive(Subcommand, Clone, Debug)]

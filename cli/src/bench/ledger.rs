@@ -1,0 +1,113 @@
+//! What happened to each job of a measurement: how often it was granted, and how often a result of it was accepted.
+//! A queue that is fast because it loses or repeats jobs is not fast.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+/// Counts of jobs that are numbered from 0. Workers share it.
+#[derive(Debug)]
+pub struct Ledger {
+    granted: Vec<AtomicU32>,
+    accepted: Vec<AtomicU32>,
+    /// Results that were not accepted.
+    turned_down: AtomicU32,
+    /// Results accepted so far, for whoever waits for all of them.
+    done: watch::Sender<usize>,
+}
+
+impl Ledger {
+    /// For `jobs` jobs.
+    pub fn new(jobs: usize) -> Self {
+        let zeros = || (0..jobs).map(|_| AtomicU32::new(0)).collect();
+        Self {
+            granted: zeros(),
+            accepted: zeros(),
+            turned_down: AtomicU32::new(0),
+            done: watch::Sender::new(0),
+        }
+    }
+
+    /// Job `n` was granted; a number beyond the jobs is somebody else's.
+    pub fn granted(&self, n: Option<usize>) {
+        count(&self.granted, n);
+    }
+
+    /// A result of job `n` was accepted, or not. Call [`Ledger::tell`] after a message of these.
+    pub fn answered(&self, n: Option<usize>, accepted: bool) {
+        if accepted {
+            count(&self.accepted, n);
+        } else {
+            self.turned_down.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells those who wait that `more` results were accepted.
+    pub fn tell(&self, more: usize) {
+        self.done.send_modify(|done| *done += more);
+    }
+
+    /// How many results were accepted, now and later.
+    pub fn done(&self) -> watch::Receiver<usize> {
+        self.done.subscribe()
+    }
+
+    /// Whether every job was granted once and accepted once, and nothing was turned down.
+    pub fn is_exact(&self) -> bool {
+        let once = |counts: &[AtomicU32]| counts.iter().all(|n| n.load(Ordering::Relaxed) == 1);
+        once(&self.granted) && once(&self.accepted) && self.turned_down.load(Ordering::Relaxed) == 0
+    }
+
+    /// The counts, for the report.
+    pub fn to_json(&self) -> Value {
+        let having = |counts: &[AtomicU32], rule: fn(u32) -> bool| {
+            let counts = counts.iter().map(|n| n.load(Ordering::Relaxed));
+            counts.filter(|n| rule(*n)).count()
+        };
+        json!({
+            "jobs": self.accepted.len(),
+            "granted_once": having(&self.granted, |n| n == 1),
+            "granted_again": having(&self.granted, |n| n > 1),
+            "accepted_once": having(&self.accepted, |n| n == 1),
+            "accepted_again": having(&self.accepted, |n| n > 1),
+            "lost": having(&self.accepted, |n| n == 0),
+            "turned_down": self.turned_down.load(Ordering::Relaxed),
+        })
+    }
+}
+
+fn count(counts: &[AtomicU32], n: Option<usize>) {
+    if let Some(slot) = n.and_then(|n| counts.get(n)) {
+        slot.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ledger(granted: &[usize], accepted: &[usize]) -> Ledger {
+        let ledger = Ledger::new(2);
+        granted.iter().for_each(|n| ledger.granted(Some(*n)));
+        accepted
+            .iter()
+            .for_each(|n| ledger.answered(Some(*n), true));
+        ledger
+    }
+
+    #[test]
+    fn exact_means_once_each() {
+        assert!(ledger(&[0, 1], &[1, 0]).is_exact());
+        let lost = ledger(&[0, 1], &[0]);
+        assert!(!lost.is_exact());
+        assert_eq!(lost.to_json()["lost"], 1);
+        let twice = ledger(&[0, 1], &[0, 1, 1]);
+        assert!(!twice.is_exact());
+        assert_eq!(twice.to_json()["accepted_again"], 1);
+        assert!(!ledger(&[0, 1, 1], &[0, 1]).is_exact());
+        let refused = ledger(&[0, 1], &[0, 1]);
+        refused.answered(Some(1), false);
+        assert!(!refused.is_exact());
+    }
+}
