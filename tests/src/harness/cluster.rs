@@ -13,6 +13,7 @@ use rand::RngExt;
 use tempfile::TempDir;
 
 use super::client::Client;
+use super::disk::SmallDisk;
 use super::process::{Process, binary, marked_processes};
 use super::wait_for;
 
@@ -71,6 +72,20 @@ impl Cluster {
 
     /// Starts a worker with the toy MCP server. A name that was used before takes over that worker's data folder.
     pub fn worker(&self, name: &str, slots: u32) -> Worker {
+        self.spawn_worker(name, slots, None)
+    }
+
+    /// The same, with its data folder on `disk`.
+    pub fn worker_on_disk(&self, name: &str, slots: u32, disk: &SmallDisk) -> Worker {
+        self.spawn_worker(name, slots, Some(disk))
+    }
+
+    /// A disk of `bytes` for the data folder of a worker; none where this machine lets nobody mount one.
+    pub fn small_disk(&self, name: &str, bytes: u64) -> Option<SmallDisk> {
+        SmallDisk::mount(&self.folder.path().join(name), bytes)
+    }
+
+    fn spawn_worker(&self, name: &str, slots: u32, disk: Option<&SmallDisk>) -> Worker {
         let config_file = self.folder.path().join(format!("{name}.toml"));
         let data_dir = self.folder.path().join(name);
         std::fs::write(&config_file, self.worker_config(&data_dir, slots))
@@ -82,6 +97,10 @@ impl Cluster {
             .arg("--config")
             .arg(config_file)
             .env("LOGNAME", &value);
+        let command = match disk {
+            Some(disk) => disk.command(&command),
+            None => command,
+        };
         Worker {
             process: Process::start(name, command, self.folder.path()),
             data_dir,

@@ -4,6 +4,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod disk;
 pub mod model;
 pub mod otlp;
 pub mod process;

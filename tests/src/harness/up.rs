@@ -10,6 +10,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::client::Client;
+use super::disk::SmallDisk;
 use super::process::{Process, binary, marked_processes};
 use super::wait_for;
 
@@ -37,6 +38,8 @@ pub struct Up {
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
     mark: String,
+    /// The disk of its data, where that is a small one.
+    pub disk: Option<SmallDisk>,
 }
 
 /// The address of a toy stdio MCP server, as an `mcpServers` file.
@@ -65,6 +68,33 @@ impl Up {
         more: &[&str],
         environment: &[(&str, &str)],
     ) -> Self {
+        let mut up = Self::spawn_in(folder, mcp, model_url, more, environment, None);
+        up.wait_until_ready().await;
+        up
+    }
+
+    /// The same, with all of its data on a disk of `bytes`; none where this machine lets nobody mount one.
+    pub async fn start_on_small_disk(
+        bytes: u64,
+        mcp: &serde_json::Value,
+        model_url: &str,
+        more: &[&str],
+    ) -> Option<Self> {
+        let folder = TempDir::new().expect("a temporary folder");
+        let disk = SmallDisk::mount(&folder.path().join("data"), bytes)?;
+        let mut up = Self::spawn_in(folder, mcp, model_url, more, &[], Some(disk));
+        up.wait_until_ready().await;
+        Some(up)
+    }
+
+    fn spawn_in(
+        folder: TempDir,
+        mcp: &serde_json::Value,
+        model_url: &str,
+        more: &[&str],
+        environment: &[(&str, &str)],
+        disk: Option<SmallDisk>,
+    ) -> Self {
         let mcp_file = folder.path().join("mcp.json");
         std::fs::write(&mcp_file, mcp.to_string()).expect("the test's folder is writable");
         let mut arguments: Vec<String> = [
@@ -86,16 +116,21 @@ impl Up {
             .iter()
             .map(|&(name, value)| (name.to_owned(), value.to_owned()))
             .collect();
-        let process = spawn(folder.path(), &arguments, &environment, &mark);
-        let mut up = Self {
+        let process = spawn(
+            folder.path(),
+            &arguments,
+            &environment,
+            &mark,
+            disk.as_ref(),
+        );
+        Self {
             folder,
             process,
             arguments,
             environment,
             mark,
-        };
-        up.wait_until_ready().await;
-        up
+            disk,
+        }
     }
 
     /// Starts it again on the same data, after its process ended.
@@ -106,6 +141,7 @@ impl Up {
             &self.arguments,
             &self.environment,
             &self.mark,
+            self.disk.as_ref(),
         );
         self.wait_until_ready().await;
     }
@@ -125,7 +161,7 @@ impl Up {
 
     /// The folder behind its `file://` store.
     pub fn store_folder(&self) -> PathBuf {
-        PathBuf::from(self.file().store.trim_start_matches("file://"))
+        self.seen(Path::new(self.file().store.trim_start_matches("file://")))
     }
 
     /// Processes that it started and that are still there, itself included.
@@ -143,7 +179,15 @@ impl Up {
     }
 
     fn file_path(&self) -> PathBuf {
-        self.folder.path().join("data/up.json")
+        self.seen(&self.folder.path().join("data/up.json"))
+    }
+
+    /// Where a path of the process's lies for the test.
+    fn seen(&self, path: &Path) -> PathBuf {
+        match &self.disk {
+            Some(disk) => disk.seen(path),
+            None => path.to_owned(),
+        }
     }
 
     async fn wait_until_ready(&mut self) {
@@ -170,6 +214,7 @@ fn spawn(
     arguments: &[String],
     environment: &[(String, String)],
     mark: &str,
+    disk: Option<&SmallDisk>,
 ) -> Process {
     let mut command = Command::new(binary("espalier"));
     command
@@ -181,5 +226,9 @@ fn spawn(
     command.env(name, value).envs(environment.iter().cloned());
     // From the root of the tree, where the locked Playwright package is found.
     command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    let command = match disk {
+        Some(disk) => disk.command(&command),
+        None => command,
+    };
     Process::start("up", command, folder)
 }
