@@ -112,14 +112,15 @@ impl ServerProcess {
         let last_words = Arc::new(LastWords::new(launch.secrets.clone()));
         if let Some(stderr) = child.stderr.take() {
             let kept = Arc::clone(&last_words);
-            tasks.spawn("mcp_server_stderr", OnFailure::Ignore, kept.read(stderr));
+            tasks.spawn_apart("mcp_server_stderr", OnFailure::Ignore, kept.read(stderr));
         }
         let pipes = match (child.stdin.take(), child.stdout.take()) {
             (Some(stdin), Some(stdout)) => Some(Pipes { stdin, stdout }),
             _ => None,
         };
         let (tell, exited) = watch::channel(None);
-        tasks.spawn(
+        // A shared server outlives the rollout that started it.
+        tasks.spawn_apart(
             "mcp_server_wait",
             OnFailure::Log,
             wait(child, group, guardian, tell),

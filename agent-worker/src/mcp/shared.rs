@@ -164,7 +164,7 @@ impl SharedServers {
                 let rest = lease.idle_stop;
                 self.launcher
                     .tasks()
-                    .spawn("mcp_server_rest", OnFailure::Log, async move {
+                    .spawn_apart("mcp_server_rest", OnFailure::Log, async move {
                         tokio::select! {
                             () = tokio::time::sleep(rest) => {}
                             () = servers.closing.cancelled() => return,
@@ -184,7 +184,7 @@ impl SharedServers {
         };
         self.launcher
             .tasks()
-            .spawn("mcp_server_stop", OnFailure::Log, async move {
+            .spawn_apart("mcp_server_stop", OnFailure::Log, async move {
                 let Some(running) = server.running.get() else {
                     return;
                 };

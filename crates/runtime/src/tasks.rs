@@ -16,7 +16,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinError};
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use crate::shutdown::Shutdown;
 use crate::telemetry;
@@ -91,6 +91,30 @@ impl Tasks {
         F: Future + Send + 'static,
         F::Output: TaskOutcome,
     {
+        self.start(name, on_failure, future, Span::current())
+    }
+
+    /// [`spawn`](Self::spawn) for a task that may outlive what started it: it does not belong to the span of its
+    /// starter, which would stay open, and its trace unfinished, for as long as the task runs.
+    pub fn spawn_apart<F>(&self, name: &'static str, on_failure: OnFailure, future: F) -> TaskHandle
+    where
+        F: Future + Send + 'static,
+        F::Output: TaskOutcome,
+    {
+        self.start(name, on_failure, future, Span::none())
+    }
+
+    fn start<F>(
+        &self,
+        name: &'static str,
+        on_failure: OnFailure,
+        future: F,
+        span: Span,
+    ) -> TaskHandle
+    where
+        F: Future + Send + 'static,
+        F::Output: TaskOutcome,
+    {
         let id = self.inner.register(name);
         let registered = Registered {
             inner: Arc::clone(&self.inner),
@@ -108,7 +132,7 @@ impl Tasks {
             }
             drop(registered);
         };
-        let abort = raw_spawn(supervised.in_current_span());
+        let abort = raw_spawn(supervised.instrument(span));
         self.inner.keep_abort_handle(id, abort.clone());
         TaskHandle { name, abort }
     }
@@ -341,6 +365,9 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 mod tests {
     use super::*;
     use std::io;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use tracing_subscriber::Layer;
+    use tracing_subscriber::layer::SubscriberExt;
 
     const SOON: Duration = Duration::from_secs(10);
 
@@ -365,6 +392,27 @@ mod tests {
         tasks.join_all(SOON).await.unwrap();
         assert!(shutdown.is_draining());
         assert_eq!(tasks.first_failure(), Some("vital"));
+    }
+
+    struct Closed(Arc<AtomicBool>);
+
+    impl<S: tracing::Subscriber> Layer<S> for Closed {
+        fn on_close(&self, _: tracing::span::Id, _: tracing_subscriber::layer::Context<'_, S>) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_task_apart_does_not_keep_the_span_of_its_starter_open() {
+        let closed = Arc::new(AtomicBool::default());
+        let subscriber = tracing_subscriber::registry().with(Closed(Arc::clone(&closed)));
+        let _default = tracing::subscriber::set_default(subscriber);
+        let tasks = Tasks::new(Shutdown::new());
+        let forever = std::future::pending::<()>;
+        let span = tracing::info_span!("rollout");
+        span.in_scope(|| tasks.spawn_apart("server", OnFailure::Log, forever()));
+        drop(span);
+        assert!(closed.load(Ordering::SeqCst));
     }
 
     #[tokio::test(start_paused = true)]
