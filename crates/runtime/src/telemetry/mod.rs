@@ -42,12 +42,14 @@ pub use traceparent::{TraceParent, continue_from, inject_traceparent, link_to};
 /// Deadline of one export: a collector is close by, and a lost batch is better than a process that waits.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is logged on stderr when nothing is configured.
-const LOG_FILTER: &str = "info,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn,rmcp=warn";
+/// What is logged on stderr when nothing is configured. `rmcp` names whole addresses, whose query may hold a key; what
+/// goes wrong in it comes back as an error, which is logged without.
+const LOG_FILTER: &str = "info,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn,rmcp=off";
 
-/// Targets that exporting itself writes to: exporting them would feed the exporter with its own work. Our own gRPC
-/// and HTTP use the same crates, so their records stay on stderr.
-const TRANSPORT_TARGETS: [&str; 9] = [
+/// Targets that are not exported: those that exporting itself writes to, which would feed the exporter with its own
+/// work, and `rmcp` for the same reason as in [`LOG_FILTER`].
+const TRANSPORT_TARGETS: [&str; 10] = [
+    "rmcp",
     "h2",
     "hyper",
     "hyper_util",
@@ -403,6 +405,35 @@ mod tests {
             configured.otlp_endpoint.as_deref(),
             Some("http://mine:4317")
         );
+    }
+
+    #[derive(Clone, Default)]
+    struct Targets(std::sync::Arc<std::sync::Mutex<Vec<String>>>);
+
+    impl<S: Subscriber> Layer<S> for Targets {
+        fn on_event(
+            &self,
+            event: &tracing::Event<'_>,
+            _: tracing_subscriber::layer::Context<'_, S>,
+        ) {
+            let target = event.metadata().target().to_owned();
+            self.0.lock().unwrap().push(target);
+        }
+    }
+
+    #[test]
+    fn what_may_name_secrets_is_neither_logged_nor_exported() {
+        let (logged, exported) = (Targets::default(), Targets::default());
+        let filter = EnvFilter::try_new(LOG_FILTER).unwrap();
+        let subscriber = Registry::default()
+            .with(logged.clone().with_filter(filter))
+            .with(exported.clone().with_filter(filter_fn(is_exported)));
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::error!(target: "rmcp::transport::worker", "http://host/?key=secret");
+            tracing::error!(target: "espalier_test", "x");
+        });
+        assert_eq!(*logged.0.lock().unwrap(), ["espalier_test"]);
+        assert_eq!(*exported.0.lock().unwrap(), ["espalier_test"]);
     }
 
     #[test]
