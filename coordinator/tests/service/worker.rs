@@ -202,6 +202,37 @@ async fn a_cancel_reaches_the_running_job_at_once() {
 }
 
 #[tokio::test]
+async fn the_cancel_of_a_large_batch_reaches_every_running_job_at_once() {
+    const RUNNING: u32 = 200;
+    const CHUNK: usize = 1_500;
+    let coordinator = Coordinator::start().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    open(&mut jobs, "b1").await;
+    for chunk in 0..2 {
+        let names = (0..CHUNK).map(|n| plain(&format!("j{chunk}-{n}")));
+        submit(&mut jobs, "b1", chunk, names.collect()).await;
+    }
+    let mut worker = coordinator.worker("w1", RUNNING).await;
+    worker.credit(RUNNING).await;
+    let granted = worker.grants(RUNNING as usize).await;
+    let mut running: BTreeSet<u64> = granted
+        .into_iter()
+        .map(|grant| grant.lease.unwrap().fence)
+        .collect();
+    let target = Some(v1::cancel_request::Target::Batch("b1".to_owned()));
+    jobs.cancel(v1::CancelRequest { target }).await.unwrap();
+    // Nothing is renewed here, so that the hints are the only way to hear of it.
+    while !running.is_empty() {
+        let Heard::Cancels(cancels) = worker.hear().await else {
+            panic!("expected cancels");
+        };
+        for lease in cancels.leases {
+            assert!(running.remove(&lease.fence), "{lease:?} twice");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_lease_survives_its_stream_and_ends_by_its_deadline() {
     let coordinator = Coordinator::start_with(|config| config.lease_ttl_ms = Some(1_500)).await;
     let mut jobs = one_job(&coordinator).await;

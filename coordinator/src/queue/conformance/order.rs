@@ -128,16 +128,4 @@ pub async fn a_wake_up_names_the_lane(f: Fixture) {
         lanes,
         [(JobKind::Rollout, None), (JobKind::Rollout, browser)]
     );
-    f.run_one(succeeded()).await;
-    let ended = events.recv().await.unwrap();
-    assert!(
-        matches!(
-            ended,
-            Event::Ended {
-                state: StateName::Succeeded,
-                ..
-            }
-        ),
-        "{ended:?}"
-    );
 }

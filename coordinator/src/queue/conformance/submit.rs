@@ -1,6 +1,7 @@
 //! Batches and chunks.
 
 use super::*;
+use espalier_core::queue::NEEDS_MAX;
 
 pub async fn a_chunk_again_has_no_second_effect(f: Fixture) {
     f.open("p", "b").await;
@@ -50,7 +51,7 @@ pub async fn each_job_is_judged_alone(f: Fixture) {
         ("needs", bad(|job| job.needs = ["a\nb".to_owned()].into())),
         (
             "needs",
-            bad(|job| job.needs = (0..17).map(|n| n.to_string()).collect()),
+            bad(|job| job.needs = (0..=NEEDS_MAX).map(|n| n.to_string()).collect()),
         ),
         (
             "labels",
