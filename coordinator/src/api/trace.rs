@@ -1,7 +1,7 @@
 //! `GetTrace`: the published trace of a job, verified against its manifest, as JSON in pieces.
 
 use std::io::Read;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use espalier_core::id::JobKey;
@@ -19,14 +19,16 @@ use super::{Shared, no_job, queue_error};
 
 /// Bytes of one piece.
 const PIECE_BYTES: usize = 1 << 20;
-/// Pieces that wait for a slow client.
-pub const PIECES_MAX: usize = 2;
+/// Pieces that wait for a slow client, and the error that may end them.
+pub const PIECES_MAX: usize = 3;
 /// Traces that are read at once: each is in memory as it is stored, and takes a thread.
 pub const READERS_MAX: usize = 8;
 /// How long a call waits for its turn.
 pub const TURN_LIMIT: Duration = Duration::from_secs(30);
 /// How long a client may take to read one piece before the stream is given up.
 const SEND_LIMIT: Duration = Duration::from_secs(60);
+/// How long a client may take to read the whole: readers are few, and a slow one keeps others waiting.
+const STREAM_LIMIT: Duration = Duration::from_secs(600);
 /// Longest trace, unpacked, in bytes: what is compressed came from a worker and may claim anything.
 const TRACE_BYTES_MAX: u64 = 512 << 20;
 
@@ -72,12 +74,23 @@ pub async fn stream(
     pieces: mpsc::Sender<Result<v1::TraceChunk, Status>>,
     turn: OwnedSemaphorePermit,
 ) {
+    stream_within(SEND_LIMIT, packed, pieces, turn).await;
+}
+
+async fn stream_within(
+    send_limit: Duration,
+    packed: Bytes,
+    pieces: mpsc::Sender<Result<v1::TraceChunk, Status>>,
+    turn: OwnedSemaphorePermit,
+) {
     let unpack = move || {
         let _turn = turn;
-        if let Err(error) = send_pieces(&packed, &pieces) {
-            let error = damaged(&error);
-            // The client may have gone.
-            let _ = pieces.try_send(Err(error.into()));
+        // Kept for the end: a stream that breaks off must not look like one that is complete.
+        let Ok(last) = pieces.try_reserve() else {
+            return;
+        };
+        if let Err(error) = send_pieces(send_limit, &packed, &pieces) {
+            last.send(Err(error.into()));
         }
     };
     if let Err(error) = tasks::blocking("trace.stream", unpack).await {
@@ -86,30 +99,41 @@ pub async fn stream(
 }
 
 fn send_pieces(
+    send_limit: Duration,
     packed: &[u8],
     pieces: &mpsc::Sender<Result<v1::TraceChunk, Status>>,
-) -> std::io::Result<()> {
-    let mut unpacked = zstd::Decoder::new(packed)?.take(TRACE_BYTES_MAX + 1);
+) -> Result<(), ApiError> {
+    let until = Instant::now() + STREAM_LIMIT;
+    let unpacked = zstd::Decoder::new(packed).map_err(|error| damaged(&error))?;
+    let mut unpacked = unpacked.take(TRACE_BYTES_MAX + 1);
     let mut sent = 0;
     loop {
         let mut piece = Vec::with_capacity(PIECE_BYTES);
         unpacked
             .by_ref()
             .take(PIECE_BYTES as u64)
-            .read_to_end(&mut piece)?;
+            .read_to_end(&mut piece)
+            .map_err(|error| damaged(&error))?;
         if piece.is_empty() {
             return Ok(());
         }
         sent += piece.len() as u64;
         if sent > TRACE_BYTES_MAX {
-            let limit = format!("the trace must have at most {TRACE_BYTES_MAX} bytes unpacked");
-            return Err(std::io::Error::other(limit));
+            let limit = format_args!("it must have at most {TRACE_BYTES_MAX} bytes unpacked");
+            return Err(damaged(&limit));
         }
         let data = piece.into();
         let taken = pieces.send(Ok(v1::TraceChunk { data }));
-        let taken = tasks::with_deadline("api.trace", SEND_LIMIT, taken);
-        if !matches!(Handle::current().block_on(taken), Ok(Ok(()))) {
-            return Ok(());
+        let limit = send_limit.min(until.saturating_duration_since(Instant::now()));
+        let taken = tasks::with_deadline("api.trace", limit, taken);
+        match Handle::current().block_on(taken) {
+            Ok(Ok(())) => {}
+            // The client has gone.
+            Ok(Err(_)) => return Ok(()),
+            Err(_) => {
+                let slow = "the trace was not read in time; read it again";
+                return Err(ApiError::Unavailable(slow.to_owned()));
+            }
         }
     }
 }
@@ -160,6 +184,18 @@ mod tests {
             count += 1;
         }
         assert_eq!((count, joined), (2, text));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_gets_an_error_and_no_silent_end() {
+        let packed = zstd::encode_all(&vec![7; 9 * PIECE_BYTES][..], 1).unwrap();
+        let (pieces, mut received) = mpsc::channel(PIECES_MAX);
+        stream_within(Duration::from_millis(1), packed.into(), pieces, turn()).await;
+        let mut last = None;
+        while let Some(piece) = received.recv().await {
+            last = Some(piece);
+        }
+        assert_eq!(last.unwrap().unwrap_err().code(), tonic::Code::Unavailable);
     }
 
     #[tokio::test]
