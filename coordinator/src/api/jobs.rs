@@ -283,13 +283,13 @@ impl JobApi {
         };
         let found = self.0.queue.jobs(project, batch, filter, after, size).await;
         let found = found.map_err(queue_error)?;
+        let rows = found.len();
+        let jobs = view::fitting(found);
         // A short page is the last; after a full one there may be nothing, which the next call says.
-        let last = found.last().filter(|_| found.len() == size);
+        let last = jobs.last().filter(|_| rows == size || jobs.len() < rows);
         Ok(v1::ListJobsResponse {
-            next_page_token: last
-                .map(|detail| list.token(detail.job.key.job.as_str()))
-                .unwrap_or_default(),
-            jobs: found.into_iter().map(view::job).collect(),
+            next_page_token: last.map(|job| list.token(&job.id)).unwrap_or_default(),
+            jobs,
         })
     }
 

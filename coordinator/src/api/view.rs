@@ -11,6 +11,8 @@ use crate::queue::{JobDetail, SUMMARY_BYTES_MAX};
 
 /// Longest reason of a summary that the queue keeps, in bytes; the manifest has all of it.
 const REASON_BYTES_MAX: usize = 1_024;
+/// Most bytes of jobs in one answer: with room below the 4 MiB that gRPC clients take unless they are told otherwise.
+const JOBS_BYTES_MAX: usize = 3 << 20;
 
 /// A batch.
 pub fn batch(view: &BatchView) -> v1::Batch {
@@ -72,6 +74,21 @@ pub fn job(detail: JobDetail) -> v1::Job {
     }
 }
 
+/// The first of `jobs`, as many as fit into one answer, and at least one.
+pub fn fitting(jobs: impl IntoIterator<Item = JobDetail>) -> Vec<v1::Job> {
+    let mut bytes = 0;
+    let mut fitting = Vec::new();
+    for detail in jobs {
+        let job = job(detail);
+        bytes += job.encoded_len();
+        if bytes > JOBS_BYTES_MAX && !fitting.is_empty() {
+            break;
+        }
+        fitting.push(job);
+    }
+    fitting
+}
+
 /// A state.
 pub fn state(name: StateName) -> v1::JobState {
     match name {
@@ -128,6 +145,8 @@ pub fn stored_summary(mut wire: v1::RolloutSummary) -> Result<bytes::Bytes, Fiel
 #[cfg(test)]
 mod tests {
     use super::*;
+    use espalier_core::queue::{JobFilter, LABELS_MAX, Machine, MachineConfig, NewBatch, NewJob};
+    use espalier_core::time::Timestamp;
 
     #[test]
     fn every_state_has_its_own_number() {
@@ -142,6 +161,43 @@ mod tests {
                 "states[1]"
             );
         }
+    }
+
+    #[test]
+    fn an_answer_holds_as_many_jobs_as_clients_take_by_default() {
+        let mut machine = Machine::new(MachineConfig::default());
+        let (project, batch) = ("p".parse().unwrap(), "b".parse().unwrap());
+        let new = NewBatch {
+            project,
+            batch,
+            params_digest: [0; 32],
+        };
+        machine.open_batch(Timestamp(1), &new).unwrap();
+        let label = |n: usize| (format!("{n:0256}"), "x".repeat(256));
+        let large = |n: usize| NewJob {
+            labels: (0..LABELS_MAX).map(label).collect(),
+            ..NewJob::new(
+                format!("j{n:03}").parse().unwrap(),
+                JobKind::Rollout,
+                [0; 32],
+            )
+        };
+        let jobs = (0..300).map(large).collect();
+        let added = machine.submit(Timestamp(1), &new.project, &new.batch, 0, jobs);
+        assert_eq!(added.unwrap().added.len(), 300);
+        let filter = JobFilter::default();
+        let found = machine.jobs(&new.project, &new.batch, &filter, None, 300);
+        let details = found
+            .unwrap()
+            .into_iter()
+            .map(|job| JobDetail { job, result: None });
+        let fitting = fitting(details);
+        assert!((50..150).contains(&fitting.len()), "{}", fitting.len());
+        let answer = v1::ListJobsResponse {
+            jobs: fitting,
+            next_page_token: String::new(),
+        };
+        assert!(answer.encoded_len() < 4 << 20, "{}", answer.encoded_len());
     }
 
     #[test]

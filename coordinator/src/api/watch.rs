@@ -17,7 +17,7 @@ use super::{Shared, queue_error, view};
 
 /// Time between two looks: what a person sees as at once.
 const LOOK_INTERVAL: Duration = Duration::from_millis(150);
-/// Most jobs of one event: keeps it far below the largest message.
+/// Most jobs of one event: bounds the work of one look.
 const JOBS_MAX: usize = 500;
 /// How long a client may take to read one event before the stream is given up; it can take it up again.
 const SEND_LIMIT: Duration = Duration::from_secs(60);
@@ -38,15 +38,14 @@ impl Watch {
     pub async fn run(mut self) {
         let mut last_sent = None;
         loop {
-            let event = match self.look().await {
-                Ok(event) => event,
+            let (event, more) = match self.look().await {
+                Ok(seen) => seen,
                 Err(error) => {
                     self.send(Err(error.into())).await;
                     return;
                 }
             };
             let complete = event.batch.as_ref().is_some_and(|batch| batch.complete);
-            let full = event.ended.len() == JOBS_MAX;
             if last_sent.as_ref() != Some(&event) {
                 let mut seen = event.clone();
                 seen.ended.clear();
@@ -55,7 +54,7 @@ impl Watch {
                     return;
                 }
             }
-            if full {
+            if more {
                 continue;
             }
             if complete || !self.pause().await {
@@ -70,24 +69,25 @@ impl Watch {
         matches!(sent, Ok(Ok(())))
     }
 
-    /// What has ended since the cursor, and the batch at that moment.
-    async fn look(&mut self) -> Result<v1::BatchEvent, ApiError> {
+    /// What has ended since the cursor, the batch at that moment, and whether there is more.
+    async fn look(&mut self) -> Result<(v1::BatchEvent, bool), ApiError> {
         let (project, batch) = (self.project.clone(), self.batch.clone());
         let queue = &self.shared.queue;
         let page = queue.ended_after(project, batch, self.cursor, JOBS_MAX);
         let page = page.await.map_err(queue_error)?;
-        self.cursor = page.jobs.last().map_or(self.cursor, |(seq, _)| *seq);
+        let (cursors, jobs): (Vec<u64>, Vec<_>) = page.jobs.into_iter().unzip();
+        let ended = view::fitting(jobs);
+        let more = cursors.len() == JOBS_MAX || ended.len() < cursors.len();
+        let last = ended.len().checked_sub(1).map(|last| cursors[last]);
+        self.cursor = last.unwrap_or(self.cursor);
         let now = self.shared.now();
-        Ok(v1::BatchEvent {
+        let event = v1::BatchEvent {
             batch: Some(view::batch(&page.batch)),
-            ended: page
-                .jobs
-                .into_iter()
-                .map(|(_, job)| view::job(job))
-                .collect(),
+            ended,
             cursor: self.cursor,
             open_questions: self.shared.questions.count(&self.project, &self.batch, now),
-        })
+        };
+        Ok((event, more))
     }
 
     /// Waits until it is time to look again; false: nobody watches any more, or this coordinator ends.
