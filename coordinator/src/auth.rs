@@ -140,6 +140,16 @@ pub enum Scope {
     Project(ProjectId),
 }
 
+impl Scope {
+    /// Whether the token is about `project`.
+    pub fn covers(&self, project: &ProjectId) -> bool {
+        match self {
+            Self::All => true,
+            Self::Project(own) => own == project,
+        }
+    }
+}
+
 impl<'de> Deserialize<'de> for Scope {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;

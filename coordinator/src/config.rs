@@ -173,6 +173,12 @@ impl CoordinatorConfig {
                 let field = format!("tokens[{i}].name");
                 return Err(FieldError::new(field, &token.name, "must be unique"));
             }
+            let same = self.tokens[..i].iter().find(|t| t.sha256 == token.sha256);
+            if let Some(other) = same {
+                let rule = format!("must not be the token of `{}` too", other.name);
+                let field = format!("tokens[{i}].sha256");
+                return Err(FieldError::new(field, &token.name, rule));
+            }
         }
         Ok(())
     }
@@ -279,6 +285,11 @@ mod tests {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(expected), "{to}: {error}");
         }
+        let (_, token) = GOOD.split_once("[[tokens]]").unwrap();
+        let (token, _) = token.split_once("[projects").unwrap();
+        let twice = format!("{GOOD}[[tokens]]{}", token.replace("ci", "other"));
+        let error = parse(&twice).unwrap_err();
+        assert!(error.contains("`tokens[1].sha256` must not be"), "{error}");
         let without = GOOD.replace("[[tokens]]", "[ignored]");
         assert!(parse(&without).is_err());
     }

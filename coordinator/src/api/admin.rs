@@ -22,9 +22,10 @@ impl v1::admin_service_server::AdminService for AdminApi {
         &self,
         request: Request<v1::GetQueuesRequest>,
     ) -> Result<Response<v1::GetQueuesResponse>, Status> {
-        self.0.auth.admit(request.metadata(), Call::GetQueues)?;
+        let token = self.0.auth.admit(request.metadata(), Call::GetQueues)?;
         let stats = self.0.queue.stats().await.map_err(queue_error)?;
-        let queues = by_project(&stats.lines);
+        let seen = |line: &&StatLine| token.project.covers(&line.project);
+        let queues = by_project(stats.lines.iter().filter(seen));
         Ok(Response::new(v1::GetQueuesResponse { queues }))
     }
 
@@ -65,7 +66,7 @@ impl v1::admin_service_server::AdminService for AdminApi {
 }
 
 /// Sums the lines of each project's kinds.
-fn by_project(lines: &[StatLine]) -> Vec<v1::QueueStats> {
+fn by_project<'a>(lines: impl Iterator<Item = &'a StatLine>) -> Vec<v1::QueueStats> {
     let mut queues: BTreeMap<&str, v1::QueueStats> = BTreeMap::new();
     for line in lines {
         let sum = queues.entry(line.project.as_str()).or_default();

@@ -155,6 +155,10 @@ async fn operators_see_queues_workers_and_what_this_is() {
     worker.credit(1).await;
     worker.grants(1).await;
 
+    let channel = coordinator.channel(BANK_ADMIN);
+    let mut of_bank = AdminServiceClient::new(channel);
+    let queues = of_bank.get_queues(v1::GetQueuesRequest {}).await.unwrap();
+    assert_eq!(queues.get_ref().queues, []);
     let mut admin = coordinator.admin();
     let queues = admin.get_queues(v1::GetQueuesRequest {}).await.unwrap();
     let shop = &queues.get_ref().queues[0];

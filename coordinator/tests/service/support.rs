@@ -36,6 +36,7 @@ pub const BANK: &str = "bank-all";
 pub const READER: &str = "shop-read";
 pub const WORKER: &str = "worker";
 pub const ADMIN: &str = "admin";
+pub const BANK_ADMIN: &str = "bank-admin";
 
 pub struct Coordinator {
     pub address: SocketAddr,
@@ -59,6 +60,7 @@ pub fn config(folder: &std::path::Path) -> CoordinatorConfig {
             TokenConfig::of(READER, READER, project("shop"), &[Role::Read]),
             TokenConfig::of(WORKER, WORKER, Scope::All, &[Role::Worker]),
             TokenConfig::of(ADMIN, ADMIN, Scope::All, &[Role::Admin]),
+            TokenConfig::of(BANK_ADMIN, BANK_ADMIN, project("bank"), &[Role::Admin]),
         ],
     );
     config.mcp_servers.insert("browser".to_owned());
