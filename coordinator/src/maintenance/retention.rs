@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
 use espalier_core::layout;
+use espalier_core::queue::BatchView;
 use espalier_core::trace::Manifest;
 use espalier_runtime::store::{LIST_MAX, Store, StoreError};
 use espalier_runtime::telemetry;
@@ -61,37 +62,43 @@ async fn round(shared: &Shared, keep: Duration) -> Result<usize, RetentionError>
     let stats = shared.queue.stats().await?;
     let mut projects: Vec<ProjectId> = stats.lines.into_iter().map(|l| l.project).collect();
     projects.dedup();
+    let mut due = Vec::new();
     for project in projects {
-        for batch in due(shared, &project, keep).await? {
-            clean(&shared.store, &project, &batch).await?;
-        }
+        due.extend(due_of(shared, project, keep).await?);
+    }
+    for batch in in_turn(due) {
+        clean(&shared.store, &batch.project, &batch.batch).await?;
     }
     Ok(shared.queue.purge(keep, BATCHES_MAX).await?.len())
 }
 
 /// Batches of a project that have been complete for longer than `keep`.
-async fn due(
+async fn due_of(
     shared: &Shared,
-    project: &ProjectId,
+    project: ProjectId,
     keep: Duration,
-) -> Result<Vec<BatchId>, QueueError> {
+) -> Result<Vec<BatchView>, QueueError> {
     let now = shared.now();
     let mut due = Vec::new();
     let mut after = None;
     loop {
-        let page = shared
-            .queue
-            .batches(project.clone(), after, PAGE_MAX)
-            .await?;
-        let old = page
-            .iter()
-            .filter(|batch| batch.completed_at.is_some_and(|at| now.since(at) >= keep));
-        due.extend(old.map(|batch| batch.batch.clone()));
+        let page = shared.queue.batches(project.clone(), after, PAGE_MAX);
+        let page = page.await?;
+        let whole = page.len() == PAGE_MAX;
         after = page.last().map(|batch| batch.batch.clone());
-        if page.len() < PAGE_MAX || due.len() >= BATCHES_MAX {
+        let old = |batch: &BatchView| batch.completed_at.is_some_and(|at| now.since(at) >= keep);
+        due.extend(page.into_iter().filter(old));
+        if !whole {
             return Ok(due);
         }
     }
+}
+
+/// Those of a round, oldest first: the order in which the queue forgets, so that none is forgotten uncleaned.
+fn in_turn(mut due: Vec<BatchView>) -> Vec<BatchView> {
+    due.sort_unstable_by_key(|batch| (batch.completed_at, batch.seq));
+    due.truncate(BATCHES_MAX);
+    due
 }
 
 /// Removes what attempts of a batch wrote that no manifest names.
@@ -160,6 +167,8 @@ async fn winner_of(store: &Store, key: &JobKey) -> Result<Winner, StoreError> {
 mod tests {
     use super::*;
     use bytes::Bytes;
+    use espalier_core::queue::{BatchSeq, Counters};
+    use espalier_core::time::Timestamp;
 
     #[tokio::test]
     async fn what_no_manifest_names_goes_and_the_rest_stays() {
@@ -185,6 +194,26 @@ mod tests {
             assert!(store.head(&unknown).await.is_ok());
             assert!(store.head(&blob).await.is_ok());
         }
+    }
+
+    #[test]
+    fn a_round_cleans_what_the_queue_forgets_first() {
+        let batch = |n: u32| BatchView {
+            project: "shop".parse().unwrap(),
+            batch: format!("b{n:04}").parse().unwrap(),
+            seq: BatchSeq(n),
+            params_digest: [0; 32],
+            opened_at: Timestamp(0),
+            closed: true,
+            cancelled: false,
+            completed_at: Some(Timestamp(u64::from(10_000 - n))),
+            counters: Counters::default(),
+            last_end: 0,
+        };
+        let turn = in_turn((0..1_000).map(batch).collect());
+        let names: Vec<&str> = turn.iter().map(|b| b.batch.as_str()).collect();
+        assert_eq!(names.len(), BATCHES_MAX);
+        assert_eq!((names[0], names[BATCHES_MAX - 1]), ("b0999", "b0900"));
     }
 
     #[test]
