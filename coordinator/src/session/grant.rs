@@ -12,6 +12,7 @@ use espalier_core::time::Timestamp;
 use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message;
 use espalier_runtime::store::Store;
+use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry::{self, names::attribute};
 use futures::StreamExt;
 use opentelemetry::KeyValue;
@@ -30,6 +31,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Fences of earlier attempts that a grant names.
 const EARLIER_MAX: usize = 8;
+/// How long a grant waits for them: its lease runs meanwhile.
+const EARLIER_LIMIT: Duration = Duration::from_secs(2);
 /// Objects of one job that are looked at for them: a dozen attempts of the longest rollout.
 const OBJECTS_MAX: usize = 2_000;
 /// Jobs that are looked at together.
@@ -206,10 +209,11 @@ async fn earlier_fences(store: &Store, granted: &[Granted]) -> BTreeMap<Fence, V
         let newest = earlier.into_iter().rev().take(EARLIER_MAX);
         (grant.fence, newest.map(|fence| fence.0).collect())
     });
-    futures::stream::iter(lists.collect::<Vec<_>>())
+    let found = futures::stream::iter(lists.collect::<Vec<_>>())
         .buffer_unordered(LISTS_MAX)
-        .collect()
-        .await
+        .collect();
+    let found = with_deadline("session.earlier", EARLIER_LIMIT, found).await;
+    found.unwrap_or_default()
 }
 
 fn count(kind: JobKind, granted: &[Granted]) {

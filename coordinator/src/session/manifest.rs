@@ -52,12 +52,17 @@ impl Report {
 }
 
 impl Session {
-    /// Checks one report after the other until the inbox is closed.
+    /// Checks one report after the other until the stream ends. A check that is broken off does no harm: the worker
+    /// reports again on its next stream.
     pub async fn check_manifests(&self, mut inbox: mpsc::Receiver<Report>) {
-        while let Some(report) = inbox.recv().await {
+        let ended = &self.connected.ended;
+        while let Some(Some(report)) = ended.run_until_cancelled(inbox.recv()).await {
             let checked =
                 tasks::with_deadline("session.manifest", CHECK_LIMIT, self.check(&report));
-            let (moved, detail) = match checked.await {
+            let Some(checked) = ended.run_until_cancelled(checked).await else {
+                return;
+            };
+            let (moved, detail) = match checked {
                 Ok(Checked::Free(detail)) => (true, detail),
                 Ok(Checked::Kept(detail)) => (false, detail),
                 Err(timeout) => (false, timeout.to_string()),
