@@ -20,7 +20,7 @@ use crate::rollout::{self, Approver, Order, Question, RolloutError, Scripted, Se
 const QUESTION_BYTES_MAX: usize = 4 * 1024;
 
 /// Does rollouts.
-pub struct RolloutHandler {
+pub(crate) struct RolloutHandler {
     services: Services,
     record: RecordContext,
 }
@@ -45,7 +45,7 @@ impl AttemptError {
 
 impl RolloutHandler {
     /// Runs rollouts with `services` and records them with `record`.
-    pub fn new(services: Services, record: RecordContext) -> Self {
+    pub(crate) fn new(services: Services, record: RecordContext) -> Self {
         Self { services, record }
     }
 

@@ -18,5 +18,4 @@ mod testing;
 pub mod verify;
 
 pub use config::{AgentWorkerConfig, McpSettingsError};
-pub use handler::RolloutHandler;
 pub use serve::{Agent, Conversed, Deps, RunError, run};

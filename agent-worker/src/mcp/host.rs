@@ -102,13 +102,6 @@ impl McpHost {
         self.inner.launcher.process_ids()
     }
 
-    /// Refuses what [`McpHost::connect`] would refuse, without starting anything.
-    pub fn check(&self, uses: &[McpUse], policy: &ToolPolicy) -> Result<(), McpError> {
-        self.inner.resolve(uses)?;
-        CompiledPolicy::new(policy, &[])?;
-        Ok(())
-    }
-
     /// Connects the servers of a rollout and offers their tools. `rollout` is its name in logs.
     pub async fn connect(
         &self,

@@ -40,5 +40,4 @@ pub use convert::OfferedTool;
 pub use error::McpError;
 pub use host::{McpHost, McpHostConfig};
 pub use outcome::ToolOutcome;
-pub use policy::{DANGEROUS_TOOLS, Verdict};
 pub use toolbox::{ServerInfo, Toolbox, Warning};
