@@ -12,7 +12,7 @@ use espalier_runtime::tasks::{OnFailure, Tasks, with_deadline};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::guardian::Guardian;
 use super::redact::Secrets;
@@ -23,6 +23,8 @@ const STDERR_BYTES_KEPT: usize = 4096;
 const TERMINATE_GRACE: Duration = Duration::from_secs(4);
 /// How long the kernel may take to end a killed one.
 const KILL_GRACE: Duration = Duration::from_secs(5);
+/// How long the pipe of a process that has ended may stay open.
+const LAST_WORDS_LIMIT: Duration = Duration::from_millis(500);
 /// What a server inherits. Not the rest: the worker's own environment holds its tokens.
 const INHERITED: &[&str] = &[
     "PATH",
@@ -110,9 +112,13 @@ impl ServerProcess {
             return Err(error);
         }
         let last_words = Arc::new(LastWords::new(launch.secrets.clone()));
+        let (all_read, heard) = oneshot::channel::<()>();
         if let Some(stderr) = child.stderr.take() {
             let kept = Arc::clone(&last_words);
-            tasks.spawn_apart("mcp_server_stderr", OnFailure::Ignore, kept.read(stderr));
+            tasks.spawn_apart("mcp_server_stderr", OnFailure::Ignore, async move {
+                kept.read(stderr).await;
+                drop(all_read);
+            });
         }
         let pipes = match (child.stdin.take(), child.stdout.take()) {
             (Some(stdin), Some(stdout)) => Some(Pipes { stdin, stdout }),
@@ -123,7 +129,7 @@ impl ServerProcess {
         tasks.spawn_apart(
             "mcp_server_wait",
             OnFailure::Log,
-            wait(child, group, guardian, tell),
+            wait(child, group, guardian, heard, tell),
         );
         let process = Self {
             group,
@@ -200,6 +206,7 @@ async fn wait(
     mut child: Child,
     group: Pid,
     guardian: Arc<Guardian>,
+    heard: oneshot::Receiver<()>,
     tell: watch::Sender<Option<String>>,
 ) {
     let status = match child.wait().await {
@@ -209,6 +216,8 @@ async fn wait(
     // What the server started and left behind.
     kill_group(group, Signal::KILL);
     guardian.remove(group.as_raw_nonzero().get());
+    // Its end is told after its last words were heard; a grandchild that left the group may hold the pipe open.
+    let _ = with_deadline("mcp_server_last_words", LAST_WORDS_LIMIT, heard).await;
     let _ = tell.send(Some(status));
 }
 
@@ -297,16 +306,8 @@ mod tests {
             "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done >&2; echo hunter2-secret >&2; exit 3",
         );
         assert_eq!(process.exited().await, "exit status: 3");
-        // The reader may be a moment behind the exit.
-        let words = async {
-            while !process.last_words().ends_with("***") {
-                tokio::task::yield_now().await;
-            }
-            process.last_words()
-        };
-        let words = with_deadline("test", Duration::from_secs(5), words)
-            .await
-            .unwrap();
+        let words = process.last_words();
+        assert!(words.ends_with("***"), "{words}");
         assert!(
             words.len() <= STDERR_BYTES_KEPT && words.contains("line 2999"),
             "{words}"
