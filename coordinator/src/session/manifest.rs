@@ -57,8 +57,9 @@ impl Session {
     pub async fn check_manifests(&self, mut inbox: mpsc::Receiver<Report>) {
         let ended = &self.connected.ended;
         while let Some(Some(report)) = ended.run_until_cancelled(inbox.recv()).await {
-            let checked =
-                tasks::with_deadline("session.manifest", CHECK_LIMIT, self.check(&report));
+            // Boxed: reports are rare, and every session would carry the state of a check.
+            let checked = Box::pin(self.check(&report));
+            let checked = tasks::with_deadline("session.manifest", CHECK_LIMIT, checked);
             let Some(checked) = ended.run_until_cancelled(checked).await else {
                 return;
             };
