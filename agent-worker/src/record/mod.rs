@@ -44,6 +44,9 @@ use ship::Shipment;
 /// comes after is shown to the model but not kept.
 const BLOB_BYTES_MAX: u64 = 256 << 20;
 
+/// Up to this size a blob is hashed where it is: a tenth of a millisecond, less than the way to another thread.
+const HASH_INLINE_BYTES_MAX: usize = 32 << 10;
+
 /// What recorders share.
 #[derive(Clone)]
 pub struct RecordContext {
@@ -165,41 +168,59 @@ impl Recorder {
 
     /// Records what is known before the first model call.
     pub async fn header(&mut self, header: Header) -> Result<(), RecordError> {
-        let header = Box::new(header);
-        self.write(&Step::Header(header.clone())).await?;
-        self.header = Some(header);
+        let step = Step::Header(Box::new(header));
+        self.write(&[&step]).await?;
+        self.keep(step);
         Ok(())
     }
 
     /// Records a message and returns its index.
     pub async fn message(&mut self, message: Message) -> Result<usize, RecordError> {
         let step = Step::Message { message };
-        self.write(&step).await?;
-        if let Step::Message { message } = step {
-            self.messages.push(message);
+        self.write(&[&step]).await?;
+        Ok(self.keep(step))
+    }
+
+    /// Records an assistant's message and the model call that gave it, in one write. Returns the message's index.
+    pub async fn model_call(
+        &mut self,
+        message: Message,
+        call: ModelCall,
+    ) -> Result<usize, RecordError> {
+        let (message, call) = (Step::Message { message }, Step::ModelCall(Box::new(call)));
+        self.write(&[&message, &call]).await?;
+        self.keep(call);
+        Ok(self.keep(message))
+    }
+
+    /// Records a tool's message and the call that it answers, in one write. Returns the message's index.
+    pub async fn tool_call(
+        &mut self,
+        message: Message,
+        call: ToolCallRecord,
+    ) -> Result<usize, RecordError> {
+        let (message, call) = (Step::Message { message }, Step::ToolCall(Box::new(call)));
+        self.write(&[&message, &call]).await?;
+        self.keep(call);
+        Ok(self.keep(message))
+    }
+
+    /// Takes a written step into the trace that is being made. Returns the index of the last message.
+    fn keep(&mut self, step: Step) -> usize {
+        match step {
+            Step::Header(header) => self.header = Some(header),
+            Step::Message { message } => self.messages.push(message),
+            Step::ModelCall(call) => self.model_calls.push(*call),
+            Step::ToolCall(call) => self.tool_calls.push(*call),
+            Step::Outcome(_) => {}
         }
-        Ok(self.messages.len() - 1)
-    }
-
-    /// Records a model call, after its message.
-    pub async fn model_call(&mut self, call: ModelCall) -> Result<(), RecordError> {
-        let call = Box::new(call);
-        self.write(&Step::ModelCall(call.clone())).await?;
-        self.model_calls.push(*call);
-        Ok(())
-    }
-
-    /// Records a tool call, after its message.
-    pub async fn tool_call(&mut self, call: ToolCallRecord) -> Result<(), RecordError> {
-        let call = Box::new(call);
-        self.write(&Step::ToolCall(call.clone())).await?;
-        self.tool_calls.push(*call);
-        Ok(())
+        self.messages.len().saturating_sub(1)
     }
 
     /// Records the end, as the last step.
     pub async fn outcome(&mut self, outcome: &Outcome) -> Result<(), RecordError> {
-        self.write(&Step::Outcome(Box::new(outcome.clone()))).await
+        self.write(&[&Step::Outcome(Box::new(outcome.clone()))])
+            .await
     }
 
     /// Keeps `content` as a blob of the project. None where the rollout has kept as much as it may.
@@ -209,8 +230,7 @@ impl Recorder {
         media_type: &str,
     ) -> Result<Option<BlobRef>, RecordError> {
         let size = content.len() as u64;
-        let hashed = content.clone();
-        let sha256 = tasks::blocking("record.hash", move || sha256_hex(&hashed)).await?;
+        let sha256 = digest(&content).await?;
         let path = layout::blob(&self.key.project, &sha256);
         if !self.blobs.contains_key(&path) {
             if self.blob_bytes + size > BLOB_BYTES_MAX {
@@ -234,10 +254,14 @@ impl Recorder {
         }))
     }
 
-    async fn write(&self, step: &Step) -> Result<(), RecordError> {
-        let mut line = serde_json::to_vec(step).map_err(RecordError::Encode)?;
-        line.push(b'\n');
-        self.log.append(line).await?;
+    /// Writes steps at once: each write is a way to another thread and back.
+    async fn write(&self, steps: &[&Step]) -> Result<(), RecordError> {
+        let mut lines = Vec::new();
+        for step in steps {
+            serde_json::to_writer(&mut lines, step).map_err(RecordError::Encode)?;
+            lines.push(b'\n');
+        }
+        self.log.append(lines).await?;
         self.shipment.written();
         self.sync_soon();
         Ok(())
@@ -255,6 +279,15 @@ impl Recorder {
                 log.sync_after_delay().await
             });
     }
+}
+
+/// The name of a blob.
+async fn digest(content: &Bytes) -> Result<String, RecordError> {
+    if content.len() <= HASH_INLINE_BYTES_MAX {
+        return Ok(sha256_hex(content));
+    }
+    let content = content.clone();
+    Ok(tasks::blocking("record.hash", move || sha256_hex(&content)).await?)
 }
 
 impl Drop for Recorder {

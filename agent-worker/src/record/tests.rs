@@ -184,10 +184,8 @@ async fn a_published_trace_verifies_and_leaves_nothing_on_this_machine() {
         tool_call_id: "c".into(),
         content: "ok".into(),
     };
-    let message = recorder.message(tool).await.unwrap();
-    assert_eq!(message, 2);
     let record = ToolCallRecord {
-        message,
+        message: 2,
         call_id: "c".into(),
         name: "open".into(),
         server: None,
@@ -202,7 +200,7 @@ async fn a_published_trace_verifies_and_leaves_nothing_on_this_machine() {
         started_at_us: Default::default(),
         latency_ms: 1,
     };
-    recorder.tool_call(record).await.unwrap();
+    assert_eq!(recorder.tool_call(tool, record).await.unwrap(), 2);
     let published = recorder.publish(outcome(1), &gate(true)).await.unwrap();
     assert!(!published.adopted);
     assert_eq!(published.summary.totals.turns, 1);

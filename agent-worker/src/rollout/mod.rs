@@ -329,10 +329,15 @@ impl<C: Conversation> Rollout<'_, C> {
     /// Adds a message and returns its index.
     async fn say(&mut self, message: Message) -> Result<usize, RolloutError> {
         let index = self.recorder.message(message).await?;
+        self.show_last();
+        Ok(index)
+    }
+
+    /// Shows the last message to whoever looks on.
+    fn show_last(&mut self) {
         if let Some(message) = self.recorder.messages().last() {
             self.conversation.see(Seen::Said(message));
         }
-        Ok(index)
     }
 
     /// Final address, verdict and sums.

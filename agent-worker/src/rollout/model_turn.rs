@@ -118,9 +118,9 @@ impl<C: Conversation> Rollout<'_, C> {
             .completion_tokens
             .saturating_add(call.completion_tokens);
         metrics().rollout_turns.add(1, &[]);
-        self.say(Message::assistant(turn.content, turn.reasoning, tool_calls))
-            .await?;
-        self.recorder.model_call(call).await?;
+        let message = Message::assistant(turn.content, turn.reasoning, tool_calls);
+        self.recorder.model_call(message, call).await?;
+        self.show_last();
         Ok(())
     }
 }

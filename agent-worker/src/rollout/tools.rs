@@ -184,15 +184,12 @@ impl<C: Conversation> Rollout<'_, C> {
         latency: Duration,
     ) -> Result<(), RolloutError> {
         let offered = self.toolbox.tool(&call.function.name);
-        let message = self
-            .recorder
-            .message(Message::Tool {
-                tool_call_id: call.id.clone(),
-                content: answer.text,
-            })
-            .await?;
+        let message = Message::Tool {
+            tool_call_id: call.id.clone(),
+            content: answer.text,
+        };
         let record = ToolCallRecord {
-            message,
+            message: self.recorder.messages().len(),
             call_id: call.id,
             server: offered.map(|tool| tool.server.clone()),
             tool: offered.map(|tool| tool.raw_name.clone()),
@@ -209,7 +206,7 @@ impl<C: Conversation> Rollout<'_, C> {
         };
         self.totals.tool_calls += 1;
         self.totals.tool_errors += u32::from(record.is_error);
-        self.recorder.tool_call(record).await?;
+        self.recorder.tool_call(message, record).await?;
         if let (Some(message), Some(record)) = (
             self.recorder.messages().last(),
             self.recorder.tool_calls().last(),
