@@ -64,7 +64,7 @@ check: ## Format, lints, rules of the tree
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
 bench: setup ## Measures; JSON lines on standard output
-	@cargo build --locked --release -p espalier-cli -p espalier-tests --bin espalier --bin scripted-model --bin toy-mcp >&2
+	@cargo build --locked --release -p espalier-cli -p espalier-tests -p espalier-coordinator --bin espalier --bin scripted-model --bin toy-mcp --bin espalier-coordinator >&2
 	@examples/practice/bench.sh target/release
 
 soak: setup-test ## 1,000 rounds of random kill -9

@@ -38,10 +38,10 @@ serve_up() {
     --model-url "$(cat "$data/model.ready")/v1" --model scripted --ready-file "$data/up.ready" "$@"
 }
 
-# 500 jobs that add two numbers with the toy server: nothing but the loop itself.
+# toy_jobs N: jobs that add two numbers with the toy server, nothing but the loop itself.
 toy_jobs() {
   local n
-  for ((n = 0; n < 500; n++)); do
+  for ((n = 0; n < $1; n++)); do
     printf '{"id":"sum-%d","task_kind":"toy","mcp":["toy"],"prompt":"Do it.\\nSCRIPT: %s","verify":{"answer":{"equals":"%d"}}}\n' \
       "$n" "[{\\\"tool\\\":\\\"add\\\",\\\"arguments\\\":{\\\"a\\\":$n,\\\"b\\\":1}},{\\\"answer\\\":\\\"{{last}}\\\"}]" "$((n + 1))"
   done
@@ -60,24 +60,33 @@ store_url = "file://$data/coordinator/store"
 name = "nobody"
 sha256 = "$(head -c 32 /dev/urandom | sha256sum | cut -d ' ' -f 1)"
 project = "*"
-roles = ["read"]
+roles = ["worker"]
 TOML
 launch coordinator "$bin/espalier-coordinator" --config "$data/coordinator.toml"
 await coordinator grep -q "coordinator serves" "$data/coordinator.log"
 measure memory "${pids[-1]}"
 stop_last
 
-serve_model 0
-toy_jobs >"$data/toy.jsonl"
+# measure_toy SLOTS JOBS OPTIONS…
+measure_toy() {
+  local slots=$1
+  toy_jobs "$2" >"$data/toy.jsonl"
+  shift 2
+  serve_up "toy-$slots" --slots "$slots" --mcp "$data/toy-mcp.json"
+  measure rollouts "$data/toy.jsonl" --name "toy, $slots at once" --data-dir "$data/toy-$slots" "$@"
+  stop_last
+}
+
 printf '{"mcpServers": {"toy": {"command": "%s"}}}' "$bin/toy-mcp" >"$data/toy-mcp.json"
-serve_up toy --slots 64 --mcp "$data/toy-mcp.json"
-measure rollouts "$data/toy.jsonl" --name "toy, 64 slots" --data-dir "$data/toy"
-stop_all
+serve_model 0
+measure_toy 1 100
+measure_toy 64 500 --saturating
+stop_last
 
 serve_model 0.15
 serve site "$bin/espalier" practice site --listen 127.0.0.1:0 --seed 7 --ready-file "$data/site.ready"
 serve_up browsers --slots 8
-measure rollouts "$here/tasks.jsonl" --name "browsers, 8 slots" --data-dir "$data/browsers" \
+measure rollouts "$here/tasks.jsonl" --name "browsers, 8 at once" --data-dir "$data/browsers" \
   --var "site=$(sed 's/127\.0\.0\.1/localhost/' "$data/site.ready")"
 
 "$bin/espalier" bench table "$figures" >&2

@@ -20,7 +20,7 @@ pub const COORDINATOR_MAX_MB: f64 = 30.0;
 /// How often memory is looked at,
 const EVERY: Duration = Duration::from_millis(200);
 /// and how many times as long as a look took is waited at least: walking page tables costs what it measures.
-const REST_FACTOR: u32 = 20;
+const REST_FACTOR: u32 = 10;
 
 /// Options of `bench memory`.
 #[derive(Args, Clone, Copy, Debug)]

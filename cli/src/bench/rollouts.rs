@@ -42,6 +42,10 @@ pub struct Rollouts {
     /// What the measurement is called in the report
     #[arg(long, value_name = "NAME", default_value = "rollouts")]
     pub name: String,
+    /// Says that more rollouts run than the cores can serve: a turn then waits for a core most of the time, and no
+    /// bound is held against that
+    #[arg(long)]
+    pub saturating: bool,
 }
 
 /// Measures.
@@ -70,7 +74,7 @@ pub async fn measure(context: &Context, args: &Rollouts) -> Result<Figures, Prob
     };
     let costs = turn_costs(context, &ran.batch).await?;
     let memory = idle.and_then(|idle| Memory::of(idle, &samples));
-    Ok(report(&ran, &costs, memory.as_ref()))
+    Ok(report(&ran, &costs, memory.as_ref(), args.saturating))
 }
 
 /// A batch that is done.
@@ -187,17 +191,35 @@ fn own_bound(running: u64) -> f64 {
     OWN_MAX_MB + OWN_MAX_MB_PER_ROLLOUT * running as f64
 }
 
-fn report(ran: &Ran, costs: &[Turn], memory: Option<&Memory>) -> Figures {
+/// The value below which `share` of the turns lie.
+fn of_turns(costs: &[Turn], of: fn(&Turn) -> f64, share: f64) -> f64 {
+    percentile(costs.iter().map(of).collect(), share)
+}
+
+fn ours_ms(turn: &Turn) -> f64 {
+    turn.ours_us as f64 / 1e3
+}
+
+fn turn_headlines(costs: &[Turn], saturating: bool) -> Vec<Headline> {
+    if costs.is_empty() {
+        return Vec::new();
+    }
+    let at = |share| of_turns(costs, ours_ms, share);
+    let mut headlines = vec![
+        Headline::new("our part of a turn, median", at(0.5), "ms"),
+        Headline::new("our part of a turn, p90", at(0.9), "ms"),
+    ];
+    if !saturating {
+        let share = of_turns(costs, Turn::share_of_bound, 0.5);
+        let headline = Headline::new("our part of a turn by its bound, median", share, "");
+        headlines.push(headline.bound(Bound::AtMost(1.0)));
+    }
+    headlines
+}
+
+fn report(ran: &Ran, costs: &[Turn], memory: Option<&Memory>, saturating: bool) -> Figures {
     let seconds = ran.took.as_secs_f64();
     let per_min = ran.rollouts as f64 / seconds * 60.0;
-    let ours_ms = |share| {
-        percentile(
-            costs.iter().map(|t| t.ours_us as f64 / 1e3).collect(),
-            share,
-        )
-    };
-    let of_bound = |share| percentile(costs.iter().map(Turn::share_of_bound).collect(), share);
-    let chars = percentile(costs.iter().map(|t| t.result_chars as f64).collect(), 0.5);
     let within = costs.iter().filter(|t| t.share_of_bound() <= 1.0).count();
     let values = json!({
         "batch": ran.batch,
@@ -206,24 +228,17 @@ fn report(ran: &Ran, costs: &[Turn], memory: Option<&Memory>) -> Figures {
         "rollouts_per_min": per_min,
         "rollouts_per_s": per_min / 60.0,
         "turns": costs.len(),
-        "turn_result_chars_median": chars,
-        "turn_overhead_median_ms": ours_ms(0.5),
-        "turn_overhead_p90_ms": ours_ms(0.9),
-        "turn_overhead_of_bound_median": of_bound(0.5),
-        "turn_overhead_of_bound_p90": of_bound(0.9),
+        "turn_result_chars_median": of_turns(costs, |t| t.result_chars as f64, 0.5),
+        "turn_overhead_median_ms": of_turns(costs, ours_ms, 0.5),
+        "turn_overhead_p90_ms": of_turns(costs, ours_ms, 0.9),
+        "turn_overhead_of_bound_median": of_turns(costs, Turn::share_of_bound, 0.5),
+        "turn_overhead_of_bound_p90": of_turns(costs, Turn::share_of_bound, 0.9),
         "turns_within_bound": within,
         "memory": memory.map(Memory::to_json),
         "report": ran.report,
     });
     let mut headlines = vec![Headline::new("rollouts", per_min, "/min")];
-    if !costs.is_empty() {
-        headlines.extend([
-            Headline::new("our part of a turn, median", ours_ms(0.5), "ms"),
-            Headline::new("our part of a turn, p90", ours_ms(0.9), "ms"),
-            Headline::new("our part of a turn by its bound, median", of_bound(0.5), "")
-                .bound(Bound::AtMost(1.0)),
-        ]);
-    }
+    headlines.extend(turn_headlines(costs, saturating));
     if let Some(memory) = memory {
         let (running, sample) = memory.own;
         headlines.extend([
@@ -284,11 +299,16 @@ mod tests {
             ours_us,
             result_chars,
         });
-        let figures = report(&ran, &costs, None);
+        let figures = report(&ran, &costs, None, false);
         assert_eq!(figures.values["rollouts_per_min"], 30.0);
         assert_eq!(figures.values["turn_overhead_median_ms"], 5.6);
         assert_eq!(figures.values["turn_overhead_of_bound_median"], 1.0);
         assert_eq!(figures.values["turns_within_bound"], 2);
         assert_eq!(own_bound(8), 216.0);
+        let bounded = |saturating| {
+            let headlines = turn_headlines(&costs, saturating);
+            headlines.iter().filter(|one| one.holds.is_some()).count()
+        };
+        assert_eq!([bounded(false), bounded(true)], [1, 0]);
     }
 }
