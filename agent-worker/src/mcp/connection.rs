@@ -231,9 +231,7 @@ impl Connection {
         if let Err(McpError::Deadline { .. }) = &answer
             && self.is_alive().await
         {
-            let text =
-                format!("### Error\n{tool} did not end within {timeout:?} and was given up.");
-            answer = Ok(Err(ErrorData::internal_error(text, None)));
+            answer = Ok(Err(given_up(tool, timeout)));
         }
         if !self.is_watched {
             return answer;
@@ -272,6 +270,7 @@ impl Connection {
                 Ok(Err(error))
             }
             Ok(Err(error)) => Err(self.gone(&error).await),
+            Err(_) if self.is_alive().await => Ok(Err(given_up(uri, timeout))),
             Err(_) => Err(self.late("resources/read", timeout)),
         }
     }
@@ -326,9 +325,13 @@ impl Connection {
     /// there; otherwise the server opens a new one, which is counted.
     async fn look_for_loss(&self) -> Result<(), McpError> {
         for _ in 0..LOSS_PROBES {
-            let _ = self
-                .call_once(browser::TABS_TOOL, browser::list_tabs(), PING_TIMEOUT)
-                .await?;
+            let tabs = self.call_once(browser::TABS_TOOL, browser::list_tabs(), PING_TIMEOUT);
+            match tabs.await {
+                // A page can keep the answer back, and that is no loss.
+                Err(McpError::Deadline { .. }) if self.is_alive().await => break,
+                Err(error) => return Err(error),
+                Ok(_) => {}
+            }
             if self.asked.load(Ordering::SeqCst) > 1 {
                 break;
             }
@@ -401,6 +404,12 @@ impl Connection {
         }
         McpError::ContextLost { server, reason }
     }
+}
+
+/// What is told of a call that ran out of time while its server is well.
+fn given_up(what: &str, after: Duration) -> ErrorData {
+    let text = format!("### Error\n{what} did not end within {after:?} and was given up.");
+    ErrorData::internal_error(text, None)
 }
 
 async fn serve(

@@ -51,8 +51,12 @@ use decide::{Action, Event, Progress, decide};
 use model_turn::LastTokens;
 use probes::Live;
 
-/// Longest that all checks of a rollout may take together: a few probes at their own limit.
+/// Longest that all checks of a rollout may take together: a few probes at their own limit. Checks that come after it
+/// score 0.
 const VERIFY_TIMEOUT: Duration = Duration::from_secs(120);
+/// How much longer the last check may take to find out whether its server still lives. A judgement that is not over
+/// then hangs for a reason that is not the checks'.
+const VERIFY_SLACK: Duration = Duration::from_secs(60);
 /// Longest that the browser may take to tell its address.
 const URL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest that giving back the servers may take; they are taken back anyway.
@@ -372,7 +376,8 @@ impl<C: Conversation> Rollout<'_, C> {
         let probes = self.probes();
         let span = tracing::info_span!(span::VERIFY, { attribute::REWARD } = tracing::field::Empty);
         let judged = judge(verify, &evidence, &probes).instrument(span.clone());
-        let verdict = with_deadline("rollout.verify", VERIFY_TIMEOUT, judged).await??;
+        let verdict =
+            with_deadline("rollout.verify", VERIFY_TIMEOUT + VERIFY_SLACK, judged).await??;
         span.record(attribute::REWARD, verdict.reward);
         Ok(verdict)
     }
@@ -381,6 +386,7 @@ impl<C: Conversation> Rollout<'_, C> {
         Live {
             toolbox: self.toolbox,
             hooks: &self.services.hooks,
+            until: Instant::now() + VERIFY_TIMEOUT,
         }
     }
 
