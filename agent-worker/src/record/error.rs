@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use espalier_core::error::ErrorClass;
 use espalier_core::trace::TraceError;
 use espalier_runtime::store::StoreError;
-use espalier_runtime::tasks::BlockingFailed;
+use espalier_runtime::tasks::{BlockingFailed, DeadlineExceeded};
 
 /// A recording that cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +43,9 @@ pub enum RecordError {
     /// Work off the async threads failed.
     #[error(transparent)]
     Blocking(#[from] BlockingFailed),
+    /// The store was away for longer than anybody waits for it.
+    #[error("the store was away for too long")]
+    Late(#[from] DeadlineExceeded),
 }
 
 impl RecordError {
@@ -54,7 +57,8 @@ impl RecordError {
             Self::Disk { .. }
             | Self::Store(_)
             | Self::InvalidManifest { .. }
-            | Self::Blocking(_) => ErrorClass::Infra,
+            | Self::Blocking(_)
+            | Self::Late(_) => ErrorClass::Infra,
         }
     }
 }

@@ -9,15 +9,17 @@ use espalier_core::layout;
 use espalier_core::trace::{FileEntry, Manifest, Outcome, RolloutSummary, SCHEMA_VERSION, Trace};
 use espalier_runtime::backoff::Backoff;
 use espalier_runtime::store::{Created, StoreErrorKind};
-use espalier_runtime::tasks;
+use espalier_runtime::tasks::{self, with_deadline};
 use espalier_runtime::telemetry;
 
 use super::{Found, RecordError, Recorder, find_published};
 
 /// zstd's own default: traces shrink to a tenth in milliseconds.
 const ZSTD_LEVEL: i32 = 3;
-/// Between tries while the store is away. The lease is kept meanwhile, and the attempt's longest runtime ends the
-/// wait.
+/// How long somebody at a terminal waits for a store that is away.
+const NO_LEASE_PATIENCE: Duration = Duration::from_secs(120);
+/// Between tries while the store is away. The lease is kept meanwhile, and the gate's patience or the attempt's longest
+/// runtime ends the wait.
 const BACKOFF: Backoff = Backoff {
     first: Duration::from_secs(1),
     max: Duration::from_secs(30),
@@ -33,6 +35,11 @@ pub trait Gate: Sync {
     /// was suspended past its lease publishes nothing.
     fn may_publish(&self) -> bool;
 
+    /// How long publishing waits for a store that is away; none: whoever holds the lease ends the wait.
+    fn patience(&self) -> Option<Duration> {
+        None
+    }
+
     /// Reports that the manifest which is there does not verify. True: it was moved aside.
     fn report_invalid(&self, reason: &str) -> impl Future<Output = bool> + Send;
 }
@@ -44,6 +51,10 @@ pub struct NoLease;
 impl Gate for NoLease {
     fn may_publish(&self) -> bool {
         true
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        Some(NO_LEASE_PATIENCE)
     }
 
     async fn report_invalid(&self, _reason: &str) -> bool {
@@ -68,6 +79,19 @@ impl Recorder {
     ///
     /// A result that an earlier attempt published is verified and taken over in place of this one.
     pub async fn publish(
+        self,
+        outcome: Outcome,
+        gate: &impl Gate,
+    ) -> Result<Published, RecordError> {
+        let patience = gate.patience();
+        let work = self.publish_patiently(outcome, gate);
+        match patience {
+            Some(patience) => with_deadline("record.publish", patience, work).await?,
+            None => work.await,
+        }
+    }
+
+    async fn publish_patiently(
         mut self,
         outcome: Outcome,
         gate: &impl Gate,
@@ -195,7 +219,9 @@ impl Recorder {
 
 fn may_come_back(kind: StoreErrorKind) -> bool {
     match kind {
-        StoreErrorKind::Unavailable { .. } | StoreErrorKind::Full | StoreErrorKind::Denied => true,
+        StoreErrorKind::Unavailable { .. } | StoreErrorKind::Full => true,
+        // Until a person acts, which may be days: the attempt fails, and the job is tried again elsewhere or later.
+        StoreErrorKind::Denied => false,
         StoreErrorKind::NotFound | StoreErrorKind::Invalid => false,
     }
 }

@@ -381,6 +381,33 @@ async fn a_store_that_is_full_or_loses_its_reply_delays_a_result_and_loses_none(
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_store_that_refuses_ends_the_wait_at_once_and_a_terminal_waits_for_minutes_only() {
+    let limits = StoreLimits {
+        tries_max: 1,
+        ..StoreLimits::default()
+    };
+    for (fault, waits) in [(Fault::Denied, false), (Fault::Unavailable, true)] {
+        let store = Store::open("memory://").await.unwrap();
+        let store = store.with_limits(limits);
+        let store = store.with_faults(Faults::new(move |operation, _| {
+            matches!(operation, "put" | "create").then_some(fault)
+        }));
+        let world = World::with_store(store).await;
+        let recorder = world.recorder(1).await;
+        let began = tokio::time::Instant::now();
+        let error = recorder.publish(outcome(1), &NoLease).await.unwrap_err();
+        assert_eq!(error.class(), ErrorClass::Infra);
+        assert_eq!(matches!(error, RecordError::Late(_)), waits, "{error:?}");
+        assert_eq!(
+            began.elapsed() >= Duration::from_secs(60),
+            waits,
+            "{fault:?}"
+        );
+        assert!(began.elapsed() <= Duration::from_secs(121), "{fault:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn segments_bring_the_steps_to_the_store_while_the_rollout_runs() {
     let world = World::new().await;
     let mut recorder = world.recorder(1).await;
