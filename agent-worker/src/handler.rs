@@ -114,7 +114,7 @@ impl RolloutHandler {
             span::PUBLISH,
             { attribute::TRACE_PATH } = layout::trace(&key, recorder.fence()),
         );
-        context.lease().progress("publishing");
+        context.lease().publishing();
         let gate = ByLease(context);
         Ok(recorder.publish(outcome, &gate).instrument(span).await?)
     }

@@ -118,7 +118,7 @@ pub(super) async fn run<H: Handler>(
     let outcome = ended.unwrap_or_else(|panic| {
         JobOutcome::failed(ErrorClass::Handler, panic_text(panic.as_ref()))
     });
-    let outcome = settle(outcome, lease.reason());
+    let outcome = settle(outcome, lease.reason(), lease.is_publishing());
     span.record(attribute::OUTCOME, name_of(&outcome));
     span.in_scope(|| report(&id, &outcome));
     // Fails only when the session is over, and then nobody waits for the slot.
@@ -179,10 +179,16 @@ fn unfinished(reason: Option<Stop>) -> JobOutcome {
 }
 
 /// What is reported of work that was stopped. What is published stays published.
-fn settle(outcome: JobOutcome, stop: Option<Stop>) -> JobOutcome {
+///
+/// `publishing`: the work was done, and only the store kept its result waiting.
+fn settle(outcome: JobOutcome, stop: Option<Stop>, publishing: bool) -> JobOutcome {
     match (stop, outcome) {
         (_, outcome @ JobOutcome::Published { .. }) | (None, outcome) => outcome,
         (Some(Stop::Cancelled), _) => JobOutcome::failed(ErrorClass::Cancelled, "cancelled"),
+        (Some(Stop::TooLong), _) if publishing => {
+            let message = "its result could not be stored within `max_runtime_s`";
+            JobOutcome::failed(ErrorClass::Infra, message)
+        }
         (Some(Stop::TooLong), _) => {
             JobOutcome::failed(ErrorClass::Handler, "it ran longer than `max_runtime_s`")
         }
@@ -310,4 +316,20 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
         "the handler panicked: {}",
         text.as_deref().unwrap_or("unknown reason")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_that_waits_for_the_store_for_too_long_is_not_to_blame() {
+        for (publishing, expected) in [(false, ErrorClass::Handler), (true, ErrorClass::Infra)] {
+            let settled = settle(unfinished(None), Some(Stop::TooLong), publishing);
+            let JobOutcome::Failed { class, .. } = settled else {
+                panic!("it failed: {settled:?}");
+            };
+            assert_eq!(class, expected, "publishing: {publishing}");
+        }
+    }
 }

@@ -43,6 +43,8 @@ struct Inner {
 struct State {
     stop_at: Instant,
     reason: Option<Stop>,
+    /// Whether the work is done and only its result has to be stored.
+    is_publishing: bool,
     /// Newest last.
     progress: VecDeque<String>,
 }
@@ -59,6 +61,7 @@ impl Lease {
             state: Mutex::new(State {
                 stop_at,
                 reason: None,
+                is_publishing: false,
                 progress: VecDeque::new(),
             }),
             stopped: CancellationToken::new(),
@@ -80,6 +83,16 @@ impl Lease {
     pub fn may_publish(&self) -> bool {
         let state = self.lock();
         state.reason.is_none() && Instant::now() < state.stop_at
+    }
+
+    /// Says that the work is done and its result is being stored. What takes long from here on is not its own doing.
+    pub fn publishing(&self) {
+        self.lock().is_publishing = true;
+        self.progress("publishing");
+    }
+
+    pub(super) fn is_publishing(&self) -> bool {
+        self.lock().is_publishing
     }
 
     /// Says how far the work is, for people.
