@@ -145,6 +145,25 @@ impl ModelError {
         }
     }
 
+    /// The same error with the endpoint's own words as `change` leaves them.
+    pub(super) fn with_words(mut self, change: impl FnOnce(String) -> String) -> Self {
+        match &mut self {
+            Self::ContextLength { message }
+            | Self::BadRequest { message, .. }
+            | Self::Configuration { message, .. }
+            | Self::Server { message, .. } => *message = change(std::mem::take(message)),
+            Self::Cancelled
+            | Self::Settings { .. }
+            | Self::Connect { .. }
+            | Self::Timeout(_)
+            | Self::Cut { .. }
+            | Self::Malformed { .. }
+            | Self::EmptyChoices
+            | Self::TooLarge { .. } => {}
+        }
+        self
+    }
+
     pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Server { retry_after, .. } => *retry_after,
@@ -164,6 +183,11 @@ const CONTEXT_PHRASES: [&str; 7] = [
     "inputs tokens + max_new_tokens",
 ];
 
+/// Whether an error's body says that the conversation does not fit.
+pub(super) fn says_too_long(body: &str) -> bool {
+    CONTEXT_PHRASES.iter().any(|phrase| body.contains(phrase))
+}
+
 /// The error of a status that is no success. `message` is already cut and free of secrets; `body` decides only.
 pub(super) fn from_status(
     status: u16,
@@ -172,7 +196,7 @@ pub(super) fn from_status(
     model: &str,
     retry_after: Option<Duration>,
 ) -> ModelError {
-    let too_long = CONTEXT_PHRASES.iter().any(|phrase| body.contains(phrase));
+    let too_long = says_too_long(body);
     match status {
         400 | 413 | 422 if too_long => ModelError::ContextLength { message },
         401 | 403 => ModelError::Configuration {

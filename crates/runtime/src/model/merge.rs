@@ -12,6 +12,10 @@ use super::error::ModelError;
 use super::wire::{CallDelta, Choice, Chunk, Delta, TokenLogprob, WireUsage};
 use super::{RawToolCall, Usage};
 
+/// Most tool calls of one answer: far more than any rollout lets run in a turn. Each becomes a message, and a server
+/// that sends calls without end would have every piece compared with all of them.
+const CALLS_MAX: usize = 128;
+
 /// An answer as far as it has come.
 #[derive(Debug, Default)]
 pub(super) struct Merge {
@@ -54,6 +58,10 @@ impl Merge {
         for choice in choices.into_iter().filter(|choice| choice.index == 0) {
             self.had_choice = true;
             spoke |= self.apply_choice(choice);
+        }
+        if self.calls.len() > CALLS_MAX {
+            let what = format!("more than {CALLS_MAX} tool calls in one answer");
+            return Err(ModelError::Malformed { what });
         }
         Ok(spoke)
     }
@@ -186,13 +194,18 @@ fn read_usage(usage: WireUsage) -> Option<Usage> {
     })
 }
 
+/// Codes are numbers at some servers and names at others; without a number, the words decide whether the conversation
+/// is too long, which no further try would change.
 fn stream_error(error: &Value) -> ModelError {
-    let code = error.get("code").and_then(Value::as_u64).unwrap_or(500);
+    let code = error.get("code").and_then(Value::as_u64);
+    let is_too_long = super::error::says_too_long(&error.to_string());
+    let code = code.unwrap_or(if is_too_long { 400 } else { 500 });
     let status = u16::try_from(code)
         .ok()
         .filter(|code| (400..600).contains(code));
     let body = error.to_string();
-    let message = super::read::error_message(&body);
+    // Not cut yet: whoever takes a secret out of it must find it whole.
+    let message = super::read::error_words(&body);
     super::error::from_status(status.unwrap_or(500), message, &body, "", None)
 }
 
@@ -333,6 +346,31 @@ mod tests {
         let chunk = json!({"choices": [{"message":
             {"content": null, "reasoning": "hm", "reasoning_content": "hm"}, "finish_reason": "stop"}]});
         assert_eq!(merge(&[chunk]).reasoning, "hm");
+    }
+
+    #[test]
+    fn a_conversation_that_is_found_too_long_inside_a_stream_is_not_tried_again() {
+        for error in [
+            json!({"message": "m", "code": "context_length_exceeded"}),
+            json!({"message": "This model's maximum context length is 8 tokens", "code": 400}),
+        ] {
+            let chunk = serde_json::from_value(json!({"error": error})).unwrap();
+            let error = Merge::default().apply(chunk).unwrap_err();
+            assert_eq!(error.as_str(), "context_length");
+        }
+    }
+
+    #[test]
+    fn calls_without_end_are_no_answer() {
+        let call = json!({"function": {"name": "open", "arguments": "{}"}});
+        let answer = |n| {
+            let calls = vec![call.clone(); n];
+            json!({"choices": [{"delta": {"tool_calls": calls}}]})
+        };
+        merge(&[answer(CALLS_MAX)]);
+        let chunk = serde_json::from_value(answer(CALLS_MAX + 1)).unwrap();
+        let error = Merge::default().apply(chunk).unwrap_err();
+        assert_eq!(error.as_str(), "malformed");
     }
 
     #[test]

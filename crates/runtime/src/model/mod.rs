@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use espalier_core::chat::{Message, ToolDef};
+use espalier_core::error::shorten;
 use espalier_core::spec::Sampling;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
 use opentelemetry::KeyValue;
@@ -319,11 +320,14 @@ impl ModelClient {
             .get(CONTENT_TYPE)
             .is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"));
         let body = Body::new(response, idle);
-        let (merge, first_token) = if is_stream {
-            body.read_stream().await?
+        let read = if is_stream {
+            body.read_stream().await
         } else {
-            (body.read_whole().await?, None)
+            body.read_whole().await.map(|merge| (merge, None))
         };
+        // Errors come inside of answers, too.
+        let (merge, first_token) =
+            read.map_err(|error| error.with_words(|words| shorten(&self.without_key(words))))?;
         let first_token = first_token.map(|at| at.duration_since(began));
         turn(merge, request, first_token)
     }

@@ -129,9 +129,14 @@ fn parse(json: &[u8]) -> Result<Chunk, ModelError> {
     })
 }
 
-/// The words of an error's body, in whatever form the server puts them, cut to a line.
+/// The words of an error's body, cut to a line.
 pub(super) fn error_message(body: &str) -> String {
-    let text = match serde_json::from_str::<Value>(body) {
+    shorten(&error_words(body))
+}
+
+/// The words of an error's body, in whatever form the server puts them.
+pub(super) fn error_words(body: &str) -> String {
+    match serde_json::from_str::<Value>(body) {
         Ok(json) => {
             let words = [
                 json.pointer("/error/message"),
@@ -149,8 +154,7 @@ pub(super) fn error_message(body: &str) -> String {
             .next()
             .unwrap_or("no message")
             .to_owned(),
-    };
-    shorten(&text)
+    }
 }
 
 #[cfg(test)]

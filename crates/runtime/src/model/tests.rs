@@ -411,6 +411,12 @@ async fn the_key_is_in_no_error() {
         assert!(!shown.contains(KEY), "{shown}");
         assert!(shown.contains("`api_key`"), "{shown}");
     }
+    let inside = json!({"error": {"message": format!("bad key {KEY}"), "code": 400}});
+    let error = fails_at_once(Reply::Events(vec![event(&inside)])).await;
+    assert_eq!(
+        error.to_string(),
+        "the model endpoint refused the request with status 400: bad key [redacted]"
+    );
     let (_, settings) = start([]).await;
     let shown = format!("{settings:?} {:?}", client(&settings));
     assert!(!shown.contains(KEY), "{shown}");
