@@ -81,7 +81,7 @@ impl<C: Conversation> Rollout<'_, C> {
             adapter: None,
             prompt: self.prompt_tokens(turn),
             completion_ids: turn.token_ids.clone(),
-            logprobs: turn.logprobs.clone(),
+            logprobs: logprobs_of(turn.token_ids.as_deref(), turn.logprobs.as_deref()),
             finish_reason: turn.finish_reason.clone(),
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
@@ -95,7 +95,8 @@ impl<C: Conversation> Rollout<'_, C> {
     fn prompt_tokens(&mut self, turn: &ChatTurn) -> Option<PromptTokens> {
         let ids = turn.prompt_token_ids.as_ref()?;
         let call = self.totals.turns as usize;
-        let told = told_by_difference(ids, self.last_tokens.as_ref());
+        let last = self.last_tokens.as_ref();
+        let told = PromptTokens::tell(ids, last.map(|last| (last.call, last.ids.as_slice())));
         let mut all = ids.clone();
         all.extend(turn.token_ids.iter().flatten());
         self.last_tokens = Some(LastTokens { call, ids: all });
@@ -134,25 +135,21 @@ fn counted(turn: &ChatTurn) -> Usage {
     }
 }
 
-/// `ids` as a change to the tokens of the last call.
-fn told_by_difference(ids: &[u32], last: Option<&LastTokens>) -> PromptTokens {
-    let Some(last) = last else {
-        return PromptTokens {
-            extends: None,
-            keep: 0,
-            append: ids.to_vec(),
-        };
-    };
-    let keep = ids
-        .iter()
-        .zip(&last.ids)
-        .take_while(|(a, b)| a == b)
-        .count();
-    PromptTokens {
-        extends: Some(last.call),
-        keep,
-        append: ids[keep..].to_vec(),
+/// The log-probabilities, where there is exactly one for each sampled token: with another number nobody could say which
+/// belongs to which.
+fn logprobs_of(ids: Option<&[u32]>, logprobs: Option<&[f32]>) -> Option<Vec<f32>> {
+    let logprobs = logprobs?;
+    let tokens = ids.map_or(logprobs.len(), <[u32]>::len);
+    if tokens == logprobs.len() {
+        return Some(logprobs.to_vec());
     }
+    let count = logprobs.len();
+    tracing::warn!(
+        tokens,
+        count,
+        "log-probabilities not recorded: one for each token is needed"
+    );
+    None
 }
 
 /// The conversation as it is sent: Qwen3's template has one system block, so system text and hints go as one message.
@@ -201,19 +198,11 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_is_told_as_a_change_to_the_last_call() {
-        let first = told_by_difference(&[1, 2], None);
-        assert_eq!((first.extends, first.append), (None, vec![1, 2]));
-        let last = LastTokens {
-            call: 0,
-            ids: vec![1, 2, 3, 4],
-        };
-        let next = told_by_difference(&[1, 2, 3, 9, 9], Some(&last));
-        assert_eq!(
-            (next.extends, next.keep, next.append),
-            (Some(0), 3, vec![9, 9])
-        );
-        let shorter = told_by_difference(&[1], Some(&last));
-        assert_eq!((shorter.keep, shorter.append), (1, vec![]));
+    fn log_probabilities_belong_to_tokens_or_are_not_kept() {
+        let two = [-0.5, -1.0];
+        assert_eq!(logprobs_of(Some(&[1, 2]), Some(&two)), Some(two.to_vec()));
+        assert_eq!(logprobs_of(None, Some(&two)), Some(two.to_vec()));
+        assert_eq!(logprobs_of(Some(&[1]), Some(&two)), None);
+        assert_eq!(logprobs_of(Some(&[1]), None), None);
     }
 }

@@ -4,6 +4,7 @@
 //! rollout which was killed can still be read up to its last step.
 
 mod manifest;
+mod prompt;
 mod steps;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use crate::spec::{Sampling, Task, VerifyDraft};
 use crate::time::Timestamp;
 
 pub use manifest::{FileEntry, Manifest, RolloutSummary, sha256_hex};
+pub use prompt::{PromptError, prompt_ids};
 pub use steps::{Step, TraceError};
 
 /// The version that this code writes, and the only one that it reads.
