@@ -3,6 +3,7 @@
 use espalier_core::chat::Message;
 use espalier_core::trace::{ModelCall, PromptTokens, StopReason};
 use espalier_runtime::model::{ChatRequest, ChatTurn, ModelError, Usage};
+use espalier_runtime::tasks;
 use espalier_runtime::telemetry::metrics;
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
@@ -46,7 +47,11 @@ impl<C: Conversation> Rollout<'_, C> {
             Err(error) => return Err(error.into()),
         };
         let cut = turn.finish_reason == "length";
-        let call = self.model_call(&turn, started_at_us);
+        let usage = match turn.usage.or_else(|| counted(&turn)) {
+            Some(usage) => usage,
+            None => self.estimated(messages, &turn).await?,
+        };
+        let call = self.model_call(&turn, usage, started_at_us);
         self.record_turn(turn, call).await?;
         let calls = self.pending.len();
         if calls == 0 {
@@ -68,13 +73,41 @@ impl<C: Conversation> Rollout<'_, C> {
         extra
     }
 
+    /// What a turn cost by our own tokenizer and about the right template, where the endpoint does not say: a limit in
+    /// tokens must hold at every endpoint.
+    async fn estimated(
+        &self,
+        messages: Vec<Message>,
+        turn: &ChatTurn,
+    ) -> Result<Usage, RolloutError> {
+        let tools = self.tools.clone();
+        let said: Vec<String> = [turn.content.clone()]
+            .into_iter()
+            .chain(turn.reasoning.clone())
+            .chain(
+                turn.tool_calls
+                    .iter()
+                    .map(|call| format!("{}{}", call.name, call.arguments)),
+            )
+            .collect();
+        let tokenizer = self.services.tokenizer.clone();
+        let count = move || {
+            let prompt = serde_json::to_string(&(messages, tools)).unwrap_or_default();
+            Usage {
+                prompt_tokens: tokenizer.count(&prompt) as u64,
+                completion_tokens: said.iter().map(|text| tokenizer.count(text) as u64).sum(),
+            }
+        };
+        Ok(tasks::blocking("rollout.count", count).await?)
+    }
+
     /// What is recorded of the call; its message is the next one.
     fn model_call(
         &mut self,
         turn: &ChatTurn,
+        usage: Usage,
         started_at_us: espalier_core::time::Timestamp,
     ) -> ModelCall {
-        let usage = turn.usage.unwrap_or_else(|| counted(turn));
         ModelCall {
             message: self.recorder.messages().len(),
             model: turn.model.clone(),
@@ -127,12 +160,11 @@ impl<C: Conversation> Rollout<'_, C> {
 }
 
 /// What a turn cost by its token ids, where the endpoint gives them but does not count.
-fn counted(turn: &ChatTurn) -> Usage {
-    let count = |ids: &Option<Vec<u32>>| ids.as_ref().map_or(0, |ids| ids.len() as u64);
-    Usage {
-        prompt_tokens: count(&turn.prompt_token_ids),
-        completion_tokens: count(&turn.token_ids),
-    }
+fn counted(turn: &ChatTurn) -> Option<Usage> {
+    Some(Usage {
+        prompt_tokens: turn.prompt_token_ids.as_ref()?.len() as u64,
+        completion_tokens: turn.token_ids.as_ref()?.len() as u64,
+    })
 }
 
 /// The log-probabilities, where there is exactly one for each sampled token: with another number nobody could say which

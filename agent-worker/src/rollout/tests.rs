@@ -389,4 +389,15 @@ async fn an_endpoint_that_counts_wrongly_or_not_at_all_is_no_way_around_the_limi
     let ran = roll(&world, json!({"limits": {"tokens": 5}})).await;
     assert_eq!(ran.outcome().stop, StopReason::TokenLimit);
     assert_eq!(ran.outcome().totals.completion_tokens, 2);
+
+    let mut silent = calls(&[("add", r#"{"a": 1, "b": 1}"#)]);
+    silent["usage"] = Value::Null;
+    world.model.will([silent]);
+    let ran = roll(&world, json!({"limits": {"tokens": 5}})).await;
+    assert_eq!(ran.outcome().stop, StopReason::TokenLimit);
+    let totals = ran.outcome().totals;
+    assert!(
+        totals.prompt_tokens > 5 && totals.completion_tokens > 5,
+        "{totals:?}"
+    );
 }
