@@ -26,7 +26,7 @@ use espalier_core::spec::{Limits, RolloutSpec, VerifyDraft};
 use espalier_core::trace::{
     Header, McpServerInfo, Outcome, Provenance, SCHEMA_VERSION, StopReason, Totals, Verdict,
 };
-use espalier_qwen3_text::Tokenizer;
+use espalier_qwen3_text::{TOKENIZER_SHA256, Tokenizer};
 use espalier_runtime::clock::Clock;
 use espalier_runtime::model::ModelClient;
 use espalier_runtime::tasks::with_deadline;
@@ -296,7 +296,7 @@ impl<C: Conversation> Rollout<'_, C> {
                 tools_sha256: self.toolbox.tool_list_digest(),
                 browser: servers.iter().find_map(|server| server.browser.clone()),
                 mcp_servers: servers.into_iter().map(server_info).collect(),
-                tokenizer_sha256: None,
+                tokenizer_sha256: Some(TOKENIZER_SHA256.to_owned()),
             },
             tools: self.tools.clone(),
             verify: self.order.verify.cloned(),

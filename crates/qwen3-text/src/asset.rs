@@ -11,6 +11,10 @@ use tokenizers::utils::SysRegex;
 /// Made by `assets/make.sh`; see `assets/README.md`.
 const TOKENIZER_ZST: &[u8] = include_bytes!("../assets/tokenizer.json.zst");
 
+/// SHA-256 of the tokenizer file, unpacked, in hexadecimal: names the tokenizer in what is measured with it.
+pub const TOKENIZER_SHA256: &str =
+    "a63080b4b30dc861fe1b0e420c53a241304dc81aff3d9bb315e6e33e2a1ab794";
+
 /// Words whose ids are remembered, for each thread that encodes. A page repeats its words; 2,000 of them hold a page,
 /// and a pool of 512 blocking threads must not remember 10,000 (the crate's default) each.
 const CACHED_WORDS: usize = 2_000;
@@ -130,6 +134,7 @@ mod tests {
     fn the_asset_is_the_file_its_readme_names() {
         let digest = Sha256::digest(super::decompress().unwrap());
         let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, super::TOKENIZER_SHA256);
         let readme = include_str!("../assets/README.md");
         assert!(
             readme.contains(&hex),

@@ -13,5 +13,5 @@ mod asset;
 mod bytes;
 mod tokenizer;
 
-pub use asset::LoadError;
+pub use asset::{LoadError, TOKENIZER_SHA256};
 pub use tokenizer::{Tokenizer, UnknownId};
