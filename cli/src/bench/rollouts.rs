@@ -143,6 +143,8 @@ struct Memory {
     idle: Sample,
     /// The largest of the process's own resident sizes, by how much of the bound it is, and how many ran then.
     own: (u64, Sample),
+    /// The largest of the process's own resident sizes among the looks when the most rollouts ran.
+    busy: Sample,
     /// The largest of what it started, among the looks when the most rollouts ran.
     below: (u64, Sample),
     looks: usize,
@@ -160,6 +162,7 @@ impl Memory {
         Some(Self {
             idle,
             own: largest_by(|(running, s)| s.own_rss_mb / own_bound(*running), 0)?,
+            busy: largest_by(|(_, s)| s.own_rss_mb, most)?.1,
             below: largest_by(|(_, s)| s.below_pss_mb, most)?,
             looks: samples.len(),
         })
@@ -173,6 +176,8 @@ impl Memory {
         json!({
             "up_idle_rss_mb": self.idle.own_rss_mb,
             "up_idle_pss_mb": self.idle.own_pss_mb,
+            "up_busy_rss_mb": self.busy.own_rss_mb,
+            "up_busy_pss_mb": self.busy.own_pss_mb,
             "up_rss_mb": self.own.1.own_rss_mb,
             "up_pss_mb": self.own.1.own_pss_mb,
             "up_rollouts_running": self.own.0,
@@ -243,11 +248,16 @@ fn report(ran: &Ran, costs: &[Turn], memory: Option<&Memory>, saturating: bool) 
         let (running, sample) = memory.own;
         headlines.extend([
             Headline::new(
-                format!("`up` itself, resident, {running} rollouts"),
+                format!("`up` itself, resident, nearest its bound, {running} running"),
                 sample.own_rss_mb,
                 "MB",
             )
             .bound(Bound::AtMost(own_bound(running))),
+            Headline::new(
+                format!("`up` itself, resident, {} running", memory.below.0),
+                memory.busy.own_rss_mb,
+                "MB",
+            ),
             Headline::new("`up` itself, resident, idle", memory.idle.own_rss_mb, "MB"),
             Headline::new(
                 format!("PSS of a rollout, {} running", memory.below.0),
@@ -284,6 +294,7 @@ mod tests {
         assert_eq!(memory.below.1.below_pss_mb, 960.0);
         assert_eq!(memory.pss_per_rollout_mb(), 120.0);
         assert_eq!(memory.own.1.own_rss_mb, 101.0);
+        assert_eq!(memory.busy.own_rss_mb, 101.0);
         assert_eq!(Memory::of(sample(60.0, 0.0), &samples[..1]), None);
     }
 
