@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use espalier_core::error::FieldError;
-use espalier_core::id::{BatchId, JobId, ProjectId};
+use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
 use espalier_core::layout;
 use espalier_core::queue::{ItemResult, JobKind, NewBatch, NewJob, StateName};
 use espalier_core::spec::{JobDraft, JobSpec, McpUse, McpUseDraft, PromptDraft, limits};
@@ -61,6 +61,24 @@ pub struct Admitted {
     blob: Option<Blob>,
 }
 
+/// A job that did not pass.
+#[derive(Debug)]
+struct Refused {
+    errors: Vec<FieldError>,
+    /// What would have passed if the servers that it names were known. Workers announce servers, so that a job which
+    /// passed once may not pass again right after a restart.
+    without_servers: Option<Box<Admitted>>,
+}
+
+impl From<FieldError> for Refused {
+    fn from(error: FieldError) -> Self {
+        Self {
+            errors: vec![error],
+            without_servers: None,
+        }
+    }
+}
+
 /// A large spec.
 #[derive(Debug)]
 struct Blob {
@@ -97,22 +115,36 @@ impl Door {
 
     /// Checks one job; `derived_id` is its id where it has none.
     pub fn check(&self, own: &v1::JobSpec, derived_id: &str) -> Result<Admitted, Vec<FieldError>> {
+        self.judge(own, derived_id)
+            .map_err(|refused| refused.errors)
+    }
+
+    fn judge(&self, own: &v1::JobSpec, derived_id: &str) -> Result<Admitted, Refused> {
         let encoded: Bytes = own.encode_to_vec().into();
         if encoded.len() > limits::SPEC_BYTES_MAX {
             let shown = format!("{} bytes", encoded.len());
             let rule = format!("must have at most {} bytes", limits::SPEC_BYTES_MAX);
-            return Err(vec![FieldError::new("spec", shown, rule)]);
+            return Err(FieldError::new("spec", shown, rule).into());
         }
-        let draft = self.draft(encoded.clone()).map_err(|error| vec![error])?;
-        let mut errors = self.check_servers(&draft.mcp);
+        let draft = self.draft(encoded.clone())?;
+        let of_servers = self.check_servers(&draft.mcp);
         match draft.check() {
-            Ok(spec) if errors.is_empty() => self
-                .admit(spec, encoded, derived_id)
-                .map_err(|error| vec![error]),
-            Ok(_) => Err(errors),
-            Err(more) => {
-                errors.splice(0..0, more);
-                Err(errors)
+            Ok(spec) => {
+                let admitted = self.admit(spec, encoded, derived_id)?;
+                if of_servers.is_empty() {
+                    return Ok(admitted);
+                }
+                Err(Refused {
+                    errors: of_servers,
+                    without_servers: Some(Box::new(admitted)),
+                })
+            }
+            Err(mut errors) => {
+                errors.extend(of_servers);
+                Err(Refused {
+                    errors,
+                    without_servers: None,
+                })
             }
         }
     }
@@ -270,7 +302,8 @@ fn check_defaults(defaults: v1::JobSpec) -> Result<(), FieldError> {
     errors.into_iter().find(|e| !by_jobs(e)).map_or(Ok(()), Err)
 }
 
-/// Takes a chunk in.
+/// Takes a chunk in. One that was taken before may come again at any time: its jobs are in the queue and need no
+/// room, and those of them whose servers are not known now are found by their specs.
 pub async fn submit_chunk(
     shared: &Shared,
     project: ProjectId,
@@ -280,18 +313,28 @@ pub async fn submit_chunk(
     let batch = BatchId::new(&request.batch)?;
     check_size(&request.jobs)?;
     let door = Door::open(shared, project, batch, traceparent).await?;
-    check_room(shared, &door.project, request.jobs.len()).await?;
     let (chunk, jobs) = (request.chunk, request.jobs);
+    let known = shared
+        .queue
+        .chunk_digest(door.project.clone(), door.batch.clone(), chunk)
+        .await
+        .map_err(queue_error)?;
+    if known.is_none() {
+        check_room(shared, &door.project, jobs.len()).await?;
+    }
     let (door, mut checked) = tasks::blocking("submit.check", move || {
         let checked = check_chunk(&door, chunk, &jobs);
         (door, checked)
     })
     .await
     .map_err(blocking_error)?;
+    let again = known == Some(checked.digest);
+    checked.judge_servers(shared, &door, again).await?;
     door.store_blobs(&shared.store, &mut checked.admitted)
         .await
         .map_err(store_error)?;
-    if !checked.admitted.is_empty() {
+    // A known number with other jobs is refused by the queue, even if none of them passed.
+    if !checked.admitted.is_empty() || known.is_some() {
         let reply = submit(shared, &door, chunk, &mut checked).await?;
         checked.take_reply(&door.project, reply);
     }
@@ -335,30 +378,81 @@ async fn check_room(shared: &Shared, project: &ProjectId, jobs: usize) -> Result
 /// What the door made of a chunk.
 #[derive(Debug, Default)]
 struct Checked {
+    /// Of the chunk as it was sent.
+    digest: [u8; 32],
     admitted: Vec<Admitted>,
     /// Position in the chunk and id of each admitted job.
     places: Vec<(usize, String)>,
+    /// Position, id and verdict of jobs that only the servers they name stand against.
+    without_servers: Vec<(usize, String, Box<Admitted>, Vec<FieldError>)>,
     accepted: u32,
     rejected: Vec<v1::Rejection>,
 }
 
 fn check_chunk(door: &Door, chunk: u32, jobs: &[v1::JobSpec]) -> Checked {
-    let mut checked = Checked::default();
+    let mut checked = Checked {
+        digest: digest_of(jobs),
+        ..Checked::default()
+    };
     for (index, own) in jobs.iter().enumerate() {
-        match door.check(own, &format!("c{chunk}-{index:04}")) {
+        let id = own.id.clone().unwrap_or_default();
+        match door.judge(own, &format!("c{chunk}-{index:04}")) {
             Ok(admitted) => {
                 checked.admitted.push(admitted);
-                checked
-                    .places
-                    .push((index, own.id.clone().unwrap_or_default()));
+                checked.places.push((index, id));
             }
-            Err(errors) => checked.reject(index, own.id.clone().unwrap_or_default(), errors),
+            Err(refused) => match refused.without_servers {
+                Some(job) => {
+                    let job = (index, id, job, refused.errors);
+                    checked.without_servers.push(job);
+                }
+                None => checked.reject(index, id, refused.errors),
+            },
         }
     }
     checked
 }
 
+/// The same jobs in the same order have the same digest, whatever becomes of them at the door.
+fn digest_of(jobs: &[v1::JobSpec]) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    for job in jobs {
+        hasher.update(job.encode_length_delimited_to_vec());
+    }
+    hasher.finalize().into()
+}
+
+/// Whether the very job is in the queue.
+async fn is_there(shared: &Shared, door: &Door, job: &Admitted) -> Result<bool, ApiError> {
+    let (project, batch) = (door.project.clone(), door.batch.clone());
+    let key = JobKey::new(project, batch, job.submission.job.id.clone());
+    let found = shared.queue.spec(key).await.map_err(queue_error)?;
+    Ok(found.is_some_and(|found| found.spec == job.submission.spec))
+}
+
 impl Checked {
+    /// Lets jobs with unknown servers pass if the chunk came `again` and they are in the queue; rejects the others.
+    async fn judge_servers(
+        &mut self,
+        shared: &Shared,
+        door: &Door,
+        again: bool,
+    ) -> Result<(), ApiError> {
+        let places = std::mem::take(&mut self.places).into_iter();
+        let mut passed: Vec<_> = places.zip(std::mem::take(&mut self.admitted)).collect();
+        for (index, id, job, errors) in std::mem::take(&mut self.without_servers) {
+            if again && is_there(shared, door, &job).await? {
+                passed.push(((index, id), *job));
+            } else {
+                self.reject(index, id, errors);
+            }
+        }
+        // The first of two jobs with one id is the one that counts.
+        passed.sort_by_key(|((index, _), _)| *index);
+        (self.places, self.admitted) = passed.into_iter().unzip();
+        Ok(())
+    }
+
     fn reject(&mut self, index: usize, id: String, errors: Vec<FieldError>) {
         self.rejected.push(v1::Rejection {
             index: u32::try_from(index).unwrap_or(u32::MAX),
@@ -384,7 +478,7 @@ impl Checked {
                 }
             }
         }
-        if !reply.repeated && new > 0 {
+        if new > 0 {
             let labels = [
                 KeyValue::new(attribute::PROJECT, project.to_string()),
                 KeyValue::new(attribute::JOB_KIND, JobKind::Rollout.as_str()),
@@ -420,20 +514,10 @@ async fn submit(
         project: door.project.clone(),
         batch: door.batch.clone(),
         n: chunk,
+        digest: checked.digest,
         jobs: admitted.map(|admitted| admitted.submission).collect(),
     };
-    shared
-        .queue
-        .submit(chunk)
-        .await
-        .map_err(|error| match queue_error(error) {
-            // The queue calls the chunk's number `n`.
-            ApiError::Field(mut field) if field.field == "n" => {
-                field.field = "chunk".to_owned();
-                ApiError::Field(field)
-            }
-            other => other,
-        })
+    shared.queue.submit(chunk).await.map_err(queue_error)
 }
 
 fn store_error(error: StoreError) -> ApiError {

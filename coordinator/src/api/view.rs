@@ -183,7 +183,7 @@ mod tests {
             )
         };
         let jobs = (0..300).map(large).collect();
-        let added = machine.submit(Timestamp(1), &new.project, &new.batch, 0, jobs);
+        let added = machine.submit(Timestamp(1), &new.project, &new.batch, 0, [0; 32], jobs);
         assert_eq!(added.unwrap().added.len(), 300);
         let filter = JobFilter::default();
         let found = machine.jobs(&new.project, &new.batch, &filter, None, 300);

@@ -135,6 +135,7 @@ fn chunk(plan: &BenchPlan, batch: &BatchId, n: u32, jobs: u32) -> Result<Chunk, 
         project: plan.project.clone(),
         batch: batch.clone(),
         n,
+        digest: [0; 32],
         jobs: jobs.collect::<Result<_, FieldError>>()?,
     })
 }

@@ -93,6 +93,8 @@ pub struct Chunk {
     pub batch: BatchId,
     /// The number of the chunk within the batch, chosen by the client.
     pub n: u32,
+    /// Digest of the chunk as the client sent it, whatever the caller left out of `jobs`.
+    pub digest: [u8; 32],
     /// At most [`espalier_core::queue::CHUNK_JOBS_MAX`].
     pub jobs: Vec<Submission>,
 }
@@ -102,7 +104,7 @@ pub struct Chunk {
 pub struct ChunkReply {
     /// One result for each job, in the order of the chunk.
     pub items: Vec<ItemResult>,
-    /// The chunk had been submitted before, and this is the answer of that time.
+    /// The chunk had been taken before: what it brought then is there already.
     pub repeated: bool,
 }
 
@@ -234,8 +236,10 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
     /// refused.
     fn open_batch(&self, request: OpenBatch) -> Answer<'_, BatchView>;
 
-    /// Adds jobs to an open batch: each is accepted, found there already, or rejected by itself. A chunk that was
-    /// answered before gets the same answer and has no second effect, even when the batch is closed by now.
+    /// Adds jobs to an open batch: each is accepted, found there already, or rejected by itself. The same number with
+    /// the same digest is judged again: what is there is found there, what was rejected is rejected unless the reason
+    /// has gone. The same number with another digest is refused by the field `chunk`. A closed batch takes a chunk
+    /// that it knows, and of that nothing new. A chunk of which nothing is in the queue is not remembered.
     fn submit(&self, chunk: Chunk) -> Answer<'_, ChunkReply>;
 
     /// Lets the batch take no more chunks. It is complete when all its jobs have ended.
@@ -279,6 +283,14 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
 
     /// The defaults that a batch was opened with: what a chunk's jobs are read on top of.
     fn defaults(&self, project: ProjectId, batch: BatchId) -> Answer<'_, Option<Bytes>>;
+
+    /// The digest of a chunk that was taken.
+    fn chunk_digest(
+        &self,
+        project: ProjectId,
+        batch: BatchId,
+        n: u32,
+    ) -> Answer<'_, Option<[u8; 32]>>;
 
     /// Batches of a project by name, after `after`.
     fn batches(

@@ -125,6 +125,31 @@ async fn sending_again_changes_nothing() {
 }
 
 #[tokio::test]
+async fn a_chunk_again_is_accepted_before_its_workers_are_back() {
+    let coordinator = Coordinator::start().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    open(&mut jobs, "b1").await;
+    let mut announces = hello("w1", 1);
+    announces.tags.push("mcp:shell".to_owned());
+    let worker = coordinator.greet(announces).await;
+    let shell = |id: &str| job(&format!(r#"{{"id":"{id}","prompt":"x","mcp":["shell"]}}"#));
+    let unknown = || job(r#"{"id":"u","prompt":"x","mcp":["nobody"]}"#);
+    let chunk = || vec![shell("a"), unknown(), plain("b"), plain("a")];
+    let first = submit(&mut jobs, "b1", 0, chunk()).await;
+    assert_eq!(first.accepted, 2);
+    assert_eq!(rejected(&first), [(1, vec!["mcp[0]"]), (3, vec!["id"])]);
+    drop(worker);
+
+    let coordinator = coordinator.restart().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    let again = submit(&mut jobs, "b1", 0, chunk()).await;
+    assert_eq!(again.accepted, 2);
+    assert_eq!(rejected(&again), rejected(&first));
+    let fresh = submit(&mut jobs, "b1", 1, vec![shell("z")]).await;
+    assert_eq!(rejected(&fresh), [(0, vec!["mcp[0]"])]);
+}
+
+#[tokio::test]
 async fn a_batch_is_opened_with_valid_defaults_and_kept_with_them() {
     let coordinator = Coordinator::start().await;
     let mut jobs = coordinator.jobs(SHOP);
@@ -201,7 +226,9 @@ async fn a_chunk_has_bounds_and_a_project_too() {
     assert_eq!(status.code(), Code::ResourceExhausted);
     assert!(status.message().contains("jobs_waiting_max"), "{status}");
     let three = ["a", "b", "c"].map(plain).to_vec();
-    assert_eq!(submit(&mut jobs, "b1", 0, three).await.accepted, 3);
+    assert_eq!(submit(&mut jobs, "b1", 0, three.clone()).await.accepted, 3);
+    let again = submit(&mut jobs, "b1", 0, three).await;
+    assert_eq!(again.accepted, 3, "what is there needs no room");
 }
 
 #[tokio::test]

@@ -23,6 +23,7 @@ use espalier_core::queue::{
 };
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::{Clock, ManualClock};
+use sha2::{Digest, Sha256};
 
 use super::{
     Chunk, ChunkReply, Finish, FinishAck, Granted, JobResult, OpenBatch, Outcome, Queue,
@@ -101,6 +102,8 @@ macro_rules! conformance_tests {
             read: statistics_count_by_project_and_kind,
             read: what_is_unknown_is_none,
             submit: a_chunk_again_has_no_second_effect,
+            submit: a_chunk_again_is_judged_by_what_the_caller_lets_through,
+            submit: what_was_rejected_may_come_in_when_the_reason_has_gone,
             submit: a_job_again_is_the_same_job,
             submit: each_job_is_judged_alone,
             submit: a_batch_again_is_the_same_batch,
@@ -148,6 +151,12 @@ fn new_job(id: &str) -> NewJob {
 fn submission(job: NewJob) -> Submission {
     let spec = Bytes::from(format!("spec of {}", job.id));
     Submission { job, spec }
+}
+
+/// What stands for the digest of the request that brought `jobs`.
+fn digest_of(jobs: &[NewJob]) -> [u8; 32] {
+    let ids: Vec<_> = jobs.iter().map(|job| job.id.as_str()).collect();
+    Sha256::digest(ids.join(" ")).into()
 }
 
 fn failed(class: ErrorClass) -> Outcome {
@@ -222,6 +231,7 @@ impl Fixture {
             project: project(project_name),
             batch: batch_id(batch),
             n,
+            digest: digest_of(&jobs),
             jobs: jobs.into_iter().map(submission).collect(),
         };
         self.queue.submit(chunk).await

@@ -15,10 +15,53 @@ pub async fn a_chunk_again_has_no_second_effect(f: Fixture) {
     assert!(!first.repeated);
     let again = f.submit(0, jobs()).await;
     assert!(again.repeated);
-    assert_eq!(again.items, first.items);
+    assert_eq!(verdicts(&again), ["there", "priority", "there", "id"]);
     assert_eq!(f.batch().await.counters.total(), 2);
     let other = f.try_submit("p", "b", 0, vec![new_job("z")]).await;
-    assert!(matches!(other, Err(QueueError::Refused(_))), "{other:?}");
+    let error = other.unwrap_err().to_string();
+    assert!(error.contains("`chunk` was submitted before"), "{error}");
+}
+
+pub async fn a_chunk_again_is_judged_by_what_the_caller_lets_through(f: Fixture) {
+    f.open("p", "b").await;
+    let send = async |ids: &[&str]| {
+        let jobs: Vec<NewJob> = ids.iter().map(|id| new_job(id)).collect();
+        let chunk = Chunk {
+            project: project("p"),
+            batch: batch_id("b"),
+            n: 3,
+            digest: [5; 32],
+            jobs: jobs.into_iter().map(submission).collect(),
+        };
+        f.queue.submit(chunk).await.unwrap()
+    };
+    let known = || f.queue.chunk_digest(project("p"), batch_id("b"), 3);
+    assert!(send(&[]).await.items.is_empty());
+    assert_eq!(known().await.unwrap(), None, "nothing of it is there");
+    assert_eq!(verdicts(&send(&["a", "b"]).await), ["accepted"; 2]);
+    assert_eq!(known().await.unwrap(), Some([5; 32]));
+    assert_eq!(verdicts(&send(&["b"]).await), ["there"]);
+    let more = send(&["a", "b", "c"]).await;
+    assert_eq!(verdicts(&more), ["there", "there", "accepted"]);
+    f.close("p", "b").await;
+    let late = send(&["a", "d"]).await;
+    assert_eq!(verdicts(&late), ["there", "batch"]);
+    assert_eq!(f.batch().await.counters.total(), 3);
+}
+
+pub async fn what_was_rejected_may_come_in_when_the_reason_has_gone(f: Fixture) {
+    f.open("p", "b").await;
+    let jobs = || {
+        let mut late = new_job("late");
+        late.deps = vec![key("p/b/first")];
+        vec![new_job("a"), late]
+    };
+    assert_eq!(
+        verdicts(&f.submit(0, jobs()).await),
+        ["accepted", "deps[0]"]
+    );
+    f.submit(1, vec![new_job("first")]).await;
+    assert_eq!(verdicts(&f.submit(0, jobs()).await), ["there", "accepted"]);
 }
 
 pub async fn a_job_again_is_the_same_job(f: Fixture) {
@@ -82,6 +125,7 @@ pub async fn each_job_is_judged_alone(f: Fixture) {
         project: project("p"),
         batch: batch_id("b"),
         n: 100,
+        digest: [0; 32],
         jobs: vec![long],
     };
     let error = f.queue.submit(chunk).await.unwrap_err();

@@ -251,7 +251,8 @@ impl Queue for Embedded {
         let apply = move |turn: &mut Turn<'_>| {
             let (jobs, mut specs) = parted("jobs", chunk.jobs)?;
             let machine = &mut *turn.machine;
-            let answer = machine.submit(turn.now, &chunk.project, &chunk.batch, chunk.n, jobs)?;
+            let (project, batch) = (&chunk.project, &chunk.batch);
+            let answer = machine.submit(turn.now, project, batch, chunk.n, chunk.digest, jobs)?;
             keep_specs(turn, &mut specs, answer.added);
             Ok(ChunkReply {
                 items: answer.items,
@@ -356,6 +357,15 @@ impl Queue for Embedded {
             batch.map(|batch| reader.defaults(batch)).transpose()
         };
         self.call(false, 0, apply, finish).boxed()
+    }
+
+    fn chunk_digest(
+        &self,
+        project: ProjectId,
+        batch: BatchId,
+        n: u32,
+    ) -> Answer<'_, Option<[u8; 32]>> {
+        self.ask(move |machine, _| Ok(machine.chunk_digest(&project, &batch, n)))
     }
 
     fn batches(

@@ -75,6 +75,7 @@ async fn submit(queue: &dyn Queue, n: u32, jobs: u32) -> Result<ChunkReply, Queu
         project,
         batch,
         n,
+        digest: [1; 32],
         jobs: jobs.collect(),
     };
     queue.submit(chunk).await

@@ -65,7 +65,7 @@ pub(super) struct Batch {
     pub jobs: BTreeMap<JobId, JobSeq>,
     /// End number → job.
     pub ended: BTreeMap<u64, JobSeq>,
-    /// What was answered to each chunk.
+    /// Chunks of which something is in the queue.
     pub chunks: BTreeMap<u32, ChunkRow>,
 }
 

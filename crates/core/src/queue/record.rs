@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{AttemptError, BatchSeq, Budgets, ItemResult, JobKind, JobSeq, JobState, ProjectSeq};
+use super::{AttemptError, BatchSeq, Budgets, JobKind, JobSeq, JobState, ProjectSeq};
 use crate::id::{BatchId, Fence, JobId, ProjectId};
 use crate::time::Timestamp;
 
@@ -107,17 +107,13 @@ pub struct BatchRow {
     pub(super) completed_at: Option<Timestamp>,
 }
 
-/// What was answered to a chunk, under its batch and number. The common results are counted, the rest is listed.
+/// A chunk that was taken, under its batch and number. What became of its jobs is seen at the jobs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChunkRow {
     pub(super) v: u16,
+    /// Of the chunk as its client sent it.
     #[serde(serialize_with = "hex", deserialize_with = "unhex")]
     pub(super) digest: [u8; 32],
-    /// Jobs in the chunk.
-    pub(super) jobs: u32,
-    /// Results other than "accepted", by position.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) others: BTreeMap<u32, ItemResult>,
 }
 
 /// A virtual time: of a project at one kind and priority, or the clock there.
@@ -151,7 +147,7 @@ pub struct Changes {
     pub jobs: Vec<Change<JobSeq>>,
     /// Batches. Whatever a backend keeps beside a batch goes with it.
     pub batches: Vec<Change<BatchSeq>>,
-    /// Answers to chunks.
+    /// Chunks that were taken.
     pub chunks: Vec<Change<(BatchSeq, u32)>>,
     /// Virtual times.
     pub rings: Vec<Change<RingNumber>>,

@@ -3,8 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use super::{BatchSeq, JobKind, JobSeq, NewJob};
 use crate::error::{ErrorClass, FieldError};
 use crate::id::{BatchId, Fence, JobKey, ProjectId, WorkerId};
@@ -38,8 +36,7 @@ pub enum Refusal {
 }
 
 /// What became of one job of a chunk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ItemResult {
     /// It is in the queue now.
     Accepted,
@@ -54,7 +51,7 @@ pub enum ItemResult {
 pub struct ChunkAnswer {
     /// One result for each job, in the order of the chunk.
     pub items: Vec<ItemResult>,
-    /// The chunk had been submitted before, and this is the answer of that time.
+    /// The chunk had been taken before: what it brought then is there already.
     pub repeated: bool,
     /// The numbers of the jobs that are in the queue since this call: position in the chunk and number.
     pub added: Vec<(usize, JobSeq)>,

@@ -34,6 +34,17 @@ enum Dep {
     There(JobSeq),
 }
 
+impl Plan {
+    /// Rejects what would be accepted; what is there stays as it is.
+    pub fn refuse_new(&mut self, error: &FieldError) {
+        for verdict in &mut self.verdicts {
+            if *verdict == ItemResult::Accepted {
+                *verdict = ItemResult::Rejected(error.clone());
+            }
+        }
+    }
+}
+
 impl Machine {
     /// Looks at every new job by itself, then at what they depend on.
     pub(super) fn plan(&self, batch: BatchSeq, jobs: &[NewJob]) -> Plan {

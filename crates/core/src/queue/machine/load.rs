@@ -46,7 +46,7 @@ impl Loading {
         Ok(())
     }
 
-    /// The answer to a chunk.
+    /// A chunk that was taken.
     pub fn chunk(&mut self, seq: BatchSeq, n: u32, bytes: &[u8]) -> Result<(), RecordError> {
         let row: ChunkRow = record::decode(bytes)?;
         let missing = || inconsistent(format!("chunk {n} of batch {}, which is missing", seq.0));

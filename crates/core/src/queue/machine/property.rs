@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
+use sha2::{Digest, Sha256};
 
 use super::super::{
     FinishReply, Grant, ItemResult, JobKind, LeaseRequest, NewBatch, NewJob, Outcome, RenewReply,
@@ -228,22 +229,29 @@ impl World {
     fn submit(&mut self, batch: u8, chunk: u8, specs: &[Spec]) {
         let (project, name) = names(batch);
         let jobs: Vec<_> = specs.iter().map(|spec| self.job(batch, spec)).collect();
+        let digest = Sha256::digest(format!("{specs:?}")).into();
         let send = |machine: &mut Machine, now| {
-            machine.submit(now, &project, &name, u32::from(chunk), jobs.clone())
+            let n = u32::from(chunk);
+            machine.submit(now, &project, &name, n, digest, jobs.clone())
         };
         let Ok(answer) = send(&mut self.machine, self.now) else {
             return;
         };
         assert_eq!(answer.items.len(), specs.len());
         for (spec, item) in specs.iter().zip(&answer.items) {
-            if *item == ItemResult::Accepted && !answer.repeated {
+            if *item == ItemResult::Accepted {
                 self.acknowledged.insert(key(batch, spec.id));
             }
         }
         let before = visible(&self.machine);
         let again = send(&mut self.machine, self.now).unwrap();
-        assert!(again.repeated && again.added.is_empty());
-        assert_eq!(again.items, answer.items);
+        assert!(again.added.is_empty());
+        for (first, second) in answer.items.iter().zip(&again.items) {
+            match first {
+                ItemResult::Accepted => assert_eq!(*second, ItemResult::AlreadyThere),
+                other => assert_eq!(second, other),
+            }
+        }
         same(&before, &visible(&self.machine));
     }
 

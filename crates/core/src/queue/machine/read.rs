@@ -13,6 +13,12 @@ use crate::id::{BatchId, JobId, JobKey, ProjectId};
 use crate::time::Timestamp;
 
 impl Machine {
+    /// The digest of a chunk that was taken.
+    pub fn chunk_digest(&self, project: &ProjectId, batch: &BatchId, n: u32) -> Option<[u8; 32]> {
+        let seq = self.find_batch(project, batch).ok()?;
+        self.batches[&seq].chunks.get(&n).map(|row| row.digest)
+    }
+
     /// One job.
     pub fn job(&self, key: &JobKey) -> Option<JobView> {
         self.find_job(key).and_then(|seq| self.view_of_job(seq))

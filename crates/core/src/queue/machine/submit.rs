@@ -1,8 +1,6 @@
-//! Chunks of jobs enter an open batch, once each; complete batches are forgotten.
+//! Chunks of jobs enter an open batch, each job once; complete batches are forgotten.
 
 use std::collections::{BTreeMap, BTreeSet};
-
-use sha2::{Digest, Sha256};
 
 use super::super::record::ROW_VERSION;
 use super::super::{
@@ -14,14 +12,16 @@ use crate::id::{BatchId, ProjectId};
 use crate::time::Timestamp;
 
 impl Machine {
-    /// Adds chunk `n` to a batch. Each job is accepted, found there already, or rejected by itself; the same chunk
-    /// again gets the same answer and has no effect.
+    /// Adds chunk `n` to a batch, whose content has `digest`. Each job is accepted, found there already, or rejected
+    /// by itself. The same chunk again is judged again, job by job: what it brought before is there already. A closed
+    /// batch takes only chunks that it knows, and of those nothing new.
     pub fn submit(
         &mut self,
         now: Timestamp,
         project: &ProjectId,
         batch: &BatchId,
         n: u32,
+        digest: [u8; 32],
         jobs: Vec<NewJob>,
     ) -> Result<ChunkAnswer, Refusal> {
         self.advance(now);
@@ -34,36 +34,47 @@ impl Machine {
             )
             .into());
         }
-        let digest = digest_of(&jobs);
-        if let Some(row) = self.batches[&seq].chunks.get(&n) {
-            return recorded_answer(row, n, digest);
+        let known = self.batches[&seq].chunks.get(&n);
+        let repeated = known.is_some();
+        if known.is_some_and(|row| row.digest != digest) {
+            let rule = "was submitted before with other jobs; give new jobs a new number";
+            return Err(FieldError::new("chunk", n, rule).into());
         }
-        if self.batches[&seq].closed {
+        let closed = self.batches[&seq].closed;
+        if closed && !repeated {
             return Err(Refusal::BatchClosed {
                 project: project.clone(),
                 batch: batch.clone(),
             });
         }
-        let plan = self.plan(seq, &jobs);
-        let jobs_in_chunk = jobs.len() as u32;
+        let mut plan = self.plan(seq, &jobs);
+        if closed {
+            let error = FieldError::new("batch", batch, "is closed and takes no new jobs");
+            plan.refuse_new(&error);
+        }
         let added = self.insert(seq, jobs, &plan);
-        let others = plan.verdicts.iter().enumerate();
-        let others = others.filter(|(_, verdict)| **verdict != ItemResult::Accepted);
+        let items = plan.verdicts;
+        // A chunk of which nothing is in the queue leaves nothing behind.
+        let is_there = |item: &ItemResult| !matches!(item, ItemResult::Rejected(_));
+        if !repeated && items.iter().any(is_there) {
+            self.keep_chunk(seq, n, digest);
+        }
+        Ok(ChunkAnswer {
+            items,
+            repeated,
+            added,
+        })
+    }
+
+    fn keep_chunk(&mut self, seq: BatchSeq, n: u32, digest: [u8; 32]) {
         let row = ChunkRow {
             v: ROW_VERSION,
             digest,
-            jobs: jobs_in_chunk,
-            others: others.map(|(n, v)| (n as u32, v.clone())).collect(),
         };
         if let Some(batch) = self.batches.get_mut(&seq) {
             batch.chunks.insert(n, row);
+            self.dirty.chunks.insert((seq, n));
         }
-        self.dirty.chunks.insert((seq, n));
-        Ok(ChunkAnswer {
-            items: plan.verdicts,
-            repeated: false,
-            added,
-        })
     }
 
     /// Forgets a complete batch with all its jobs. Returns how many those were.
@@ -140,28 +151,4 @@ impl Machine {
             self.mark_dirty(seq);
         }
     }
-}
-
-/// The same jobs in the same order have the same digest.
-fn digest_of(jobs: &[NewJob]) -> [u8; 32] {
-    let mut hasher = Sha256::new();
-    for job in jobs {
-        hasher.update((job.id.as_str().len() as u32).to_le_bytes());
-        hasher.update(job.id.as_str());
-        hasher.update(job.spec_digest);
-    }
-    hasher.finalize().into()
-}
-
-fn recorded_answer(row: &ChunkRow, n: u32, digest: [u8; 32]) -> Result<ChunkAnswer, Refusal> {
-    if row.digest != digest {
-        let rule = "was submitted before with other jobs; give new jobs a new number";
-        return Err(FieldError::new("n", n, rule).into());
-    }
-    let item = |n| row.others.get(&n).cloned().unwrap_or(ItemResult::Accepted);
-    Ok(ChunkAnswer {
-        items: (0..row.jobs).map(item).collect(),
-        repeated: true,
-        added: Vec::new(),
-    })
 }

@@ -51,7 +51,9 @@ fn sample() -> Machine {
         job("root"),
     ];
     let (project, batch) = (&new.project, &new.batch);
-    machine.submit(START, project, batch, 0, first).unwrap();
+    machine
+        .submit(START, project, batch, 0, [3; 32], first)
+        .unwrap();
     let request = LeaseRequest {
         worker: WorkerId::new("w-1").unwrap(),
         request: 1,
