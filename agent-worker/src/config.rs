@@ -3,6 +3,7 @@
 //! `main` loads it, `espalier up` builds it in code; [`AgentWorkerConfig::validate`] runs before anything starts.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ const MCP_FILE_BYTES_MAX: u64 = 1 << 20;
 /// [model]
 /// base_url = "http://localhost:8000/v1"
 /// ```
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AgentWorkerConfig {
     /// Address of the coordinator.
@@ -84,6 +85,34 @@ pub struct AgentWorkerConfig {
     /// Logs, traces and metrics.
     #[serde(default)]
     pub telemetry: TelemetryConfig,
+}
+
+/// Servers and further fields may hold secrets as plain text: their names alone are shown.
+impl fmt::Debug for AgentWorkerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fn names(map: &Map<String, Value>) -> Vec<&str> {
+            map.keys().map(String::as_str).collect()
+        }
+        f.debug_struct("AgentWorkerConfig")
+            .field("coordinator_url", &self.coordinator_url)
+            .field("token", &self.token)
+            .field("tls", &self.tls)
+            .field("data_dir", &self.data_dir)
+            .field("store_url", &self.store_url)
+            .field("model", &self.model)
+            .field("model_name", &self.model_name)
+            .field("model_extra", &names(&self.model_extra))
+            .field("mcp_config", &self.mcp_config)
+            .field("mcp_servers", &names(&self.mcp_servers))
+            .field("allow_inline_mcp", &self.allow_inline_mcp)
+            .field("playwright_dir", &self.playwright_dir)
+            .field("slots", &self.slots)
+            .field("tags", &self.tags)
+            .field("http_hook_hosts", &self.http_hook_hosts)
+            .field("grace_s", &self.grace_s)
+            .field("telemetry", &self.telemetry)
+            .finish()
+    }
 }
 
 fn default_coordinator_url() -> String {
@@ -283,6 +312,20 @@ mod tests {
                 .ends_with("must hold an object `mcpServers`"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn secrets_of_servers_are_not_shown() {
+        let mut config =
+            AgentWorkerConfig::new("/x", "memory://", ModelEndpoint::new("http://m/v1"), "m");
+        let entry = serde_json::json!({"command": "a", "env": {"KEY": "hunter2"}});
+        config.mcp_servers.insert("notes".to_owned(), entry);
+        config
+            .model_extra
+            .insert("user".to_owned(), "hunter2".into());
+        let shown = format!("{config:?}");
+        assert!(!shown.contains("hunter2"), "{shown}");
+        assert!(shown.contains("notes") && shown.contains("user"), "{shown}");
     }
 
     #[test]
