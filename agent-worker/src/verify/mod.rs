@@ -131,38 +131,39 @@ fn score<'a, P: Probes + Sync>(
     checks: &'a mut Vec<CheckResult>,
 ) -> std::pin::Pin<Box<dyn Future<Output = Result<f64, ProbeError>> + Send + 'a>> {
     Box::pin(async move {
-        match verify {
+        let (name, found) = match verify {
             Verify::All(list) => {
                 let scores = scores(list.iter(), &path, "all", evidence, probes, checks).await?;
-                Ok(scores.into_iter().fold(1.0, f64::min))
+                return Ok(scores.into_iter().fold(1.0, f64::min));
             }
             Verify::Any(list) => {
                 let scores = scores(list.iter(), &path, "any", evidence, probes, checks).await?;
-                Ok(scores.into_iter().fold(0.0, f64::max))
+                return Ok(scores.into_iter().fold(0.0, f64::max));
             }
             Verify::Weighted(list) => {
                 let parts = list.iter().map(|(_, check)| check);
                 let scores = scores(parts, &path, "weighted", evidence, probes, checks).await?;
-                Ok(weighted_mean(
-                    list.iter().map(|(weight, _)| *weight),
-                    &scores,
-                ))
+                let weights = list.iter().map(|(weight, _)| *weight);
+                return Ok(weighted_mean(weights, &scores));
             }
-            leaf => {
-                let (name, result) = leaf_score(leaf, evidence, probes).await;
-                let (score, reason) = match result {
-                    Ok(found) => found,
-                    Err(error) if error.class == ErrorClass::Handler => (0.0, error.message),
-                    Err(error) => return Err(error),
-                };
-                checks.push(CheckResult {
-                    path: join(&path, name),
-                    score,
-                    reason,
-                });
-                Ok(score)
-            }
-        }
+            Verify::Answer(rule) => ("answer", Ok(answer(rule, evidence.answer))),
+            Verify::Url(rule) => ("url", Ok(url(rule, evidence.final_url))),
+            Verify::ToolCalled(call) => ("tool_called", Ok(tool_called(call, evidence.tool_calls))),
+            Verify::Page { script } => ("page", page(script, probes).await),
+            Verify::Mcp(check) => ("mcp", mcp(check, probes).await),
+            Verify::Http(hook) => ("http", http(&hook.url, evidence, probes).await),
+        };
+        let (score, reason) = match found {
+            Ok(found) => found,
+            Err(error) if error.class == ErrorClass::Handler => (0.0, error.message),
+            Err(error) => return Err(error),
+        };
+        checks.push(CheckResult {
+            path: join(&path, name),
+            score,
+            reason,
+        });
+        Ok(score)
     })
 }
 
@@ -201,30 +202,6 @@ fn join(path: &str, name: &str) -> String {
 
 type Scored = Result<(f64, String), ProbeError>;
 
-async fn leaf_score<P: Probes + Sync>(
-    leaf: &Verify,
-    evidence: &Evidence<'_>,
-    probes: &P,
-) -> (&'static str, Scored) {
-    match leaf {
-        Verify::Answer(rule) => ("answer", Ok(answer(rule, evidence.answer))),
-        Verify::Url(rule) => ("url", Ok(url(rule, evidence.final_url))),
-        Verify::ToolCalled(call) => ("tool_called", Ok(tool_called(call, evidence.tool_calls))),
-        Verify::Page { script } => (
-            "page",
-            probes
-                .page(script)
-                .await
-                .map(|value| rules::value_score(&value, "the page")),
-        ),
-        Verify::Mcp(check) => ("mcp", mcp(check, probes).await),
-        Verify::Http(hook) => ("http", http(&hook.url, evidence, probes).await),
-        Verify::All(_) | Verify::Any(_) | Verify::Weighted(_) => {
-            ("", Ok((0.0, "not a leaf".to_owned())))
-        }
-    }
-}
-
 fn answer(rule: &AnswerRule, answer: &str) -> (f64, String) {
     match rule {
         AnswerRule::Text(rule) => rules::text(rule, answer, "the answer"),
@@ -255,6 +232,11 @@ fn tool_called(call: &ToolCalled, made: &[ToolCallRecord]) -> (f64, String) {
             ),
         ),
     }
+}
+
+async fn page<P: Probes + Sync>(script: &str, probes: &P) -> Scored {
+    let value = probes.page(script).await?;
+    Ok(rules::value_score(&value, "the page"))
 }
 
 async fn mcp<P: Probes + Sync>(check: &McpCheck, probes: &P) -> Scored {
