@@ -16,9 +16,6 @@ use tracing::Instrument;
 use crate::record::{Found, Gate, Published, RecordContext, RecordError, Recorder, find_published};
 use crate::rollout::{self, Approver, Order, Question, RolloutError, Scripted, Services};
 
-/// Most arguments that a question shows, in bytes: as much as the protocol lets through.
-const QUESTION_BYTES_MAX: usize = 4 * 1024;
-
 /// Does rollouts.
 pub(crate) struct RolloutHandler {
     services: Services,
@@ -195,15 +192,7 @@ struct ByCoordinator<'a>(&'a JobContext);
 
 impl Approver for ByCoordinator<'_> {
     async fn approve(&self, question: Question<'_>) -> bool {
-        let mut arguments = serde_json::to_string(question.arguments).unwrap_or_default();
-        if arguments.len() > QUESTION_BYTES_MAX {
-            let mut end = QUESTION_BYTES_MAX - "…".len();
-            while !arguments.is_char_boundary(end) {
-                end -= 1;
-            }
-            arguments.truncate(end);
-            arguments.push('…');
-        }
+        let arguments = serde_json::to_string(question.arguments).unwrap_or_default();
         self.0
             .lease()
             .progress(&format!("waits for an answer about {}", question.tool));

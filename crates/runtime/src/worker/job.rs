@@ -61,7 +61,7 @@ impl JobContext {
         &self.lease
     }
 
-    /// Asks people whether a tool may be called. Without an answer within `timeout` it may not.
+    /// Asks people whether a tool may be called; arguments that are too long for a question are cut. Without an answer within `timeout` it may not.
     pub async fn ask(&self, tool: &str, arguments_json: &str, timeout: Duration) -> bool {
         let question = v1::Question {
             id: UuidIds.fresh(),
@@ -69,7 +69,7 @@ impl JobContext {
             batch: String::new(),
             job: String::new(),
             tool: tool.to_owned(),
-            arguments_json: cut(arguments_json, QUESTION_BYTES_MAX),
+            arguments_json: cut_visibly(arguments_json, QUESTION_BYTES_MAX),
             deadline_us: (self.clock.now() + timeout).0,
         };
         let asked = self.request(|reply| Event::Ask(self.id.clone(), question, reply));
@@ -307,6 +307,15 @@ fn cut(text: &str, bytes_max: usize) -> String {
     text[..end].to_owned()
 }
 
+/// As [`cut`], with a mark at the end: whoever decides must see that there is more.
+fn cut_visibly(text: &str, bytes_max: usize) -> String {
+    const MARK: &str = "…";
+    if text.len() <= bytes_max {
+        return text.to_owned();
+    }
+    cut(text, bytes_max.saturating_sub(MARK.len())) + MARK
+}
+
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic
         .downcast_ref::<&str>()
@@ -321,6 +330,12 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_cut_visibly_ends_with_a_mark_within_its_bound() {
+        assert_eq!(cut_visibly("ééé", 6), "ééé");
+        assert_eq!(cut_visibly("éééé", 7), "éé…");
+    }
 
     #[test]
     fn work_that_waits_for_the_store_for_too_long_is_not_to_blame() {
