@@ -1,6 +1,5 @@
 //! The end of a recording: blobs and trace first, then the manifest, created once.
 
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,11 +10,10 @@ use espalier_runtime::backoff::Backoff;
 use espalier_runtime::store::{Created, StoreErrorKind};
 use espalier_runtime::tasks::{self, with_deadline};
 use espalier_runtime::telemetry;
+use espalier_runtime::traces;
 
 use super::{Found, RecordError, Recorder, find_published};
 
-/// zstd's own default: traces shrink to a tenth in milliseconds.
-const ZSTD_LEVEL: i32 = 3;
 /// How long somebody at a terminal waits for a store that is away.
 const NO_LEASE_PATIENCE: Duration = Duration::from_secs(120);
 /// Between tries while the store is away. The lease is kept meanwhile, and the gate's patience or the attempt's longest
@@ -231,13 +229,12 @@ fn pack(trace: &Trace) -> Result<Bytes, RecordError> {
     compress(&json)
 }
 
-/// `bytes` as zstd.
+/// `bytes` as traces are packed.
 pub(super) fn compress(bytes: &[u8]) -> Result<Bytes, RecordError> {
-    let packed =
-        zstd::encode_all(bytes, ZSTD_LEVEL).map_err(|source: io::Error| RecordError::Disk {
-            operation: "compress",
-            path: "steps".into(),
-            source,
-        })?;
+    let packed = traces::compress(bytes).map_err(|source| RecordError::Disk {
+        operation: "compress",
+        path: "steps".into(),
+        source,
+    })?;
     Ok(packed.into())
 }

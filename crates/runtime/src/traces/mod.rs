@@ -315,7 +315,15 @@ fn pack(path: &str, trace: &Trace) -> Result<Vec<u8>, TracesError> {
         rule: format!("cannot be packed: {reason}"),
     };
     let text = serde_json::to_vec(trace).map_err(|error| fail(error.to_string()))?;
-    zstd::encode_all(text.as_slice(), ZSTD_LEVEL).map_err(|error| fail(error.to_string()))
+    compress(&text).map_err(|error| fail(error.to_string()))
+}
+
+/// The text of a trace or of its steps, packed as all of them are. Takes milliseconds: keep it off async threads.
+///
+/// # Errors
+/// zstd has no memory for it.
+pub fn compress(text: &[u8]) -> std::io::Result<Vec<u8>> {
+    zstd::encode_all(text, ZSTD_LEVEL)
 }
 
 fn unpack(path: &str, bytes: &[u8]) -> Result<Vec<u8>, TracesError> {
