@@ -19,6 +19,15 @@ pub(super) fn is_playwright(command: &str, args: &[String]) -> bool {
     words.any(|word| word.contains("@playwright/mcp") || word.contains("playwright-mcp"))
 }
 
+/// Whether a server that was not started here offers what Playwright MCP does.
+pub(super) fn offers_browser<'a>(tools: impl Iterator<Item = &'a str>) -> bool {
+    let mut wanted = vec![TABS_TOOL, EVALUATE_TOOL];
+    for tool in tools {
+        wanted.retain(|name| *name != tool);
+    }
+    wanted.is_empty()
+}
+
 /// Arguments with which [`TABS_TOOL`] only tells.
 pub(super) fn list_tabs() -> Map<String, Value> {
     json!({"action": "list"})
@@ -121,6 +130,16 @@ mod tests {
             assert!(!is_refused(url), "{url}");
         }
         assert!(refusal(&Map::new()).is_none());
+    }
+
+    #[test]
+    fn a_browser_elsewhere_is_known_by_its_tools() {
+        assert!(offers_browser(
+            ["a", "browser_evaluate", "browser_tabs"].into_iter()
+        ));
+        assert!(!offers_browser(
+            ["browser_tabs", "browser_close"].into_iter()
+        ));
     }
 
     #[test]

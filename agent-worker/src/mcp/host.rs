@@ -28,7 +28,7 @@ use super::playwright::Installation;
 use super::policy::{CompiledPolicy, Verdict};
 use super::redact::Secrets;
 use super::shared::SharedServers;
-use super::toolbox::{Link, ServerInfo, Toolbox, warnings};
+use super::toolbox::{Link, ServerInfo, Toolbox, Warning, warnings};
 
 /// How long a browser may take to tell its version.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -209,10 +209,19 @@ impl Inner {
 
         let mut raw = Vec::new();
         let mut named_in_vain = Vec::new();
+        let mut unwatched = Vec::new();
         for (link, list) in links.iter().zip(lists) {
+            let is_ours = link.connection.is_browser();
+            let is_browser =
+                is_ours || browser::offers_browser(list.iter().map(|tool| tool.name.as_ref()));
+            if is_browser && !is_ours {
+                unwatched.push(Warning::UnwatchedBrowser {
+                    server: link.connection.server().to_owned(),
+                });
+            }
             for tool in list {
                 let name = tool.name.into_owned();
-                if link.connection.is_browser() && browser::NEVER_OFFERED.contains(&name.as_str()) {
+                if is_browser && browser::NEVER_OFFERED.contains(&name.as_str()) {
                     named_in_vain.push(name);
                     continue;
                 }
@@ -239,7 +248,7 @@ impl Inner {
             verdict != Verdict::Deny
         });
         Ok(Toolbox {
-            warnings: warnings(&tools, named_in_vain),
+            warnings: [unwatched, warnings(&tools, named_in_vain)].concat(),
             links,
             tools,
             cancel,

@@ -57,6 +57,14 @@ pub enum Warning {
         /// The tool.
         name: String,
     },
+    /// A browser whose end the worker cannot see.
+    #[error(
+        "`{server}` is a browser behind an address: a context that it loses is not noticed; use the preset `playwright`"
+    )]
+    UnwatchedBrowser {
+        /// The server.
+        server: String,
+    },
 }
 
 /// One server of a rollout, with everything that goes when the rollout does. Fields drop in this order.
