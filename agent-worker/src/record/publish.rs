@@ -82,7 +82,8 @@ impl Recorder {
         gate: &impl Gate,
     ) -> Result<Published, RecordError> {
         let patience = gate.patience();
-        let work = self.publish_patiently(outcome, gate);
+        // Boxed: the wait holds it a second time.
+        let work = Box::pin(self.publish_patiently(outcome, gate));
         match patience {
             Some(patience) => with_deadline("record.publish", patience, work).await?,
             None => work.await,
