@@ -3,20 +3,26 @@
 //! Everything that decides by the time takes a [`Clock`] or a `Timestamp`, so that tests own time. Durations within
 //! a process (deadlines, latencies) use `tokio::time` and `std::time::Instant`, which never step.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use espalier_core::time::Timestamp;
 
 /// Where the time of day comes from.
 pub trait Clock: Send + Sync {
-    /// The present moment. May step backwards, as clocks of machines do.
+    /// The present moment. May lie before that of an earlier process, as clocks of machines are set.
     fn now(&self) -> Timestamp;
 }
 
-/// The machine's clock.
+/// The machine's clock: its time of day when this process first asked, and the time that has passed since. A clock that
+/// is set while the process runs changes nothing here, so that no lease and no delay is cut short or frozen by it; the
+/// price is that a correction shows only after a restart.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SystemClock;
+
+/// The time of day at one moment of the process.
+static START: OnceLock<(Timestamp, Instant)> = OnceLock::new();
 
 impl Clock for SystemClock {
     #[expect(
@@ -24,10 +30,13 @@ impl Clock for SystemClock {
         reason = "this is the clock that everything else is given"
     )]
     fn now(&self) -> Timestamp {
-        let since_epoch = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        Timestamp::default() + since_epoch
+        let (start, at) = START.get_or_init(|| {
+            let since_epoch = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default();
+            (Timestamp::default() + since_epoch, Instant::now())
+        });
+        *start + at.elapsed()
     }
 }
 
@@ -75,5 +84,14 @@ mod tests {
     #[test]
     fn the_system_clock_is_past_2020() {
         assert!(SystemClock.now() > Timestamp::from_ms(1_577_836_800_000));
+    }
+
+    #[test]
+    fn the_system_clock_is_read_once_and_counts_on() {
+        let first = SystemClock.now();
+        let (start, at) = *START.get().unwrap();
+        let second = SystemClock.now();
+        assert!(start <= first && first <= second);
+        assert!(second <= start + at.elapsed(), "not from the time of day");
     }
 }

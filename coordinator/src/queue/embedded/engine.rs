@@ -64,6 +64,9 @@ pub(super) struct Engine {
     cache_bytes: usize,
     config: MachineConfig,
     clock: Arc<dyn Clock>,
+    /// By how much the clock was behind the newest time in the file when that was read. Added to every reading, so that
+    /// time goes on from there: a queue whose time stood still would end no lease and no delay.
+    behind: Duration,
     events: broadcast::Sender<Event>,
     live: Option<Live>,
     /// No new work before this moment.
@@ -86,6 +89,7 @@ impl Engine {
             cache_bytes,
             config,
             clock,
+            behind: Duration::ZERO,
             events,
             live: None,
             admission_from: Timestamp::default(),
@@ -95,11 +99,21 @@ impl Engine {
         Ok(engine)
     }
 
-    fn load(&self) -> Result<Live, StoreError> {
+    fn load(&mut self) -> Result<Live, StoreError> {
         let store = Store::new((self.open)(self.cache_bytes)?)?;
         let mut machine = store.load(self.config.clone())?;
-        machine.refresh_leases(self.clock.now());
+        let now = self.now();
+        let behind = Duration::from_micros(machine.newest_time().0.saturating_sub(now.0));
+        if !behind.is_zero() {
+            warn!(?behind, "the clock is behind the queue's file");
+            self.behind += behind;
+        }
+        machine.refresh_leases(now + behind);
         Ok(Live { machine, store })
+    }
+
+    fn now(&self) -> Timestamp {
+        self.clock.now() + self.behind
     }
 
     /// Serves calls until nobody can make any.
@@ -120,7 +134,7 @@ impl Engine {
     }
 
     fn serve(&mut self, group: &mut Vec<Call>) {
-        let now = self.clock.now();
+        let now = self.now();
         self.reopen_if_due(now);
         let admits = now >= self.admission_from;
         let mut replies = Vec::with_capacity(group.len());

@@ -182,6 +182,25 @@ async fn concurrent_calls_share_commits_and_each_gets_its_answer() {
 }
 
 #[tokio::test]
+async fn time_goes_on_where_the_clock_was_set_back_between_two_processes() {
+    let (disk, clock) = (Disk::default(), Arc::new(ManualClock::new(START)));
+    let queue = on_disk(&disk, &clock);
+    open_batch(&*queue).await;
+    clock.advance(Duration::from_secs(3_600));
+    submit(&*queue, 0, 1).await.unwrap();
+    queue.close().await;
+    drop(queue);
+
+    clock.set(START);
+    let queue = on_disk(&disk, &clock);
+    let grant = queue.lease(lease_request(1)).await.unwrap().remove(0).grant;
+    clock.advance(Duration::from_secs(61));
+    assert_eq!(queue.tick(10).await.unwrap().reaped, 1);
+    let job = queue.job(grant.key).await.unwrap().unwrap().job;
+    assert!(job.changed_at > START + Duration::from_secs(3_600));
+}
+
+#[tokio::test]
 async fn a_second_process_on_the_file_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("deeper/queue.redb");

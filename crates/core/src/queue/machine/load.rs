@@ -97,6 +97,8 @@ impl Machine {
             ended: BTreeMap::new(),
             chunks: BTreeMap::new(),
         };
+        let completed_at = batch.completed_at.unwrap_or_default();
+        self.now = self.now.max(batch.opened_at).max(completed_at);
         self.batches.insert(seq, batch);
     }
 

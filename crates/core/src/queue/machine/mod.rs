@@ -278,6 +278,11 @@ impl Machine {
         }
     }
 
+    /// The latest time that this machine, or the rows that it was read from, came by.
+    pub fn newest_time(&self) -> Timestamp {
+        self.now
+    }
+
     /// Takes in the time of a command.
     fn advance(&mut self, now: Timestamp) -> Timestamp {
         self.now = self.now.max(now);
