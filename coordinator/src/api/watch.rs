@@ -21,7 +21,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(150);
 const JOBS_MAX: usize = 500;
 /// How long a client may take to read one event before the stream is given up; it can take it up again.
 const SEND_LIMIT: Duration = Duration::from_secs(60);
-/// Events that wait for a slow client; the next look waits for room.
+/// Events that wait for a slow client; the next look waits for room. One place is kept for the end.
 pub const EVENTS_MAX: usize = 4;
 
 /// One watcher.
@@ -36,37 +36,30 @@ pub struct Watch {
 impl Watch {
     /// Sends events until the batch is complete, the client goes, or the coordinator drains.
     pub async fn run(mut self) {
+        let events = self.events.clone();
+        end_with_error(events, self.send_events()).await;
+    }
+
+    async fn send_events(&mut self) -> Result<(), ApiError> {
         let mut last_sent = None;
         loop {
-            let (event, more) = match self.look().await {
-                Ok(seen) => seen,
-                Err(error) => {
-                    self.send(Err(error.into())).await;
-                    return;
-                }
-            };
+            let (event, more) = self.look().await?;
             let complete = event.batch.as_ref().is_some_and(|batch| batch.complete);
             if last_sent.as_ref() != Some(&event) {
                 let mut seen = event.clone();
                 seen.ended.clear();
                 last_sent = Some(seen);
-                if !self.send(Ok(event)).await {
-                    return;
+                if !send(&self.events, SEND_LIMIT, event).await? {
+                    return Ok(());
                 }
             }
             if more {
                 continue;
             }
-            if complete || !self.pause().await {
-                return;
+            if complete || !self.pause().await? {
+                return Ok(());
             }
         }
-    }
-
-    /// False: the client has gone, or does not read.
-    async fn send(&self, event: Result<v1::BatchEvent, Status>) -> bool {
-        let sent = with_deadline("api.watch", SEND_LIMIT, self.events.send(event)).await;
-        matches!(sent, Ok(Ok(())))
     }
 
     /// What has ended since the cursor, the batch at that moment, and whether there is more.
@@ -90,18 +83,61 @@ impl Watch {
         Ok((event, more))
     }
 
-    /// Waits until it is time to look again; false: nobody watches any more, or this coordinator ends.
-    async fn pause(&self) -> bool {
+    /// Waits until it is time to look again; false: nobody watches any more. That this coordinator ends is an error.
+    async fn pause(&self) -> Result<bool, ApiError> {
         tokio::select! {
-            () = tokio::time::sleep(LOOK_INTERVAL) => true,
-            () = self.events.closed() => false,
-            () = self.shared.shutdown.draining() => {
-                let gone = ApiError::Unavailable(
-                    "the coordinator is shutting down; watch again with `after_cursor`".to_owned(),
-                );
-                let _ = self.events.try_send(Err(gone.into()));
-                false
-            }
+            () = tokio::time::sleep(LOOK_INTERVAL) => Ok(true),
+            () = self.events.closed() => Ok(false),
+            () = self.shared.shutdown.draining() => Err(ApiError::Unavailable(
+                "the coordinator is shutting down; watch again with `after_cursor`".to_owned(),
+            )),
         }
+    }
+}
+
+/// A stream of events.
+type Events = mpsc::Sender<Result<v1::BatchEvent, Status>>;
+
+/// Runs what fills a stream, and ends the stream with its error. The place for that is kept from the beginning: a
+/// stream that breaks off must not look like one whose batch is complete.
+async fn end_with_error(events: Events, fill: impl Future<Output = Result<(), ApiError>>) {
+    let Ok(last) = events.try_reserve_owned() else {
+        return;
+    };
+    if let Err(error) = fill.await {
+        last.send(Err(error.into()));
+    }
+}
+
+/// False: the client has gone. One that does not read is an error.
+async fn send(events: &Events, limit: Duration, event: v1::BatchEvent) -> Result<bool, ApiError> {
+    let sent = with_deadline("api.watch", limit, events.send(Ok(event))).await;
+    let sent = sent.map_err(|_| {
+        ApiError::Unavailable(
+            "the events were not read in time; watch again with `after_cursor`".to_owned(),
+        )
+    })?;
+    Ok(sent.is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_gets_an_error_and_no_silent_end() {
+        let (events, mut received) = mpsc::channel(EVENTS_MAX);
+        let fill = async {
+            let limit = Duration::from_millis(1);
+            while send(&events, limit, v1::BatchEvent::default()).await? {}
+            Ok(())
+        };
+        end_with_error(events.clone(), fill).await;
+        drop(events);
+        let mut last = None;
+        while let Some(event) = received.recv().await {
+            last = Some(event);
+        }
+        assert_eq!(last.unwrap().unwrap_err().code(), tonic::Code::Unavailable);
     }
 }
