@@ -224,8 +224,8 @@ pub struct EndedPage {
 /// - **One result.** At most one finish of a job is accepted; fences only grow, over all jobs and restarts; a finish
 ///   or renewal with a fence that is not the job's present one changes nothing.
 /// - **Leases end by their deadline only**, by the queue's own clock, and are ended by `lease` and `tick`.
-/// - **Order.** Within the lanes that a request may draw from: higher priority first, then projects by stride
-///   fairness, then the order of submission within a project.
+/// - **Order.** Within the lanes that a request may draw from: projects by stride fairness, then higher priority
+///   first within a project, then the order of submission.
 /// - **Budgets.** Handler failures count against `max_attempts`, expired leases and infrastructure failures against
 ///   `max_infra`, releases against nothing.
 /// - **Reads** see every write that was answered before they were asked.

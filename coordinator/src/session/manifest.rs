@@ -16,8 +16,9 @@ use tokio::sync::mpsc;
 use super::{Session, lease_from_wire};
 use crate::api::view;
 
-/// Reports that wait: they are rare, and each reads files.
-pub const REPORTS_MAX: usize = 16;
+/// Reports that wait. Each reads files, which a slow store makes slow; room for one of each lease that a stream may
+/// hold, so that the reader of the stream, which also takes renewals, need not wait for it.
+pub const REPORTS_MAX: usize = 1_000;
 /// How long one check may take.
 const CHECK_LIMIT: Duration = Duration::from_secs(120);
 

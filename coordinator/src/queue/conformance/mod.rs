@@ -92,6 +92,7 @@ macro_rules! conformance_tests {
             lease: grants_carry_what_was_submitted,
             order: higher_priority_first_then_submission,
             order: a_small_tenant_beside_a_big_one_waits_its_share,
+            order: a_tenant_that_calls_everything_urgent_starves_nobody,
             order: a_returning_tenant_has_no_credit,
             order: delayed_jobs_wait_for_their_moment,
             order: a_wake_up_names_the_lane,

@@ -67,6 +67,26 @@ pub async fn a_small_tenant_beside_a_big_one_waits_its_share(f: Fixture) {
     assert!(positions[99] <= 202, "{positions:?}");
 }
 
+pub async fn a_tenant_that_calls_everything_urgent_starves_nobody(f: Fixture) {
+    f.open("loud", "b").await;
+    f.open("small", "b").await;
+    let urgent = many(0, 1_000)
+        .into_iter()
+        .map(|job| NewJob { priority: 9, ..job });
+    f.try_submit("loud", "b", 0, urgent.collect())
+        .await
+        .unwrap();
+    f.lease(100).await;
+    let modest = many(0, 50)
+        .into_iter()
+        .map(|job| NewJob { priority: 0, ..job });
+    f.try_submit("small", "b", 0, modest.collect())
+        .await
+        .unwrap();
+    let positions = positions(&f, "small", 50).await;
+    assert!(positions[49] <= 102, "{positions:?}");
+}
+
 pub async fn a_returning_tenant_has_no_credit(f: Fixture) {
     for name in ["steady", "returns"] {
         f.open(name, "b").await;

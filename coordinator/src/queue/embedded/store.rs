@@ -12,7 +12,7 @@ use super::super::JobResult;
 const JOBS: TableDefinition<u64, &[u8]> = TableDefinition::new("jobs");
 const BATCHES: TableDefinition<u32, &[u8]> = TableDefinition::new("batches");
 const CHUNKS: TableDefinition<(u32, u32), &[u8]> = TableDefinition::new("chunks");
-const RINGS: TableDefinition<(u8, u8, u64), &[u8]> = TableDefinition::new("rings");
+const RINGS: TableDefinition<(u8, u64), &[u8]> = TableDefinition::new("rings");
 const META: TableDefinition<u8, &[u8]> = TableDefinition::new("meta");
 const SPECS: TableDefinition<u64, &[u8]> = TableDefinition::new("specs");
 const DEFAULTS: TableDefinition<u32, &[u8]> = TableDefinition::new("defaults");

@@ -134,8 +134,8 @@ pub struct MetaRow {
     pub(super) next_end: u64,
 }
 
-/// The number of a virtual time: kind, priority, and the project + 1, or 0 for the clock.
-pub type RingNumber = (u8, u8, u64);
+/// The number of a virtual time: kind, and the project + 1, or 0 for the clock.
+pub type RingNumber = (u8, u64);
 
 /// A row to put under its number, or `None` to delete it.
 pub type Change<N> = (N, Option<Vec<u8>>);

@@ -1,10 +1,14 @@
-//! The order of ready jobs: priority, then stride fairness between projects, then submission.
+//! The order of ready jobs: stride fairness between projects, then priority within a project, then submission.
 //!
-//! One [`Level`] holds the ready jobs of one kind and priority. Every project has a virtual time there; the project
+//! Fairness comes first because priorities are the client's own word: were they compared between projects, the one
+//! that calls all of its jobs urgent would starve the others (`docs/decisions/fairness.md`).
+//!
+//! One [`Level`] holds the ready jobs of one kind. Every project has a virtual time there; the project
 //! with the least goes first, and a grant moves it on by a stride that is smaller the greater its weight. A project
 //! that comes back after a pause enters at the virtual time of the last grant, so that a pause earns nothing.
 //! (Stride scheduling: Waldspurger and Weihl 1995; the entry rule is that of start-time fair queueing, Goyal 1996.)
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{JobKind, JobSeq, PRIORITY_MAX, ProjectSeq};
@@ -12,10 +16,13 @@ use super::{JobKind, JobSeq, PRIORITY_MAX, ProjectSeq};
 /// The stride of a project of weight 1.
 const STRIDE: u64 = 1 << 20;
 
-/// Where a level's virtual times are stored: kind, priority, and the project or, for the level's own clock, none.
-pub(super) type RingKey = (JobKind, u8, Option<ProjectSeq>);
+/// Where a level's virtual times are stored: kind, and the project or, for the level's own clock, none.
+pub(super) type RingKey = (JobKind, Option<ProjectSeq>);
 
-/// The ready jobs of one kind and priority.
+/// The order of a project's jobs: urgent ones first, then as they were submitted.
+type Turn = (Reverse<u8>, JobSeq);
+
+/// The ready jobs of one kind.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Level {
     /// The virtual time of the last grant; never goes back.
@@ -28,18 +35,18 @@ pub(super) struct Level {
 #[derive(Clone, Debug, Default)]
 struct Tenant {
     vtime: u64,
-    queues: BTreeMap<u32, BTreeSet<JobSeq>>,
+    queues: BTreeMap<u32, BTreeSet<Turn>>,
 }
 
 impl Level {
-    fn push(&mut self, lane: u32, project: ProjectSeq, job: JobSeq) -> bool {
+    fn push(&mut self, lane: u32, project: ProjectSeq, turn: Turn) -> bool {
         let clock = self.clock;
         let tenant = self.tenants.entry(project).or_default();
         if let Some(queue) = tenant.queues.get_mut(&lane) {
-            queue.insert(job);
+            queue.insert(turn);
             return false;
         }
-        tenant.queues.insert(lane, BTreeSet::from([job]));
+        tenant.queues.insert(lane, BTreeSet::from([turn]));
         let entered = tenant.vtime.max(clock);
         let moved = entered != tenant.vtime;
         let from = std::mem::replace(&mut tenant.vtime, entered);
@@ -53,14 +60,14 @@ impl Level {
         moved
     }
 
-    fn remove(&mut self, lane: u32, project: ProjectSeq, job: JobSeq) {
+    fn remove(&mut self, lane: u32, project: ProjectSeq, turn: Turn) {
         let Some(tenant) = self.tenants.get_mut(&project) else {
             return;
         };
         let Some(queue) = tenant.queues.get_mut(&lane) else {
             return;
         };
-        queue.remove(&job);
+        queue.remove(&turn);
         if !queue.is_empty() {
             return;
         }
@@ -86,14 +93,14 @@ impl Level {
         }
     }
 
-    /// The job that goes next among `lanes`: the project with the least virtual time, then its oldest job.
+    /// The job that goes next among `lanes`: the project with the least virtual time, then the first of its turns.
     fn next(&self, lanes: &[u32]) -> Option<(ProjectSeq, JobSeq)> {
         let heads = lanes.iter().filter_map(|lane| {
             let &(vtime, project) = self.lanes.get(lane)?.first()?;
-            let job = *self.tenants.get(&project)?.queues.get(lane)?.first()?;
-            Some((vtime, project, job))
+            let turn = *self.tenants.get(&project)?.queues.get(lane)?.first()?;
+            Some((vtime, project, turn))
         });
-        heads.min().map(|(_, project, job)| (project, job))
+        heads.min().map(|(_, project, (_, job))| (project, job))
     }
 
     /// Moves `project` on by one grant. A project may lag behind the clock, where no worker drew from its lanes; it
@@ -121,15 +128,10 @@ pub(super) struct Ready {
     dirty: BTreeSet<RingKey>,
 }
 
-fn level_index(kind: JobKind, priority: u8) -> usize {
-    kind.index() * (usize::from(PRIORITY_MAX) + 1) + usize::from(priority.min(PRIORITY_MAX))
-}
-
 impl Default for Ready {
     fn default() -> Self {
-        let levels = JobKind::ALL.len() * (usize::from(PRIORITY_MAX) + 1);
         Self {
-            levels: vec![Level::default(); levels],
+            levels: vec![Level::default(); JobKind::ALL.len()],
             dirty: BTreeSet::new(),
         }
     }
@@ -144,51 +146,49 @@ pub(super) struct Place {
     pub project: ProjectSeq,
 }
 
+impl Place {
+    fn turn(self, job: JobSeq) -> Turn {
+        (Reverse(self.priority), job)
+    }
+}
+
 impl Ready {
     pub fn push(&mut self, place: Place, job: JobSeq) {
-        let level = &mut self.levels[level_index(place.kind, place.priority)];
-        if level.push(place.lane, place.project, job) {
-            self.dirty
-                .insert((place.kind, place.priority, Some(place.project)));
+        let level = &mut self.levels[place.kind.index()];
+        if level.push(place.lane, place.project, place.turn(job)) {
+            self.dirty.insert((place.kind, Some(place.project)));
         }
     }
 
     pub fn remove(&mut self, place: Place, job: JobSeq) {
-        let level = &mut self.levels[level_index(place.kind, place.priority)];
-        level.remove(place.lane, place.project, job);
+        self.levels[place.kind.index()].remove(place.lane, place.project, place.turn(job));
     }
 
     /// The next job of `kind` among `lanes`. It stays where it is.
-    pub fn next(&self, kind: JobKind, lanes: &[u32]) -> Option<(u8, ProjectSeq, JobSeq)> {
-        (0..=PRIORITY_MAX).rev().find_map(|priority| {
-            let level = &self.levels[level_index(kind, priority)];
-            let (project, job) = level.next(lanes)?;
-            Some((priority, project, job))
-        })
+    pub fn next(&self, kind: JobKind, lanes: &[u32]) -> Option<(ProjectSeq, JobSeq)> {
+        self.levels[kind.index()].next(lanes)
     }
 
     /// Charges a grant to `project`.
-    pub fn charge(&mut self, kind: JobKind, priority: u8, project: ProjectSeq, weight: u32) {
-        self.levels[level_index(kind, priority)].charge(project, weight);
-        self.dirty.insert((kind, priority, None));
-        self.dirty.insert((kind, priority, Some(project)));
+    pub fn charge(&mut self, kind: JobKind, project: ProjectSeq, weight: u32) {
+        self.levels[kind.index()].charge(project, weight);
+        self.dirty.insert((kind, None));
+        self.dirty.insert((kind, Some(project)));
     }
 
     /// Forgets the virtual times of a project that has no batch any more.
     pub fn forget(&mut self, project: ProjectSeq) {
         for kind in JobKind::ALL {
-            for priority in 0..=PRIORITY_MAX {
-                let level = &mut self.levels[level_index(kind, priority)];
-                if level.tenants.remove(&project).is_some() {
-                    self.dirty.insert((kind, priority, Some(project)));
-                }
+            let level = &mut self.levels[kind.index()];
+            if level.tenants.remove(&project).is_some() {
+                self.dirty.insert((kind, Some(project)));
             }
         }
     }
 
     /// The stored value under `key`; none if the project is forgotten.
-    pub fn vtime(&self, (kind, priority, project): RingKey) -> Option<u64> {
-        let level = &self.levels[level_index(kind, priority)];
+    pub fn vtime(&self, (kind, project): RingKey) -> Option<u64> {
+        let level = &self.levels[kind.index()];
         match project {
             None => Some(level.clock),
             Some(project) => level.tenants.get(&project).map(|tenant| tenant.vtime),
@@ -196,8 +196,8 @@ impl Ready {
     }
 
     /// Puts a stored virtual time back, before any job is pushed.
-    pub fn restore(&mut self, (kind, priority, project): RingKey, vtime: u64) {
-        let level = &mut self.levels[level_index(kind, priority)];
+    pub fn restore(&mut self, (kind, project): RingKey, vtime: u64) {
+        let level = &mut self.levels[kind.index()];
         match project {
             None => level.clock = vtime,
             Some(project) => level.tenants.entry(project).or_default().vtime = vtime,
@@ -206,9 +206,10 @@ impl Ready {
 
     /// Puts a job back that was ready when it was stored: its project enters nowhere, it never left.
     pub fn restore_job(&mut self, place: Place, job: JobSeq) {
-        let level = &mut self.levels[level_index(place.kind, place.priority)];
+        let level = &mut self.levels[place.kind.index()];
         let tenant = level.tenants.entry(place.project).or_default();
-        tenant.queues.entry(place.lane).or_default().insert(job);
+        let queue = tenant.queues.entry(place.lane).or_default();
+        queue.insert(place.turn(job));
         let vtime = tenant.vtime;
         level
             .lanes
@@ -221,15 +222,15 @@ impl Ready {
         std::mem::take(&mut self.dirty)
     }
 
-    /// The heads of the lines of `project` among the jobs of `kind`.
+    /// The oldest of each line of `project` among the jobs of `kind`: of each lane and priority.
     pub fn heads(&self, kind: JobKind, project: ProjectSeq) -> impl Iterator<Item = JobSeq> + '_ {
-        (0..=PRIORITY_MAX).flat_map(move |priority| {
-            let level = &self.levels[level_index(kind, priority)];
-            let queues = level.tenants.get(&project).map(|tenant| &tenant.queues);
-            queues
-                .into_iter()
-                .flatten()
-                .filter_map(|(_, queue)| queue.first().copied())
+        let tenant = self.levels[kind.index()].tenants.get(&project);
+        let queues = tenant.into_iter().flat_map(|tenant| tenant.queues.values());
+        queues.flat_map(|queue| {
+            (0..=PRIORITY_MAX).filter_map(move |priority| {
+                let line = (Reverse(priority), JobSeq(0))..=(Reverse(priority), JobSeq(u64::MAX));
+                queue.range(line).next().map(|(_, job)| *job)
+            })
         })
     }
 
@@ -238,18 +239,17 @@ impl Ready {
     pub fn all(&self) -> Vec<(JobKind, u8, u32, ProjectSeq, JobSeq)> {
         let mut all = Vec::new();
         for kind in JobKind::ALL {
-            for priority in 0..=PRIORITY_MAX {
-                let level = &self.levels[level_index(kind, priority)];
-                for (project, tenant) in &level.tenants {
-                    for (lane, queue) in &tenant.queues {
-                        assert!(level.lanes[lane].contains(&(tenant.vtime, *project)));
-                        all.extend(queue.iter().map(|j| (kind, priority, *lane, *project, *j)));
-                    }
+            let level = &self.levels[kind.index()];
+            for (project, tenant) in &level.tenants {
+                for (lane, queue) in &tenant.queues {
+                    assert!(level.lanes[lane].contains(&(tenant.vtime, *project)));
+                    let jobs = queue.iter();
+                    all.extend(jobs.map(|(Reverse(p), job)| (kind, *p, *lane, *project, *job)));
                 }
-                let in_lanes: usize = level.lanes.values().map(BTreeSet::len).sum();
-                let in_tenants: usize = level.tenants.values().map(|t| t.queues.len()).sum();
-                assert_eq!(in_lanes, in_tenants, "no empty line is kept");
             }
+            let in_lanes: usize = level.lanes.values().map(BTreeSet::len).sum();
+            let in_tenants: usize = level.tenants.values().map(|t| t.queues.len()).sum();
+            assert_eq!(in_lanes, in_tenants, "no empty line is kept");
         }
         all
     }
@@ -271,9 +271,12 @@ mod tests {
     }
 
     fn take(ready: &mut Ready, lanes: &[u32], weight: impl Fn(u32) -> u32) -> Option<(u32, u64)> {
-        let (priority, project, job) = ready.next(KIND, lanes)?;
-        ready.charge(KIND, priority, project, weight(project.0));
-        for lane in lanes {
+        let (project, job) = ready.next(KIND, lanes)?;
+        ready.charge(KIND, project, weight(project.0));
+        for (lane, priority) in lanes
+            .iter()
+            .flat_map(|lane| (0..=9).map(move |p| (lane, p)))
+        {
             ready.remove(place(project.0, *lane, priority), job);
         }
         Some((project.0, job.0))
@@ -341,5 +344,30 @@ mod tests {
         }
         let order: Vec<_> = std::iter::from_fn(|| take(&mut ready, &[0], |_| 100)).collect();
         assert_eq!(order, [(1, 4), (1, 1), (1, 3), (1, 2)]);
+    }
+
+    #[test]
+    fn a_project_that_calls_everything_urgent_gets_its_share_and_no_more() {
+        let mut ready = Ready::default();
+        for n in 0..1_000 {
+            ready.push(place(1, 0, 9), JobSeq(n));
+        }
+        for n in 0..50 {
+            ready.push(place(2, 0, 5), JobSeq(2_000 + n));
+        }
+        let first: Vec<_> = (0..100)
+            .map(|_| take(&mut ready, &[0], |_| 100).unwrap().0)
+            .collect();
+        let of_two = first.iter().filter(|p| **p == 2).count();
+        assert!((49..=50).contains(&of_two), "{first:?}");
+    }
+
+    #[test]
+    fn a_project_s_urgent_job_goes_first_from_whatever_lane() {
+        let mut ready = Ready::default();
+        ready.push(place(1, 0, 5), JobSeq(1));
+        ready.push(place(1, 7, 9), JobSeq(2));
+        assert_eq!(take(&mut ready, &[0, 7], |_| 100), Some((1, 2)));
+        assert_eq!(take(&mut ready, &[0, 7], |_| 100), Some((1, 1)));
     }
 }

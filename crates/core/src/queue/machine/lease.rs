@@ -68,11 +68,11 @@ impl Machine {
         let lanes = self.lanes.open_to(request.kind, &request.offers);
         let mut grants = Vec::new();
         while grants.len() < request.n as usize {
-            let Some((priority, project, seq)) = self.ready.next(request.kind, &lanes) else {
+            let Some((project, seq)) = self.ready.next(request.kind, &lanes) else {
                 break;
             };
             let weight = self.weight(project);
-            self.ready.charge(request.kind, priority, project, weight);
+            self.ready.charge(request.kind, project, weight);
             let fence = self.grant(seq, &request.worker, ttl);
             grants.extend(self.grant_view(seq, fence));
         }

@@ -166,16 +166,14 @@ fn inconsistent(what: String) -> RecordError {
     RecordError::Inconsistent(what)
 }
 
-fn ring_key((kind, priority, project): RingNumber) -> Result<RingKey, RecordError> {
-    let bad = || inconsistent(format!("virtual time of kind {kind}, priority {priority}"));
+fn ring_key((kind, project): RingNumber) -> Result<RingKey, RecordError> {
+    let bad = || inconsistent(format!("virtual time of kind {kind}"));
     let kind = *JobKind::ALL.get(usize::from(kind)).ok_or_else(bad)?;
     let project = match project {
         0 => None,
         n => Some(ProjectSeq(u32::try_from(n - 1).map_err(|_| bad())?)),
     };
-    (priority <= PRIORITY_MAX)
-        .then_some((kind, priority, project))
-        .ok_or_else(bad)
+    Ok((kind, project))
 }
 
 fn job_of(row: JobRow<'static>, lanes: &mut Lanes) -> Job {

@@ -374,7 +374,7 @@ impl Machine {
     }
 }
 
-fn ring_number((kind, priority, project): RingKey) -> RingNumber {
+fn ring_number((kind, project): RingKey) -> RingNumber {
     let project = project.map_or(0, |project| u64::from(project.0) + 1);
-    (kind.index() as u8, priority, project)
+    (kind.index() as u8, project)
 }
