@@ -197,7 +197,9 @@ async fn random_kills_lose_nothing() {
         .close_batch(espalier_proto::v1::CloseBatchRequest { batch: "b".into() })
         .await
         .unwrap();
-    let result = client.wait("b", DEADLINE).await;
+    let result = client
+        .wait("b", DEADLINE + Duration::from_secs(rounds))
+        .await;
     check(&up, &result, count);
     up.process.terminate(Duration::from_secs(60)).await;
     up.wait_until_gone(Duration::from_secs(10)).await;
