@@ -1,4 +1,5 @@
 //! One MCP connection of one rollout: handshake, calls with deadlines, and knowing when the state behind it is gone.
+//! `reach` is the transport, `client` is what the server may ask of this side.
 //!
 //! **How the loss of a browser context is seen.** Playwright MCP opens a new, blank context without a word when the old
 //! one is gone. But whenever it opens a context it asks the client for its *roots*. So the client counts: the first
@@ -6,43 +7,30 @@
 //! the answer of the call looks like. A session that the server has forgotten is never opened again
 //! (`reinit_on_expired_session(false)`).
 
-use std::collections::HashMap;
+mod client;
+mod reach;
+
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use espalier_core::error::FieldError;
 use espalier_runtime::tasks::with_deadline;
-use http::{HeaderName, HeaderValue};
+use rmcp::ErrorData;
 use rmcp::model::{
-    CallToolRequest, CallToolRequestParams, CallToolResult, ClientCapabilities, ClientConfig,
-    ClientRequest, Implementation, PingRequest, ReadResourceRequestParams, ReadResourceResult,
-    RootsCapabilities, ServerPeerInfo, ServerResult, Tool,
+    CallToolRequest, CallToolRequestParams, CallToolResult, ClientRequest, PingRequest,
+    ReadResourceRequestParams, ReadResourceResult, ServerPeerInfo, ServerResult, Tool,
 };
-#[expect(deprecated, reason = "see the implementation of `ClientHandler`")]
-use rmcp::model::{ListRootsResult, Root};
-use rmcp::service::{
-    Peer, PeerRequestOptions, RequestContext, RoleClient, RunningService, ServiceError,
-};
-use rmcp::transport::async_rw::AsyncRwTransport;
-use rmcp::transport::streamable_http_client::StreamableHttpClientTransportConfig;
-use rmcp::transport::{StreamableHttpClientTransport, UnixSocketHttpClient};
-use rmcp::{ClientHandler, ErrorData, ServiceExt};
+use rmcp::service::{Peer, PeerRequestOptions, RoleClient, RunningService, ServiceError};
 use serde_json::{Map, Value};
-use tokio::io::{AsyncRead, ReadBuf};
 
 use super::browser;
-use super::child::{Pipes, ServerProcess};
-use super::config::HttpServer;
+use super::child::ServerProcess;
 use super::error::McpError;
 use super::redact::Secrets;
+use client::Client;
+pub(super) use reach::Reach;
+use reach::{ANSWER_BYTES_MAX, Meter};
 
-/// Largest message from a server. A page of 5 MB is an answer; more than this is a flood.
-pub(super) const ANSWER_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Most that a server may write to its pipe between two calls: one answer, and room for notifications beside it.
-const PIPE_BYTES_MAX: u64 = 24 * 1024 * 1024;
 /// Most tools of one server: models cannot choose from more, and an endless list must end.
 const TOOLS_MAX: usize = 512;
 /// How long a server may take to say that it is alive.
@@ -58,63 +46,19 @@ const EXIT_GRACE: Duration = Duration::from_secs(1);
 /// What rmcp adds to a call's own time-out before this side gives up on rmcp as well.
 const CALL_SLACK: Duration = Duration::from_secs(2);
 
-/// This side of the protocol: it has no capability but telling its root, and counts how often it was asked.
-#[derive(Clone)]
-struct Client {
-    root: Option<String>,
-    asked: Arc<AtomicU32>,
-}
-
-#[expect(
-    deprecated,
-    reason = "roots leave the protocol after 2026-07-28; the pinned Playwright MCP speaks an older one"
-)]
-impl ClientHandler for Client {
-    fn get_info(&self) -> ClientConfig {
-        let mut capabilities = ClientCapabilities::default();
-        if self.root.is_some() {
-            capabilities.roots = Some(RootsCapabilities::default());
-        }
-        ClientConfig::new(
-            capabilities,
-            Implementation::new("espalier", env!("CARGO_PKG_VERSION")),
-        )
-    }
-
-    async fn list_roots(
-        &self,
-        _context: RequestContext<RoleClient>,
-    ) -> Result<ListRootsResult, ErrorData> {
-        self.asked.fetch_add(1, Ordering::SeqCst);
-        Ok(ListRootsResult::new(
-            self.root.iter().map(Root::new).collect(),
-        ))
-    }
-}
-
-/// How the server is reached.
-pub(super) enum Reach<'a> {
-    /// Over the pipes of its process.
-    Pipes(Pipes),
-    /// Over a Unix socket, for streamable HTTP.
-    Socket(&'a Path),
-    /// Over the network, for streamable HTTP.
-    Http(&'a HttpServer),
-}
-
 /// A connection after its handshake.
 pub(super) struct Connection {
     server: String,
     peer: Peer<RoleClient>,
     running: Mutex<Option<RunningService<RoleClient, Client>>>,
-    asked: Arc<AtomicU32>,
+    client: Client,
     /// Whether a browser context is behind it.
     is_browser: bool,
     /// Whether the server's questions for roots tell about its context.
     is_watched: bool,
     /// The server's process, where it is ours.
     process: Option<Arc<ServerProcess>>,
-    meter: Option<Arc<AtomicU64>>,
+    meter: Option<Meter>,
     /// What its address and headers must not show in an error.
     secrets: Secrets,
 }
@@ -128,14 +72,9 @@ impl Connection {
         process: Option<Arc<ServerProcess>>,
         timeout: Duration,
     ) -> Result<Self, McpError> {
-        let client = Client {
-            root: root.map(|path| format!("file://{}", path.display())),
-            asked: Arc::default(),
-        };
-        let (asked, is_browser) = (Arc::clone(&client.asked), root.is_some());
-        let meter = matches!(reach, Reach::Pipes(_)).then(Arc::<AtomicU64>::default);
-        let secrets = secrets(&reach);
-        let handshake = serve(server, client, reach, meter.clone());
+        let (client, is_browser) = (Client::new(root), root.is_some());
+        let (meter, secrets) = (reach.meter(), reach.secrets());
+        let handshake = reach.serve(server, client.clone(), meter.clone());
         let running = tokio::select! {
             done = with_deadline("mcp_handshake", timeout, handshake) => match done {
                 Ok(Ok(running)) => Ok(running),
@@ -148,7 +87,7 @@ impl Connection {
             server: server.to_owned(),
             peer: running.peer().clone(),
             running: Mutex::new(Some(running)),
-            asked,
+            client,
             is_browser,
             is_watched: is_browser,
             process,
@@ -168,7 +107,7 @@ impl Connection {
         let answer = self
             .call_once(browser::TABS_TOOL, browser::list_tabs(), timeout)
             .await?;
-        let asked = self.asked.load(Ordering::SeqCst);
+        let asked = self.client.times_asked();
         let reason = match answer {
             Ok(result) if result.is_error == Some(true) => text_of(&result),
             Err(error) => error.message.to_string(),
@@ -242,7 +181,7 @@ impl Connection {
         {
             self.look_for_loss().await?;
         }
-        match self.asked.load(Ordering::SeqCst) {
+        match self.client.times_asked() {
             0 | 1 => answer,
             _ => Err(McpError::ContextLost {
                 server: self.server.clone(),
@@ -257,7 +196,9 @@ impl Connection {
         uri: &str,
         timeout: Duration,
     ) -> Result<Result<ReadResourceResult, ErrorData>, McpError> {
-        self.refill();
+        if let Some(meter) = &self.meter {
+            meter.reset();
+        }
         let read = self.peer.read_resource(ReadResourceRequestParams::new(uri));
         let wait = with_deadline("mcp_read_resource", timeout, read);
         let answer = tokio::select! {
@@ -294,7 +235,9 @@ impl Connection {
         arguments: Map<String, Value>,
         timeout: Duration,
     ) -> Result<Result<CallToolResult, ErrorData>, McpError> {
-        self.refill();
+        if let Some(meter) = &self.meter {
+            meter.reset();
+        }
         let params = CallToolRequestParams::new(tool.to_owned()).with_arguments(arguments);
         let request = ClientRequest::CallToolRequest(CallToolRequest::new(params));
         let options = PeerRequestOptions::with_timeout(timeout);
@@ -332,7 +275,7 @@ impl Connection {
                 Err(error) => return Err(error),
                 Ok(_) => {}
             }
-            if self.asked.load(Ordering::SeqCst) > 1 {
+            if self.client.times_asked() > 1 {
                 break;
             }
             tokio::time::sleep(LOSS_PROBE_PAUSE).await;
@@ -348,13 +291,6 @@ impl Connection {
             with_deadline("mcp_ping", PING_TIMEOUT, ping).await,
             Ok(Ok(_))
         )
-    }
-
-    /// A call begins: the pipe may carry one more answer.
-    fn refill(&self) {
-        if let Some(meter) = &self.meter {
-            meter.store(0, Ordering::Relaxed);
-        }
     }
 
     fn late(&self, what: &str, after: Duration) -> McpError {
@@ -380,8 +316,7 @@ impl Connection {
     /// What the end of the connection means.
     async fn gone(&self, error: &ServiceError) -> McpError {
         let server = self.server.clone();
-        let flooded = |meter: &Arc<AtomicU64>| meter.load(Ordering::Relaxed) > PIPE_BYTES_MAX;
-        if self.meter.as_ref().is_some_and(flooded) {
+        if self.meter.as_ref().is_some_and(Meter::is_flooded) {
             return McpError::TooLarge {
                 server,
                 bytes_max: ANSWER_BYTES_MAX,
@@ -410,81 +345,6 @@ impl Connection {
 fn given_up(what: &str, after: Duration) -> ErrorData {
     let text = format!("### Error\n{what} did not end within {after:?} and was given up.");
     ErrorData::internal_error(text, None)
-}
-
-async fn serve(
-    server: &str,
-    client: Client,
-    reach: Reach<'_>,
-    meter: Option<Arc<AtomicU64>>,
-) -> Result<RunningService<RoleClient, Client>, McpError> {
-    let running = match reach {
-        Reach::Pipes(pipes) => {
-            let stdout = Metered {
-                inner: pipes.stdout,
-                read: meter.unwrap_or_default(),
-            };
-            let transport = AsyncRwTransport::new_client(stdout, pipes.stdin)
-                .with_max_line_length(ANSWER_BYTES_MAX);
-            client.serve(transport).await
-        }
-        Reach::Socket(path) => {
-            // Origin form: with an absolute address the server would misread the path. Its host check wants the port
-            // that the preloaded script reports.
-            let socket = UnixSocketHttpClient::new(&path.to_string_lossy(), "http://localhost:1");
-            let transport = StreamableHttpClientTransport::with_client(socket, http_config("/mcp"));
-            client.serve(transport).await
-        }
-        Reach::Http(http) => {
-            let config = http_config(&http.url).custom_headers(headers(server, http)?);
-            client
-                .serve(StreamableHttpClientTransport::from_config(config))
-                .await
-        }
-    };
-    // The error of a failed handshake may quote headers: only its kind is kept.
-    running.map_err(|error| start_error(server, handshake_reason(&error), None))
-}
-
-fn handshake_reason(error: &rmcp::service::ClientInitializeError) -> &'static str {
-    use rmcp::service::ClientInitializeError as E;
-    match error {
-        E::ConnectionClosed(_) => "the connection ended during the handshake",
-        E::TransportError { .. } => "it could not be reached",
-        E::JsonRpcError(_) => "it refused the handshake",
-        _ => "the handshake failed",
-    }
-}
-
-fn http_config(uri: &str) -> StreamableHttpClientTransportConfig {
-    StreamableHttpClientTransportConfig::with_uri(uri)
-        .reinit_on_expired_session(false)
-        .max_sse_event_size(ANSWER_BYTES_MAX)
-        .max_json_response_size(ANSWER_BYTES_MAX)
-}
-
-fn secrets(reach: &Reach<'_>) -> Secrets {
-    let Reach::Http(http) = reach else {
-        return Secrets::default();
-    };
-    let address = reqwest::Url::parse(&http.url).ok();
-    let query = address.and_then(|address| address.query().map(str::to_owned));
-    Secrets::new(http.headers.values().chain(&query))
-}
-
-fn headers(server: &str, http: &HttpServer) -> Result<HashMap<HeaderName, HeaderValue>, McpError> {
-    let header = |(name, value): (&String, &String)| {
-        let refuse =
-            |rule: &str| FieldError::new(format!("mcpServers.{server}.headers.{name}"), "…", rule);
-        let key = HeaderName::from_bytes(name.as_bytes())
-            .map_err(|_| refuse("must be the name of a header"))?;
-        let mut value =
-            HeaderValue::from_str(value).map_err(|_| refuse("must be visible ASCII"))?;
-        value.set_sensitive(true);
-        Ok((key, value))
-    };
-    let headers: Result<_, FieldError> = http.headers.iter().map(header).collect();
-    Ok(headers?)
 }
 
 fn start_error(server: &str, reason: &str, process: Option<&ServerProcess>) -> McpError {
@@ -522,32 +382,10 @@ fn text_of(result: &CallToolResult) -> String {
         .join("\n")
 }
 
-/// Counts what a server writes, and fails when it is too much for one call: rmcp bounds a line, but skips endless
-/// garbage without an end.
-struct Metered<R> {
-    inner: R,
-    read: Arc<AtomicU64>,
-}
-
-impl<R: AsyncRead + Unpin> AsyncRead for Metered<R> {
-    fn poll_read(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        let before = buffer.filled().len();
-        let poll = std::pin::Pin::new(&mut self.inner).poll_read(context, buffer);
-        let count = (buffer.filled().len() - before) as u64;
-        if self.read.fetch_add(count, Ordering::Relaxed) + count > PIPE_BYTES_MAX {
-            return Poll::Ready(Err(std::io::Error::other("the server floods its output")));
-        }
-        poll
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mcp::config::HttpServer;
     use std::collections::BTreeMap;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
