@@ -2,65 +2,25 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
-use espalier_practice::site;
-use espalier_practice::tasks::{self, Split};
 use espalier_proto::v1::JobState;
-use espalier_runtime::shutdown::Shutdown;
-use espalier_runtime::tasks::{OnFailure, Tasks};
-use espalier_tests::harness::client::BatchResult;
+use espalier_tests::harness::practice::{self, SEED, browser_servers};
 use espalier_tests::harness::process::Signal;
 use espalier_tests::harness::up::Up;
 use espalier_tests::harness::{model, wait_for};
 use espalier_tests::scripted_model::Config;
-use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
-const SEED: u64 = 7;
 const DEADLINE: Duration = Duration::from_secs(200);
-
-fn browser() -> Value {
-    json!({"mcpServers": {"browser": {"preset": "playwright"}}})
-}
-
-/// Serves the practice site and gives `count` of its tasks.
-async fn practice(count: usize) -> Vec<Value> {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let site = format!("http://localhost:{}", listener.local_addr().unwrap().port());
-    let server = site::serve(listener, SEED, std::future::pending());
-    Tasks::new(Shutdown::new()).spawn("practice_site", OnFailure::Log, server);
-    let lines = tasks::generate(SEED, count, Split::Train);
-    let fill =
-        |line: &Value| serde_json::from_str(&line.to_string().replace("${site}", &site)).unwrap();
-    lines.iter().map(fill).collect()
-}
-
-fn unsolved(result: &BatchResult) -> BTreeMap<&str, (String, String)> {
-    let reason = |job: &espalier_proto::v1::Job| {
-        let summary = job.summary.clone().unwrap_or_default();
-        let error = job.last_error.clone().unwrap_or_default();
-        (
-            format!("{:?} {}", job.state(), summary.stop),
-            format!("{} {}", summary.reason, error.message),
-        )
-    };
-    let bad = result
-        .jobs
-        .values()
-        .filter(|job| job.summary.as_ref().and_then(|s| s.reward) != Some(1.0));
-    bad.map(|job| (job.id.as_str(), reason(job))).collect()
-}
 
 #[tokio::test]
 async fn every_kind_of_practice_task_can_be_solved() {
-    let up = Up::start(&browser(), &model::start().await, &["--slots", "4"]).await;
+    let up = Up::start(&browser_servers(), &model::start().await, &["--slots", "4"]).await;
     let mut client = up.client().await;
-    let tasks = practice(18).await;
+    let tasks = practice::start(18).await;
     assert_eq!(client.submit("b", &tasks).await.accepted, 18);
     let result = client.wait("b", DEADLINE).await;
-    assert_eq!(result.solved(), 18, "{:#?}", unsolved(&result));
+    assert_eq!(result.solved(), 18, "{:#?}", result.unsolved());
     let kinds: std::collections::BTreeSet<_> = tasks
         .iter()
         .map(|task| task["task_kind"].to_string())
@@ -89,16 +49,16 @@ async fn mistakes_are_survived_or_judged_and_nothing_is_lost() {
         think_ms: 0,
     })
     .await;
-    let mut up = Up::start(&browser(), &url, &["--slots", "4"]).await;
+    let mut up = Up::start(&browser_servers(), &url, &["--slots", "4"]).await;
     let mut client = up.client().await;
-    let tasks = practice(16).await;
+    let tasks = practice::start(16).await;
     client.submit("b", &tasks).await;
     let result = client.wait("b", DEADLINE).await;
     assert_eq!(
         result.count(JobState::Succeeded),
         16,
         "{:#?}",
-        unsolved(&result)
+        result.unsolved()
     );
     let errors: u32 = result
         .jobs
@@ -113,7 +73,7 @@ async fn mistakes_are_survived_or_judged_and_nothing_is_lost() {
         result.solved() >= 8,
         "{} solved: {:#?}",
         result.solved(),
-        unsolved(&result)
+        result.unsolved()
     );
     assert!(
         up.process
@@ -127,13 +87,13 @@ async fn mistakes_are_survived_or_judged_and_nothing_is_lost() {
 #[tokio::test]
 async fn kill_9_in_the_middle_of_16_browser_rollouts_loses_nothing_and_leaves_nothing() {
     let mut up = Up::start(
-        &browser(),
+        &browser_servers(),
         &model::start().await,
         &["--slots", "8", "--lease-ttl-s", "4"],
     )
     .await;
     let mut client = up.client().await;
-    let tasks = practice(16).await;
+    let tasks = practice::start(16).await;
     client.submit("b", &tasks).await;
     wait_for("browsers to work", Duration::from_secs(60), || async {
         let browsers = up
@@ -152,14 +112,14 @@ async fn kill_9_in_the_middle_of_16_browser_rollouts_loses_nothing_and_leaves_no
         (result.jobs.len(), result.solved()),
         (16, 16),
         "{:#?}",
-        unsolved(&result)
+        result.unsolved()
     );
 }
 
 #[tokio::test]
 async fn a_browser_that_crashes_costs_infrastructure_and_no_blank_page_is_judged() {
     let up = Up::start(
-        &browser(),
+        &browser_servers(),
         &model::start_with(Config {
             seed: SEED,
             mistakes: 0.0,
@@ -170,28 +130,12 @@ async fn a_browser_that_crashes_costs_infrastructure_and_no_blank_page_is_judged
     )
     .await;
     let mut client = up.client().await;
-    let tasks = practice(8).await;
+    let tasks = practice::start(8).await;
     client.submit("b", &tasks).await;
     // Once one rollout has ended, the others are under way.
-    wait_for("a rollout to end", Duration::from_secs(60), || {
-        let mut api = client.jobs.clone();
-        async move {
-            let request = espalier_proto::v1::GetBatchRequest { batch: "b".into() };
-            let counts = api
-                .get_batch(request)
-                .await
-                .unwrap()
-                .into_inner()
-                .counts
-                .unwrap();
-            if counts.succeeded > 0 {
-                Ok(())
-            } else {
-                Err(counts)
-            }
-        }
-    })
-    .await;
+    client
+        .wait_until_succeeded("b", 1, Duration::from_secs(60))
+        .await;
     let pid = wait_for("a browser to work", Duration::from_secs(60), || async {
         let lines = up.processes();
         // The browser itself is the one that is no helper of another.
@@ -207,7 +151,7 @@ async fn a_browser_that_crashes_costs_infrastructure_and_no_blank_page_is_judged
     )
     .unwrap();
     let result = client.wait("b", DEADLINE).await;
-    assert_eq!(result.solved(), 8, "{:#?}", unsolved(&result));
+    assert_eq!(result.solved(), 8, "{:#?}", result.unsolved());
     let failures: u32 = result.jobs.values().map(|job| job.infra_failures).sum();
     assert!(failures > 0, "the crash was not noticed");
     assert!(

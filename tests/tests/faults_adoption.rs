@@ -9,11 +9,10 @@ use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::trace::{FileEntry, Manifest, SCHEMA_VERSION, Trace};
 use espalier_proto::v1::{self, JobState};
-use espalier_tests::harness::client::{BatchResult, Client};
+use espalier_tests::harness::client::BatchResult;
 use espalier_tests::harness::cluster::Cluster;
 use espalier_tests::harness::model::{self, completions, toy_job};
 use espalier_tests::harness::process::Signal;
-use espalier_tests::harness::wait_for;
 use serde_json::{Value, json};
 
 const DEADLINE: Duration = Duration::from_secs(40);
@@ -35,33 +34,6 @@ fn naps(count: usize, sleep_ms: u64) -> Vec<Value> {
     (0..count)
         .map(|n| nap(&format!("nap-{n:02}"), sleep_ms))
         .collect()
-}
-
-async fn job(client: &Client, key: &JobKey) -> v1::Job {
-    let mut api = client.jobs.clone();
-    let request = v1::GetJobRequest {
-        batch: key.batch.to_string(),
-        id: key.job.to_string(),
-    };
-    let answer = api.get_job(request).await.expect("the job is there");
-    answer.into_inner()
-}
-
-async fn wait_until_succeeded(client: &Client, batch: &str, at_least: u64) {
-    wait_for("some jobs to succeed", DEADLINE, || async {
-        let mut api = client.jobs.clone();
-        let request = v1::GetBatchRequest {
-            batch: batch.to_owned(),
-        };
-        let batch = api.get_batch(request).await.expect("the batch is there");
-        let counts = batch.into_inner().counts.unwrap_or_default();
-        if counts.succeeded >= at_least {
-            Ok(())
-        } else {
-            Err(counts)
-        }
-    })
-    .await;
 }
 
 /// Every job succeeded and is solved, once; the counters say the same; every manifest verifies. Gives the manifests.
@@ -99,7 +71,7 @@ async fn a_result_whose_worker_died_before_it_reported_is_taken_over() {
     let asked = completions(&model_url).await;
     cluster.restart_coordinator().await;
     let mut client = cluster.client().await;
-    assert_ne!(job(&client, &key).await.state(), JobState::Succeeded);
+    assert_ne!(client.job(&key).await.state(), JobState::Succeeded);
 
     let mut b = cluster.worker("b", 1);
     let result = client.wait("b", DEADLINE).await;
@@ -141,7 +113,11 @@ async fn pause_and_go_on(others: Others) {
     a.process.signal(Signal::STOP);
     let mut b = cluster.worker("b", 6);
     match others {
-        Others::Done => wait_until_succeeded(&client, "b", JOBS as u64).await,
+        Others::Done => {
+            client
+                .wait_until_succeeded("b", JOBS as u64, DEADLINE)
+                .await
+        }
         Others::AtWork => {
             for (key, fence) in &lost {
                 assert!(b.wait_until_at_tool(key, DEADLINE).await > *fence);
@@ -292,13 +268,13 @@ async fn kill_9_of_a_worker_and_then_of_the_coordinator_loses_nothing() {
     a.kill(DEADLINE).await;
 
     let mut b = cluster.worker("b", 8);
-    wait_until_succeeded(&client, "b", 2).await;
-    let before = leases(&client, &keys).await;
+    client.wait_until_succeeded("b", 2, DEADLINE).await;
+    let before = client.leases(&keys).await;
     assert!(!before.is_empty(), "the worker is in the middle");
     cluster.coordinator.kill();
     cluster.restart_coordinator().await;
     client = cluster.client().await;
-    let after = leases(&client, &keys).await;
+    let after = client.leases(&keys).await;
     for (key, fence) in &before {
         let same = after.get(key).is_none_or(|now| now == fence);
         assert!(same, "{key} kept its lease: {before:?}, {after:?}");
@@ -310,16 +286,4 @@ async fn kill_9_of_a_worker_and_then_of_the_coordinator_loses_nothing() {
         assert_eq!(attempts, 2, "{key}: one for each worker");
     }
     b.terminate(DEADLINE).await;
-}
-
-/// The fences of jobs that are leased now.
-async fn leases(client: &Client, keys: &[JobKey]) -> BTreeMap<JobKey, u64> {
-    let mut leases = BTreeMap::new();
-    for key in keys {
-        let fence = job(client, key).await.fence;
-        if fence > 0 {
-            leases.insert(key.clone(), fence);
-        }
-    }
-    leases
 }

@@ -6,11 +6,10 @@
 use std::time::Duration;
 
 use espalier_proto::v1::JobState;
-use espalier_tests::harness::client::{BatchResult, Client};
+use espalier_tests::harness::client::BatchResult;
 use espalier_tests::harness::model::{self, sum_job, toy_job};
 use espalier_tests::harness::process::Signal;
 use espalier_tests::harness::up::{Up, toy_servers};
-use espalier_tests::harness::wait_for;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
@@ -65,39 +64,13 @@ fn check(up: &Up, result: &BatchResult, count: usize) {
     }
 }
 
-async fn ended(client: &Client) -> u64 {
-    let mut api = client.jobs.clone();
-    let request = espalier_proto::v1::GetBatchRequest { batch: "b".into() };
-    let batch = api
-        .get_batch(request)
-        .await
-        .expect("the batch is there")
-        .into_inner();
-    batch
-        .counts
-        .map(|counts| counts.succeeded)
-        .unwrap_or_default()
-}
-
-async fn wait_until_ended(client: &Client, at_least: u64) {
-    wait_for("some rollouts to end", DEADLINE, || async {
-        let ended = ended(client).await;
-        if ended >= at_least {
-            Ok(())
-        } else {
-            Err(ended)
-        }
-    })
-    .await;
-}
-
 #[tokio::test]
 async fn kill_9_of_up_in_the_middle_of_200_rollouts_loses_nothing() {
     let mut up = Up::start(&toy_servers(), &model::start().await, &SHORT_LEASE).await;
     let mut client = up.client().await;
     assert_eq!(client.submit("b", &sums(200)).await.accepted, 200);
     for at_least in [20, 80] {
-        wait_until_ended(&client, at_least).await;
+        client.wait_until_succeeded("b", at_least, DEADLINE).await;
         up.process.kill();
         up.wait_until_gone(Duration::from_secs(10)).await;
         up.restart().await;
@@ -116,7 +89,7 @@ async fn a_pause_past_the_lease_makes_no_second_result() {
     let mut client = up.client().await;
     client.submit("b", &sums(60)).await;
     for at_least in [10, 30] {
-        wait_until_ended(&client, at_least).await;
+        client.wait_until_succeeded("b", at_least, DEADLINE).await;
         up.process.signal(Signal::STOP);
         tokio::time::sleep(Duration::from_secs(3)).await;
         up.process.signal(Signal::CONT);
@@ -134,7 +107,7 @@ async fn sigterm_drains_and_the_rest_goes_on_after_a_restart() {
         .map(|n| toy_job(&format!("s{n:02}"), &steps, "done"))
         .collect();
     client.submit("b", &jobs).await;
-    wait_until_ended(&client, 2).await;
+    client.wait_until_succeeded("b", 2, DEADLINE).await;
     let status = up.process.terminate(Duration::from_secs(60)).await;
     assert!(status.success(), "{status:?}");
     up.wait_until_gone(Duration::from_secs(10)).await;

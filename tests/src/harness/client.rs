@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use espalier_core::id::{Fence, JobKey};
 use espalier_core::spec::parse_line;
 use espalier_proto::convert::draft_to_wire;
 use espalier_proto::v1;
@@ -14,6 +15,8 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
+
+use super::wait_for;
 
 /// Adds the token to each call.
 #[derive(Clone, Debug)]
@@ -64,6 +67,23 @@ impl BatchResult {
                 .is_some_and(|r| r >= 1.0)
         };
         self.jobs.values().filter(reward).count()
+    }
+
+    /// Why the others are not solved, by id: state and stop, then the reason of the verifier and the last error.
+    pub fn unsolved(&self) -> BTreeMap<&str, (String, String)> {
+        let reason = |job: &v1::Job| {
+            let summary = job.summary.clone().unwrap_or_default();
+            let error = job.last_error.clone().unwrap_or_default();
+            (
+                format!("{:?} {}", job.state(), summary.stop),
+                format!("{} {}", summary.reason, error.message),
+            )
+        };
+        let bad = self
+            .jobs
+            .values()
+            .filter(|job| job.summary.as_ref().and_then(|s| s.reward) != Some(1.0));
+        bad.map(|job| (job.id.as_str(), reason(job))).collect()
     }
 }
 
@@ -133,6 +153,51 @@ impl Client {
             jobs: jobs.collect(),
         };
         Ok(self.jobs.submit_chunk(request).await?.into_inner())
+    }
+
+    /// A job as it is now.
+    pub async fn job(&self, key: &JobKey) -> v1::Job {
+        let request = v1::GetJobRequest {
+            batch: key.batch.to_string(),
+            id: key.job.to_string(),
+        };
+        let answer = self.jobs.clone().get_job(request).await;
+        answer.expect("the job is there").into_inner()
+    }
+
+    /// The fences of those of `keys` that are leased now.
+    pub async fn leases(&self, keys: &[JobKey]) -> BTreeMap<JobKey, Fence> {
+        let mut leases = BTreeMap::new();
+        for key in keys {
+            let fence = self.job(key).await.fence;
+            if fence > 0 {
+                leases.insert(key.clone(), Fence(fence));
+            }
+        }
+        leases
+    }
+
+    /// The counters of `batch` as they are now.
+    pub async fn counts(&self, batch: &str) -> v1::Counts {
+        let request = v1::GetBatchRequest {
+            batch: batch.to_owned(),
+        };
+        let answer = self.jobs.clone().get_batch(request).await;
+        let batch = answer.expect("the batch is there").into_inner();
+        batch.counts.expect("a batch has counters")
+    }
+
+    /// Waits until `at_least` jobs of `batch` have succeeded.
+    pub async fn wait_until_succeeded(&self, batch: &str, at_least: u64, deadline: Duration) {
+        wait_for("some jobs to succeed", deadline, || async {
+            let counts = self.counts(batch).await;
+            if counts.succeeded >= at_least {
+                Ok(())
+            } else {
+                Err(counts)
+            }
+        })
+        .await;
     }
 
     /// Watches `batch` until it completes, over lost connections too. Panics after `deadline`, and if a job is reported

@@ -41,6 +41,7 @@ pub struct Worker {
     /// The process.
     pub process: Process,
     data_dir: PathBuf,
+    temp_dir: PathBuf,
     mark: String,
 }
 
@@ -70,7 +71,7 @@ impl Cluster {
         self.wait_until_ready().await;
     }
 
-    /// Starts a worker with the toy MCP server. A name that was used before takes over that worker's data folder.
+    /// Starts a worker with the toy MCP server and with browsers. A name that was used before takes over that worker's data folder.
     pub fn worker(&self, name: &str, slots: u32) -> Worker {
         self.spawn_worker(name, slots, None)
     }
@@ -88,7 +89,9 @@ impl Cluster {
     fn spawn_worker(&self, name: &str, slots: u32, disk: Option<&SmallDisk>) -> Worker {
         let config_file = self.folder.path().join(format!("{name}.toml"));
         let data_dir = self.folder.path().join(name);
+        let temp_dir = self.folder.path().join(format!("{name}.tmp"));
         std::fs::write(&config_file, self.worker_config(&data_dir, slots))
+            .and_then(|()| std::fs::create_dir_all(&temp_dir))
             .expect("the test's folder is writable");
         let value = format!("espalier-test-{:016x}", rand::rng().random::<u64>());
         let mut command = Command::new(binary("espalier-agent-worker"));
@@ -96,7 +99,8 @@ impl Cluster {
         command
             .arg("--config")
             .arg(config_file)
-            .env("LOGNAME", &value);
+            .env("LOGNAME", &value)
+            .env("TMPDIR", &temp_dir);
         let command = match disk {
             Some(disk) => disk.command(&command),
             None => command,
@@ -104,6 +108,7 @@ impl Cluster {
         Worker {
             process: Process::start(name, command, self.folder.path()),
             data_dir,
+            temp_dir,
             mark: format!("LOGNAME={value}"),
         }
     }
@@ -170,10 +175,12 @@ impl Cluster {
         format!(
             "coordinator_url = \"http://{address}\"\ntoken = {WORKER_TOKEN:?}\ndata_dir = {data_dir:?}\n\
              store_url = {store:?}\nmodel_name = \"scripted\"\nslots = {slots}\n\
-             [model]\nbase_url = {model:?}\n[mcp_servers.toy]\ncommand = {toy:?}\n",
+             playwright_dir = {playwright:?}\n[model]\nbase_url = {model:?}\n\
+             [mcp_servers.toy]\ncommand = {toy:?}\n[mcp_servers.browser]\npreset = \"playwright\"\n",
             address = self.address,
             store = store_url(self.folder.path()),
             model = self.model_url,
+            playwright = Path::new(env!("CARGO_MANIFEST_DIR")).join("../agent-worker/playwright"),
             toy = binary("toy-mcp"),
         )
     }
@@ -209,7 +216,31 @@ impl Worker {
         entries.flatten().map(|entry| entry.path()).collect()
     }
 
-    /// Kills the process, and waits until its MCP servers are gone too.
+    /// Processes that it started and that are still there, itself included.
+    pub fn processes(&self) -> Vec<(u32, String)> {
+        marked_processes(&self.mark)
+    }
+
+    /// What lies in its folder for temporary files: its MCP servers' folders, with the profiles of browsers.
+    pub fn temporary(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut folders = vec![self.temp_dir.clone()];
+        while let Some(folder) = folders.pop() {
+            // What is removed meanwhile is not there.
+            let Ok(entries) = std::fs::read_dir(&folder) else {
+                continue;
+            };
+            for entry in entries.flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    folders.push(entry.path());
+                }
+                found.push(entry.path());
+            }
+        }
+        found
+    }
+
+    /// Kills the process, and waits until its MCP servers and their temporary files are gone too.
     pub async fn kill(&mut self, deadline: Duration) {
         self.process.kill();
         self.wait_until_gone(deadline).await;
@@ -222,12 +253,16 @@ impl Worker {
         self.wait_until_gone(deadline).await;
     }
 
-    async fn wait_until_gone(&self, deadline: Duration) {
+    /// Waits until nothing is left of it after its end: no process and no temporary file.
+    pub async fn wait_until_gone(&self, deadline: Duration) {
         wait_for("a worker's processes to be gone", deadline, || async {
-            let left = marked_processes(&self.mark);
+            let left = self.processes();
             if left.is_empty() { Ok(()) } else { Err(left) }
         })
         .await;
+        // The process that removes them is one of those.
+        let left = self.temporary();
+        assert!(left.is_empty(), "temporary files were left: {left:?}");
     }
 }
 
@@ -244,7 +279,7 @@ fn store_url(folder: &Path) -> String {
 
 fn coordinator_config(folder: &Path, address: SocketAddr, lease_ttl_ms: u64) -> String {
     format!(
-        "listen = \"{address}\"\ndata_dir = {data_dir:?}\nstore_url = {store:?}\nmcp_servers = [\"toy\"]\n\
+        "listen = \"{address}\"\ndata_dir = {data_dir:?}\nstore_url = {store:?}\nmcp_servers = [\"toy\", \"browser\"]\n\
          lease_ttl_ms = {lease_ttl_ms}\n\
          [[tokens]]\nname = \"client\"\nsha256 = \"{client}\"\nproject = \"{PROJECT}\"\nroles = [\"submit\", \"read\"]\n\
          [[tokens]]\nname = \"workers\"\nsha256 = \"{worker}\"\nproject = \"*\"\nroles = [\"worker\"]\n",
