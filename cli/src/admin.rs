@@ -9,6 +9,9 @@ use crate::context::Context;
 use crate::exit::{Exit, Outcome};
 use crate::output::{count, duration, table};
 
+/// Workers that one request asks for: the API's limit.
+const PAGE_SIZE: u32 = 1000;
+
 /// Options of `drain`.
 #[derive(Args, Clone, Debug)]
 pub struct Drain {
@@ -20,13 +23,20 @@ pub struct Drain {
 /// `espalier workers`.
 pub async fn workers(context: &Context) -> Outcome {
     let client = context.client().await?;
-    let request = v1::ListWorkersRequest {};
-    let workers = client
-        .admin()
-        .list_workers(request)
-        .await?
-        .into_inner()
-        .workers;
+    let mut request = v1::ListWorkersRequest {
+        page_size: PAGE_SIZE,
+        page_token: String::new(),
+    };
+    let mut workers = Vec::new();
+    loop {
+        let page = client.admin().list_workers(request.clone()).await?;
+        let page = page.into_inner();
+        workers.extend(page.workers);
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
     context.out.show(
         || json!({"workers": workers.iter().map(worker_json).collect::<Vec<_>>()}),
         || workers_table(&workers),

@@ -10,6 +10,9 @@ use crate::context::Context;
 use crate::exit::{Exit, Outcome};
 use crate::output::{cut, duration, note, table};
 
+/// Questions that one request asks for: the API's limit.
+const PAGE_SIZE: u32 = 1000;
+
 /// Options of `questions`.
 #[derive(Args, Clone, Debug)]
 pub struct Questions {
@@ -41,15 +44,21 @@ pub enum Decision {
 /// `espalier questions`.
 pub async fn list(context: &Context, args: &Questions) -> Outcome {
     let client = context.client().await?;
-    let request = v1::ListQuestionsRequest {
+    let mut request = v1::ListQuestionsRequest {
         batch: args.batch.clone().unwrap_or_default(),
+        page_size: PAGE_SIZE,
+        page_token: String::new(),
     };
-    let questions = client
-        .jobs()
-        .list_questions(request)
-        .await?
-        .into_inner()
-        .questions;
+    let mut questions = Vec::new();
+    loop {
+        let page = client.jobs().list_questions(request.clone()).await?;
+        let page = page.into_inner();
+        questions.extend(page.questions);
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
     context.out.show(
         || json!({"questions": questions.iter().map(question_json).collect::<Vec<_>>()}),
         || questions_table(&questions, SystemClock.now()),

@@ -5,9 +5,12 @@
 //! answers them, the event task takes out those of leases that ended.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, Fence, JobKey, ProjectId, WorkerId};
 use espalier_core::time::Timestamp;
 use espalier_proto::v1;
@@ -59,6 +62,34 @@ pub enum Asked {
     Answered(bool),
 }
 
+/// Where a question stands in the list of open ones; it stays there when the question goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    asked_at: Timestamp,
+    id: String,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.asked_at.0, self.id)
+    }
+}
+
+impl FromStr for Place {
+    type Err = FieldError;
+
+    fn from_str(text: &str) -> Result<Self, FieldError> {
+        let parsed = text.split_once('-').and_then(|(asked_at, id)| {
+            Some(Self {
+                asked_at: Timestamp(asked_at.parse().ok()?),
+                id: id.to_owned(),
+            })
+        });
+        parsed
+            .ok_or_else(|| FieldError::new("page_token", text, "must end with a question's place"))
+    }
+}
+
 /// The questions of all projects.
 #[derive(Debug, Default)]
 pub struct Questions(Mutex<HashMap<String, Entry>>);
@@ -105,20 +136,32 @@ impl Questions {
         Asked::Open
     }
 
-    /// Open questions of a project, or of one batch of it, oldest first.
+    /// Open questions of a project, or of one batch of it, oldest first: those after `after`, at most `limit`.
     pub fn list(
         &self,
         project: &ProjectId,
         batch: Option<&BatchId>,
+        after: Option<&Place>,
+        limit: usize,
         now: Timestamp,
-    ) -> Vec<v1::Question> {
+    ) -> Vec<(Place, v1::Question)> {
         let entries = self.lock();
-        let mut open: Vec<(&String, &Entry)> = entries
+        let after = after.map(|place| (place.asked_at, &place.id));
+        let mut open: Vec<(Timestamp, &String, &Entry)> = entries
             .iter()
             .filter(|(_, entry)| entry.is_open(project, batch, now))
+            .map(|(id, entry)| (entry.asked_at, id, entry))
+            .filter(|(asked_at, id, _)| after.is_none_or(|after| (*asked_at, *id) > after))
             .collect();
-        open.sort_unstable_by_key(|(id, entry)| (entry.asked_at, *id));
-        open.into_iter().map(|(id, entry)| entry.view(id)).collect()
+        open.sort_unstable_by_key(|(asked_at, id, _)| (*asked_at, *id));
+        open.into_iter()
+            .take(limit)
+            .map(|(asked_at, id, entry)| {
+                let id = id.clone();
+                let question = entry.view(&id);
+                (Place { asked_at, id }, question)
+            })
+            .collect()
     }
 
     /// How many questions of a batch are open.
@@ -214,7 +257,8 @@ mod tests {
             answer(&project, false, 22),
             Err(NotAnswered::Otherwise(true))
         );
-        assert!(questions.list(&project, None, Timestamp(22)).is_empty());
+        let open = questions.list(&project, None, None, 10, Timestamp(22));
+        assert!(open.is_empty());
         assert_eq!(
             ask(&questions, "1", "p/b/j", 100, 30),
             Asked::Answered(true)
@@ -234,8 +278,8 @@ mod tests {
         ask(&questions, "a", "p/c/j", 50, 20);
         let batch: BatchId = "b".parse().unwrap();
         let ids = |batch, now| -> Vec<String> {
-            let open = questions.list(&project, batch, Timestamp(now));
-            open.into_iter().map(|q| q.id).collect()
+            let open = questions.list(&project, batch, None, 10, Timestamp(now));
+            open.into_iter().map(|(_, q)| q.id).collect()
         };
         assert_eq!(ids(None, 30), ["b", "a"]);
         assert_eq!(ids(Some(&batch), 30), ["b"]);
@@ -247,5 +291,29 @@ mod tests {
             ask(&questions, "late", "p/b/j", 60, 60),
             Asked::Answered(false)
         );
+    }
+
+    #[test]
+    fn a_list_goes_on_behind_a_question_that_was_answered_meanwhile() {
+        let questions = Questions::default();
+        let project: ProjectId = "p".parse().unwrap();
+        for id in ["c-1", "a", "b"] {
+            ask(&questions, id, "p/b/j", 100, 10);
+        }
+        let page = |after: Option<&Place>| -> (Vec<String>, Option<Place>) {
+            let page = questions.list(&project, None, after, 2, Timestamp(20));
+            let last = page.last().map(|(place, _)| place.clone());
+            (page.into_iter().map(|(_, q)| q.id).collect(), last)
+        };
+        let (first, last) = page(None);
+        assert_eq!(first, ["a", "b"]);
+        let last: Place = last.unwrap().to_string().parse().unwrap();
+        questions
+            .answer(&project, "b", true, Timestamp(15))
+            .unwrap();
+        assert_eq!(page(Some(&last)).0, ["c-1"]);
+        for broken in ["", "7", "x-a"] {
+            assert!(broken.parse::<Place>().is_err(), "{broken}");
+        }
     }
 }

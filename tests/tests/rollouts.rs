@@ -182,7 +182,10 @@ async fn a_tool_under_ask_waits_for_an_answer() {
             let mut api = api.clone();
             async move {
                 let open = api
-                    .list_questions(ListQuestionsRequest { batch: "b".into() })
+                    .list_questions(ListQuestionsRequest {
+                        batch: "b".into(),
+                        ..Default::default()
+                    })
                     .await
                     .unwrap()
                     .into_inner();

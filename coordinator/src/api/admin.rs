@@ -9,6 +9,7 @@ use espalier_proto::status::ApiError;
 use espalier_proto::v1;
 use tonic::{Request, Response, Status};
 
+use super::page::{self, List};
 use super::{Shared, queue_error};
 use crate::auth::Call;
 
@@ -34,8 +35,8 @@ impl v1::admin_service_server::AdminService for AdminApi {
         request: Request<v1::ListWorkersRequest>,
     ) -> Result<Response<v1::ListWorkersResponse>, Status> {
         self.0.auth.admit(request.metadata(), Call::ListWorkers)?;
-        let workers = self.0.registry.list();
-        Ok(Response::new(v1::ListWorkersResponse { workers }))
+        let page = page_of_workers(self.0.registry.list(), request.get_ref())?;
+        Ok(Response::new(page))
     }
 
     async fn drain_worker(
@@ -65,6 +66,26 @@ impl v1::admin_service_server::AdminService for AdminApi {
     }
 }
 
+/// The page of `all`, which are ordered by id, that a request asks for.
+fn page_of_workers(
+    all: Vec<v1::Worker>,
+    request: &v1::ListWorkersRequest,
+) -> Result<v1::ListWorkersResponse, ApiError> {
+    let size = page::size(request.page_size)?;
+    let list = List::of("ListWorkers");
+    let after = list.after(&request.page_token)?;
+    let first = after.map_or(0, |after| {
+        all.partition_point(|w| w.worker.as_str() <= after)
+    });
+    let left = all.len() - first;
+    let workers = page::fitting(all.into_iter().skip(first).take(size));
+    let last = workers.last().filter(|_| workers.len() < left);
+    Ok(v1::ListWorkersResponse {
+        next_page_token: last.map(|w| list.token(&w.worker)).unwrap_or_default(),
+        workers,
+    })
+}
+
 /// Sums the lines of each project's kinds.
 fn by_project<'a>(lines: impl Iterator<Item = &'a StatLine>) -> Vec<v1::QueueStats> {
     let mut queues: BTreeMap<&str, v1::QueueStats> = BTreeMap::new();
@@ -82,4 +103,38 @@ fn by_project<'a>(lines: impl Iterator<Item = &'a StatLine>) -> Vec<v1::QueueSta
             .max(u64::try_from(oldest).unwrap_or(u64::MAX));
     }
     queues.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message;
+
+    #[test]
+    fn workers_come_in_pages_that_clients_take_by_default() {
+        let worker = |n: usize| v1::Worker {
+            worker: format!("w{n:04}"),
+            tags: vec!["t".repeat(256); 40],
+            ..v1::Worker::default()
+        };
+        let all: Vec<v1::Worker> = (0..1_500).map(worker).collect();
+        let mut request = v1::ListWorkersRequest {
+            page_size: 1_000,
+            page_token: String::new(),
+        };
+        let mut seen = Vec::new();
+        loop {
+            let page = page_of_workers(all.clone(), &request).unwrap();
+            assert!(page.encoded_len() < 4 << 20, "{}", page.encoded_len());
+            seen.extend(page.workers);
+            if page.next_page_token.is_empty() {
+                break;
+            }
+            request.page_token = page.next_page_token;
+        }
+        assert_eq!(seen, all);
+        request.page_token = "x".to_owned();
+        let refused = page_of_workers(all, &request).unwrap_err();
+        assert!(matches!(refused, ApiError::Field(field) if field.field == "page_token"));
+    }
 }

@@ -16,10 +16,8 @@ use tonic::{Request, Response, Status};
 
 use super::page::{self, List};
 use super::watch::{self, Watch};
-use super::{Shared, job_key, no_batch, no_job, queue_error, submit, trace, view};
+use super::{Shared, find_batch, job_key, no_job, questions, queue_error, submit, trace, view};
 use crate::auth::Call;
-use crate::questions::NotAnswered;
-use crate::session;
 
 /// Batches that a list looks at: the queue has them by name, and the answer is newest first.
 const BATCHES_MAX: usize = 100_000;
@@ -69,7 +67,7 @@ impl v1::job_service_server::JobService for JobApi {
         request: Request<v1::GetBatchRequest>,
     ) -> Result<Response<v1::Batch>, Status> {
         let project = self.0.auth.project(request.metadata(), Call::GetBatch)?;
-        let found = self.batch(project, &request.get_ref().batch).await?;
+        let found = find_batch(&self.0, project, &request.get_ref().batch).await?;
         Ok(Response::new(view::batch(&found)))
     }
 
@@ -111,9 +109,7 @@ impl v1::job_service_server::JobService for JobApi {
         request: Request<v1::WatchBatchRequest>,
     ) -> Result<Response<Self::WatchBatchStream>, Status> {
         let project = self.0.auth.project(request.metadata(), Call::WatchBatch)?;
-        let found = self
-            .batch(project.clone(), &request.get_ref().batch)
-            .await?;
+        let found = find_batch(&self.0, project.clone(), &request.get_ref().batch).await?;
         let (events, stream) = mpsc::channel(watch::EVENTS_MAX);
         let watch = Watch {
             shared: Arc::clone(&self.0),
@@ -156,13 +152,8 @@ impl v1::job_service_server::JobService for JobApi {
             .0
             .auth
             .project(request.metadata(), Call::ListQuestions)?;
-        let batch = match request.get_ref().batch.as_str() {
-            "" => None,
-            name => Some(self.batch(project.clone(), name).await?.batch),
-        };
-        let now = self.0.now();
-        let questions = self.0.questions.list(&project, batch.as_ref(), now);
-        Ok(Response::new(v1::ListQuestionsResponse { questions }))
+        let answer = questions::list(&self.0, project, request.into_inner()).await?;
+        Ok(Response::new(answer))
     }
 
     async fn answer_question(
@@ -173,7 +164,7 @@ impl v1::job_service_server::JobService for JobApi {
             .0
             .auth
             .project(request.metadata(), Call::AnswerQuestion)?;
-        self.answer(&project, request.into_inner()).await?;
+        questions::answer(&self.0, &project, request.into_inner()).await?;
         Ok(Response::new(v1::AnswerQuestionResponse {}))
     }
 
@@ -200,12 +191,6 @@ impl v1::job_service_server::JobService for JobApi {
 }
 
 impl JobApi {
-    async fn batch(&self, project: ProjectId, name: &str) -> Result<BatchView, ApiError> {
-        let batch = BatchId::new(name)?;
-        let found = self.0.queue.batch(project, batch.clone()).await;
-        found.map_err(queue_error)?.ok_or_else(|| no_batch(&batch))
-    }
-
     async fn batches(
         &self,
         project: ProjectId,
@@ -284,7 +269,7 @@ impl JobApi {
         let found = self.0.queue.jobs(project, batch, filter, after, size).await;
         let found = found.map_err(queue_error)?;
         let rows = found.len();
-        let jobs = view::fitting(found);
+        let jobs = page::fitting(found.into_iter().map(view::job));
         // A short page is the last; after a full one there may be nothing, which the next call says.
         let last = jobs.last().filter(|_| rows == size || jobs.len() < rows);
         Ok(v1::ListJobsResponse {
@@ -302,7 +287,9 @@ impl JobApi {
             let rule = format!("must have at most {RETRY_IDS_MAX} entries");
             return Err(FieldError::new("ids", request.ids.len(), rule).into());
         }
-        let batch = self.batch(project.clone(), &request.batch).await?.batch;
+        let batch = find_batch(&self.0, project.clone(), &request.batch)
+            .await?
+            .batch;
         if request.ids.is_empty() {
             let which = Selector::Batch(project, batch);
             return self.0.queue.requeue_dead(which).await.map_err(queue_error);
@@ -322,38 +309,6 @@ impl JobApi {
                 .map_err(queue_error)?;
         }
         Ok(requeued)
-    }
-
-    /// Keeps the answer and hands it to the worker. Without a stream it waits for the worker to ask again.
-    async fn answer(
-        &self,
-        project: &ProjectId,
-        request: v1::AnswerQuestionRequest,
-    ) -> Result<(), ApiError> {
-        let (id, allow) = (request.id, request.allow);
-        let answered = self.0.questions.answer(project, &id, allow, self.0.now());
-        let addressee = answered.map_err(|why| match why {
-            NotAnswered::Unknown => ApiError::NotFound {
-                what: "open question",
-                name: id.clone(),
-            },
-            NotAnswered::Otherwise(earlier) => {
-                let said = if earlier { "allowed" } else { "refused" };
-                ApiError::Conflict(format!("question `{id}` was answered before: {said}"))
-            }
-        })?;
-        let Some(connected) = self.0.registry.find(&addressee.worker) else {
-            return Ok(());
-        };
-        let answer = v1::coordinator_message::Message::Answer(v1::Answer { id, allow });
-        let sent = connected.outbox().send(Ok(session::message(answer)));
-        match with_deadline("session.answer", session::SEND_LIMIT, sent).await {
-            // A stream that has just ended: the worker asks again on the next one.
-            Ok(_) => Ok(()),
-            Err(_) => Err(ApiError::Unavailable(
-                "the worker does not take the answer now; send it again".to_owned(),
-            )),
-        }
     }
 }
 

@@ -6,6 +6,7 @@
 mod admin;
 mod jobs;
 pub mod page;
+mod questions;
 pub mod stored;
 pub mod submit;
 pub mod trace;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
-use espalier_core::queue::Refusal;
+use espalier_core::queue::{BatchView, Refusal};
 use espalier_core::time::Timestamp;
 use espalier_proto::status::ApiError;
 use espalier_runtime::clock::Clock;
@@ -108,6 +109,17 @@ pub fn no_batch(batch: &BatchId) -> ApiError {
         what: "batch",
         name: batch.to_string(),
     }
+}
+
+/// The batch of the caller's project that a request names.
+async fn find_batch(
+    shared: &Shared,
+    project: ProjectId,
+    name: &str,
+) -> Result<BatchView, ApiError> {
+    let batch = BatchId::new(name)?;
+    let found = shared.queue.batch(project, batch.clone()).await;
+    found.map_err(queue_error)?.ok_or_else(|| no_batch(&batch))
 }
 
 /// There is no such job, or it is another project's.

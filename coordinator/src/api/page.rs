@@ -3,10 +3,13 @@
 //! A token carries the last name of its page and a digest over that name, the caller's project and the filters. The
 //! digest is no secret: whoever makes up a valid token sees nothing that the same call without it would not show.
 //! It catches tokens that were cut, mixed up between lists, or used with other filters.
+//!
+//! A page ends at the number of rows that was asked for, or before its bytes would be more than a client takes.
 
 use std::fmt::Write;
 
 use espalier_core::error::FieldError;
+use prost::Message;
 use sha2::{Digest, Sha256};
 
 /// Bytes of the digest that a token carries: enough against accidents.
@@ -15,6 +18,8 @@ const DIGEST_BYTES: usize = 8;
 const ROWS_DEFAULT: u32 = 100;
 /// Most rows of a page.
 const ROWS_MAX: u32 = 1_000;
+/// Most bytes of rows in one answer: with room below the 4 MiB that gRPC clients take unless they are told otherwise.
+const BYTES_MAX: usize = 3 << 20;
 
 /// The list that a token belongs to: the call, the project, the filters.
 #[derive(Debug)]
@@ -75,6 +80,20 @@ pub fn size(page_size: u32) -> Result<usize, FieldError> {
             format!("must be at most {ROWS_MAX}"),
         )),
     }
+}
+
+/// The first of `rows`, as many as fit into one answer, and at least one.
+pub fn fitting<M: Message>(rows: impl IntoIterator<Item = M>) -> Vec<M> {
+    let mut bytes = 0;
+    let mut fitting = Vec::new();
+    for row in rows {
+        bytes += row.encoded_len();
+        if bytes > BYTES_MAX && !fitting.is_empty() {
+            break;
+        }
+        fitting.push(row);
+    }
+    fitting
 }
 
 #[cfg(test)]

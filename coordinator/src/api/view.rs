@@ -11,8 +11,6 @@ use crate::queue::{JobDetail, SUMMARY_BYTES_MAX};
 
 /// Longest reason of a summary that the queue keeps, in bytes; the manifest has all of it.
 const REASON_BYTES_MAX: usize = 1_024;
-/// Most bytes of jobs in one answer: with room below the 4 MiB that gRPC clients take unless they are told otherwise.
-const JOBS_BYTES_MAX: usize = 3 << 20;
 
 /// A batch.
 pub fn batch(view: &BatchView) -> v1::Batch {
@@ -74,21 +72,6 @@ pub fn job(detail: JobDetail) -> v1::Job {
     }
 }
 
-/// The first of `jobs`, as many as fit into one answer, and at least one.
-pub fn fitting(jobs: impl IntoIterator<Item = JobDetail>) -> Vec<v1::Job> {
-    let mut bytes = 0;
-    let mut fitting = Vec::new();
-    for detail in jobs {
-        let job = job(detail);
-        bytes += job.encoded_len();
-        if bytes > JOBS_BYTES_MAX && !fitting.is_empty() {
-            break;
-        }
-        fitting.push(job);
-    }
-    fitting
-}
-
 /// A state.
 pub fn state(name: StateName) -> v1::JobState {
     match name {
@@ -145,6 +128,7 @@ pub fn stored_summary(mut wire: v1::RolloutSummary) -> Result<bytes::Bytes, Fiel
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::page;
     use espalier_core::queue::{JobFilter, LABELS_MAX, Machine, MachineConfig, NewBatch, NewJob};
     use espalier_core::time::Timestamp;
 
@@ -191,7 +175,7 @@ mod tests {
             .unwrap()
             .into_iter()
             .map(|job| JobDetail { job, result: None });
-        let fitting = fitting(details);
+        let fitting = page::fitting(details.map(job));
         assert!((50..150).contains(&fitting.len()), "{}", fitting.len());
         let answer = v1::ListJobsResponse {
             jobs: fitting,

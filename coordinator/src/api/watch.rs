@@ -13,7 +13,7 @@ use espalier_runtime::tasks::with_deadline;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use super::{Shared, queue_error, view};
+use super::{Shared, page, queue_error, view};
 
 /// Time between two looks: what a person sees as at once.
 const LOOK_INTERVAL: Duration = Duration::from_millis(150);
@@ -69,7 +69,7 @@ impl Watch {
         let page = queue.ended_after(project, batch, self.cursor, JOBS_MAX);
         let page = page.await.map_err(queue_error)?;
         let (cursors, jobs): (Vec<u64>, Vec<_>) = page.jobs.into_iter().unzip();
-        let ended = view::fitting(jobs);
+        let ended = page::fitting(jobs.into_iter().map(view::job));
         let more = cursors.len() == JOBS_MAX || ended.len() < cursors.len();
         let last = ended.len().checked_sub(1).map(|last| cursors[last]);
         self.cursor = last.unwrap_or(self.cursor);

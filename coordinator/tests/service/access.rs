@@ -166,7 +166,10 @@ async fn operators_see_queues_workers_and_what_this_is() {
         (shop.project.as_str(), shop.ready, shop.leased),
         ("shop", 1, 1)
     );
-    let workers = admin.list_workers(v1::ListWorkersRequest {}).await.unwrap();
+    let workers = admin
+        .list_workers(v1::ListWorkersRequest::default())
+        .await
+        .unwrap();
     let seen = &workers.get_ref().workers[0];
     assert_eq!(
         (seen.worker.as_str(), seen.capacity, seen.running),

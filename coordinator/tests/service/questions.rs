@@ -20,6 +20,15 @@ fn ask(lease: &v1::Lease, id: &str) -> Said {
     })
 }
 
+async fn leased(coordinator: &Coordinator, shop: &mut Jobs) -> (Worker, v1::Lease) {
+    open(shop, "b1").await;
+    submit(shop, "b1", 0, vec![plain("j")]).await;
+    let mut worker = coordinator.worker("w1", 1).await;
+    worker.credit(1).await;
+    let lease = worker.grants(1).await.remove(0).lease.unwrap();
+    (worker, lease)
+}
+
 async fn open_questions(jobs: &mut Jobs) -> Vec<v1::Question> {
     let request = v1::ListQuestionsRequest::default();
     let listed = jobs.list_questions(request).await.unwrap();
@@ -30,11 +39,7 @@ async fn open_questions(jobs: &mut Jobs) -> Vec<v1::Question> {
 async fn an_answer_reaches_the_rollout_that_asked() {
     let coordinator = Coordinator::start().await;
     let (mut shop, mut bank) = (coordinator.jobs(SHOP), coordinator.jobs(BANK));
-    open(&mut shop, "b1").await;
-    submit(&mut shop, "b1", 0, vec![plain("j")]).await;
-    let mut worker = coordinator.worker("w1", 1).await;
-    worker.credit(1).await;
-    let lease = worker.grants(1).await.remove(0).lease.unwrap();
+    let (mut worker, lease) = leased(&coordinator, &mut shop).await;
     worker.say(ask(&lease, "q1")).await;
     let question = loop {
         if let Some(question) = open_questions(&mut shop).await.pop() {
@@ -67,6 +72,69 @@ async fn an_answer_reaches_the_rollout_that_asked() {
     // A worker that did not get the answer asks again.
     worker.say(ask(&lease, "q1")).await;
     assert_eq!(worker.hear().await, Heard::Answer(expected));
+}
+
+#[tokio::test]
+async fn many_questions_come_in_pages_that_clients_take_by_default() {
+    const QUESTIONS: u32 = 1_100;
+    let coordinator = Coordinator::start().await;
+    let mut shop = coordinator.jobs(SHOP);
+    let (worker, lease) = leased(&coordinator, &mut shop).await;
+    for n in 0..QUESTIONS {
+        let Said::Ask(mut asked) = ask(&lease, &format!("q{n:04}")) else {
+            unreachable!()
+        };
+        asked.question.as_mut().unwrap().arguments_json = "x".repeat(4 * 1024);
+        worker.say(Said::Ask(asked)).await;
+    }
+    let mut events = shop
+        .watch_batch(v1::WatchBatchRequest {
+            batch: "b1".to_owned(),
+            after_cursor: 0,
+        })
+        .await
+        .unwrap()
+        .into_inner();
+    while soon(events.message())
+        .await
+        .unwrap()
+        .unwrap()
+        .open_questions
+        < QUESTIONS
+    {}
+
+    let mut request = v1::ListQuestionsRequest {
+        batch: "b1".to_owned(),
+        page_size: 1_000,
+        page_token: String::new(),
+    };
+    let (mut ids, mut pages) = (Vec::new(), 0);
+    loop {
+        let page = shop.list_questions(request.clone()).await.unwrap();
+        let page = page.into_inner();
+        ids.extend(page.questions.into_iter().map(|q| q.id));
+        pages += 1;
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    let expected: Vec<String> = (0..QUESTIONS).map(|n| format!("q{n:04}")).collect();
+    assert_eq!((ids, pages), (expected, 2));
+
+    let first = v1::ListQuestionsRequest {
+        page_size: 1,
+        page_token: String::new(),
+        ..request
+    };
+    let token = shop.list_questions(first.clone()).await.unwrap();
+    let elsewhere = v1::ListQuestionsRequest {
+        batch: String::new(),
+        page_token: token.into_inner().next_page_token,
+        ..first
+    };
+    let refused = shop.list_questions(elsewhere).await.unwrap_err();
+    assert_eq!(field(&refused), "page_token");
 }
 
 #[tokio::test]
