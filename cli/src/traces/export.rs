@@ -58,16 +58,7 @@ impl Format {
 /// Runs the command.
 pub async fn run(context: &Context, args: &Export) -> Outcome {
     let source = Source::open(context, &args.place).await?;
-    let mut entries = source.list(Some(&args.batch)).await?;
-    entries.retain(|entry| args.filter.admits(&entry.summary));
-    if entries.is_empty() {
-        return Err(
-            Problem::refused(format!("no trace of `{}` fits", args.batch)).fix(format!(
-                "see what there is with `espalier traces list {}`",
-                args.batch
-            )),
-        );
-    }
+    let entries = source.choose(&args.batch, &args.filter).await?;
     let to_stdout = args.out.as_os_str() == "-";
     let mut target = Target::open(args)?;
     let bar = progress::things(entries.len() as u64, "exporting");

@@ -66,16 +66,7 @@ pub async fn run(context: &Context, args: &Reverify) -> Outcome {
         )
         .fix("name the store with --store URL"));
     }
-    let mut entries = source.list(Some(&args.batch)).await?;
-    entries.retain(|entry| args.filter.admits(&entry.summary));
-    if entries.is_empty() {
-        return Err(
-            Problem::refused(format!("no trace of `{}` fits", args.batch)).fix(format!(
-                "see what there is with `espalier traces list {}`",
-                args.batch
-            )),
-        );
-    }
+    let entries = source.choose(&args.batch, &args.filter).await?;
     let bar = progress::things(entries.len() as u64, "judging");
     let mut judged = Vec::new();
     let mut traces = std::pin::pin!(source.load_all(entries));

@@ -9,7 +9,7 @@ use espalier_runtime::store::Store;
 use espalier_runtime::traces::{Listed, TRACE_BYTES_MAX, Traces};
 use futures::{Stream, StreamExt, TryStreamExt};
 
-use super::Place;
+use super::{Filter, Place};
 use crate::client::Client;
 use crate::context::Context;
 use crate::exit::Problem;
@@ -80,6 +80,17 @@ impl Source {
                 list_jobs(client, project, batch).await
             }
         }
+    }
+
+    /// Those of a batch that `filter` admits. None at all is refused: it is a typing error more often than a wish.
+    pub async fn choose(&self, batch: &BatchId, filter: &Filter) -> Result<Vec<Entry>, Problem> {
+        let mut entries = self.list(Some(batch)).await?;
+        entries.retain(|entry| filter.admits(&entry.summary));
+        if entries.is_empty() {
+            let fix = format!("see what there is with `espalier traces list {batch}`");
+            return Err(Problem::refused(format!("no trace of `{batch}` fits")).fix(fix));
+        }
+        Ok(entries)
     }
 
     /// One trace.
