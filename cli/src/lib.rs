@@ -14,11 +14,13 @@ mod doctor;
 mod exit;
 mod jobs;
 mod json;
+mod names;
 mod output;
 mod practice;
 mod progress;
 mod questions;
 mod render;
+mod rollout_args;
 #[cfg(test)]
 mod scenarios;
 mod servers;

@@ -16,6 +16,8 @@ use espalier_runtime::tasks::{Tasks, with_deadline};
 use tokio_util::sync::CancellationToken;
 
 use crate::exit::Problem;
+use crate::output::note;
+use crate::up::Settings;
 
 /// The server that there is without a file.
 pub const BROWSER: &str = "browser";
@@ -190,29 +192,49 @@ impl Probed {
     }
 }
 
-/// Looks at every server; those that cannot be used are refused with the reason. A built-in browser that is not
-/// installed is left out, with a remark.
-pub async fn probe_all(
-    mut servers: Servers,
-    playwright_dir: Option<PathBuf>,
+/// Servers that work.
+pub struct Ready {
+    /// Those that were asked for, without a built-in browser that is not installed.
+    pub servers: Servers,
+    /// The folder with the locked Playwright MCP.
+    pub playwright_dir: Option<PathBuf>,
+    /// What was seen of each.
+    pub found: Vec<(String, Probed)>,
+}
+
+/// Looks at every server that the settings name; those that cannot be used are refused with the reason. A built-in
+/// browser that is not installed is left out, with a remark to the person.
+pub async fn prepare(
+    settings: &Settings,
     environment: &Environment,
     tasks: &Tasks,
-) -> Result<(Servers, Vec<(String, Probed)>, Vec<String>), Problem> {
-    let host = host(servers.config.clone(), playwright_dir, environment, tasks)?;
-    let (mut found, mut remarks, mut faults) = (Vec::new(), Vec::new(), Vec::new());
+) -> Result<Ready, Problem> {
+    let mut servers = Servers::load(settings.mcp.as_deref(), settings.headed, environment)?;
+    let playwright_dir = playwright_dir(settings.playwright_dir.as_deref(), environment);
+    let host = host(
+        servers.config.clone(),
+        playwright_dir.clone(),
+        environment,
+        tasks,
+    )?;
+    let (mut found, mut faults) = (Vec::new(), Vec::new());
     for name in servers.names() {
         match probe(&host, &name).await {
             Ok(probed) => found.push((name, probed)),
             Err(error @ McpError::Missing { .. }) if servers.built_in => {
                 servers.config.servers.remove(&name);
-                remarks.push(format!("no browser: {error}"));
+                note(format!("warning: no browser: {error}"));
             }
             Err(error) => faults.push(error.to_string()),
         }
     }
     host.shutdown(CLOSE_TIMEOUT).await;
     if faults.is_empty() {
-        return Ok((servers, found, remarks));
+        return Ok(Ready {
+            servers,
+            playwright_dir,
+            found,
+        });
     }
     Err(Problem::refused(format!("MCP servers cannot be used: {}", faults.join("; ")))
         .fix("correct the file of --mcp, or install what is missing; `espalier doctor --mcp FILE` looks again"))

@@ -18,8 +18,9 @@ use super::{Bound, Figures, Headline, percentile};
 use crate::client::Client;
 use crate::context::Context;
 use crate::exit::Problem;
+use crate::names::stamp;
 use crate::submit::file::{Additions, JobFile};
-use crate::submit::{pair, send, stamp};
+use crate::submit::{pair, send};
 use crate::traces::{Place, Source};
 use crate::watch::Report;
 

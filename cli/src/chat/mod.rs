@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use espalier_agent_worker::{Agent, AgentWorkerConfig, Deps};
+use espalier_agent_worker::{Agent, AgentWorkerConfig, Conversed, Deps};
 use espalier_core::id::{Fence, JobKey};
-use espalier_core::spec::{JobDraft, LimitsDraft, McpUseDraft, PromptDraft, ToolPolicy};
+use espalier_core::spec::{JobDraft, JobSpec, LimitsDraft, McpUseDraft, PromptDraft, ToolPolicy};
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
@@ -21,9 +21,10 @@ use serde_json::json;
 use crate::client::store_dir;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
+use crate::names;
 use crate::output::note;
-use crate::servers::{self, Servers};
-use crate::submit::stamp;
+use crate::rollout_args::RolloutArgs;
+use crate::servers::{self, Ready};
 use crate::up::{Settings, Up};
 use terminal::Terminal;
 
@@ -41,21 +42,9 @@ const TOKENS: i64 = 100_000_000;
 /// Options of `chat`.
 #[derive(Args, Clone, Debug)]
 pub struct Chat {
-    /// OpenAI-compatible endpoint, up to and including the version
-    #[arg(long, value_name = "URL")]
-    pub model_url: Option<String>,
-    /// Name of the model at that endpoint
-    #[arg(long, value_name = "NAME")]
-    pub model: Option<String>,
-    /// Environment variable that holds the endpoint's API key
-    #[arg(long, value_name = "VAR")]
-    pub api_key_env: Option<String>,
-    /// MCP servers, in the form that Claude Desktop and Cursor read [default: a built-in server `browser`]
-    #[arg(long, value_name = "FILE")]
-    pub mcp: Option<PathBuf>,
-    /// Shows the windows of browsers
-    #[arg(long)]
-    pub headed: bool,
+    /// The model, the MCP servers and their browsers.
+    #[command(flatten)]
+    pub rollouts: RolloutArgs,
     /// Runs tools without asking
     #[arg(long)]
     pub yes: bool,
@@ -68,9 +57,6 @@ pub struct Chat {
     /// Object store for the trace [default: that of `up` in the data folder]
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
-    /// Folder that holds node_modules/@playwright/mcp
-    #[arg(long, value_name = "DIR", hide_short_help = true)]
-    pub playwright_dir: Option<PathBuf>,
     /// The model's settings and more as TOML, as for `up`
     #[arg(long, value_name = "FILE", env = "ESPALIER_CONFIG")]
     pub config: Option<PathBuf>,
@@ -79,12 +65,7 @@ pub struct Chat {
 impl Chat {
     fn settings(&self, context: &Context) -> Result<Settings, Problem> {
         let up = Up {
-            model_url: self.model_url.clone(),
-            model: self.model.clone(),
-            api_key_env: self.api_key_env.clone(),
-            mcp: self.mcp.clone(),
-            headed: self.headed,
-            playwright_dir: self.playwright_dir.clone(),
+            rollouts: self.rollouts.clone(),
             store: self.store.clone(),
             config: self.config.clone(),
             ..Up::default()
@@ -110,22 +91,17 @@ pub async fn run(context: &Context, args: &Chat) -> Outcome {
 
 async fn converse(context: &Context, args: &Chat, settings: &Settings) -> Outcome {
     let shutdown = Shutdown::from_signals(END_LIMIT)?;
-    let now = SystemClock.now();
     let data_dir = context.data_dir()?;
     let store_url = match (&settings.store_url, context.up_file()?) {
         (Some(url), _) => url.clone(),
         (None, Some(up)) => up.store,
         (None, None) => format!("file://{}", store_dir(&data_dir).display()),
     };
-    let (servers, playwright_dir) = find_servers(context, settings, &shutdown).await?;
-    let draft = draft(args, &servers.names())?;
-    let spec = draft.check().map_err(|errors| {
-        let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
-        Problem::refused(texts.join("; "))
-    })?;
+    let ready = find_servers(context, settings, &shutdown).await?;
+    let job = ChatJob::new(context, args, &ready.servers.names())?;
     let config = AgentWorkerConfig {
         model_extra: settings.extra.clone(),
-        playwright_dir,
+        playwright_dir: ready.playwright_dir,
         ..AgentWorkerConfig::new(
             data_dir.join("chat"),
             store_url.as_str(),
@@ -135,7 +111,7 @@ async fn converse(context: &Context, args: &Chat, settings: &Settings) -> Outcom
     };
     let deps = Deps {
         store: Store::open(&store_url).await?,
-        mcp: servers.config.clone(),
+        mcp: ready.servers.config,
         environment: context.environment.clone(),
         clock: Arc::new(SystemClock),
         temp_dir: std::env::temp_dir(),
@@ -143,44 +119,64 @@ async fn converse(context: &Context, args: &Chat, settings: &Settings) -> Outcom
     let agent = Agent::start(&config, &deps, &shutdown)
         .await
         .map_err(|error| Problem::failed(error_chain(&error)))?;
-    let key = JobKey::new(
-        context.project()?,
-        BATCH.parse()?,
-        format!("chat-{}", stamp(now)).parse()?,
-    );
     let mut terminal = Terminal::new(context.out);
-    let cancel = shutdown.drain_token();
     let talking = agent.converse(
-        key.clone(),
-        Fence(now.0),
-        (&draft, &spec),
+        job.key.clone(),
+        job.fence,
+        (&job.draft, &job.spec),
         &mut terminal,
-        cancel,
+        shutdown.drain_token(),
     );
     let talked = Box::pin(talking).await;
     shutdown.drain();
     agent.end().await;
-    match talked {
-        Ok(conversed) => {
-            if let Some(error) = &conversed.broken {
-                note(format!(
-                    "the conversation broke off: {}",
-                    error_chain(error)
-                ));
-            }
-            let manifest = &conversed.published.manifest;
-            context.out.show(
-                || json!({"job": key, "manifest": manifest, "store": store_url}),
-                || format!("\ntrace: espalier traces show {}/{}", key.batch, key.job),
-            )?;
-            Ok(if conversed.broken.is_some() {
-                Exit::Failed
-            } else {
-                Exit::Ok
-            })
-        }
-        Err(error) => Err(Problem::failed(error_chain(&error))),
+    let conversed = talked.map_err(|error| Problem::failed(error_chain(&error)))?;
+    report(context, &job.key, &store_url, &conversed)
+}
+
+/// The conversation as a job, which no queue knows.
+struct ChatJob {
+    key: JobKey,
+    fence: Fence,
+    draft: JobDraft,
+    spec: JobSpec,
+}
+
+impl ChatJob {
+    fn new(context: &Context, args: &Chat, servers: &[String]) -> Result<Self, Problem> {
+        let now = SystemClock.now();
+        let draft = draft(args, servers)?;
+        let spec = draft.check().map_err(|errors| {
+            let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
+            Problem::refused(texts.join("; "))
+        })?;
+        let job = format!("chat-{}", names::stamp(now)).parse()?;
+        Ok(Self {
+            key: JobKey::new(context.project()?, BATCH.parse()?, job),
+            fence: Fence(now.0),
+            draft,
+            spec,
+        })
     }
+}
+
+fn report(context: &Context, key: &JobKey, store_url: &str, conversed: &Conversed) -> Outcome {
+    if let Some(error) = &conversed.broken {
+        note(format!(
+            "the conversation broke off: {}",
+            error_chain(error)
+        ));
+    }
+    let manifest = &conversed.published.manifest;
+    context.out.show(
+        || json!({"job": key, "manifest": manifest, "store": store_url}),
+        || format!("\ntrace: espalier traces show {}/{}", key.batch, key.job),
+    )?;
+    Ok(if conversed.broken.is_some() {
+        Exit::Failed
+    } else {
+        Exit::Ok
+    })
 }
 
 /// Looks at the servers before the first word, so that a fault is not found in the middle of a conversation.
@@ -188,25 +184,13 @@ async fn find_servers(
     context: &Context,
     settings: &Settings,
     shutdown: &Shutdown,
-) -> Result<(Servers, Option<PathBuf>), Problem> {
-    let environment = &context.environment;
-    let asked = Servers::load(settings.mcp.as_deref(), settings.headed, environment)?;
-    let playwright_dir = servers::playwright_dir(settings.playwright_dir.as_deref(), environment);
+) -> Result<Ready, Problem> {
     let tasks = Tasks::new(shutdown.clone());
-    let probing = Box::pin(servers::probe_all(
-        asked,
-        playwright_dir.clone(),
-        environment,
-        &tasks,
-    ));
-    let (servers, found, remarks) = probing.await?;
-    for remark in remarks {
-        note(format!("warning: {remark}"));
-    }
-    for (name, probed) in found {
+    let ready = Box::pin(servers::prepare(settings, &context.environment, &tasks)).await?;
+    for (name, probed) in &ready.found {
         note(format!("{name}: {}", probed.text()));
     }
-    Ok((servers, playwright_dir))
+    Ok(ready)
 }
 
 fn draft(args: &Chat, servers: &[String]) -> Result<JobDraft, Problem> {

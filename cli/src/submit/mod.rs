@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
+use crate::names;
 use crate::output::{count, cut, duration, facts, note, table};
 use crate::watch;
 use file::{Additions, JobFile, Refusal};
@@ -27,6 +28,8 @@ pub use send::{Sent, again, close_batch, open, send};
 
 /// Refusals that are shown to a person; `--json` has all of them.
 const REFUSALS_SHOWN_MAX: usize = 20;
+/// How much of a file's name a batch's begins with: the time and what jobs add must fit into an id as well.
+const STEM_CHARS_MAX: usize = 64;
 
 /// Options of `submit`.
 #[derive(Args, Clone, Debug)]
@@ -100,29 +103,8 @@ fn rename(error: FieldError) -> FieldError {
 
 /// `{file name}-{yyyymmdd-hhmmss}`, made of what a name may hold.
 fn default_batch(file: &Path, now: Timestamp) -> Result<BatchId, FieldError> {
-    let stem = file
-        .file_stem()
-        .map(|stem| stem.to_string_lossy())
-        .unwrap_or_default();
-    let allowed = |c: char| {
-        if c.is_ascii_alphanumeric() || "._-".contains(c) {
-            c
-        } else {
-            '-'
-        }
-    };
-    let stem: String = stem.chars().take(64).map(allowed).collect();
-    let stem = stem.trim_start_matches(['.', '_', '-']);
-    let stem = if stem.is_empty() { "batch" } else { stem };
-    BatchId::new(format!("{stem}-{}", stamp(now)))
-}
-
-/// A time that can stand in a name: yyyymmdd-hhmmss in UTC.
-pub fn stamp(now: Timestamp) -> String {
-    let micros = i64::try_from(now.0).unwrap_or(i64::MAX);
-    chrono::DateTime::from_timestamp_micros(micros)
-        .map(|time| time.format("%Y%m%d-%H%M%S").to_string())
-        .unwrap_or_default()
+    let stem = names::of_file(file, STEM_CHARS_MAX, "batch");
+    BatchId::new(format!("{stem}-{}", names::stamp(now)))
 }
 
 fn report(context: &Context, batch: &BatchId, sent: &Sent) -> Result<(), Problem> {

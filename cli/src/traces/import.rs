@@ -18,8 +18,11 @@ use serde_json::json;
 use super::{Place, source};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
+use crate::names;
 use crate::output::{note, table};
-use crate::submit::stamp;
+
+/// How much of a file's name a job's begins with: the number of a line must fit into an id as well.
+const STEM_CHARS_MAX: usize = 100;
 
 /// Options of `traces import`.
 #[derive(Args, Clone, Debug)]
@@ -52,7 +55,7 @@ pub async fn run(context: &Context, args: &Import) -> Outcome {
         })?;
     let batch = match &args.batch {
         Some(batch) => batch.clone(),
-        None => BatchId::new(format!("import-{}", stamp(SystemClock.now())))?,
+        None => BatchId::new(format!("import-{}", names::stamp(SystemClock.now())))?,
     };
     let sampling = default_sampling()?;
     let mut done = Vec::new();
@@ -104,7 +107,7 @@ fn pieces(file: &Path) -> Result<Vec<(String, String, Vec<u8>)>, Problem> {
         )));
     }
     let bytes = std::fs::read(file).map_err(|error| fail(error.to_string()))?;
-    let stem = job_name(file);
+    let stem = names::of_file(file, STEM_CHARS_MAX, "trace");
     if file.extension().is_none_or(|ext| ext != "jsonl") {
         return Ok(vec![(shown, stem, bytes)]);
     }
@@ -119,26 +122,6 @@ fn pieces(file: &Path) -> Result<Vec<(String, String, Vec<u8>)>, Problem> {
             )
         })
         .collect())
-}
-
-/// A job's name from a file's.
-fn job_name(file: &Path) -> String {
-    let stem = file
-        .file_stem()
-        .map(|stem| stem.to_string_lossy())
-        .unwrap_or_default();
-    let allowed = |c: char| {
-        if c.is_ascii_alphanumeric() || "._-".contains(c) {
-            c
-        } else {
-            '-'
-        }
-    };
-    let name: String = stem.chars().take(100).map(allowed).collect();
-    match name.trim_start_matches(['.', '_', '-']) {
-        "" => "trace".to_owned(),
-        name => name.to_owned(),
-    }
 }
 
 /// What a job without a word about sampling gets: the files do not say how their tokens were drawn.
@@ -199,17 +182,4 @@ fn report(context: &Context, batch: &BatchId, done: &[Imported]) -> Outcome {
     }
     let refused = done.iter().any(|one| one.result.is_err());
     Ok(if refused { Exit::Refused } else { Exit::Ok })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn jobs_are_named_after_files() {
-        let named = |file: &str| job_name(Path::new(file));
-        assert_eq!(named("/a/go to_trelis.json"), "go-to_trelis");
-        assert_eq!(named("__.json"), "trace");
-        assert!(JobId::new(job_name(Path::new(&"x".repeat(300)))).is_ok());
-    }
 }

@@ -26,6 +26,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::exit::Problem;
+use crate::rollout_args::RolloutArgs;
 
 /// Every key of the file as a variable begins with this. Not `ESPALIER_` alone, so that the variables of scripts and
 /// other commands are none of ours.
@@ -41,18 +42,9 @@ const GRACE_DEFAULT_S: u64 = 30;
 /// Options of `up`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Up {
-    /// OpenAI-compatible endpoint, up to and including the version, such as http://localhost:8000/v1
-    #[arg(long, value_name = "URL")]
-    pub model_url: Option<String>,
-    /// Name of the model at that endpoint
-    #[arg(long, value_name = "NAME")]
-    pub model: Option<String>,
-    /// Environment variable that holds the endpoint's API key
-    #[arg(long, value_name = "VAR")]
-    pub api_key_env: Option<String>,
-    /// MCP servers, in the form that Claude Desktop and Cursor read [default: a built-in server `browser`]
-    #[arg(long, value_name = "FILE")]
-    pub mcp: Option<PathBuf>,
+    /// The model, the MCP servers and their browsers.
+    #[command(flatten)]
+    pub rollouts: RolloutArgs,
     /// Where the coordinator listens; port 0 takes a free one [default: 127.0.0.1:7411]
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Option<SocketAddr>,
@@ -62,12 +54,6 @@ pub struct Up {
     /// Object store for traces [default: file://DATA_DIR/store]
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
-    /// Shows the windows of browsers
-    #[arg(long)]
-    pub headed: bool,
-    /// Folder that holds node_modules/@playwright/mcp
-    #[arg(long, value_name = "DIR", hide_short_help = true)]
-    pub playwright_dir: Option<PathBuf>,
     /// Seconds that a lease lasts without a sign of life [default: what suits the kind of job]
     #[arg(long, value_name = "S", hide_short_help = true)]
     pub lease_ttl_s: Option<u64>,
@@ -146,7 +132,8 @@ impl Settings {
     /// Joins options, file and environment.
     pub fn load(args: &Up, environment: &Environment) -> Result<Self, Problem> {
         let file: UpFileConfig = load(args.config.as_deref(), ENV_PREFIX, environment)?;
-        let (endpoint, model, extra) = model(args, file.model, environment)?;
+        let rollouts = args.rollouts.clone();
+        let (endpoint, model, extra) = model(&rollouts, file.model, environment)?;
         let slots = args.slots.or(file.slots).unwrap_or(SLOTS_DEFAULT);
         if !(1..=espalier_runtime::worker::SLOTS_MAX).contains(&slots) {
             let rule = format!("must be in 1..={}", espalier_runtime::worker::SLOTS_MAX);
@@ -160,9 +147,9 @@ impl Settings {
             listen: args.listen.or(file.listen).unwrap_or(LISTEN_DEFAULT),
             slots,
             store_url: args.store.clone().or(file.store_url),
-            mcp: args.mcp.clone().or(file.mcp),
-            headed: args.headed || file.headed,
-            playwright_dir: args.playwright_dir.clone().or(file.playwright_dir),
+            mcp: rollouts.mcp.or(file.mcp),
+            headed: rollouts.headed || file.headed,
+            playwright_dir: rollouts.playwright_dir.or(file.playwright_dir),
             lease_ttl_ms,
             grace: Duration::from_secs(file.grace_s.unwrap_or(GRACE_DEFAULT_S)),
             http_hook_hosts: file.http_hook_hosts,
@@ -176,7 +163,7 @@ impl Settings {
 }
 
 fn model(
-    args: &Up,
+    args: &RolloutArgs,
     file: ModelConfig,
     environment: &Environment,
 ) -> Result<(ModelEndpoint, String, Map<String, Value>), Problem> {
@@ -227,7 +214,10 @@ mod tests {
     fn options_win_over_the_file_and_the_file_over_defaults() {
         let toml = "slots = 3\n[model]\nname = \"m\"\n[model.endpoint]\nbase_url = \"http://a/v1\"\nmax_retries = 1\napi_key = { env = \"KEY\" }\n";
         let args = Up {
-            model_url: Some("http://b/v1".to_owned()),
+            rollouts: RolloutArgs {
+                model_url: Some("http://b/v1".to_owned()),
+                ..RolloutArgs::default()
+            },
             ..Up::default()
         };
         let found = settings(
@@ -253,9 +243,13 @@ mod tests {
         let problem = settings(&Up::default(), "", &[]).unwrap_err();
         assert_eq!(problem.exit, Exit::Refused);
         assert!(problem.fix.unwrap().contains("--model-url"));
-        let args = Up {
+        let rollouts = RolloutArgs {
             model_url: Some("http://b/v1".to_owned()),
             model: Some("m".to_owned()),
+            ..RolloutArgs::default()
+        };
+        let args = Up {
+            rollouts: rollouts.clone(),
             ..Up::default()
         };
         for (toml, part) in [
@@ -267,8 +261,11 @@ mod tests {
             assert!(message.contains(part), "{toml}: {message}");
         }
         let keyed = Up {
-            api_key_env: Some("NO_SUCH".to_owned()),
-            ..args.clone()
+            rollouts: RolloutArgs {
+                api_key_env: Some("NO_SUCH".to_owned()),
+                ..rollouts
+            },
+            ..Up::default()
         };
         assert!(
             settings(&keyed, "", &[])

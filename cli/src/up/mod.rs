@@ -122,19 +122,7 @@ async fn start(
 ) -> Result<(UpFile, Vec<(String, Probed)>), Problem> {
     let environment = &context.environment;
     let data_dir = context.data_dir()?;
-    let asked = Servers::load(settings.mcp.as_deref(), settings.headed, environment)?;
-    let playwright_dir = servers::playwright_dir(settings.playwright_dir.as_deref(), environment);
-    let probing = Box::pin(servers::probe_all(
-        asked,
-        playwright_dir.clone(),
-        environment,
-        tasks,
-    ));
-    let (servers, found, remarks) = probing.await?;
-    for remark in remarks {
-        note(format!("warning: {remark}"));
-    }
-
+    let ready = Box::pin(servers::prepare(settings, environment, tasks)).await?;
     let store_url = store_url(settings, &data_dir);
     let store = Store::open(&store_url).await?;
     let listener = listen(settings).await?;
@@ -153,8 +141,8 @@ async fn start(
         up: &up,
         tokens: &tokens,
         store,
-        servers,
-        playwright_dir,
+        servers: ready.servers,
+        playwright_dir: ready.playwright_dir,
         data_dir: &data_dir,
         environment,
     };
@@ -168,7 +156,7 @@ async fn start(
         origin: "this process".to_owned(),
     };
     Client::connect(&target, None).await?;
-    Ok((up, found))
+    Ok((up, ready.found))
 }
 
 /// What both halves are made from.

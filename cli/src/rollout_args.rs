@@ -1,0 +1,29 @@
+//! The options of a command that runs rollouts in its own process: the model, the MCP servers and their browsers.
+//! `up` and `chat` take them; `up::Settings` joins them with the file.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+/// What a rollout needs.
+#[derive(Args, Clone, Debug, Default)]
+pub struct RolloutArgs {
+    /// OpenAI-compatible endpoint, up to and including the version, such as http://localhost:8000/v1
+    #[arg(long, value_name = "URL")]
+    pub model_url: Option<String>,
+    /// Name of the model at that endpoint
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    /// Environment variable that holds the endpoint's API key
+    #[arg(long, value_name = "VAR")]
+    pub api_key_env: Option<String>,
+    /// MCP servers, in the form that Claude Desktop and Cursor read [default: a built-in server `browser`]
+    #[arg(long, value_name = "FILE")]
+    pub mcp: Option<PathBuf>,
+    /// Shows the windows of browsers
+    #[arg(long)]
+    pub headed: bool,
+    /// Folder that holds node_modules/@playwright/mcp
+    #[arg(long, value_name = "DIR", hide_short_help = true)]
+    pub playwright_dir: Option<PathBuf>,
+}
