@@ -69,6 +69,10 @@ pub struct CoordinatorConfig {
     /// Jobs of one project that may wait (blocked, delayed or ready); beyond, submissions are refused.
     #[serde(default = "default_jobs_waiting_max")]
     pub jobs_waiting_max: u64,
+    /// Batches that one token may watch at once, from 1 to 10,000 (default 64); beyond, `WatchBatch` is refused. Each
+    /// asks the queue several times a second.
+    #[serde(default = "default_watches_max")]
+    pub watches_max: u32,
     /// How long a lease lasts without renewal, in milliseconds; absent: what suits the kind of job.
     #[serde(default)]
     pub lease_ttl_ms: Option<u64>,
@@ -102,6 +106,10 @@ fn default_jobs_waiting_max() -> u64 {
     1_000_000
 }
 
+fn default_watches_max() -> u32 {
+    64
+}
+
 fn default_keep_days() -> u32 {
     30
 }
@@ -131,6 +139,7 @@ impl CoordinatorConfig {
             mcp_servers: BTreeSet::new(),
             allow_inline_mcp: false,
             jobs_waiting_max: default_jobs_waiting_max(),
+            watches_max: default_watches_max(),
             lease_ttl_ms: None,
             keep_days: default_keep_days(),
             session_max_age_s: default_session_max_age_s(),
@@ -142,6 +151,7 @@ impl CoordinatorConfig {
     /// Checks what the types cannot say.
     pub fn validate(&self) -> Result<(), FieldError> {
         check_range("jobs_waiting_max", self.jobs_waiting_max, 1, 100_000_000)?;
+        check_range("watches_max", u64::from(self.watches_max), 1, 10_000)?;
         check_range("keep_days", u64::from(self.keep_days), 1, 3_650)?;
         check_range("session_max_age_s", self.session_max_age_s, 1, 86_400)?;
         check_range("drain_limit_s", self.drain_limit_s, 1, 600)?;
@@ -256,6 +266,7 @@ mod tests {
         let cases = [
             ("keep_day = 3", "keep_day"),
             ("keep_days = 0", "`keep_days` must be in 1..=3650"),
+            ("watches_max = 0", "`watches_max` must be in 1..=10000"),
             (
                 "lease_ttl_ms = 5",
                 "`lease_ttl_ms` must be in 100..=3600000",

@@ -17,7 +17,7 @@ use tonic::transport::server::Router;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::api::{AdminApi, JobApi, Shared, trace};
+use crate::api::{AdminApi, JobApi, Shared, trace, watch};
 use crate::auth::Auth;
 use crate::config::CoordinatorConfig;
 use crate::maintenance;
@@ -153,6 +153,8 @@ fn share(config: CoordinatorConfig, deps: Deps, outer: Shutdown) -> Arc<Shared> 
         }
     });
     let now = deps.clock.now();
+    let tokens = config.tokens.iter().map(|token| token.name.clone());
+    let watch_places = watch::Places::new(tokens, config.watches_max);
     Arc::new(Shared {
         auth: Arc::new(Auth::new(config.tokens.clone())),
         config: Arc::new(config),
@@ -161,6 +163,7 @@ fn share(config: CoordinatorConfig, deps: Deps, outer: Shutdown) -> Arc<Shared> 
         registry: Arc::new(Registry::new(now)),
         questions: Arc::new(Questions::default()),
         trace_readers: Arc::new(Semaphore::new(trace::READERS_MAX)),
+        watch_places,
         clock: deps.clock,
         tasks,
         shutdown,

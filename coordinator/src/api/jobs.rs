@@ -109,6 +109,8 @@ impl v1::job_service_server::JobService for JobApi {
         request: Request<v1::WatchBatchRequest>,
     ) -> Result<Response<Self::WatchBatchStream>, Status> {
         let project = self.0.auth.project(request.metadata(), Call::WatchBatch)?;
+        let token = self.0.auth.admit(request.metadata(), Call::WatchBatch)?;
+        let place = self.0.watch_places.take(&token.name)?;
         let found = find_batch(&self.0, project.clone(), &request.get_ref().batch).await?;
         let (events, stream) = mpsc::channel(watch::EVENTS_MAX);
         let watch = Watch {
@@ -117,6 +119,7 @@ impl v1::job_service_server::JobService for JobApi {
             batch: found.batch,
             cursor: request.get_ref().after_cursor,
             events,
+            place,
         };
         self.0.tasks.spawn("api.watch", OnFailure::Log, watch.run());
         Ok(Response::new(ReceiverStream::new(stream)))

@@ -11,7 +11,7 @@ pub mod stored;
 pub mod submit;
 pub mod trace;
 pub mod view;
-mod watch;
+pub mod watch;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -52,6 +52,8 @@ pub struct Shared {
     pub questions: Arc<Questions>,
     /// Turns of those who read traces.
     pub trace_readers: Arc<Semaphore>,
+    /// Places of those who watch batches.
+    pub watch_places: watch::Places,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
     /// Where streams run.

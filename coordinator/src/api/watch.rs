@@ -1,8 +1,10 @@
 //! `WatchBatch`: the progress of a batch as a stream that ends with it.
 //!
 //! The stream asks the queue a few times a second instead of listening to every event: a batch ends thousands of
-//! jobs a second, and a watcher wants what they add up to. Asking is one read, and it cannot miss anything.
+//! jobs a second, and a watcher wants what they add up to. Asking is one read, and it cannot miss anything. How many
+//! streams ask at once is bounded by token: whoever opens streams and forgets them keeps nobody else from watching.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +12,7 @@ use espalier_core::id::{BatchId, ProjectId};
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
 use espalier_runtime::tasks::with_deadline;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::Status;
 
 use super::{Shared, page, queue_error, view};
@@ -24,13 +26,46 @@ const SEND_LIMIT: Duration = Duration::from_secs(60);
 /// Events that wait for a slow client; the next look waits for room. One place is kept for the end.
 pub const EVENTS_MAX: usize = 4;
 
+/// Places for watchers: some for each token.
+#[derive(Debug)]
+pub struct Places {
+    of_each: u32,
+    by_token: BTreeMap<String, Arc<Semaphore>>,
+}
+
+impl Places {
+    /// `of_each` places for each of the tokens with these names.
+    pub fn new(tokens: impl IntoIterator<Item = String>, of_each: u32) -> Self {
+        let places = || Arc::new(Semaphore::new(of_each as usize));
+        Self {
+            of_each,
+            by_token: tokens.into_iter().map(|name| (name, places())).collect(),
+        }
+    }
+
+    /// A place of the token, which is free again when the answer is dropped.
+    pub fn take(&self, token: &str) -> Result<OwnedSemaphorePermit, ApiError> {
+        let free = self.by_token.get(token).cloned();
+        let taken = free.and_then(|free| free.try_acquire_owned().ok());
+        taken.ok_or_else(|| {
+            ApiError::Exhausted(format!(
+                "token `{token}` watches {} batches already, which is the most (`watches_max`); end a watch, or look \
+                 now and then with GetBatch",
+                self.of_each
+            ))
+        })
+    }
+}
+
 /// One watcher.
-pub struct Watch {
-    pub shared: Arc<Shared>,
-    pub project: ProjectId,
-    pub batch: BatchId,
-    pub cursor: u64,
-    pub events: mpsc::Sender<Result<v1::BatchEvent, Status>>,
+pub(super) struct Watch {
+    pub(super) shared: Arc<Shared>,
+    pub(super) project: ProjectId,
+    pub(super) batch: BatchId,
+    pub(super) cursor: u64,
+    pub(super) events: mpsc::Sender<Result<v1::BatchEvent, Status>>,
+    /// Held for as long as the stream lasts.
+    pub(super) place: OwnedSemaphorePermit,
 }
 
 impl Watch {

@@ -77,3 +77,30 @@ async fn a_drain_ends_the_stream_with_a_reason_to_come_back() {
     assert_eq!(status.code(), Code::Unavailable);
     coordinator.end().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_token_watches_so_many_batches_at_once() {
+    let coordinator = Coordinator::start_with(|config| config.watches_max = 2).await;
+    let mut jobs = coordinator.jobs(SHOP);
+    open(&mut jobs, "b1").await;
+    let first = watch(&mut jobs, 0).await;
+    let _second = watch(&mut jobs, 0).await;
+    let request = v1::WatchBatchRequest {
+        batch: "b1".to_owned(),
+        after_cursor: 0,
+    };
+    let refused = jobs.watch_batch(request.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("watches_max"), "{refused}");
+    // Another token of the same project has places of its own.
+    watch(&mut coordinator.jobs(READER), 0).await;
+    // A stream that nobody reads any more gives its place back.
+    drop(first);
+    let again = async {
+        while let Err(status) = jobs.watch_batch(request.clone()).await {
+            assert_eq!(status.code(), Code::ResourceExhausted);
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(again).await;
+}
