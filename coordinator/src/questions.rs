@@ -113,7 +113,7 @@ impl Questions {
             entry.worker = worker;
             return entry.answer.map_or(Asked::Open, Asked::Answered);
         }
-        let deadline = Timestamp(question.deadline_us).min(now + OPEN_MAX);
+        let deadline = now + Duration::from_millis(question.time_left_ms).min(OPEN_MAX);
         let named = !question.id.is_empty()
             && question.id.len() <= NAME_BYTES_MAX
             && question.tool.len() <= NAME_BYTES_MAX;
@@ -158,7 +158,7 @@ impl Questions {
             .take(limit)
             .map(|(asked_at, id, entry)| {
                 let id = id.clone();
-                let question = entry.view(&id);
+                let question = entry.view(&id, now);
                 (Place { asked_at, id }, question)
             })
             .collect()
@@ -216,14 +216,15 @@ impl Entry {
             && batch.is_none_or(|batch| self.key.batch == *batch)
     }
 
-    fn view(&self, id: &str) -> v1::Question {
+    fn view(&self, id: &str, now: Timestamp) -> v1::Question {
+        let time_left = self.deadline.since(now);
         v1::Question {
             id: id.to_owned(),
             batch: self.key.batch.to_string(),
             job: self.key.job.to_string(),
             tool: self.tool.clone(),
             arguments_json: self.arguments_json.clone(),
-            deadline_us: self.deadline.0,
+            time_left_ms: u64::try_from(time_left.as_millis()).unwrap_or(u64::MAX),
         }
     }
 }
@@ -232,15 +233,16 @@ impl Entry {
 mod tests {
     use super::*;
 
+    /// Asks at `now` with a deadline, both in milliseconds since some moment.
     fn ask(questions: &Questions, id: &str, job: &str, deadline: u64, now: u64) -> Asked {
         let question = v1::Question {
             id: id.to_owned(),
             tool: "t".to_owned(),
-            deadline_us: deadline,
+            time_left_ms: deadline.saturating_sub(now),
             ..v1::Question::default()
         };
         let (key, worker) = (job.parse().unwrap(), "w".parse().unwrap());
-        questions.ask(key, Fence(1), worker, question, Timestamp(now))
+        questions.ask(key, Fence(1), worker, question, Timestamp::from_ms(now))
     }
 
     #[test]
@@ -248,7 +250,8 @@ mod tests {
         let questions = Questions::default();
         let project: ProjectId = "p".parse().unwrap();
         let other: ProjectId = "q".parse().unwrap();
-        let answer = |project, allow, now| questions.answer(project, "1", allow, Timestamp(now));
+        let answer =
+            |project, allow, now| questions.answer(project, "1", allow, Timestamp::from_ms(now));
         assert_eq!(ask(&questions, "1", "p/b/j", 100, 10), Asked::Open);
         assert_eq!(answer(&other, true, 20), Err(NotAnswered::Unknown));
         assert!(answer(&project, true, 20).is_ok());
@@ -257,7 +260,7 @@ mod tests {
             answer(&project, false, 22),
             Err(NotAnswered::Otherwise(true))
         );
-        let open = questions.list(&project, None, None, 10, Timestamp(22));
+        let open = questions.list(&project, None, None, 10, Timestamp::from_ms(22));
         assert!(open.is_empty());
         assert_eq!(
             ask(&questions, "1", "p/b/j", 100, 30),
@@ -278,13 +281,15 @@ mod tests {
         ask(&questions, "a", "p/c/j", 50, 20);
         let batch: BatchId = "b".parse().unwrap();
         let ids = |batch, now| -> Vec<String> {
-            let open = questions.list(&project, batch, None, 10, Timestamp(now));
+            let open = questions.list(&project, batch, None, 10, Timestamp::from_ms(now));
             open.into_iter().map(|(_, q)| q.id).collect()
         };
         assert_eq!(ids(None, 30), ["b", "a"]);
         assert_eq!(ids(Some(&batch), 30), ["b"]);
+        let listed = questions.list(&project, None, None, 1, Timestamp::from_ms(30));
+        assert_eq!(listed[0].1.time_left_ms, 70);
         assert_eq!(ids(None, 60), ["b"]);
-        assert_eq!(questions.count(&project, &batch, Timestamp(60)), 1);
+        assert_eq!(questions.count(&project, &batch, Timestamp::from_ms(60)), 1);
         questions.forget(&"p/b/j".parse().unwrap());
         assert!(ids(None, 60).is_empty());
         assert_eq!(
@@ -301,7 +306,7 @@ mod tests {
             ask(&questions, id, "p/b/j", 100, 10);
         }
         let page = |after: Option<&Place>| -> (Vec<String>, Option<Place>) {
-            let page = questions.list(&project, None, after, 2, Timestamp(20));
+            let page = questions.list(&project, None, after, 2, Timestamp::from_ms(20));
             let last = page.last().map(|(place, _)| place.clone());
             (page.into_iter().map(|(_, q)| q.id).collect(), last)
         };
@@ -309,7 +314,7 @@ mod tests {
         assert_eq!(first, ["a", "b"]);
         let last: Place = last.unwrap().to_string().parse().unwrap();
         questions
-            .answer(&project, "b", true, Timestamp(15))
+            .answer(&project, "b", true, Timestamp::from_ms(15))
             .unwrap();
         assert_eq!(page(Some(&last)).0, ["c-1"]);
         for broken in ["", "7", "x-a"] {

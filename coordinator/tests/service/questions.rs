@@ -14,7 +14,7 @@ fn ask(lease: &v1::Lease, id: &str) -> Said {
             id: id.to_owned(),
             tool: "browser_click".to_owned(),
             arguments_json: "{}".to_owned(),
-            deadline_us: u64::MAX,
+            time_left_ms: u64::MAX,
             ..v1::Question::default()
         }),
     })

@@ -21,7 +21,6 @@ use tracing::Instrument;
 use super::book::LeaseId;
 use super::lease::{Lease, Stop};
 use super::{Grant, Handler, JobOutcome, WorkerDeps};
-use crate::clock::Clock;
 use crate::ids::{IdSource, UuidIds};
 use crate::tasks::with_deadline;
 use crate::telemetry::names::{attribute, span};
@@ -51,7 +50,6 @@ pub(super) enum Event {
 pub struct JobContext {
     id: LeaseId,
     lease: Lease,
-    clock: Arc<dyn Clock>,
     events: mpsc::Sender<Event>,
 }
 
@@ -70,7 +68,7 @@ impl JobContext {
             job: String::new(),
             tool: tool.to_owned(),
             arguments_json: cut_visibly(arguments_json, QUESTION_BYTES_MAX),
-            deadline_us: (self.clock.now() + timeout).0,
+            time_left_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         };
         let asked = self.request(|reply| Event::Ask(self.id.clone(), question, reply));
         let answer = with_deadline("worker.ask", timeout, asked).await;
@@ -107,7 +105,6 @@ pub(super) async fn run<H: Handler>(
     let context = JobContext {
         id: id.clone(),
         lease: lease.clone(),
-        clock: Arc::clone(&deps.clock),
         events: events.clone(),
     };
     let span = attempt_span(&id, &wire);

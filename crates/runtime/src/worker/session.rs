@@ -81,7 +81,25 @@ enum Woken {
 /// A request of a job that waits for the coordinator.
 struct Request {
     message: ToCoordinator,
+    made_at: Instant,
     reply: oneshot::Sender<bool>,
+}
+
+impl Request {
+    /// The message as it is said at `now`: the time that is left counts from then.
+    fn again(&self, now: Instant) -> ToCoordinator {
+        let mut message = self.message.clone();
+        if let ToCoordinator::Ask(v1::Ask {
+            question: Some(question),
+            ..
+        }) = &mut message
+        {
+            let passed = now.saturating_duration_since(self.made_at).as_millis();
+            let passed = u64::try_from(passed).unwrap_or(u64::MAX);
+            question.time_left_ms = question.time_left_ms.saturating_sub(passed);
+        }
+        message
+    }
 }
 
 pub(super) struct Session<H> {
@@ -227,11 +245,9 @@ impl<H: Handler> Session<H> {
         if self.phase != Phase::Working {
             self.send(ToCoordinator::Drain(v1::Drain {}));
         }
-        let waiting: Vec<ToCoordinator> = self
-            .requests
-            .values()
-            .map(|request| request.message.clone())
-            .collect();
+        let now = Instant::now();
+        let requests = self.requests.values();
+        let waiting: Vec<ToCoordinator> = requests.map(|request| request.again(now)).collect();
         for message in waiting {
             self.send(message);
         }
@@ -348,7 +364,12 @@ impl<H: Handler> Session<H> {
 
     fn request(&mut self, key: String, message: ToCoordinator, reply: oneshot::Sender<bool>) {
         self.send(message.clone());
-        self.requests.insert(key, Request { message, reply });
+        let request = Request {
+            message,
+            made_at: Instant::now(),
+            reply,
+        };
+        self.requests.insert(key, request);
     }
 
     fn answer(&mut self, key: &str, answer: bool) {
