@@ -4,16 +4,19 @@
 use std::time::Duration;
 
 use espalier_core::error::ErrorClass;
-use espalier_core::id::JobKey;
 use espalier_core::layout;
+use espalier_core::spec::SpecDigest;
 use espalier_core::trace::Outcome;
 use espalier_proto::v1;
+use espalier_runtime::tasks;
 use espalier_runtime::telemetry::names::{attribute, span};
 use espalier_runtime::telemetry::{self, metrics};
 use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome, Stop};
 use tracing::Instrument;
 
-use crate::record::{Found, Gate, Published, RecordContext, RecordError, Recorder, find_published};
+use crate::record::{
+    Claim, Found, Gate, Published, RecordContext, RecordError, Recorder, find_published,
+};
 use crate::rollout::{self, Approver, Order, Question, RolloutError, Scripted, Services};
 
 /// Does rollouts.
@@ -51,11 +54,18 @@ impl RolloutHandler {
         grant: &Grant,
         context: &JobContext,
     ) -> Result<Published, AttemptError> {
-        if let Some(published) = self.adopt(&grant.key, context).await? {
+        let spec = digest(grant).await?;
+        let claim = Claim {
+            key: &grant.key,
+            fence: grant.fence,
+            spec: Some(&spec),
+        };
+        if let Some(published) = self.adopt(claim, context).await? {
             return Ok(published);
         }
         let (key, attempt, fence) = (grant.key.clone(), grant.attempt, grant.fence);
-        let mut recorder = Recorder::open(self.record.clone(), key, attempt, fence).await?;
+        let record = self.record.clone();
+        let mut recorder = Recorder::open(record, key, attempt, fence, Some(spec)).await?;
         let order = Order {
             spec: &grant.spec.rollout,
             verify: grant.draft.verify.as_ref(),
@@ -75,13 +85,14 @@ impl RolloutHandler {
         self.publish(recorder, outcome, context).await
     }
 
-    /// A result that an earlier attempt published, if there is one and it verifies.
+    /// A result that an earlier attempt published, if there is one, it verifies, and it is of the same spec.
     async fn adopt(
         &self,
-        key: &JobKey,
+        claim: Claim<'_>,
         context: &JobContext,
     ) -> Result<Option<Published>, RecordError> {
-        match find_published(&self.record.store, key).await? {
+        let key = claim.key;
+        match find_published(&self.record.store, claim).await? {
             Found::Nothing => Ok(None),
             Found::Published(manifest) => {
                 tracing::info!(job = %key, winner = manifest.fence.0, "took over the result of an earlier attempt");
@@ -91,6 +102,7 @@ impl RolloutHandler {
                     adopted: true,
                 }))
             }
+            Found::OfAnotherSpec(found) => Err(claim.refuse(found)),
             // Moved aside: this attempt may publish its own.
             Found::Invalid { reason } if context.report_bad_manifest(&reason).await => Ok(None),
             Found::Invalid { reason } => Err(RecordError::InvalidManifest {
@@ -144,6 +156,12 @@ impl Handler for RolloutHandler {
             Err(error) => JobOutcome::failed(error.class(), telemetry::error_chain(&error)),
         }
     }
+}
+
+/// What the job asks for. A spec may be as large as a book, and its canonical form is made of a copy.
+async fn digest(grant: &Grant) -> Result<SpecDigest, RecordError> {
+    let draft = grant.draft.clone();
+    Ok(tasks::blocking("record.spec_digest", move || SpecDigest::of(&draft)).await?)
 }
 
 /// The loop knows better what a stop means; this is what is left to say.

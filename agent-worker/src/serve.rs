@@ -187,7 +187,8 @@ impl Agent {
         conversation: &mut C,
         cancel: CancellationToken,
     ) -> Result<Conversed, RolloutError> {
-        let mut recorder = Recorder::open(self.record.clone(), key, 1, fence).await?;
+        // Without a digest: what is said is not in the draft, and no job may take it for its result.
+        let mut recorder = Recorder::open(self.record.clone(), key, 1, fence, None).await?;
         let (draft, spec) = job;
         let order = Order {
             spec: &spec.rollout,

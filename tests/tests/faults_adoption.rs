@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
+use espalier_core::spec::{SpecDigest, parse_line};
 use espalier_core::trace::{FileEntry, Manifest, SCHEMA_VERSION, Trace};
 use espalier_proto::v1::{self, JobState};
 use espalier_tests::harness::client::BatchResult;
@@ -154,9 +155,9 @@ async fn a_worker_that_was_paused_goes_on_while_others_do_its_jobs() {
     pause_and_go_on(Others::AtWork).await;
 }
 
-/// What an attempt under `fence` would have published for `key`, made from the trace of a job that did the same.
-/// Stores the trace and gives the manifest.
-fn forge(cluster: &Cluster, donor: &Trace, key: &JobKey, fence: Fence) -> Manifest {
+/// What an attempt under `fence` at the job of `line` would have published for `key`, made from the trace of a job that
+/// did the same. Stores the trace and gives the manifest.
+fn forge(cluster: &Cluster, donor: &Trace, key: &JobKey, fence: Fence, line: &Value) -> Manifest {
     let mut trace = donor.clone();
     trace.header.id = format!("{key}@{fence}");
     trace.header.job = key.clone();
@@ -172,6 +173,7 @@ fn forge(cluster: &Cluster, donor: &Trace, key: &JobKey, fence: Fence) -> Manife
         job: key.clone(),
         attempt: 1,
         fence,
+        spec_sha256: Some(digest(line)),
         created_at_us: trace.outcome.ended_at_us,
         files: std::iter::once(FileEntry::of(path, &packed))
             .chain(blobs)
@@ -179,6 +181,11 @@ fn forge(cluster: &Cluster, donor: &Trace, key: &JobKey, fence: Fence) -> Manife
         parents: vec![layout::job(key)],
         summary: trace.summary(),
     }
+}
+
+/// The digest of a job as the worker computes it.
+fn digest(line: &Value) -> SpecDigest {
+    SpecDigest::of(&parse_line(line.to_string().as_bytes()).expect("a job line"))
 }
 
 /// Puts the manifest where it is published, and gives its bytes.
@@ -211,10 +218,10 @@ async fn what_an_old_lease_published_meanwhile_is_taken_over_or_moved_aside() {
     let (good, bad) = (cluster.key("b", "good"), cluster.key("b", "bad"));
     let early = cluster.key("b", "early");
     // A broken one that is there before the job begins at all.
-    let mut broken = forge(&cluster, &donor, &early, Fence(0));
+    let jobs = [nap("good", 4_000), nap("bad", 4_000), nap("early", 10)];
+    let mut broken = forge(&cluster, &donor, &early, Fence(0), &jobs[2]);
     broken.files[0].sha256 = "0".repeat(64);
     let planted_early = publish(&cluster, &broken);
-    let jobs = [nap("good", 4_000), nap("bad", 4_000), nap("early", 10)];
     client.submit("b", &jobs).await;
     let old = a.wait_until_at_tool(&good, DEADLINE).await;
     let old_of_bad = a.wait_until_at_tool(&bad, DEADLINE).await;
@@ -224,8 +231,8 @@ async fn what_an_old_lease_published_meanwhile_is_taken_over_or_moved_aside() {
     let newer_of_bad = b.wait_until_at_tool(&bad, DEADLINE).await;
     assert!(old < newer && old_of_bad < newer_of_bad);
     // The old leases' results appear while the newer attempts are at work.
-    publish(&cluster, &forge(&cluster, &donor, &good, old));
-    let mut broken = forge(&cluster, &donor, &bad, old_of_bad);
+    publish(&cluster, &forge(&cluster, &donor, &good, old, &jobs[0]));
+    let mut broken = forge(&cluster, &donor, &bad, old_of_bad, &jobs[1]);
     broken.files[0].sha256 = "0".repeat(64);
     let planted = publish(&cluster, &broken);
 
@@ -250,6 +257,78 @@ async fn what_an_old_lease_published_meanwhile_is_taken_over_or_moved_aside() {
         "people are told"
     );
     b.terminate(DEADLINE).await;
+}
+
+/// Asserts that the job ended for good, in its first attempt, because of a result of the spec with digest `found`.
+fn check_refused(job: &v1::Job, line: &Value, found: &Value) {
+    let error = job.last_error.clone().unwrap_or_default();
+    assert_eq!(job.state(), JobState::Dead, "{job:?}");
+    assert_eq!(error.class(), v1::ErrorClass::Invalid, "{error:?}");
+    assert_eq!(job.attempts, 1, "it cannot get better: {error:?}");
+    let (found, asked) = (digest(found), digest(line));
+    for part in [
+        "batch name already used",
+        &format!("job `{}` of batch `b` in project `default`", job.id),
+        &format!(
+            "spec sha256 {}, this job's {}",
+            found.short(),
+            asked.short()
+        ),
+        &format!("delete `default/batches/b/jobs/{}/`", job.id),
+    ] {
+        assert!(error.message.contains(part), "{part}: {}", error.message);
+    }
+}
+
+#[tokio::test]
+async fn a_result_of_another_job_that_had_the_same_name_is_not_taken_over() {
+    let model_url = model::start().await;
+    let mut cluster = Cluster::start(&model_url, LONG_LEASE_TTL_MS).await;
+    let mut a = cluster.worker("a", 3);
+    let mut client = cluster.client().await;
+    let old = [nap("same", 10), nap("other", 10)];
+    client.submit("b", &old).await;
+    let result = client.wait("b", DEADLINE).await;
+    let before = check(&cluster, "b", &result, 2);
+    let donor = client.trace("b", "other").await;
+    let asked = completions(&model_url).await;
+
+    cluster.forget_batches().await;
+    client = cluster.client().await;
+    let new = [nap("same", 10), nap("other", 20), nap("late", 4_000)];
+    client.submit("b", &new).await;
+    // This one's old result appears when it is in the middle of its work.
+    let late = cluster.key("b", "late");
+    let fence = a.wait_until_at_tool(&late, DEADLINE).await;
+    let zombie = Fence(fence.0 + 1_000);
+    let planted = publish(&cluster, &forge(&cluster, &donor, &late, zombie, &old[1]));
+    let result = client.wait("b", DEADLINE).await;
+    assert_eq!(result.jobs["same"].state(), JobState::Succeeded);
+    check_refused(&result.jobs["other"], &new[1], &old[1]);
+    check_refused(&result.jobs["late"], &new[2], &old[1]);
+    for (key, manifest) in &before {
+        assert_eq!(cluster.manifest(key), *manifest, "it stays as it is");
+    }
+    let now = std::fs::read(cluster.object(&layout::manifest(&late))).unwrap();
+    assert_eq!(now, planted, "it stays as it is");
+    let done = completions(&model_url).await - asked;
+    assert_eq!(
+        done, 2,
+        "the model heard of nothing but the two turns of `late`"
+    );
+
+    // The way out that the message names.
+    let other = cluster.key("b", "other");
+    std::fs::remove_dir_all(cluster.object(&layout::job(&other))).unwrap();
+    let retry = v1::RetryRequest {
+        batch: "b".to_owned(),
+        ids: vec!["other".to_owned()],
+    };
+    client.jobs.retry(retry).await.unwrap();
+    client.wait_until_succeeded("b", 2, DEADLINE).await;
+    let manifest = cluster.manifest(&other);
+    assert_eq!(manifest.spec_sha256, Some(digest(&new[1])));
+    a.terminate(DEADLINE).await;
 }
 
 #[tokio::test]

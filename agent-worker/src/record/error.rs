@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 
 use espalier_core::error::ErrorClass;
+use espalier_core::id::JobKey;
+use espalier_core::layout;
+use espalier_core::spec::SpecDigest;
 use espalier_core::trace::TraceError;
 use espalier_runtime::store::StoreError;
 use espalier_runtime::tasks::{BlockingFailed, DeadlineExceeded};
@@ -31,6 +34,20 @@ pub enum RecordError {
         /// The file or rule.
         reason: String,
     },
+    /// The batch's name was used before, for other jobs, and a result of theirs is there.
+    #[error(
+        "batch name already used: the store holds a result of another spec for job `{}` of batch `{}` in project `{}` \
+         (spec sha256 {}, this job's {}); use another batch name, or delete `{}` from the store and retry the job",
+        job.job, job.batch, job.project, shown(found.as_ref()), shown(asked.as_ref()), layout::job(job)
+    )]
+    NameUsed {
+        /// The job.
+        job: JobKey,
+        /// What the published result was asked for; none: no job asked for it.
+        found: Option<SpecDigest>,
+        /// What this job asks for.
+        asked: Option<SpecDigest>,
+    },
     /// The attempt must not publish: its lease is gone or it was told to stop.
     #[error("stopped before the trace was published")]
     Stopped,
@@ -54,6 +71,8 @@ impl RecordError {
         match self {
             Self::Encode(_) | Self::Trace(_) => ErrorClass::Handler,
             Self::Stopped => ErrorClass::Preempted,
+            // No further attempt finds another name: the job is over until a person acts.
+            Self::NameUsed { .. } => ErrorClass::Invalid,
             Self::Disk { .. }
             | Self::Store(_)
             | Self::InvalidManifest { .. }
@@ -61,4 +80,8 @@ impl RecordError {
             | Self::Late(_) => ErrorClass::Infra,
         }
     }
+}
+
+fn shown(digest: Option<&SpecDigest>) -> &str {
+    digest.map_or("none", SpecDigest::short)
 }

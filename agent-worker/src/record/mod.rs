@@ -24,6 +24,7 @@ use bytes::Bytes;
 use espalier_core::chat::Message;
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
+use espalier_core::spec::SpecDigest;
 use espalier_core::trace::{
     BlobRef, FileEntry, Header, ModelCall, Outcome, Step, StopReason, ToolCallRecord, Totals,
     sha256_hex,
@@ -32,7 +33,7 @@ use espalier_runtime::clock::Clock;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{self, OnFailure, Tasks};
 
-pub use adopt::{Found, find_published};
+pub use adopt::{Claim, Found, find_published};
 pub use error::RecordError;
 pub use publish::{Gate, NoLease, Published};
 pub use spool::Spool;
@@ -66,6 +67,7 @@ pub struct Recorder {
     key: JobKey,
     attempt: u32,
     fence: Fence,
+    spec: Option<SpecDigest>,
     log: Arc<StepLog>,
     shipment: Arc<Shipment>,
     header: Option<Box<Header>>,
@@ -77,12 +79,13 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Begins the recording of an attempt.
+    /// Begins the recording of an attempt at a job that asks for `spec`; none where no job asks.
     pub async fn open(
         context: RecordContext,
         key: JobKey,
         attempt: u32,
         fence: Fence,
+        spec: Option<SpecDigest>,
     ) -> Result<Self, RecordError> {
         let log = Arc::new(StepLog::create(context.spool.folder(&key, fence)).await?);
         let shipment = Arc::new(Shipment::new(
@@ -102,6 +105,7 @@ impl Recorder {
             key,
             attempt,
             fence,
+            spec,
             log,
             shipment,
             header: None,

@@ -12,7 +12,7 @@ use espalier_runtime::tasks::{self, with_deadline};
 use espalier_runtime::telemetry;
 use espalier_runtime::traces;
 
-use super::{Found, RecordError, Recorder, find_published};
+use super::{Claim, Found, RecordError, Recorder, find_published};
 
 /// How long somebody at a terminal waits for a store that is away.
 const NO_LEASE_PATIENCE: Duration = Duration::from_secs(120);
@@ -75,7 +75,8 @@ impl Recorder {
     /// Ends the recording and publishes it. Waits for a store that is away; the caller drops the future when the
     /// attempt has to stop.
     ///
-    /// A result that an earlier attempt published is verified and taken over in place of this one.
+    /// A result that an earlier attempt published is verified and taken over in place of this one, if it is one of the
+    /// same spec.
     pub async fn publish(
         self,
         outcome: Outcome,
@@ -135,6 +136,7 @@ impl Recorder {
             job: self.key.clone(),
             attempt: self.attempt,
             fence: self.fence,
+            spec_sha256: self.spec.clone(),
             created_at_us: self.context.clock.now(),
             files,
             parents: vec![layout::job(&self.key)],
@@ -174,6 +176,7 @@ impl Recorder {
                         summary: found.summary,
                     });
                 }
+                Found::OfAnotherSpec(found) => return Err(self.claim().refuse(found)),
                 Found::Invalid { reason } => reason,
                 Found::Nothing => "it went away while it was read".to_owned(),
             };
@@ -187,8 +190,16 @@ impl Recorder {
         }
     }
 
+    fn claim(&self) -> Claim<'_> {
+        Claim {
+            key: &self.key,
+            fence: self.fence,
+            spec: self.spec.as_ref(),
+        }
+    }
+
     async fn look(&self) -> Result<Found, RecordError> {
-        let find = || find_published(&self.context.store, &self.key);
+        let find = || find_published(&self.context.store, self.claim());
         self.until_stored("adoption", find).await
     }
 

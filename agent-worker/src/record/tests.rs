@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use espalier_core::chat::ToolCall;
 use espalier_core::error::ErrorClass;
-use espalier_core::spec::{Sampling, Task};
+use espalier_core::spec::{Sampling, Task, parse_line};
 use espalier_core::trace::{
     Decision, Manifest, Provenance, SCHEMA_VERSION, StopReason, Totals, Trace, TraceError,
 };
@@ -40,14 +40,29 @@ impl World {
     }
 
     async fn recorder(&self, fence: u64) -> Recorder {
+        self.recorder_of(fence, Some(spec("price?"))).await
+    }
+
+    async fn recorder_of(&self, fence: u64, spec: Option<SpecDigest>) -> Recorder {
         let fence = Fence(fence);
-        let mut recorder = Recorder::open(self.context.clone(), key(), 1, fence)
+        let mut recorder = Recorder::open(self.context.clone(), key(), 1, fence, spec)
             .await
             .unwrap();
         recorder.header(header(fence)).await.unwrap();
         let content = "price?".to_owned();
         recorder.message(Message::User { content }).await.unwrap();
         recorder
+    }
+
+    /// What an attempt at a job that asks for `spec` finds.
+    async fn find(&self, spec: Option<&SpecDigest>) -> Found {
+        let (key, fence) = (key(), Fence(9));
+        let claim = Claim {
+            key: &key,
+            fence,
+            spec,
+        };
+        find_published(&self.context.store, claim).await.unwrap()
     }
 
     async fn manifest(&self) -> Option<Manifest> {
@@ -83,6 +98,12 @@ impl World {
 
 fn key() -> JobKey {
     "p/b/j".parse().unwrap()
+}
+
+/// What a job with this prompt asks for.
+fn spec(prompt: &str) -> SpecDigest {
+    let line = serde_json::json!({"prompt": prompt}).to_string();
+    SpecDigest::of(&parse_line(line.as_bytes()).unwrap())
 }
 
 fn header(fence: Fence) -> Header {
@@ -205,8 +226,7 @@ async fn a_published_trace_verifies_and_leaves_nothing_on_this_machine() {
     assert!(!published.adopted);
     assert_eq!(published.summary.totals.turns, 1);
 
-    let Found::Published(manifest) = find_published(&world.context.store, &key()).await.unwrap()
-    else {
+    let Found::Published(manifest) = world.find(Some(&spec("price?"))).await else {
         panic!("not published");
     };
     assert_eq!((manifest.fence, manifest.files.len()), (Fence(7), 2));
@@ -265,6 +285,59 @@ async fn the_later_attempt_takes_over_what_a_zombie_published_first() {
         "the summary is of what is published"
     );
     assert_eq!(world.manifest().await.unwrap().fence, Fence(1));
+}
+
+#[tokio::test]
+async fn a_result_of_another_spec_is_neither_taken_over_nor_reported_nor_tried_again() {
+    let (old, new) = (spec("the old prompt"), spec("price?"));
+    for (published_as, asked) in [
+        (Some(old.clone()), Some(new.clone())),
+        // Imported, or said in a terminal: nobody's result but its own.
+        (None, Some(new)),
+        (Some(old), None),
+        (None, None),
+    ] {
+        let world = World::new().await;
+        let before = world.recorder_of(1, published_as.clone()).await;
+        before.publish(outcome(3), &gate(true)).await.unwrap();
+        // A file that is not whole makes no difference: the coordinator may only move what is a job's own.
+        let trace = layout::trace(&key(), Fence(1));
+        let torn = Bytes::from_static(b"torn");
+        world.context.store.put(&trace, torn).await.unwrap();
+        let was = world.manifest().await;
+
+        let found = world.find(asked.as_ref()).await;
+        assert_eq!(found, Found::OfAnotherSpec(published_as.clone()));
+        let gate = gate(true);
+        let later = world.recorder_of(2, asked.clone()).await;
+        let error = later.publish(outcome(5), &gate).await.unwrap_err();
+        assert_eq!(error.class(), ErrorClass::Invalid, "{error}");
+        assert_eq!(gate.reports.load(Ordering::SeqCst), 0);
+        assert_eq!(world.manifest().await, was, "it stays as it is");
+        let shown = |spec: &Option<SpecDigest>| {
+            let short = spec.as_ref().map(|spec| spec.short().to_owned());
+            short.unwrap_or("none".to_owned())
+        };
+        let expected = format!(
+            "batch name already used: the store holds a result of another spec for job `j` of batch `b` in project `p` \
+             (spec sha256 {}, this job's {}); use another batch name, or delete `p/batches/b/jobs/j/` from the store \
+             and retry the job",
+            shown(&published_as),
+            shown(&asked),
+        );
+        assert_eq!(error.to_string(), expected);
+    }
+}
+
+#[tokio::test]
+async fn what_no_job_asked_for_is_known_by_its_fence_after_a_lost_answer() {
+    let world = World::new().await;
+    let recorder = world.recorder_of(9, None).await;
+    recorder.publish(outcome(1), &NoLease).await.unwrap();
+    assert!(matches!(world.find(None).await, Found::Published(_)));
+    let again = world.recorder_of(9, None).await;
+    let published = again.publish(outcome(1), &NoLease).await.unwrap();
+    assert!(!published.adopted, "it is its own");
 }
 
 #[tokio::test]
@@ -345,7 +418,7 @@ async fn a_manifest_whose_files_changed_is_reported_and_replaced_only_once_moved
         .delete(&layout::trace(&key(), Fence(3)))
         .await
         .unwrap();
-    let Found::Invalid { reason } = find_published(&store, &key()).await.unwrap() else {
+    let Found::Invalid { reason } = world.find(Some(&spec("price?"))).await else {
         panic!("a missing file went unseen");
     };
     assert!(reason.ends_with("is missing"), "{reason}");

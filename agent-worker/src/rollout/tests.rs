@@ -49,7 +49,7 @@ async fn roll(world: &World, fields: Value) -> Ran {
 async fn roll_with(world: &World, fields: Value, answers: &Answers) -> Ran {
     let (draft, spec) = job(fields);
     let key: JobKey = "p/b/j".parse().unwrap();
-    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7))
+    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7), None)
         .await
         .unwrap();
     let order = Order {
@@ -250,7 +250,7 @@ async fn cancelling_ends_a_rollout_at_once() {
     world.model.hang();
     let (_, spec) = job(json!({}));
     let key: JobKey = "p/b/j".parse().unwrap();
-    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7))
+    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7), None)
         .await
         .unwrap();
     let order = Order {
@@ -326,7 +326,7 @@ async fn a_person_who_leaves_in_the_middle_leaves_a_whole_trace() {
         .will([calls(&[("sleep", "{}"), ("echo", "{}")])]);
     let (_, spec) = job(json!({}));
     let key: JobKey = "local/chat/1".parse().unwrap();
-    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7))
+    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7), None)
         .await
         .unwrap();
     let order = Order {

@@ -158,6 +158,7 @@ mod tests {
             job: key.clone(),
             attempt: 1,
             fence,
+            spec_sha256: None,
             created_at_us: Timestamp(1),
             files: vec![FileEntry::of(layout::trace(key, fence), trace)],
             parents: Vec::new(),

@@ -349,6 +349,7 @@ fn manifest(key: &JobKey, fence: Fence, trace: &[u8]) -> Bytes {
         job: key.clone(),
         attempt: 1,
         fence,
+        spec_sha256: None,
         created_at_us: Timestamp(1),
         files: vec![FileEntry::of(layout::trace(key, fence), trace)],
         parents: Vec::new(),

@@ -210,7 +210,7 @@ fn limits_to_wire(l: LimitsDraft) -> v1::Limits {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use espalier_core::spec::parse_line;
+    use espalier_core::spec::{SpecDigest, parse_line};
 
     const FULL: &str = r#"{"id":"a","priority":9,"labels":{"run":"1"},"after":["b"],"needs":["gpu"],"delay_ms":5,
         "max_attempts":2,"max_infra":3,"max_runtime_s":60,
@@ -253,7 +253,18 @@ mod tests {
             br#"{"mcp":["browser"],"prompt":"x","priority":2,"labels":{"a":"1","b":"2"},
                 "limits":{"turns":6,"wall_s":7}}"#,
         );
-        assert_eq!(merged, expected.unwrap());
+        let expected = expected.unwrap();
+        assert_eq!(merged, expected);
+        assert_eq!(SpecDigest::of(&merged), SpecDigest::of(&expected));
+    }
+
+    #[test]
+    fn a_spec_has_the_same_digest_on_both_sides_of_the_wire() {
+        for line in [FULL, r#"{"prompt":["x"]}"#] {
+            let draft = parse_line(line.as_bytes()).unwrap();
+            let granted = decode_draft(&[], &encode_draft(&draft)).unwrap();
+            assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&draft));
+        }
     }
 
     #[test]

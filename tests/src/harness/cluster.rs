@@ -71,6 +71,15 @@ impl Cluster {
         self.wait_until_ready().await;
     }
 
+    /// Kills the coordinator and starts it on an empty data folder: it knows none of its batches any more, as after
+    /// their retention, and the store is as it was.
+    pub async fn forget_batches(&mut self) {
+        self.coordinator.kill();
+        std::fs::remove_dir_all(self.folder.path().join("coordinator"))
+            .expect("the test's folder is writable");
+        self.restart_coordinator().await;
+    }
+
     /// Starts a worker with the toy MCP server and with browsers. A name that was used before takes over that worker's data folder.
     pub fn worker(&self, name: &str, slots: u32) -> Worker {
         self.spawn_worker(name, slots, None)

@@ -5,6 +5,7 @@
 //! field that does not. Only a `JobSpec` goes further in.
 
 mod check;
+mod digest;
 mod draft;
 mod mcp;
 mod verify;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{JobId, JobKey};
 
 pub use check::{Range, limits};
+pub use digest::SpecDigest;
 pub use draft::{
     JobDraft, LimitsDraft, McpUseDraft, ObservationDraft, PromptDraft, RolloutFile, SamplingDraft,
     parse_line, parse_toml,

@@ -9,6 +9,7 @@ use super::{SCHEMA_VERSION, StopReason, Totals};
 use crate::error::FieldError;
 use crate::id::{Fence, JobKey};
 use crate::layout;
+use crate::spec::SpecDigest;
 use crate::time::Timestamp;
 
 /// The published result of a job.
@@ -22,6 +23,10 @@ pub struct Manifest {
     pub attempt: u32,
     /// Its lease.
     pub fence: Fence,
+    /// What the job asked for. Only an attempt at a job that asks for the same takes the result over. Absent where no
+    /// job asked for it: a trace that was imported, a conversation in a terminal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spec_sha256: Option<SpecDigest>,
     /// When it was published.
     pub created_at_us: Timestamp,
     /// Every file that belongs to the result.

@@ -243,6 +243,8 @@ impl Traces {
             schema_version: SCHEMA_VERSION,
             attempt,
             fence,
+            // No job asked for it, so that none may take it for its own result.
+            spec_sha256: None,
             created_at_us: now,
             files: vec![FileEntry::of(path.as_str(), &bytes)],
             parents,
