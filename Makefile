@@ -14,6 +14,7 @@ NODE_PACKAGE := node-linux-$(if $(filter aarch64,$(shell uname -m)),arm64,x64)@2
 export PATH := $(CURDIR)/$(NODE)/node_modules/.bin:$(PATH)
 NPM_QUIET := --ignore-scripts --no-audit --no-fund --loglevel=error
 PYTHON_READY := $(VENV)/ready
+PYTHON_NEEDS := examples/python/requirements.txt tests/testbed/requirements.txt
 TEST_BINS := cargo build --locked --workspace --bins
 
 help: ## Lists the targets
@@ -34,8 +35,9 @@ setup: ## Installs what running needs: a C compiler, Node, Chromium, the locked 
 	$(call need,chromium,chromium)
 	@$(MAKE) --no-print-directory $(PLAYWRIGHT)
 
-setup-test: setup ## Installs what testing needs on top: cargo-nextest, Python's gRPC tools
+setup-test: setup ## Installs what testing needs on top: cargo-nextest, Redis, an S3 server, Python's gRPC tools
 	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked
+	$(call need,redis-server,redis-server)
 	$(call need,python3,python3)
 	@python3 -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update -qq; $(APT) install -y -qq --no-install-recommends python3-venv; }
 	@$(MAKE) --no-print-directory $(PYTHON_READY)
@@ -44,9 +46,9 @@ $(PLAYWRIGHT): agent-worker/playwright/package-lock.json
 	cd agent-worker/playwright && npm ci $(NPM_QUIET)
 	@touch $@
 
-$(PYTHON_READY): examples/python/requirements.txt
+$(PYTHON_READY): $(PYTHON_NEEDS)
 	python3 -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -r examples/python/requirements.txt
+	$(VENV)/bin/pip install --quiet $(PYTHON_NEEDS:%=-r %)
 	@touch $@
 
 # --- what people do ------------------------------------------------------------------------------------------------

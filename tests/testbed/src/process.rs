@@ -1,0 +1,149 @@
+//! A child process that dies with its test, and whose log is shown when the test fails.
+
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+pub use rustix::process::Signal;
+use rustix::process::{Pid, kill_process, kill_process_group};
+
+use crate::wait_for;
+
+/// The binary `name` of this workspace, built in the profile that the test was built in.
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a test knows its own path");
+    // target/debug/deps/test-hash -> target/debug
+    let folder = test
+        .ancestors()
+        .nth(2)
+        .expect("tests lie in target/PROFILE/deps");
+    let path = folder.join(name);
+    assert!(
+        path.exists(),
+        "{} is not built: run `make test`, which builds all binaries first",
+        path.display()
+    );
+    path
+}
+
+/// A running process, in a process group of its own.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command` with what it prints going to a file in `folder`.
+    pub fn start(name: &str, mut command: Command, folder: &Path) -> Self {
+        let log = folder.join(format!("{name}.log"));
+        let open = || {
+            let file = File::options().create(true).append(true).open(&log);
+            file.expect("the test's folder is writable")
+        };
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(open())
+            .stderr(open())
+            .process_group(0)
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {name} ({command:?}): {error}"));
+        Self {
+            name: name.to_owned(),
+            child,
+            log,
+        }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Sends a signal to the process alone, not to its children.
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal)
+            .unwrap_or_else(|error| panic!("cannot signal {}: {error}", self.name));
+    }
+
+    /// Ends it at once, as the kernel would, and waits for its end. Its children are left to themselves.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Asks it to end and waits; panics if it has not ended after `deadline`.
+    pub async fn terminate(&mut self, deadline: Duration) -> ExitStatus {
+        self.signal(Signal::TERM);
+        self.wait(deadline).await
+    }
+
+    /// Waits for its end; panics if it has not ended after `deadline`.
+    pub async fn wait(&mut self, deadline: Duration) -> ExitStatus {
+        let what = format!("{} to end", self.name);
+        wait_for(&what, deadline, || {
+            let ended = self.ended();
+            let log_bytes = self.log().len();
+            async move { ended.ok_or(format!("{log_bytes} bytes of log")) }
+        })
+        .await
+    }
+
+    /// Its exit status, if it has ended.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // The group, so that a test which failed leaves nothing running.
+        let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        self.kill();
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            eprintln!("--- the end of what {} logged ---", self.name);
+            tail.iter().rev().for_each(|line| eprintln!("{line}"));
+        }
+    }
+}
+
+/// Command lines of all processes whose environment names `mark`, so that a test finds what it left behind even where
+/// process groups were left.
+pub fn marked_processes(mark: &str) -> Vec<(u32, String)> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let pids = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let marked = pids.filter(|pid| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment
+            .windows(mark.len())
+            .any(|window| window == mark.as_bytes())
+    });
+    marked
+        .map(|pid| (pid, command_line(pid)))
+        .filter(|(_, line)| !line.is_empty())
+        .collect()
+}
+
+/// A zombie has none, and counts as gone.
+fn command_line(pid: u32) -> String {
+    let raw = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&raw)
+        .replace('\0', " ")
+        .trim()
+        .to_owned()
+}
