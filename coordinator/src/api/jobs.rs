@@ -18,9 +18,8 @@ use super::page::{self, List};
 use super::watch::{self, Watch};
 use super::{Shared, find_batch, job_key, no_job, questions, queue_error, submit, trace, view};
 use crate::auth::Call;
+use crate::queue::PAGE_MAX;
 
-/// Batches that a list looks at: the queue has them by name, and the answer is newest first.
-const BATCHES_MAX: usize = 100_000;
 /// Most labels of a filter.
 const FILTER_LABELS_MAX: usize = 64;
 /// Most ids of one retry.
@@ -119,9 +118,9 @@ impl v1::job_service_server::JobService for JobApi {
             batch: found.batch,
             cursor: request.get_ref().after_cursor,
             events,
-            place,
         };
-        self.0.tasks.spawn("api.watch", OnFailure::Log, watch.run());
+        let run = watch.run(place);
+        self.0.tasks.spawn("api.watch", OnFailure::Log, run);
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
@@ -207,34 +206,40 @@ impl JobApi {
                 .map_err(|_| FieldError::new("page_token", seq, "must end with a number"))?,
             None => u32::MAX,
         };
-        let mut all = self.all_batches(&project).await?;
-        all.retain(|batch| batch.seq.0 < before);
-        all.sort_unstable_by_key(|batch| std::cmp::Reverse(batch.seq));
-        let more = all.len() > size;
-        all.truncate(size);
-        let last = all.last().filter(|_| more);
+        let mut newest = self.newest_batches(&project, before, size + 1).await?;
+        let more = newest.len() > size;
+        newest.truncate(size);
+        let last = newest.last().filter(|_| more);
         Ok(v1::ListBatchesResponse {
             next_page_token: last
                 .map(|batch| list.token(&batch.seq.0.to_string()))
                 .unwrap_or_default(),
-            batches: all.iter().map(view::batch).collect(),
+            batches: newest.iter().map(view::batch).collect(),
         })
     }
 
-    async fn all_batches(&self, project: &ProjectId) -> Result<Vec<BatchView>, ApiError> {
-        let mut all: Vec<BatchView> = Vec::new();
-        while all.len() < BATCHES_MAX {
-            let after = all.last().map(|batch| batch.batch.clone());
-            let limit = crate::queue::PAGE_MAX;
-            let found = self.0.queue.batches(project.clone(), after, limit).await;
-            let found = found.map_err(queue_error)?;
-            let last = found.len() < limit;
-            all.extend(found);
-            if last {
-                break;
+    /// The newest batches below the number `before`, newest first. The queue has batches by name, so that all of the
+    /// project are looked at, however many; only those of the answer are kept.
+    async fn newest_batches(
+        &self,
+        project: &ProjectId,
+        before: u32,
+        limit: usize,
+    ) -> Result<Vec<BatchView>, ApiError> {
+        let mut newest: Vec<BatchView> = Vec::new();
+        let mut after = None;
+        loop {
+            let page = self.0.queue.batches(project.clone(), after, PAGE_MAX).await;
+            let page = page.map_err(queue_error)?;
+            let whole = page.len() == PAGE_MAX;
+            after = page.last().map(|batch| batch.batch.clone());
+            newest.extend(page.into_iter().filter(|batch| batch.seq.0 < before));
+            newest.sort_unstable_by_key(|batch| std::cmp::Reverse(batch.seq));
+            newest.truncate(limit);
+            if !whole {
+                return Ok(newest);
             }
         }
-        Ok(all)
     }
 
     async fn jobs(

@@ -64,15 +64,14 @@ pub(super) struct Watch {
     pub(super) batch: BatchId,
     pub(super) cursor: u64,
     pub(super) events: mpsc::Sender<Result<v1::BatchEvent, Status>>,
-    /// Held for as long as the stream lasts.
-    pub(super) place: OwnedSemaphorePermit,
 }
 
 impl Watch {
-    /// Sends events until the batch is complete, the client goes, or the coordinator drains.
-    pub async fn run(mut self) {
+    /// Sends events until the batch is complete, the client goes, or the coordinator drains; then the place is free.
+    pub async fn run(mut self, place: OwnedSemaphorePermit) {
         let events = self.events.clone();
         end_with_error(events, self.send_events()).await;
+        drop(place);
     }
 
     async fn send_events(&mut self) -> Result<(), ApiError> {
