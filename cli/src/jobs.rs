@@ -211,6 +211,8 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
         };
         [
             job.id.clone(),
+            json::kind(job.kind()).to_owned(),
+            job.priority.to_string(),
             json::state(job.state()).to_owned(),
             job.attempts.to_string(),
             reward.unwrap_or_default(),
@@ -222,6 +224,8 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
     table(
         [
             "job",
+            "kind",
+            "priority",
             "state",
             "attempts",
             "reward",
@@ -264,6 +268,8 @@ async fn show(context: &Context, name: &JobName) -> Outcome {
 fn job_text(job: &v1::Job) -> String {
     let mut rows = vec![
         ("job", format!("{}/{}", job.batch, job.id)),
+        ("kind", json::kind(job.kind()).to_owned()),
+        ("priority", job.priority.to_string()),
         ("state", json::state(job.state()).to_owned()),
         (
             "attempts",
@@ -433,9 +439,14 @@ fn batches_table(batches: &[v1::Batch]) -> String {
     let rows = batches.iter().map(|batch| {
         let c = batch.counts.unwrap_or_default();
         let state = match (batch.complete, batch.closed) {
+            _ if batch.cancelled => "cancelled",
             (true, _) => "complete",
             (false, true) => "running",
             (false, false) => "open",
+        };
+        let completed = match batch.completed_at_us {
+            0 => String::new(),
+            at => Timestamp(at).to_string(),
         };
         [
             batch.batch.clone(),
@@ -446,6 +457,7 @@ fn batches_table(batches: &[v1::Batch]) -> String {
             count(c.dead),
             count(c.cancelled),
             Timestamp(batch.created_at_us).to_string(),
+            completed,
         ]
     });
     let header = [
@@ -457,6 +469,7 @@ fn batches_table(batches: &[v1::Batch]) -> String {
         "dead",
         "cancelled",
         "opened",
+        "completed",
     ];
     table(header, rows.collect())
 }
@@ -478,6 +491,8 @@ mod tests {
     fn golden_jobs() {
         let dead = v1::Job {
             id: "j1".to_owned(),
+            kind: v1::JobKind::Rollout.into(),
+            priority: 7,
             state: v1::JobState::Dead.into(),
             attempts: 3,
             last_error: Some(v1::JobError {
@@ -487,7 +502,50 @@ mod tests {
             }),
             ..Default::default()
         };
-        let expected = " JOB  STATE  ATTEMPTS  REWARD  TASK KIND  TURNS  WHAT\n j1   dead   3                                   no model";
-        assert_eq!(jobs_table(&[dead]), expected);
+        let expected = [
+            " JOB  KIND     PRIORITY  STATE  ATTEMPTS  REWARD  TASK KIND  TURNS  WHAT",
+            " j1   rollout  7         dead   3                                   no model",
+        ];
+        assert_eq!(jobs_table(std::slice::from_ref(&dead)), expected.join("\n"));
+        let shown = job_text(&dead);
+        assert!(
+            shown.contains("kind       rollout\npriority   7\n"),
+            "{shown}"
+        );
+        let value = json::job(&dead);
+        assert_eq!(
+            (&value["kind"], &value["priority"]),
+            (&json!("rollout"), &json!(7))
+        );
+    }
+
+    #[test]
+    fn golden_batches() {
+        let running = v1::Batch {
+            batch: "a".to_owned(),
+            closed: true,
+            created_at_us: 1_000_000,
+            ..Default::default()
+        };
+        let cancelled = v1::Batch {
+            batch: "b".to_owned(),
+            complete: true,
+            cancelled: true,
+            completed_at_us: 61_000_000,
+            ..running.clone()
+        };
+        let expected = [
+            " BATCH  STATE      WAITING  RUNNING  SUCCEEDED  DEAD  CANCELLED  OPENED                       COMPLETED",
+            " a      running    0        0        0          0     0          1970-01-01T00:00:01.000000Z",
+            " b      cancelled  0        0        0          0     0          1970-01-01T00:00:01.000000Z  1970-01-01T00:01:01.000000Z",
+        ];
+        assert_eq!(
+            batches_table(&[running.clone(), cancelled.clone()]),
+            expected.join("\n")
+        );
+        assert_eq!(json::batch(&running).get("completed_at_us"), None);
+        let value = json::batch(&cancelled);
+        assert_eq!(value["completed_at_us"], json!(61_000_000));
+        assert_eq!(value["cancelled"], json!(true));
     }
 }

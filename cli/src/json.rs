@@ -6,14 +6,19 @@ use serde_json::{Map, Value, json};
 
 /// A batch.
 pub fn batch(batch: &v1::Batch) -> Value {
-    json!({
+    let mut value = json!({
         "batch": batch.batch,
         "project": batch.project,
         "closed": batch.closed,
         "complete": batch.complete,
+        "cancelled": batch.cancelled,
         "counts": counts(&batch.counts.unwrap_or_default()),
         "created_at_us": batch.created_at_us,
-    })
+    });
+    if batch.completed_at_us > 0 {
+        value["completed_at_us"] = json!(batch.completed_at_us);
+    }
+    value
 }
 
 /// Jobs by state.
@@ -34,6 +39,8 @@ pub fn job(job: &v1::Job) -> Value {
     let mut value = json!({
         "batch": job.batch,
         "id": job.id,
+        "kind": kind(job.kind()),
+        "priority": job.priority,
         "state": state(job.state()),
         "attempts": job.attempts,
         "handler_failures": job.handler_failures,
@@ -86,6 +93,14 @@ pub fn summary(summary: &v1::RolloutSummary) -> Value {
         value.extend(rest);
     }
     Value::Object(value)
+}
+
+/// The name of a kind of work.
+pub fn kind(kind: v1::JobKind) -> &'static str {
+    match kind {
+        v1::JobKind::Unspecified => "unknown",
+        v1::JobKind::Rollout => "rollout",
+    }
 }
 
 /// The name of a state.

@@ -6,7 +6,7 @@ use espalier_proto::v1;
 use serde_json::{Value, json};
 
 use crate::json;
-use crate::output::{count, cut, table};
+use crate::output::{count, cut, duration, table};
 
 /// Reasons that are shown; the rest is summed up.
 const REASONS_SHOWN_MAX: usize = 12;
@@ -171,8 +171,25 @@ impl Report {
                 ));
             }
         }
+        text.push_str(&self.end());
         text.push_str(&self.places(store));
         text
+    }
+
+    /// How long the batch took, and whether it was cancelled; empty while it is not complete.
+    fn end(&self) -> String {
+        let v1::Batch {
+            created_at_us,
+            completed_at_us,
+            cancelled,
+            ..
+        } = self.batch;
+        if completed_at_us == 0 {
+            return String::new();
+        }
+        let what = if cancelled { "cancelled" } else { "complete" };
+        let took_ms = completed_at_us.saturating_sub(created_at_us) / 1_000;
+        format!("\n\n{what} after {}", duration(took_ms))
     }
 
     fn places(&self, store: Option<&str>) -> String {
@@ -369,7 +386,9 @@ mod tests {
                 closed: true,
                 complete: true,
                 counts: Some(counts),
-                created_at_us: 0,
+                created_at_us: 1_000_000,
+                completed_at_us: 62_000_000,
+                cancelled: false,
             }),
             ended: jobs,
             cursor: 1,
@@ -414,6 +433,8 @@ mod tests {
             " JOBS  WHY NOT SOLVED",
             " 1     dead, infra: the browser crashed",
             " 1     the answer is 5, not 7",
+            "",
+            "complete after 1 min 01 s",
             "",
             "traces: espalier traces list b1",
             "        file:///s/default/batches/b1/",

@@ -21,6 +21,8 @@ pub fn batch(view: &BatchView) -> v1::Batch {
         complete: view.completed_at.is_some(),
         counts: Some(counts(&view.counters)),
         created_at_us: view.opened_at.0,
+        completed_at_us: view.completed_at.map_or(0, |at| at.0),
+        cancelled: view.cancelled,
     }
 }
 
@@ -69,6 +71,8 @@ pub fn job(detail: JobDetail) -> v1::Job {
         created_at_us: job.submitted_at.0,
         ended_at_us,
         progress,
+        kind: kind(job.kind).into(),
+        priority: job.priority.into(),
     }
 }
 
@@ -94,6 +98,14 @@ pub fn states_from_wire(states: &[i32]) -> Result<Vec<StateName>, FieldError> {
             .ok_or_else(|| FieldError::new(format!("states[{i}]"), wire, "must be a known state"))
     };
     states.iter().enumerate().map(one).collect()
+}
+
+/// The kind of a job. Only rollouts come in through the API.
+fn kind(kind: JobKind) -> v1::JobKind {
+    match kind {
+        JobKind::Rollout => v1::JobKind::Rollout,
+        _ => v1::JobKind::Unspecified,
+    }
 }
 
 /// The kind of job that a worker names.

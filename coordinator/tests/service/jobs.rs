@@ -374,8 +374,10 @@ async fn waiting_jobs_are_cancelled_by_job_label_and_batch() {
     let coordinator = Coordinator::start().await;
     let mut jobs = coordinator.jobs(SHOP);
     open(&mut jobs, "b1").await;
-    let labelled = job(r#"{"id":"l","prompt":"x","labels":{"run":"7"}}"#);
+    let labelled = job(r#"{"id":"l","prompt":"x","labels":{"run":"7"},"priority":9}"#);
     submit(&mut jobs, "b1", 0, vec![plain("a"), labelled, plain("b")]).await;
+    let seen = get_job(&mut jobs, "b1", "l").await;
+    assert_eq!((seen.kind(), seen.priority), (v1::JobKind::Rollout, 9));
     let job_ref = v1::JobRef {
         batch: "b1".to_owned(),
         id: "a".to_owned(),
@@ -395,7 +397,8 @@ async fn waiting_jobs_are_cancelled_by_job_label_and_batch() {
     }
     let batch = "b1".to_owned();
     let batch = jobs.get_batch(v1::GetBatchRequest { batch }).await.unwrap();
-    assert!(batch.get_ref().complete);
+    assert!(batch.get_ref().complete && batch.get_ref().cancelled);
+    assert!(batch.get_ref().completed_at_us >= batch.get_ref().created_at_us);
     assert_eq!(batch.get_ref().counts.unwrap().cancelled, 3);
     let nothing = jobs.cancel(v1::CancelRequest { target: None }).await;
     assert_eq!(field(&nothing.unwrap_err()), "target");
