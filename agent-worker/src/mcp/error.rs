@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use espalier_core::error::{ErrorClass, FieldError};
+use espalier_runtime::tasks::BlockingFailed;
 
 /// An error that ends a connection or an attempt. A tool that merely fails is none: that is a [`super::ToolOutcome`]
 /// with its error flag set, which the model sees.
@@ -79,6 +80,10 @@ pub enum McpError {
         bytes_max: usize,
     },
 
+    /// An answer could not be converted off the async threads.
+    #[error(transparent)]
+    Blocking(#[from] BlockingFailed),
+
     /// The rollout was cancelled.
     #[error("cancelled")]
     Cancelled,
@@ -99,7 +104,8 @@ impl McpError {
             | Self::Crashed { .. }
             | Self::ContextLost { .. }
             | Self::Deadline { .. }
-            | Self::TooLarge { .. } => ErrorClass::Infra,
+            | Self::TooLarge { .. }
+            | Self::Blocking(_) => ErrorClass::Infra,
             Self::Cancelled => ErrorClass::Cancelled,
             Self::ShuttingDown => ErrorClass::Preempted,
         }

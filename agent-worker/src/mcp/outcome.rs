@@ -5,10 +5,19 @@ use std::time::Duration;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use rmcp::model::{CallToolResult, ContentBlock, ResourceContents};
+use espalier_runtime::tasks::{BlockingFailed, blocking};
+use rmcp::model::{CallToolResult, ContentBlock, ReadResourceResult, ResourceContents};
 use serde_json::{Value, json};
 
 use crate::observe::strip;
+
+/// Up to this size an answer is converted where it is. Cleaning, decoding and writing it take one to two nanoseconds a
+/// byte together, so this is under half a millisecond; of 16 MB, the most that a server may send, it is a stall of
+/// everything else on the thread.
+const INLINE_BYTES_MAX: usize = 256 << 10;
+
+/// What a part counts beside its text: an answer may be made of very many empty ones.
+const PART_BYTES: usize = 64;
 
 /// The answer of one call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,8 +35,35 @@ pub struct ToolOutcome {
 }
 
 impl ToolOutcome {
-    /// From what the server sent.
-    pub(super) fn new(result: &CallToolResult, latency: Duration) -> Self {
+    /// From what the server answered to a call.
+    pub(super) async fn of_call(
+        result: CallToolResult,
+        latency: Duration,
+    ) -> Result<Self, BlockingFailed> {
+        let bytes = call_bytes(&result);
+        convert(bytes, move || Self::new(&result, latency)).await
+    }
+
+    /// From what the server answered when it was asked for a resource.
+    pub(super) async fn of_resource(
+        result: ReadResourceResult,
+        latency: Duration,
+    ) -> Result<Self, BlockingFailed> {
+        let bytes = result.contents.iter().map(resource_bytes).sum();
+        let work = move || {
+            let texts: Vec<String> = result.contents.iter().map(resource_text).collect();
+            Self {
+                text: texts.join("\n"),
+                is_error: false,
+                raw: serde_json::to_vec(&result).unwrap_or_default().into(),
+                images: Vec::new(),
+                latency,
+            }
+        };
+        convert(bytes, work).await
+    }
+
+    fn new(result: &CallToolResult, latency: Duration) -> Self {
         let mut texts = Vec::new();
         let mut images = Vec::new();
         for block in &result.content {
@@ -72,8 +108,44 @@ impl ToolOutcome {
     }
 }
 
+/// Converts an answer of `bytes`: here while it is small, off the async threads otherwise.
+async fn convert(
+    bytes: usize,
+    work: impl FnOnce() -> ToolOutcome + Send + 'static,
+) -> Result<ToolOutcome, BlockingFailed> {
+    if bytes <= INLINE_BYTES_MAX {
+        return Ok(work());
+    }
+    blocking("mcp.convert", work).await
+}
+
+/// About how large an answer is. Structured content has no size that could be told without walking it, so it counts as
+/// large.
+fn call_bytes(result: &CallToolResult) -> usize {
+    if result.structured_content.is_some() {
+        return usize::MAX;
+    }
+    let part = |block: &ContentBlock| match block {
+        ContentBlock::Text(part) => PART_BYTES + part.text.len(),
+        ContentBlock::Image(part) => PART_BYTES + part.data.len(),
+        ContentBlock::Audio(part) => PART_BYTES + part.data.len(),
+        ContentBlock::Resource(part) => resource_bytes(&part.resource),
+        _ => PART_BYTES,
+    };
+    result.content.iter().map(part).sum()
+}
+
+fn resource_bytes(resource: &ResourceContents) -> usize {
+    PART_BYTES
+        + match resource {
+            ResourceContents::TextResourceContents { text, .. } => text.len(),
+            ResourceContents::BlobResourceContents { blob, .. } => blob.len(),
+            _ => 0,
+        }
+}
+
 /// The text of a resource, or what kind of thing it is.
-pub(super) fn resource_text(resource: &ResourceContents) -> String {
+fn resource_text(resource: &ResourceContents) -> String {
     match resource {
         ResourceContents::TextResourceContents { text, .. } => strip(text).into_owned(),
         ResourceContents::BlobResourceContents { uri, mime_type, .. } => {
@@ -116,5 +188,73 @@ mod tests {
             "{\"n\":1}"
         );
         assert_eq!(outcome(json!({"content": []})).text, "");
+    }
+
+    /// The thread on which an answer of `bytes` is converted.
+    async fn thread_for(bytes: usize) -> String {
+        let work = || {
+            let thread = format!("{:?}", std::thread::current().id());
+            ToolOutcome::failure(thread, Duration::ZERO)
+        };
+        convert(bytes, work).await.unwrap().text
+    }
+
+    #[tokio::test]
+    async fn large_answers_leave_the_async_thread() {
+        let here = format!("{:?}", std::thread::current().id());
+        assert_eq!(thread_for(INLINE_BYTES_MAX).await, here);
+        assert_ne!(thread_for(INLINE_BYTES_MAX + 1).await, here);
+    }
+
+    #[test]
+    fn every_heavy_part_counts() {
+        let bytes = |result: Value| call_bytes(&serde_json::from_value(result).unwrap());
+        let long = "a".repeat(INLINE_BYTES_MAX);
+        for part in [
+            json!({"type": "text", "text": long}),
+            json!({"type": "image", "data": long, "mimeType": "image/png"}),
+            json!({"type": "audio", "data": long, "mimeType": "audio/wav"}),
+            json!({"type": "resource", "resource": {"uri": "a://b", "text": long}}),
+            json!({"type": "resource", "resource": {"uri": "a://b", "blob": long}}),
+        ] {
+            let kind = part["type"].clone();
+            assert!(
+                bytes(json!({ "content": [part] })) > INLINE_BYTES_MAX,
+                "{kind}"
+            );
+        }
+        let empty = json!({"type": "text", "text": ""});
+        assert!(bytes(json!({"content": vec![empty; 10_000]})) > INLINE_BYTES_MAX);
+        assert!(bytes(json!({"content": [], "structuredContent": 1})) > INLINE_BYTES_MAX);
+        assert!(bytes(json!({"content": [{"type": "text", "text": "a"}]})) < 100);
+    }
+
+    #[tokio::test]
+    async fn a_large_answer_becomes_the_same_outcome() {
+        let data = BASE64_STANDARD.encode(vec![7; 4 << 20]);
+        let result: CallToolResult = serde_json::from_value(json!({"content": [
+            {"type": "image", "data": data, "mimeType": "image/png"},
+            {"type": "text", "text": "\u{1b}[1mx\u{1b}[0m"},
+        ]}))
+        .unwrap();
+        let latency = Duration::from_millis(5);
+        let inline = ToolOutcome::new(&result, latency);
+        assert_eq!(inline.images[0].1.len(), 4 << 20);
+        assert_eq!(ToolOutcome::of_call(result, latency).await.unwrap(), inline);
+    }
+
+    #[tokio::test]
+    async fn a_resource_is_text_or_the_name_of_what_it_is() {
+        let result = serde_json::from_value(json!({"contents": [
+            {"uri": "a://b", "text": "n\u{1b}[0m"},
+            {"uri": "a://c", "blob": "aGk=", "mimeType": "image/png"},
+        ]}))
+        .unwrap();
+        let got = ToolOutcome::of_resource(result, Duration::ZERO)
+            .await
+            .unwrap();
+        assert_eq!(got.text, "n\n[a://c, image/png]");
+        let raw: Value = serde_json::from_slice(&got.raw).unwrap();
+        assert_eq!(raw["contents"][1]["blob"], "aGk=");
     }
 }

@@ -17,7 +17,7 @@ use super::connection::Connection;
 use super::convert::OfferedTool;
 use super::error::McpError;
 use super::launcher::PrivateDir;
-use super::outcome::{ToolOutcome, resource_text};
+use super::outcome::ToolOutcome;
 use super::shared::Lease;
 
 /// More tools than this confuse models.
@@ -198,18 +198,7 @@ impl Toolbox {
             .await
             .inspect_err(|error| link.note(error))?;
         Ok(match answer {
-            Ok(result) => ToolOutcome {
-                text: result
-                    .contents
-                    .iter()
-                    .map(resource_text)
-                    .collect::<Vec<_>>()
-                    .join("\n"),
-                is_error: false,
-                raw: serde_json::to_vec(&result).unwrap_or_default().into(),
-                images: Vec::new(),
-                latency: started.elapsed(),
-            },
+            Ok(result) => ToolOutcome::of_resource(result, started.elapsed()).await?,
             Err(error) => ToolOutcome::failure(error.message.to_string(), started.elapsed()),
         })
     }
@@ -275,7 +264,7 @@ impl Toolbox {
             .await
             .inspect_err(|error| link.note(error))?;
         Ok(match answer {
-            Ok(result) => ToolOutcome::new(&result, started.elapsed()),
+            Ok(result) => ToolOutcome::of_call(result, started.elapsed()).await?,
             Err(error) => ToolOutcome::failure(error.message.to_string(), started.elapsed()),
         })
     }
