@@ -11,10 +11,10 @@ use std::collections::BTreeMap;
 use std::io::Read;
 
 use espalier_core::error::FieldError;
-use espalier_core::id::{BatchId, JobKey, ProjectId};
+use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
 use espalier_core::layout;
 use espalier_core::time::Timestamp;
-use espalier_core::trace::{FileEntry, Manifest, SCHEMA_VERSION, Trace, TraceError};
+use espalier_core::trace::{FileEntry, Header, Manifest, SCHEMA_VERSION, Trace, TraceError};
 
 use crate::store::{Created, LIST_MAX, Store, StoreError};
 use crate::tasks::{BlockingFailed, blocking};
@@ -27,8 +27,8 @@ pub const TRACE_BYTES_MAX: u64 = 512 << 20;
 pub const LISTED_MAX: usize = 1_000_000;
 /// The level at which traces are packed: above it, zstd gains little on JSON and takes much longer.
 const ZSTD_LEVEL: i32 = 3;
-/// Tries to find a free number for a patch, while others add patches to the same trace.
-const PATCH_TRIES_MAX: u32 = 16;
+/// Tries to find a free number for a patch or a file, while others add theirs to the same job.
+const NUMBER_TRIES_MAX: u32 = 16;
 
 /// Why a trace could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +83,7 @@ pub enum TracesError {
     #[error("a listing must hold at most {LISTED_MAX} traces, and there are more: name a batch")]
     TooMany,
     /// Somebody else took every number that was tried.
-    #[error("no free number for a correction of `{0}` was found in {PATCH_TRIES_MAX} tries")]
+    #[error("no free number for an object of `{0}` was found in {NUMBER_TRIES_MAX} tries")]
     Contended(JobKey),
     /// Packing failed.
     #[error("packing failed")]
@@ -216,7 +216,7 @@ impl Traces {
             reason: error.to_string(),
         })?;
         let mut n = self.find(job).await?.newest_patch.map_or(0, |n| n + 1);
-        for _ in 0..PATCH_TRIES_MAX {
+        for _ in 0..NUMBER_TRIES_MAX {
             let path = layout::patch(job, n);
             match self.store.create(&path, text.clone().into()).await? {
                 Created::New => return Ok(n),
@@ -227,18 +227,26 @@ impl Traces {
     }
 
     /// Publishes a trace that no attempt of ours made: its file first, its manifest last. [`Created::Exists`] where
-    /// the job has one already, which stays as it is.
+    /// the job has one already, which stays as it is, also where several publish at once.
     pub async fn publish(
         &self,
         trace: Trace,
         parents: Vec<String>,
         now: Timestamp,
     ) -> Result<Created, TracesError> {
-        let (job, fence) = (trace.header.job.clone(), trace.header.fence);
-        let (attempt, summary) = (trace.header.attempt, trace.summary());
-        let (path, manifest_path) = (layout::trace(&job, fence), layout::manifest(&job));
-        let packing = path.clone();
-        let bytes = blocking("traces.pack", move || pack(&packing, &trace)).await??;
+        let manifest_path = layout::manifest(&trace.header.job);
+        // Spares a repeated import its files; what decides is the creation of the manifest below.
+        if self.is_there(&manifest_path).await? {
+            return Ok(Created::Exists);
+        }
+        let (trace, file) = self.create_file(trace).await?;
+        let summary = trace.summary();
+        let Header {
+            job,
+            attempt,
+            fence,
+            ..
+        } = trace.header;
         let manifest = Manifest {
             schema_version: SCHEMA_VERSION,
             attempt,
@@ -246,7 +254,7 @@ impl Traces {
             // No job asked for it, so that none may take it for its own result.
             spec_sha256: None,
             created_at_us: now,
-            files: vec![FileEntry::of(path.as_str(), &bytes)],
+            files: vec![file],
             parents,
             summary,
             job,
@@ -255,11 +263,36 @@ impl Traces {
             path: manifest_path.clone(),
             rule: format!("cannot be written: {error}"),
         })?;
-        if self.store.head(&manifest_path).await.is_ok() {
-            return Ok(Created::Exists);
-        }
-        self.store.put(&path, bytes.into()).await?;
         Ok(self.store.create(&manifest_path, text.into()).await?)
+    }
+
+    /// Writes the file of a trace under its fence. A file of somebody else stays as it is, since a manifest may name
+    /// it at any moment; the trace then gets the next fence that is free.
+    async fn create_file(&self, mut trace: Trace) -> Result<(Trace, FileEntry), TracesError> {
+        for _ in 0..NUMBER_TRIES_MAX {
+            let path = layout::trace(&trace.header.job, trace.header.fence);
+            let at = path.clone();
+            let packing = blocking("traces.pack", move || (pack(&at, &trace), trace));
+            let (packed, back) = packing.await?;
+            trace = back;
+            let bytes = packed?;
+            let file = FileEntry::of(path.as_str(), &bytes);
+            if self.store.create(&path, bytes.into()).await? == Created::New
+                || file.holds(&self.store.get(&path).await?)
+            {
+                return Ok((trace, file));
+            }
+            trace.header.fence = Fence(trace.header.fence.0 + 1);
+        }
+        Err(TracesError::Contended(trace.header.job))
+    }
+
+    async fn is_there(&self, path: &str) -> Result<bool, TracesError> {
+        match self.store.head(path).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     async fn manifest(&self, job: &JobKey) -> Result<Manifest, TracesError> {

@@ -1,7 +1,7 @@
 //! Publishing, reading, correcting and the workshop's form, over a store in memory.
 
 use espalier_core::chat::{Message, ToolCall};
-use espalier_core::id::JobKey;
+use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::spec::{JobDraft, PromptDraft, Sampling};
 use espalier_core::time::Timestamp;
@@ -9,6 +9,7 @@ use espalier_core::trace::{CheckResult, StopReason, Trace, Verdict};
 use serde_json::{Value, json};
 
 use super::{Patch, Traces, TracesError, workshop};
+use crate::store::faults::{Fault, Faults};
 use crate::store::{Created, Store};
 
 const NOW: Timestamp = Timestamp(1_750_000_000_000_000);
@@ -144,7 +145,7 @@ async fn published_traces_are_listed_and_read() {
         assert_eq!(published, Created::New);
     }
     // What an attempt left without a manifest is not seen.
-    let stray = layout::trace(&key("c"), espalier_core::id::Fence(9));
+    let stray = layout::trace(&key("c"), Fence(9));
     traces.store.put(&stray, "x".into()).await.unwrap();
 
     let listed = traces.list(None).await.unwrap();
@@ -162,11 +163,76 @@ async fn published_traces_are_listed_and_read() {
     assert!(matches!(error, TracesError::NotPublished(_)), "{error}");
 }
 
+/// Another trace of the same job.
+fn variant(job: &str) -> Trace {
+    let mut file = file();
+    file["messages"][5]["content"] = json!("6");
+    workshop::read(file.to_string().as_bytes(), key(job), sampling()).unwrap()
+}
+
+#[tokio::test]
+async fn of_two_that_publish_at_once_one_counts_and_is_whole() {
+    let traces = traces().await;
+    let (first, second) = tokio::join!(
+        traces.publish(trace("a"), Vec::new(), NOW),
+        traces.publish(variant("a"), Vec::new(), NOW),
+    );
+    let results = [first.unwrap(), second.unwrap()];
+    let count = results.iter().filter(|one| **one == Created::New).count();
+    assert_eq!(count, 1, "{results:?}");
+    let listed = traces.find(&key("a")).await.unwrap();
+    let loaded = traces.load(&listed).await.unwrap();
+    let winner = if results[0] == Created::New {
+        trace("a")
+    } else {
+        variant("a")
+    };
+    assert_eq!(loaded.trace.messages, winner.messages);
+}
+
+#[tokio::test]
+async fn a_file_that_somebody_left_is_never_written_over() {
+    let traces = traces().await;
+    let path = layout::trace(&key("a"), Fence(1));
+    let left = super::pack(&path, &variant("a")).unwrap();
+    traces.store.put(&path, left.clone().into()).await.unwrap();
+    let published = traces.publish(trace("a"), Vec::new(), NOW).await.unwrap();
+    assert_eq!(published, Created::New);
+    assert_eq!(traces.store.get(&path).await.unwrap(), left);
+    let listed = traces.find(&key("a")).await.unwrap();
+    let loaded = traces.load(&listed).await.unwrap();
+    assert_eq!(loaded.trace.header.fence, Fence(2));
+    assert_eq!(loaded.trace.messages, trace("a").messages);
+
+    // One's own from before an interruption is taken up.
+    let path = layout::trace(&key("b"), Fence(1));
+    let own = super::pack(&path, &trace("b")).unwrap();
+    traces.store.put(&path, own.into()).await.unwrap();
+    traces.publish(trace("b"), Vec::new(), NOW).await.unwrap();
+    let listed = traces.find(&key("b")).await.unwrap();
+    assert_eq!(
+        traces.load(&listed).await.unwrap().trace.header.fence,
+        Fence(1)
+    );
+}
+
+#[tokio::test]
+async fn a_store_that_does_not_answer_is_not_taken_for_an_empty_one() {
+    let store = Store::open("memory://").await.unwrap();
+    let denied = Faults::new(|operation, _| (operation == "head").then_some(Fault::Denied));
+    let traces = Traces::new(store.with_faults(denied), "shop".parse().unwrap());
+    let error = traces
+        .publish(trace("a"), Vec::new(), NOW)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, TracesError::Store(_)), "{error}");
+}
+
 #[tokio::test]
 async fn an_altered_trace_is_refused() {
     let traces = traces().await;
     traces.publish(trace("a"), Vec::new(), NOW).await.unwrap();
-    let path = layout::trace(&key("a"), espalier_core::id::Fence(1));
+    let path = layout::trace(&key("a"), Fence(1));
     traces.store.put(&path, "other".into()).await.unwrap();
     let listed = traces.find(&key("a")).await.unwrap();
     let error = traces.load(&listed).await.unwrap_err();
