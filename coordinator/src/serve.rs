@@ -39,7 +39,7 @@ pub struct Deps {
     pub queue: Arc<dyn Queue>,
     /// Large specs, manifests and traces; the same that the workers use.
     pub store: Store,
-    /// The time of day; the queue has the same.
+    /// The queue's time: deadlines and delays are the queue's, so that no other clock may be held against them.
     pub clock: Arc<dyn Clock>,
 }
 
@@ -60,13 +60,14 @@ impl Deps {
         for (project, settings) in &config.projects {
             machine.weights.insert(project.clone(), settings.weight);
         }
-        let mut embedded = EmbeddedConfig::new(config.queue_file(), Arc::clone(&clock));
+        let mut embedded = EmbeddedConfig::new(config.queue_file(), clock);
         embedded.machine = machine;
         let opened = tasks::blocking("queue.open", move || Embedded::open(embedded)).await?;
+        let queue = opened?;
         Ok(Self {
-            queue: Arc::new(opened?),
+            clock: queue.clock(),
+            queue: Arc::new(queue),
             store,
-            clock,
         })
     }
 }

@@ -54,7 +54,7 @@ pub struct Shared {
     pub trace_readers: Arc<Semaphore>,
     /// Places of those who watch batches.
     pub watch_places: watch::Places,
-    /// The time of day.
+    /// The queue's time.
     pub clock: Arc<dyn Clock>,
     /// Where streams run.
     pub tasks: Tasks,
@@ -63,7 +63,7 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// The present moment.
+    /// The present moment, by the queue's clock.
     pub fn now(&self) -> Timestamp {
         self.clock.now()
     }

@@ -431,6 +431,25 @@ async fn a_restart_forgets_nothing_that_was_acknowledged() {
 }
 
 #[tokio::test]
+async fn a_clock_that_was_set_back_shortens_no_delay_and_prolongs_no_lease() {
+    let began = Timestamp::from_ms(1_700_000_000_000);
+    let clock = Arc::new(ManualClock::new(began));
+    let coordinator = Coordinator::start_at(clock.clone(), |_| {}).await;
+    open(&mut coordinator.jobs(SHOP), "b1").await;
+    clock.set(Timestamp(began.0 - 3_600_000_000));
+    let coordinator = coordinator.restart().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    let later = job(r#"{"id":"later","prompt":"x","delay_ms":60000}"#);
+    submit(&mut jobs, "b1", 0, vec![later, plain("now")]).await;
+    let seen = get_job(&mut jobs, "b1", "later").await;
+    assert_eq!(seen.state(), v1::JobState::Delayed);
+    let mut worker = coordinator.worker("w1", 1).await;
+    worker.credit(1).await;
+    let grant = worker.grants(1).await.remove(0);
+    assert_eq!(grant.lease_ttl_ms, worker.welcome.lease_ttl_ms);
+}
+
+#[tokio::test]
 async fn old_batches_are_forgotten_with_what_lost() {
     let clock = Arc::new(ManualClock::new(Timestamp::from_ms(1_700_000_000_000)));
     let coordinator = Coordinator::start_at(clock.clone(), |_| {}).await;

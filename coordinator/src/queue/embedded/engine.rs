@@ -11,6 +11,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use espalier_core::queue::{Event, Machine, MachineConfig};
@@ -59,14 +60,47 @@ struct Live {
     store: Store,
 }
 
+/// The queue's time: the clock's, moved on by as much as the clock was found behind the newest time in the file, so that
+/// time goes on from there. A queue whose time stood still would end no lease and no delay.
+pub(super) struct QueueClock {
+    clock: Arc<dyn Clock>,
+    behind_us: AtomicU64,
+}
+
+impl QueueClock {
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
+        Self {
+            clock,
+            behind_us: AtomicU64::new(0),
+        }
+    }
+
+    /// Moves on so far that it is not behind `newest`; returns by how much.
+    fn catch_up(&self, newest: Timestamp) -> Duration {
+        let behind = newest.since(self.now());
+        let behind_us = u64::try_from(behind.as_micros()).unwrap_or(u64::MAX);
+        self.behind_us.fetch_add(behind_us, Ordering::Relaxed);
+        behind
+    }
+}
+
+impl Clock for QueueClock {
+    fn now(&self) -> Timestamp {
+        self.clock.now() + Duration::from_micros(self.behind_us.load(Ordering::Relaxed))
+    }
+}
+
+impl std::fmt::Debug for QueueClock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "QueueClock({})", self.now())
+    }
+}
+
 pub(super) struct Engine {
     open: OpenDatabase,
     cache_bytes: usize,
     config: MachineConfig,
-    clock: Arc<dyn Clock>,
-    /// By how much the clock was behind the newest time in the file when that was read. Added to every reading, so that
-    /// time goes on from there: a queue whose time stood still would end no lease and no delay.
-    behind: Duration,
+    clock: Arc<QueueClock>,
     events: broadcast::Sender<Event>,
     live: Option<Live>,
     /// No new work before this moment.
@@ -81,7 +115,7 @@ impl Engine {
         open: OpenDatabase,
         cache_bytes: usize,
         config: MachineConfig,
-        clock: Arc<dyn Clock>,
+        clock: Arc<QueueClock>,
         events: broadcast::Sender<Event>,
     ) -> Result<Self, StoreError> {
         let mut engine = Self {
@@ -89,7 +123,6 @@ impl Engine {
             cache_bytes,
             config,
             clock,
-            behind: Duration::ZERO,
             events,
             live: None,
             admission_from: Timestamp::default(),
@@ -99,21 +132,15 @@ impl Engine {
         Ok(engine)
     }
 
-    fn load(&mut self) -> Result<Live, StoreError> {
+    fn load(&self) -> Result<Live, StoreError> {
         let store = Store::new((self.open)(self.cache_bytes)?)?;
         let mut machine = store.load(self.config.clone())?;
-        let now = self.now();
-        let behind = Duration::from_micros(machine.newest_time().0.saturating_sub(now.0));
+        let behind = self.clock.catch_up(machine.newest_time());
         if !behind.is_zero() {
             warn!(?behind, "the clock is behind the queue's file");
-            self.behind += behind;
         }
-        machine.refresh_leases(now + behind);
+        machine.refresh_leases(self.clock.now());
         Ok(Live { machine, store })
-    }
-
-    fn now(&self) -> Timestamp {
-        self.clock.now() + self.behind
     }
 
     /// Serves calls until nobody can make any.
@@ -134,7 +161,7 @@ impl Engine {
     }
 
     fn serve(&mut self, group: &mut Vec<Call>) {
-        let now = self.now();
+        let now = self.clock.now();
         self.reopen_if_due(now);
         let admits = now >= self.admission_from;
         let mut replies = Vec::with_capacity(group.len());

@@ -35,7 +35,7 @@ use super::{
     JobSpec, MANIFEST_BYTES_MAX, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal,
     SPEC_BYTES_MAX, SUMMARY_BYTES_MAX, Submission,
 };
-use engine::{Call, Chain, Engine, Reply, Turn};
+use engine::{Call, Chain, Engine, QueueClock, Reply, Turn};
 use store::{OpenDatabase, Reader, StoreError};
 
 /// Calls that wait for the thread. A full channel makes callers wait, which is the back pressure that they pass on.
@@ -107,6 +107,7 @@ pub enum OpenError {
 pub struct Embedded {
     calls: Mutex<Option<mpsc::Sender<Call>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    clock: Arc<QueueClock>,
     events: broadcast::Sender<Event>,
 }
 
@@ -132,11 +133,12 @@ impl Embedded {
 
     fn open_with(config: EmbeddedConfig, open: OpenDatabase) -> Result<Self, OpenError> {
         let (events, _) = broadcast::channel(EVENTS_MAX);
+        let clock = Arc::new(QueueClock::new(config.clock));
         let engine = Engine::open(
             open,
             config.cache_bytes,
             config.machine,
-            config.clock,
+            Arc::clone(&clock),
             events.clone(),
         )
         .map_err(|error| open_error(&config.path, error))?;
@@ -148,8 +150,15 @@ impl Embedded {
         Ok(Self {
             calls: Mutex::new(Some(calls)),
             thread: Mutex::new(Some(thread)),
+            clock,
             events,
         })
+    }
+
+    /// The time by which the queue decides: never behind what its file says, whatever the machine's clock was set to.
+    /// Whoever reckons with the queue's deadlines and delays reads this clock.
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        Arc::clone(&self.clock) as _
     }
 
     /// Sends one call and waits for its answer: `apply` runs on the machine, `finish` when its effect is stored.
