@@ -48,6 +48,11 @@ fn trace(folder: &Path, output: &Output) -> Value {
         std::fs::read(folder.join("data/store").join(path)).expect("it is in the store")
     };
     let manifest: Value = serde_json::from_slice(&read(manifest)).expect("a manifest");
+    assert_eq!(
+        manifest.get("spec_sha256"),
+        None,
+        "no job takes it for its own"
+    );
     let files = manifest["files"].as_array().expect("files");
     let path = files
         .iter()

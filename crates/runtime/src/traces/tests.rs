@@ -153,6 +153,7 @@ async fn published_traces_are_listed_and_read() {
     assert_eq!(jobs, ["a", "b"]);
     let loaded = traces.load(&listed[0]).await.unwrap();
     assert_eq!(loaded.trace, trace("a"));
+    assert_eq!(loaded.manifest.spec_sha256, None, "no job asked for it");
     let other: espalier_core::id::BatchId = "other".parse().unwrap();
     assert!(traces.list(Some(&other)).await.unwrap().is_empty());
 
