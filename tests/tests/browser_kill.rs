@@ -3,6 +3,7 @@
 //! node nor Chromium nor a profile stays behind.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use espalier_core::id::{Fence, JobKey};
@@ -28,9 +29,9 @@ const FINISHED: u64 = 3;
 /// Waits until `worker` has a browser at work, with its profile on disk.
 async fn wait_until_browsing(worker: &Worker) {
     wait_for("node, Chromium and a profile", DEADLINE, || async {
-        let (processes, files) = (worker.processes(), worker.temporary());
+        let (processes, files) = (worker.trail.processes(), worker.trail.files());
         let runs = |part: &str| processes.iter().any(|(_, line)| line.contains(part));
-        let profile = |file: &std::path::PathBuf| file.ends_with("Default");
+        let profile = |file: &PathBuf| file.ends_with("Default");
         let seen = (runs("cli.js"), runs("chromium"), files.iter().any(profile));
         if seen == (true, true, true) {
             Ok(())
@@ -101,7 +102,7 @@ async fn kill_9_of_a_worker_in_the_middle_of_16_browser_rollouts_loses_nothing_a
     // A lost connection ends no lease, so that what the worker held can be read after its death.
     let held = client.leases(&keys).await;
     let mut b = cluster.worker("b", SLOTS);
-    a.wait_until_gone(GONE_DEADLINE).await;
+    a.trail.wait_until_cold(GONE_DEADLINE).await;
     let lost = unpublished(&cluster, held);
     assert!(lost.len() > 2, "the worker was in the middle: {lost:?}");
 

@@ -9,12 +9,12 @@ use std::time::Duration;
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::trace::{Manifest, sha256_hex};
-use rand::RngExt;
 use tempfile::TempDir;
 
 use super::client::Client;
 use super::disk::SmallDisk;
-use super::process::{Process, binary, marked_processes};
+use super::process::{Process, binary};
+use super::trail::Trail;
 use super::wait_for;
 
 /// Long enough for two busy cores; a hang is told apart from slowness by the tests' own deadlines.
@@ -40,9 +40,9 @@ pub struct Cluster {
 pub struct Worker {
     /// The process.
     pub process: Process,
+    /// What it leaves behind.
+    pub trail: Trail,
     data_dir: PathBuf,
-    temp_dir: PathBuf,
-    mark: String,
 }
 
 impl Cluster {
@@ -80,7 +80,8 @@ impl Cluster {
         self.restart_coordinator().await;
     }
 
-    /// Starts a worker with the toy MCP server and with browsers. A name that was used before takes over that worker's data folder.
+    /// Starts a worker with the toy MCP server and with browsers. A name that was used before takes over that worker's
+    /// data folder.
     pub fn worker(&self, name: &str, slots: u32) -> Worker {
         self.spawn_worker(name, slots, None)
     }
@@ -98,27 +99,20 @@ impl Cluster {
     fn spawn_worker(&self, name: &str, slots: u32, disk: Option<&SmallDisk>) -> Worker {
         let config_file = self.folder.path().join(format!("{name}.toml"));
         let data_dir = self.folder.path().join(name);
-        let temp_dir = self.folder.path().join(format!("{name}.tmp"));
+        let trail = Trail::new(self.folder.path().join(format!("{name}.tmp")));
         std::fs::write(&config_file, self.worker_config(&data_dir, slots))
-            .and_then(|()| std::fs::create_dir_all(&temp_dir))
             .expect("the test's folder is writable");
-        let value = format!("espalier-test-{:016x}", rand::rng().random::<u64>());
         let mut command = Command::new(binary("espalier-agent-worker"));
-        // MCP servers inherit little of the worker's environment; the name of the user is a part of it.
-        command
-            .arg("--config")
-            .arg(config_file)
-            .env("LOGNAME", &value)
-            .env("TMPDIR", &temp_dir);
+        command.arg("--config").arg(config_file);
+        trail.lay(&mut command);
         let command = match disk {
             Some(disk) => disk.command(&command),
             None => command,
         };
         Worker {
             process: Process::start(name, command, self.folder.path()),
+            trail,
             data_dir,
-            temp_dir,
-            mark: format!("LOGNAME={value}"),
         }
     }
 
@@ -225,53 +219,17 @@ impl Worker {
         entries.flatten().map(|entry| entry.path()).collect()
     }
 
-    /// Processes that it started and that are still there, itself included.
-    pub fn processes(&self) -> Vec<(u32, String)> {
-        marked_processes(&self.mark)
-    }
-
-    /// What lies in its folder for temporary files: its MCP servers' folders, with the profiles of browsers.
-    pub fn temporary(&self) -> Vec<PathBuf> {
-        let mut found = Vec::new();
-        let mut folders = vec![self.temp_dir.clone()];
-        while let Some(folder) = folders.pop() {
-            // What is removed meanwhile is not there.
-            let Ok(entries) = std::fs::read_dir(&folder) else {
-                continue;
-            };
-            for entry in entries.flatten() {
-                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                    folders.push(entry.path());
-                }
-                found.push(entry.path());
-            }
-        }
-        found
-    }
-
     /// Kills the process, and waits until its MCP servers and their temporary files are gone too.
     pub async fn kill(&mut self, deadline: Duration) {
         self.process.kill();
-        self.wait_until_gone(deadline).await;
+        self.trail.wait_until_cold(deadline).await;
     }
 
     /// Lets it drain, and waits until nothing is left of it.
     pub async fn terminate(&mut self, deadline: Duration) {
         let status = self.process.terminate(deadline).await;
         assert!(status.success(), "{status:?}");
-        self.wait_until_gone(deadline).await;
-    }
-
-    /// Waits until nothing is left of it after its end: no process and no temporary file.
-    pub async fn wait_until_gone(&self, deadline: Duration) {
-        wait_for("a worker's processes to be gone", deadline, || async {
-            let left = self.processes();
-            if left.is_empty() { Ok(()) } else { Err(left) }
-        })
-        .await;
-        // The process that removes them is one of those.
-        let left = self.temporary();
-        assert!(left.is_empty(), "temporary files were left: {left:?}");
+        self.trail.wait_until_cold(deadline).await;
     }
 }
 

@@ -8,6 +8,7 @@ pub mod disk;
 pub mod model;
 pub mod otlp;
 pub mod practice;
+pub mod trail;
 pub mod up;
 
 pub use espalier_testbed::{ports, process, proxy, redis, s3, wait_for};

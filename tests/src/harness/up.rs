@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use rand::RngExt;
 use serde::Deserialize;
 use serde_json::json;
 use tempfile::TempDir;
 
 use super::client::Client;
 use super::disk::SmallDisk;
-use super::process::{Process, binary, marked_processes};
+use super::process::{Process, binary};
+use super::trail::Trail;
 use super::wait_for;
 
 /// Long enough for two busy cores; a hang is told apart from slowness by the tests' own deadlines.
@@ -37,7 +37,7 @@ pub struct Up {
     pub process: Process,
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
-    mark: String,
+    trail: Trail,
     /// The disk of its data, where that is a small one.
     pub disk: Option<SmallDisk>,
 }
@@ -111,7 +111,7 @@ impl Up {
         .into();
         arguments.push(mcp_file.display().to_string());
         arguments.extend(more.iter().map(|&argument| argument.to_owned()));
-        let mark = format!("LOGNAME=espalier-test-{:016x}", rand::rng().random::<u64>());
+        let trail = Trail::new(folder.path().join("tmp"));
         let environment: Vec<(String, String)> = environment
             .iter()
             .map(|&(name, value)| (name.to_owned(), value.to_owned()))
@@ -120,7 +120,7 @@ impl Up {
             folder.path(),
             &arguments,
             &environment,
-            &mark,
+            &trail,
             disk.as_ref(),
         );
         Self {
@@ -128,7 +128,7 @@ impl Up {
             process,
             arguments,
             environment,
-            mark,
+            trail,
             disk,
         }
     }
@@ -140,7 +140,7 @@ impl Up {
             self.folder.path(),
             &self.arguments,
             &self.environment,
-            &self.mark,
+            &self.trail,
             self.disk.as_ref(),
         );
         self.wait_until_ready().await;
@@ -166,16 +166,12 @@ impl Up {
 
     /// Processes that it started and that are still there, itself included.
     pub fn processes(&self) -> Vec<(u32, String)> {
-        marked_processes(&self.mark)
+        self.trail.processes()
     }
 
-    /// Waits until nothing is left of it and of what it started.
+    /// Waits until nothing is left of it and of what it started: no process and no temporary file.
     pub async fn wait_until_gone(&self, deadline: Duration) {
-        wait_for("every process to be gone", deadline, || async {
-            let left = self.processes();
-            if left.is_empty() { Ok(()) } else { Err(left) }
-        })
-        .await;
+        self.trail.wait_until_cold(deadline).await;
     }
 
     fn file_path(&self) -> PathBuf {
@@ -213,7 +209,7 @@ fn spawn(
     folder: &Path,
     arguments: &[String],
     environment: &[(String, String)],
-    mark: &str,
+    trail: &Trail,
     disk: Option<&SmallDisk>,
 ) -> Process {
     let mut command = Command::new(binary("espalier"));
@@ -221,9 +217,8 @@ fn spawn(
         .args(arguments)
         .arg("--data-dir")
         .arg(folder.join("data"));
-    // MCP servers inherit little of the worker's environment; the name of the user is a part of it.
-    let (name, value) = mark.split_once('=').expect("a mark is a variable");
-    command.env(name, value).envs(environment.iter().cloned());
+    command.envs(environment.iter().cloned());
+    trail.lay(&mut command);
     // From the root of the tree, where the locked Playwright package is found.
     command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     let command = match disk {

@@ -117,33 +117,3 @@ impl Drop for Process {
         }
     }
 }
-
-/// Command lines of all processes whose environment names `mark`, so that a test finds what it left behind even where
-/// process groups were left.
-pub fn marked_processes(mark: &str) -> Vec<(u32, String)> {
-    let Ok(entries) = std::fs::read_dir("/proc") else {
-        return Vec::new();
-    };
-    let pids = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let marked = pids.filter(|pid| {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        environment
-            .windows(mark.len())
-            .any(|window| window == mark.as_bytes())
-    });
-    marked
-        .map(|pid| (pid, command_line(pid)))
-        .filter(|(_, line)| !line.is_empty())
-        .collect()
-}
-
-/// A zombie has none, and counts as gone.
-fn command_line(pid: u32) -> String {
-    let raw = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    String::from_utf8_lossy(&raw)
-        .replace('\0', " ")
-        .trim()
-        .to_owned()
-}
