@@ -17,8 +17,8 @@ use espalier_tests::scripted_model::Config;
 use serde_json::Value;
 
 const DEADLINE: Duration = Duration::from_secs(60);
-/// How long the processes of a killed worker may stay.
-const GONE_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the processes of a killed worker may stay: the removal of its files may need ten tries, a second apart.
+const GONE_DEADLINE: Duration = Duration::from_secs(20);
 /// Short enough to wait for its end, long enough for a worker that starts browsers on two busy cores to renew it.
 const LEASE_TTL_MS: u64 = 4_000;
 const ROLLOUTS: usize = 16;

@@ -1,7 +1,5 @@
 //! The practice tasks in real browsers: Chromium behind the real Playwright MCP server.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::time::Duration;
 
 use espalier_proto::v1::JobState;

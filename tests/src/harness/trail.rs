@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use rand::RngExt;
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::wait_for;
 
@@ -74,6 +75,18 @@ impl Trail {
         // The process that removes them is one of those.
         let left = self.files();
         assert!(left.is_empty(), "temporary files were left: {left:?}");
+    }
+}
+
+impl Drop for Trail {
+    /// A test that failed leaves nothing running.
+    fn drop(&mut self) {
+        for (pid, _) in self.processes() {
+            if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
+                // It may have ended with one that was killed before it.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
     }
 }
 
