@@ -293,7 +293,7 @@ mod tests {
 
     fn start(script: &str) -> (ServerProcess, Option<Pipes>, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
-        let guardian = Arc::new(Guardian::start(&dir.path().join("d")).unwrap());
+        let guardian = Arc::new(Guardian::start(dir.path()).unwrap());
         let tasks = Tasks::new(Shutdown::new());
         let (process, pipes) =
             ServerProcess::start(&launch(script), true, guardian, &tasks).unwrap();

@@ -18,7 +18,6 @@ const GUARDIAN_GRACE: Duration = Duration::from_secs(5);
 /// The start of every server of one host.
 #[derive(Debug)]
 pub(super) struct Launcher {
-    root: PathBuf,
     guardian: Arc<Guardian>,
     tasks: Tasks,
     next_dir: AtomicU64,
@@ -34,14 +33,9 @@ impl Launcher {
         env: BTreeMap<String, String>,
         tasks: Tasks,
     ) -> io::Result<Self> {
-        // Short, because the paths of Unix sockets are. Readable by nobody else. The guardian removes it.
-        let root = tempfile::Builder::new()
-            .prefix("esp-mcp-")
-            .tempdir_in(temp_dir)?
-            .keep();
-        let guardian = Arc::new(Guardian::start(&root)?);
+        // Its name is short, because the paths of Unix sockets are.
+        let guardian = Arc::new(Guardian::start(temp_dir)?);
         Ok(Self {
-            root,
             guardian,
             tasks,
             next_dir: AtomicU64::new(0),
@@ -58,7 +52,7 @@ impl Launcher {
     /// A new folder.
     pub(super) fn private_dir(&self) -> io::Result<PrivateDir> {
         let n = self.next_dir.fetch_add(1, Ordering::Relaxed);
-        let path = self.root.join(n.to_string());
+        let path = self.guardian.dir().join(n.to_string());
         std::fs::create_dir(&path)?;
         Ok(PrivateDir { path })
     }
