@@ -18,11 +18,6 @@ impl Timestamp {
         Self(ms.saturating_mul(1000))
     }
 
-    /// Whole milliseconds since the epoch.
-    pub fn as_ms(self) -> u64 {
-        self.0 / 1000
-    }
-
     /// How long `self` lies after `earlier`; zero if it does not.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0))

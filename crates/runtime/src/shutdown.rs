@@ -87,11 +87,6 @@ impl Shutdown {
     pub fn drain_token(&self) -> CancellationToken {
         self.drain.child_token()
     }
-
-    /// A token that is cancelled at the abort; cancelling the token itself aborts nothing.
-    pub fn abort_token(&self) -> CancellationToken {
-        self.abort.child_token()
-    }
 }
 
 #[cfg(test)]
@@ -116,9 +111,7 @@ mod tests {
     async fn a_token_that_was_handed_out_cannot_end_the_process() {
         let shutdown = Shutdown::new();
         shutdown.drain_token().cancel();
-        shutdown.abort_token().cancel();
         assert!(!shutdown.is_draining());
-        assert!(!shutdown.is_aborted());
     }
 
     #[tokio::test(start_paused = true)]

@@ -27,8 +27,6 @@ pub mod span {
 pub mod attribute {
     /// `chat`, `execute_tool` or `invoke_agent`.
     pub const GEN_AI_OPERATION_NAME: &str = "gen_ai.operation.name";
-    /// Who serves the model, as far as it is known.
-    pub const GEN_AI_PROVIDER_NAME: &str = "gen_ai.provider.name";
     /// The model that was asked for.
     pub const GEN_AI_REQUEST_MODEL: &str = "gen_ai.request.model";
     /// The model that answered.
@@ -55,18 +53,8 @@ pub mod attribute {
     pub const GEN_AI_CONVERSATION_ID: &str = "gen_ai.conversation.id";
     /// Method of an MCP request, such as `tools/call`.
     pub const MCP_METHOD_NAME: &str = "mcp.method.name";
-    /// Session of a streamable HTTP server.
-    pub const MCP_SESSION_ID: &str = "mcp.session.id";
-    /// Version that client and server agreed on.
-    pub const MCP_PROTOCOL_VERSION: &str = "mcp.protocol.version";
-    /// `pipe` for stdio, `tcp` for HTTP.
-    pub const NETWORK_TRANSPORT: &str = "network.transport";
     /// Class of the error, of a small closed set.
     pub const ERROR_TYPE: &str = "error.type";
-    /// Host of the other side.
-    pub const SERVER_ADDRESS: &str = "server.address";
-    /// Port of the other side.
-    pub const SERVER_PORT: &str = "server.port";
     /// Name of the configured MCP server.
     pub const MCP_SERVER: &str = "espalier.mcp.server";
     /// The tenant.
@@ -89,8 +77,6 @@ pub mod attribute {
     pub const TASK: &str = "espalier.task.id";
     /// Kind of that task.
     pub const TASK_KIND: &str = "espalier.task.kind";
-    /// Number of the model call within its rollout, from 1.
-    pub const TURN: &str = "espalier.turn";
     /// How it ended: `succeeded`, `dead`, `infra`, …
     pub const OUTCOME: &str = "espalier.outcome";
     /// The verifier's verdict in [0, 1].
@@ -101,8 +87,6 @@ pub mod attribute {
     pub const WAIT: &str = "espalier.wait";
     /// Operation on the object store: `create`, `get`, …
     pub const STORE_OPERATION: &str = "espalier.store.operation";
-    /// Name of a supervised task.
-    pub const ASYNC_TASK: &str = "espalier.async_task";
 }
 
 /// Values of `gen_ai.operation.name`.

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::error::ErrorClass;
-use espalier_core::id::Fence;
 use espalier_core::layout;
 use espalier_core::spec::JobSpec;
 use espalier_core::trace::sha256_hex;
@@ -212,15 +211,12 @@ async fn decode(
         let errors: Vec<String> = errors.iter().map(ToString::to_string).collect();
         invalid(errors.join("; "))
     })?;
-    let traceparent = Some(wire.traceparent).filter(|text| !text.is_empty());
     Ok(Grant {
         key: id.job.clone(),
         fence: id.fence,
         attempt: wire.attempt,
-        traceparent: traceparent.or_else(|| spec.traceparent.clone()),
         spec,
         draft,
-        earlier_fences: wire.earlier_fences.into_iter().map(Fence).collect(),
     })
 }
 

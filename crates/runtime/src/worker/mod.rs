@@ -70,10 +70,6 @@ pub struct Grant {
     pub spec: JobSpec,
     /// The same as the client wrote it.
     pub draft: JobDraft,
-    /// Fences of earlier attempts, newest first.
-    pub earlier_fences: Vec<Fence>,
-    /// W3C trace context of the submission.
-    pub traceparent: Option<String>,
 }
 
 /// How an attempt ended.
