@@ -222,13 +222,11 @@ async fn a_streamed_answer_and_a_whole_one_are_the_same_turn() {
     assert_eq!(alike(streamed), alike(whole));
 }
 
-#[tokio::test]
-async fn the_request_is_what_openai_and_vllm_read() {
-    let (endpoint, mut settings) =
-        start([Reply::Json(200, hello()), Reply::Json(200, hello())]).await;
+/// One message of each kind.
+fn conversation() -> Vec<Message> {
     let arguments = json!({"url": "é"}).as_object().unwrap().clone();
     let call = espalier_core::chat::ToolCall::new("c1", "open", arguments);
-    let messages: Vec<Message> = vec![
+    vec![
         Message::System {
             content: "s".to_owned(),
             hint: true,
@@ -241,7 +239,14 @@ async fn the_request_is_what_openai_and_vllm_read() {
             tool_call_id: "c1".to_owned(),
             content: "ok".to_owned(),
         },
-    ];
+    ]
+}
+
+#[tokio::test]
+async fn the_request_is_what_openai_and_vllm_read() {
+    let (endpoint, mut settings) =
+        start([Reply::Json(200, hello()), Reply::Json(200, hello())]).await;
+    let messages = conversation();
     let tools: Vec<ToolDef> = serde_json::from_value(json!([{"type": "function", "function":
         {"name": "open", "description": "d", "parameters": {"type": "object"}}}]))
     .unwrap();
