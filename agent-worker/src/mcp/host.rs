@@ -2,36 +2,27 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_core::error::FieldError;
 use espalier_core::id::ProjectId;
 use espalier_core::spec::{McpUse, ToolPolicy};
-use espalier_runtime::tasks::{Tasks, with_deadline};
+use espalier_runtime::tasks::Tasks;
 use futures::future::try_join_all;
+use rmcp::model::Tool;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::browser;
-use super::child::{Launch, find_program, inherited};
-use super::config::{
-    HttpServer, Isolation, McpConfig, PlaywrightOptions, ServerConfig, ServerKind, ServerOptions,
-    StdioServer,
-};
-use super::connection::{Connection, Reach};
+use super::child::find_program;
+use super::config::{McpConfig, ServerConfig, ServerKind};
 use super::convert::{RawTool, convert};
 use super::error::McpError;
 use super::launcher::Launcher;
-use super::playwright::Installation;
 use super::policy::{CompiledPolicy, Verdict};
-use super::redact::Secrets;
 use super::shared::SharedServers;
-use super::toolbox::{Link, ServerInfo, Toolbox, Warning, warnings};
-
-/// How long a browser may take to tell its version.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
+use super::toolbox::{Link, Toolbox, Warning, warnings};
 
 /// What a host is made from.
 pub struct McpHostConfig {
@@ -55,21 +46,21 @@ pub struct McpHost {
     inner: Arc<Inner>,
 }
 
-struct Inner {
-    servers: McpConfig,
-    allow_inline: bool,
-    playwright_dir: Option<PathBuf>,
-    launcher: Arc<Launcher>,
-    shared: Arc<SharedServers>,
-    closing: CancellationToken,
-    browser_builds: Mutex<HashMap<PathBuf, Option<String>>>,
+pub(super) struct Inner {
+    pub servers: McpConfig,
+    pub allow_inline: bool,
+    pub playwright_dir: Option<PathBuf>,
+    pub launcher: Arc<Launcher>,
+    pub shared: Arc<SharedServers>,
+    pub closing: CancellationToken,
+    pub browser_builds: Mutex<HashMap<PathBuf, Option<String>>>,
 }
 
 /// A server that a rollout uses, found.
-struct Resolved {
-    name: String,
-    config: ServerConfig,
-    is_inline: bool,
+pub(super) struct Resolved {
+    pub name: String,
+    pub config: ServerConfig,
+    pub is_inline: bool,
 }
 
 impl McpHost {
@@ -207,35 +198,9 @@ impl Inner {
         });
         let lists = try_join_all(lists).await?;
 
-        let mut raw = Vec::new();
-        let mut named_in_vain = Vec::new();
-        let mut unwatched = Vec::new();
-        for (link, list) in links.iter().zip(lists) {
-            let is_ours = link.connection.is_browser();
-            let is_browser =
-                is_ours || browser::offers_browser(list.iter().map(|tool| tool.name.as_ref()));
-            if is_browser && !is_ours {
-                unwatched.push(Warning::UnwatchedBrowser {
-                    server: link.connection.server().to_owned(),
-                });
-            }
-            for tool in list {
-                let name = tool.name.into_owned();
-                if is_browser && browser::NEVER_OFFERED.contains(&name.as_str()) {
-                    named_in_vain.push(name);
-                    continue;
-                }
-                raw.push(RawTool {
-                    server: link.connection.server().to_owned(),
-                    name,
-                    description: tool.description.unwrap_or_default().into_owned(),
-                    schema: tool.input_schema.as_ref().clone(),
-                });
-            }
-        }
-        named_in_vain.retain(|name| policy.allow.contains(name) || policy.ask.contains(name));
+        let listed = sort_out(&links, lists, policy);
         // Names are given before the policy is asked, so that they do not depend on it.
-        let mut tools = convert(raw);
+        let mut tools = convert(listed.raw);
         tools.retain_mut(|tool| {
             let policy = resolved
                 .iter()
@@ -248,211 +213,53 @@ impl Inner {
             verdict != Verdict::Deny
         });
         Ok(Toolbox {
-            warnings: [unwatched, warnings(&tools, named_in_vain)].concat(),
+            warnings: [listed.unwatched, warnings(&tools, listed.named_in_vain)].concat(),
             links,
             tools,
             cancel,
             closing: self.closing.clone(),
         })
     }
-
-    async fn open_one(&self, project: &ProjectId, server: &Resolved) -> Result<Link, McpError> {
-        let options = &server.config.options;
-        match &server.config.kind {
-            ServerKind::Stdio(stdio) => self.open_stdio(server, stdio).await,
-            ServerKind::Http(http) => open_http(&server.name, http, options).await,
-            ServerKind::Playwright(browser) => {
-                self.open_browser(project, &server.name, browser, options)
-                    .await
-            }
-        }
-    }
-
-    async fn open_stdio(&self, server: &Resolved, stdio: &StdioServer) -> Result<Link, McpError> {
-        let (name, options) = (server.name.as_str(), &server.config.options);
-        let program =
-            find_program(&stdio.command, &self.launcher.env).ok_or_else(|| McpError::Missing {
-                server: name.to_owned(),
-                reason: format!("`command` is {}, which is no program here", stdio.command),
-            })?;
-        let dir = self
-            .launcher
-            .private_dir()
-            .map_err(|error| start_failed(name, &error))?;
-        let mut env = inherited(&self.launcher.env);
-        env.extend(stdio.env.clone());
-        let launch = Launch {
-            program,
-            args: stdio.args.clone(),
-            env,
-            cwd: stdio.cwd.clone().unwrap_or_else(|| dir.path().to_owned()),
-            secrets: Secrets::new(stdio.env.values()),
-        };
-        let started = self.launcher.start(&launch, true);
-        let (process, pipes) = started.map_err(|error| match server.is_inline {
-            true => FieldError::new("command", &stdio.command, format!("must start: {error}"))
-                .under(name)
-                .into(),
-            false => start_failed(name, &error),
-        })?;
-        let pipes =
-            pipes.ok_or_else(|| start_failed(name, &std::io::Error::other("it has no pipes")))?;
-        let reach = Reach::Pipes(pipes);
-        // Only a browser is told a root: others take it for the files that they may touch.
-        let root = browser::is_playwright(&stdio.command, &stdio.args).then(|| dir.path());
-        let owned = Some(Arc::clone(&process));
-        let mut connection =
-            Connection::open(name, reach, root, owned, options.start_timeout).await?;
-        if connection.is_browser() {
-            connection
-                .open_context(false, options.start_timeout)
-                .await?;
-        }
-        Ok(Link {
-            info: info(&connection),
-            connection,
-            lease: None,
-            process: Some(process),
-            dirs: vec![dir],
-            call_timeout: options.call_timeout,
-        })
-    }
-
-    async fn open_browser(
-        &self,
-        project: &ProjectId,
-        name: &str,
-        browser: &PlaywrightOptions,
-        options: &ServerOptions,
-    ) -> Result<Link, McpError> {
-        let installation =
-            Installation::find(browser, self.playwright_dir.as_deref(), &self.launcher.env);
-        let installation = installation.map_err(|reason| McpError::Missing {
-            server: name.to_owned(),
-            reason,
-        })?;
-        let failed = |error: std::io::Error| start_failed(name, &error);
-        // The root of the rollout: where the server puts the files of this context.
-        let root = self.launcher.private_dir().map_err(failed)?;
-        let timeout = options.start_timeout;
-        let (connection, lease, process, dirs) = match options.isolation {
-            Isolation::Shared => {
-                let key = (project.clone(), installation.digest(browser));
-                let lease = self
-                    .shared
-                    .lease(name, key, &installation, browser, options)
-                    .await?;
-                let (socket, process) = lease
-                    .server()
-                    .ok_or_else(|| failed(std::io::Error::other("it ended at once")))?;
-                let reach = Reach::Socket(socket);
-                let opened =
-                    Connection::open(name, reach, Some(root.path()), Some(process), timeout).await;
-                let connection = opened.inspect_err(|_| lease.doubt())?;
-                (connection, Some(lease), None, vec![root])
-            }
-            Isolation::Process => {
-                let dir = self.launcher.private_dir().map_err(failed)?;
-                let launch = installation
-                    .prepare(browser, dir.path(), false, &self.launcher.env)
-                    .map_err(failed)?;
-                let (process, pipes) = self.launcher.start(&launch, true).map_err(failed)?;
-                let pipes =
-                    pipes.ok_or_else(|| failed(std::io::Error::other("it has no pipes")))?;
-                let reach = Reach::Pipes(pipes);
-                let connection = Connection::open(
-                    name,
-                    reach,
-                    Some(root.path()),
-                    Some(Arc::clone(&process)),
-                    timeout,
-                )
-                .await?;
-                (connection, None, Some(process), vec![root, dir])
-            }
-        };
-        let mut link = Link {
-            info: info(&connection),
-            connection,
-            lease,
-            process,
-            dirs,
-            call_timeout: options.call_timeout,
-        };
-        let opened = link.connection.open_context(true, timeout).await;
-        if let (Err(_), Some(lease)) = (&opened, &link.lease) {
-            lease.doubt();
-        }
-        opened?;
-        link.info.package_version = Some(installation.version.clone());
-        link.info.browser = self.browser_build(&installation).await;
-        Ok(link)
-    }
-
-    /// What the browser says about its version; asked once.
-    async fn browser_build(&self, installation: &Installation) -> Option<String> {
-        let mut builds = self.browser_builds.lock().await;
-        if let Some(build) = builds.get(installation.chromium()) {
-            return build.clone();
-        }
-        let mut command = tokio::process::Command::new(installation.chromium());
-        command
-            .arg("--version")
-            .env_clear()
-            .envs(inherited(&self.launcher.env))
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .kill_on_drop(true);
-        let output = with_deadline("mcp_browser_version", VERSION_TIMEOUT, command.output()).await;
-        let build = match output {
-            Ok(Ok(output)) => Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
-            _ => None,
-        };
-        let build = build.filter(|build| !build.is_empty());
-        builds.insert(installation.chromium().to_owned(), build.clone());
-        build
-    }
 }
 
-async fn open_http(
-    name: &str,
-    http: &HttpServer,
-    options: &ServerOptions,
-) -> Result<Link, McpError> {
-    let connection =
-        Connection::open(name, Reach::Http(http), None, None, options.start_timeout).await?;
-    Ok(Link {
-        info: info(&connection),
-        connection,
-        lease: None,
-        process: None,
-        dirs: Vec::new(),
-        call_timeout: options.call_timeout,
-    })
+/// What the servers offer, before the policy is asked.
+struct Listed {
+    raw: Vec<RawTool>,
+    /// Tools that the policy names and that are never offered.
+    named_in_vain: Vec<String>,
+    unwatched: Vec<Warning>,
 }
 
-fn start_failed(server: &str, error: &std::io::Error) -> McpError {
-    McpError::Start {
-        server: server.to_owned(),
-        reason: error.to_string(),
-        stderr: String::new(),
+fn sort_out(links: &[Link], lists: Vec<Vec<Tool>>, policy: &ToolPolicy) -> Listed {
+    let mut listed = Listed {
+        raw: Vec::new(),
+        named_in_vain: Vec::new(),
+        unwatched: Vec::new(),
+    };
+    for (link, list) in links.iter().zip(lists) {
+        let server = link.connection.server();
+        let is_ours = link.connection.is_browser();
+        let is_browser =
+            is_ours || browser::offers_browser(list.iter().map(|tool| tool.name.as_ref()));
+        if is_browser && !is_ours {
+            let server = server.to_owned();
+            listed.unwatched.push(Warning::UnwatchedBrowser { server });
+        }
+        for tool in list {
+            let name = tool.name.into_owned();
+            if is_browser && browser::NEVER_OFFERED.contains(&name.as_str()) {
+                if policy.allow.contains(&name) || policy.ask.contains(&name) {
+                    listed.named_in_vain.push(name);
+                }
+                continue;
+            }
+            listed.raw.push(RawTool {
+                server: server.to_owned(),
+                name,
+                description: tool.description.unwrap_or_default().into_owned(),
+                schema: tool.input_schema.as_ref().clone(),
+            });
+        }
     }
-}
-
-fn info(connection: &Connection) -> ServerInfo {
-    let peer = connection.peer_info();
-    let implementation = peer.as_ref().and_then(|peer| peer.server_info.clone());
-    ServerInfo {
-        name: connection.server().to_owned(),
-        title: implementation
-            .as_ref()
-            .map(|own| own.name.clone())
-            .unwrap_or_default(),
-        version: implementation.map(|own| own.version).unwrap_or_default(),
-        protocol: peer
-            .map(|peer| peer.protocol_version.to_string())
-            .unwrap_or_default(),
-        package_version: None,
-        browser: None,
-    }
+    listed
 }

@@ -24,6 +24,7 @@ mod error;
 mod guardian;
 mod host;
 mod launcher;
+mod open;
 mod outcome;
 mod playwright;
 mod policy;
