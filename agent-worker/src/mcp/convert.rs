@@ -205,7 +205,7 @@ fn parameters(schema: Map<String, Value>) -> (Value, bool) {
         root.entry("properties").or_insert_with(|| json!({}));
         return (Value::Object(root), false);
     }
-    // References are paths from the root: definitions stay there, and the old root is now one step down.
+    // References are paths from the root: definitions stay there, while the tool's own root is one step down.
     let definitions = ["$defs", "definitions"].map(|key| (key, root.shift_remove(key)));
     let mut value = Value::Object(root);
     let mut wrapper = Map::new();

@@ -136,13 +136,13 @@ impl<C: Conversation> Rollout<'_, C> {
         decision: Decision,
         outcome: ToolOutcome,
     ) -> Result<Answer, RolloutError> {
-        self.turn.result_chars += outcome.text.chars().count();
         let raw = self.recorder.blob(outcome.raw, "application/json").await?;
         let mut images = Vec::new();
         for (media_type, image) in outcome.images {
             images.extend(self.recorder.blob(image, &media_type).await?);
         }
-        let answer = self.shape(decision, outcome.text, outcome.is_error).await?;
+        let (answer, chars) = self.shape(decision, outcome.text, outcome.is_error).await?;
+        self.turn.result_chars += chars;
         Ok(Answer {
             raw,
             images,
@@ -152,20 +152,22 @@ impl<C: Conversation> Rollout<'_, C> {
 
     /// An error of ours in place of a result.
     async fn explain(&self, decision: Decision, text: String) -> Result<Answer, RolloutError> {
-        self.shape(decision, text, true).await
+        let (answer, _) = self.shape(decision, text, true).await?;
+        Ok(answer)
     }
 
+    /// What the model is shown of `text`, and how many characters that has as a whole.
     async fn shape(
         &self,
         decision: Decision,
         text: String,
         is_error: bool,
-    ) -> Result<Answer, RolloutError> {
+    ) -> Result<(Answer, usize), RolloutError> {
         let rule: Observation = self.order.spec.observation;
         let tokenizer = self.services.tokenizer.clone();
-        let shape = move || shape(&text, rule, &tokenizer);
-        let shaped = tasks::blocking("rollout.shape", shape).await?;
-        Ok(Answer {
+        let shape = move || (shape(&text, rule, &tokenizer), text.chars().count());
+        let (shaped, chars) = tasks::blocking("rollout.shape", shape).await?;
+        let answer = Answer {
             decision,
             text: shaped.text,
             is_error,
@@ -173,7 +175,8 @@ impl<C: Conversation> Rollout<'_, C> {
             images: Vec::new(),
             tokens: shaped.tokens as u64,
             truncated: shaped.truncated,
-        })
+        };
+        Ok((answer, chars))
     }
 
     async fn record(
