@@ -151,53 +151,17 @@ async fn a_call_must_have_been_made_and_have_worked() {
     };
     let rule = tree(json!({"tool_called": {"name": "browser_*",
         "arguments": {"url": {"contains": "/slow"}, "n": {"equals": "5"}}}}));
+    use Decision::{Allowed, Approved, Rejected};
     let cases = [
-        (
-            record(
-                "browser_navigate",
-                "http://h/slow",
-                Decision::Allowed,
-                false,
-            ),
-            1.0,
-        ),
-        (
-            record(
-                "browser_navigate",
-                "http://h/slow",
-                Decision::Approved,
-                false,
-            ),
-            1.0,
-        ),
-        (
-            record(
-                "browser_navigate",
-                "http://h/fast",
-                Decision::Allowed,
-                false,
-            ),
-            0.0,
-        ),
-        (
-            record("navigate", "http://h/slow", Decision::Allowed, false),
-            0.0,
-        ),
-        (
-            record(
-                "browser_navigate",
-                "http://h/slow",
-                Decision::Rejected,
-                true,
-            ),
-            0.0,
-        ),
-        (
-            record("browser_navigate", "http://h/slow", Decision::Allowed, true),
-            0.0,
-        ),
+        ("browser_navigate", "http://h/slow", Allowed, false, 1.0),
+        ("browser_navigate", "http://h/slow", Approved, false, 1.0),
+        ("browser_navigate", "http://h/fast", Allowed, false, 0.0),
+        ("navigate", "http://h/slow", Allowed, false, 0.0),
+        ("browser_navigate", "http://h/slow", Rejected, true, 0.0),
+        ("browser_navigate", "http://h/slow", Allowed, true, 0.0),
     ];
-    for (call, expected) in cases {
+    for (name, url, decision, is_error, expected) in cases {
+        let call = record(name, url, decision, is_error);
         let evidence = Evidence {
             answer: "",
             final_url: None,
