@@ -4,11 +4,12 @@
 //! share is [`Shared`]; rules of jobs are in `espalier-core`, rules of the queue behind its trait.
 
 mod admin;
+pub mod door;
 mod jobs;
 pub mod page;
 mod questions;
 pub mod stored;
-pub mod submit;
+mod submit;
 pub mod trace;
 pub mod view;
 pub mod watch;
@@ -91,7 +92,7 @@ pub fn queue_error(error: QueueError) -> ApiError {
         } => {
             tracing::error!(reason, "the queue is unavailable");
             ApiError::Unavailable(format!(
-                "the queue cannot be reached; try again in {} ms",
+                "the queue is unavailable: {reason}; try again in {} ms",
                 retry_after.as_millis()
             ))
         }

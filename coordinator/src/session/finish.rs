@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use super::{ENTRIES_MAX, QUEUE_BACKOFF, Session, lease_from_wire};
-use crate::api::submit::{Admitted, Door, in_clients_terms};
+use crate::api::door::{Admitted, Door, in_clients_terms};
 use crate::api::view;
 use crate::queue::{Finish, FinishAck, JobResult, Outcome, Submission};
 
