@@ -135,6 +135,10 @@ impl From<Status> for Problem {
         }
         let message = status.message().to_owned();
         match status.code() {
+            // It answered, and says itself what is the matter: only a broken connection has a source.
+            Code::Unavailable if status.source().is_none() => {
+                Self::unreachable(message).fix("then try again: what was accepted is kept")
+            }
             Code::Unavailable | Code::DeadlineExceeded => {
                 Self::unreachable(format!("the coordinator does not answer: {message}"))
                     .fix("start one with `espalier up`, or try again: what was accepted is kept")
@@ -176,6 +180,9 @@ mod tests {
         for (error, exit) in cases {
             assert_eq!(Problem::from(Status::from(error)).exit, exit);
         }
+        let full = ApiError::Unavailable("the disk is full; free space there".to_owned());
+        let problem = Problem::from(Status::from(full));
+        assert_eq!(problem.message, "the disk is full; free space there");
         let field = FieldError::new("batch", "a b", "must be a name");
         let problem = Problem::from(Status::from(ApiError::Field(field)));
         assert_eq!(problem.exit, Exit::Refused);

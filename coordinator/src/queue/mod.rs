@@ -45,9 +45,9 @@ pub enum QueueError {
     Refused(#[from] Refusal),
     /// The backend cannot store or answer now. Whether the request took effect is unknown only if the connection
     /// to it was lost; every request may be repeated as it was.
-    #[error("the queue cannot be reached: {reason}")]
+    #[error("the queue is unavailable: {reason}")]
     Unavailable {
-        /// What failed.
+        /// What failed, on what, and what helps where somebody has to do something; for clients too, so no secrets.
         reason: String,
         /// When to try again.
         retry_after: Duration,

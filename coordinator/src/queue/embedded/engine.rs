@@ -5,11 +5,12 @@
 //! waits for one sync of the disk; together, many share one.
 //!
 //! When a commit fails (a full disk, a broken one), the machine is ahead of the file. Nobody has seen that: every
-//! call of the group is answered with "unavailable", the machine is thrown away and read back from the file. For
-//! [`ADMISSION_PAUSE`] after that, calls that bring new work are refused at the door, so that the space which is
+//! call of the group is answered with "unavailable" and what failed, the machine is thrown away and read back from the
+//! file. For [`ADMISSION_PAUSE`] after that, calls that bring new work are refused at the door, so that the space which is
 //! left serves those that finish work. A panic of the machine is handled in the same way.
 
 use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use tokio::sync::{broadcast, mpsc};
 use tracing::{error, info, warn};
 
 use super::super::QueueError;
+use super::EmbeddedConfig;
 use super::store::{OpenDatabase, Payloads, Reader, Store, StoreError};
 
 /// Most calls in one commit: above this, the first of them waits longer than the sharing saves.
@@ -98,11 +100,15 @@ impl std::fmt::Debug for QueueClock {
 
 pub(super) struct Engine {
     open: OpenDatabase,
+    /// The file, as callers are told of it.
+    path: PathBuf,
     cache_bytes: usize,
     config: MachineConfig,
     clock: Arc<QueueClock>,
     events: broadcast::Sender<Event>,
     live: Option<Live>,
+    /// What failed, in words for callers; that the file cannot be opened either is a consequence.
+    failure: String,
     /// No new work before this moment.
     admission_from: Timestamp,
     /// The file is not tried before this moment.
@@ -113,18 +119,19 @@ impl Engine {
     /// Opens the file and reads the machine from it.
     pub fn open(
         open: OpenDatabase,
-        cache_bytes: usize,
-        config: MachineConfig,
+        config: EmbeddedConfig,
         clock: Arc<QueueClock>,
         events: broadcast::Sender<Event>,
     ) -> Result<Self, StoreError> {
         let mut engine = Self {
             open,
-            cache_bytes,
-            config,
+            path: config.path,
+            cache_bytes: config.cache_bytes,
+            config: config.machine,
             clock,
             events,
             live: None,
+            failure: String::new(),
             admission_from: Timestamp::default(),
             reopen_from: Timestamp::default(),
         };
@@ -163,15 +170,15 @@ impl Engine {
     fn serve(&mut self, group: &mut Vec<Call>) {
         let now = self.clock.now();
         self.reopen_if_due(now);
-        let admits = now >= self.admission_from;
+        let refusal = (now < self.admission_from).then_some(self.failure.as_str());
         let mut replies = Vec::with_capacity(group.len());
         let calls = std::mem::take(group);
         let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| match &mut self.live {
-            Some(live) => live.apply(now, admits, calls, &mut replies),
+            Some(live) => live.apply(now, refusal, calls, &mut replies),
             None => {
-                replies.extend(calls.into_iter().map(|call| {
-                    (call.apply)(Err(unavailable("its file cannot be opened", REOPEN_PAUSE)))
-                }));
+                let refuse =
+                    |call: Call| (call.apply)(Err(unavailable(&self.failure, REOPEN_PAUSE)));
+                replies.extend(calls.into_iter().map(refuse));
                 Ok(Vec::new())
             }
         }));
@@ -179,17 +186,18 @@ impl Engine {
             Ok(Ok(events)) => return self.answer(replies, events),
             Ok(Err(error)) => {
                 error!(error = %Chain(&error), "a commit of the queue failed");
-                "it could not be stored"
+                self.describe(&error)
             }
             // The panic's own message went to the log by the hook.
-            Err(_) => "an internal rule failed",
+            Err(_) => "an internal rule failed; the coordinator's log has the details".to_owned(),
         };
         self.live = None;
+        self.failure.clone_from(&failure);
         self.admission_from = now + ADMISSION_PAUSE;
         self.reopen_from = Timestamp::default();
         self.reopen_if_due(now);
         for reply in replies {
-            reply(Err(unavailable(failure, ADMISSION_PAUSE)));
+            reply(Err(unavailable(&failure, ADMISSION_PAUSE)));
         }
     }
 
@@ -199,20 +207,29 @@ impl Engine {
             None => {
                 return replies
                     .into_iter()
-                    .for_each(|reply| reply(Err(unavailable("its file is closed", REOPEN_PAUSE))));
+                    .for_each(|reply| reply(Err(unavailable(&self.failure, REOPEN_PAUSE))));
             }
         };
         for reply in replies {
             reply(
                 reader
                     .as_ref()
-                    .map_err(|error| unavailable(&Chain(error).to_string(), REOPEN_PAUSE)),
+                    .map_err(|error| unavailable(&self.describe(error), REOPEN_PAUSE)),
             );
         }
         for event in events {
             // Nobody may be listening; the state says the same.
             let _ = self.events.send(event);
         }
+    }
+
+    /// A failure of the file for those who called: what it is, where, and what helps.
+    fn describe(&self, error: &StoreError) -> String {
+        let path = self.path.display();
+        if error.is_full() {
+            return format!("the disk of its file {path} is full; free space there");
+        }
+        format!("its file {path} fails: {}; see to its disk", Chain(error))
     }
 
     fn reopen_if_due(&mut self, now: Timestamp) {
@@ -236,23 +253,19 @@ impl Live {
     fn apply(
         &mut self,
         now: Timestamp,
-        admits: bool,
+        refusal: Option<&str>,
         calls: Vec<Call>,
         replies: &mut Vec<Reply>,
     ) -> Result<Vec<Event>, StoreError> {
         let mut payloads = Payloads::default();
         for call in calls {
-            let turn = if call.admits && !admits {
-                Err(unavailable(
-                    "it takes no new work for a moment: the last could not be stored",
-                    ADMISSION_PAUSE,
-                ))
-            } else {
-                Ok(Turn {
+            let turn = match refusal.filter(|_| call.admits) {
+                Some(failure) => Err(unavailable(failure, ADMISSION_PAUSE)),
+                None => Ok(Turn {
                     machine: &mut self.machine,
                     now,
                     payloads: &mut payloads,
-                })
+                }),
             };
             replies.push((call.apply)(turn));
         }

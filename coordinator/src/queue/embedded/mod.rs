@@ -133,15 +133,10 @@ impl Embedded {
 
     fn open_with(config: EmbeddedConfig, open: OpenDatabase) -> Result<Self, OpenError> {
         let (events, _) = broadcast::channel(EVENTS_MAX);
-        let clock = Arc::new(QueueClock::new(config.clock));
-        let engine = Engine::open(
-            open,
-            config.cache_bytes,
-            config.machine,
-            Arc::clone(&clock),
-            events.clone(),
-        )
-        .map_err(|error| open_error(&config.path, error))?;
+        let path = config.path.clone();
+        let clock = Arc::new(QueueClock::new(Arc::clone(&config.clock)));
+        let engine = Engine::open(open, config, Arc::clone(&clock), events.clone())
+            .map_err(|error| open_error(&path, error))?;
         let (calls, waiting) = mpsc::channel(CALLS_MAX);
         let thread = std::thread::Builder::new()
             .name("queue".to_owned())
@@ -193,7 +188,7 @@ impl Embedded {
         match answered.await {
             Ok(result) => result,
             Err(_) => Err(engine::unavailable(
-                "an internal rule failed",
+                "an internal rule failed; the coordinator's log has the details",
                 engine::ADMISSION_PAUSE,
             )),
         }

@@ -38,6 +38,19 @@ pub(super) enum StoreError {
     Record(#[from] espalier_core::queue::RecordError),
 }
 
+impl StoreError {
+    /// Whether the disk takes no more.
+    pub fn is_full(&self) -> bool {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        let kind = match self {
+            Self::Io(redb::Error::Io(error)) => error.kind(),
+            Self::Open(redb::DatabaseError::Storage(redb::StorageError::Io(error))) => error.kind(),
+            _ => return false,
+        };
+        matches!(kind, StorageFull | QuotaExceeded)
+    }
+}
+
 macro_rules! io_error {
     ($($type:ty),*) => {
         $(impl From<$type> for StoreError {

@@ -118,7 +118,8 @@ async fn what_could_not_be_stored_never_happened() {
     disk.set_full(true);
     let ended = finish(&granted.grant.key, granted.grant.fence);
     assert!(unavailable(&queue.finish(vec![ended.clone()]).await));
-    assert!(unavailable(&submit(&*queue, 1, 10).await));
+    let said = submit(&*queue, 1, 10).await.unwrap_err().to_string();
+    assert!(said.contains("is full; free space"), "{said}");
     assert!(unavailable(&queue.lease(lease_request(1)).await));
     assert!(events.try_recv().is_err(), "nobody is told of it");
 
@@ -132,6 +133,11 @@ async fn what_could_not_be_stored_never_happened() {
     assert!(
         unavailable(&refused),
         "new work waits a moment: {refused:?}"
+    );
+    assert_eq!(
+        refused.unwrap_err().to_string(),
+        said,
+        "for the same reason"
     );
     let acks = queue.finish(vec![ended]).await.unwrap();
     assert_eq!(acks, [FinishAck::Accepted], "what is under way goes on");
