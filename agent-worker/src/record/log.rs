@@ -27,7 +27,7 @@ const DISK_BACKOFF: Backoff = Backoff {
 
 /// The file of steps.
 pub(super) struct StepLog {
-    folder: PathBuf,
+    folder: Folder,
     path: PathBuf,
     file: Arc<File>,
     written: AtomicU64,
@@ -38,20 +38,8 @@ impl StepLog {
     /// Makes the attempt's folder and the empty file in it. What an earlier process left there is removed.
     pub(super) async fn create(folder: PathBuf) -> Result<Self, RecordError> {
         let path = folder.join("steps.jsonl");
-        let (at, file_path) = (folder.clone(), path.clone());
-        let file = on_disk("make", &path, move || {
-            match fs::remove_dir_all(&at) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            fs::create_dir_all(at.join("blobs"))?;
-            OpenOptions::new()
-                .create_new(true)
-                .read(true)
-                .append(true)
-                .open(&file_path)
-        })
-        .await?;
+        let file_path = path.clone();
+        let (folder, file) = on_disk("make", &path, move || make(&folder, &file_path)).await?;
         Ok(Self {
             folder,
             path,
@@ -118,11 +106,11 @@ impl StepLog {
 
     /// Removes everything of the attempt from this machine.
     pub(super) async fn remove(&self) {
-        let folder = self.folder.clone();
+        let folder = self.folder.0.clone();
         let removed = tasks::blocking("record.remove", move || fs::remove_dir_all(folder)).await;
         if let Ok(Err(error)) = removed {
             // The next start of the process tries again.
-            tracing::warn!(folder = %self.folder.display(), error = %error, "recorded steps not removed");
+            tracing::warn!(folder = %self.folder.0.display(), error = %error, "recorded steps not removed");
         }
     }
 
@@ -141,7 +129,35 @@ impl StepLog {
     }
 
     fn blob_path(&self, sha256: &str) -> PathBuf {
-        self.folder.join("blobs").join(sha256)
+        self.folder.0.join("blobs").join(sha256)
+    }
+}
+
+/// Makes an attempt's folder anew, and the file in it.
+fn make(folder: &Path, file_path: &Path) -> io::Result<(Folder, File)> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // Owned from here: what is made goes away where the file cannot be made, and where nobody waits for it.
+    let folder = Folder(folder.to_owned());
+    fs::create_dir_all(folder.0.join("blobs"))?;
+    let file = OpenOptions::new()
+        .create_new(true)
+        .read(true)
+        .append(true)
+        .open(file_path)?;
+    Ok((folder, file))
+}
+
+/// The attempt's folder, which does not outlive its owner. A recording that ends in order has removed it by then, off
+/// the async threads; what is left to do here is one call that finds nothing, or the clean-up after an error.
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // The next start of the process removes what stays.
+        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -173,5 +189,30 @@ where
         }
         tracing::warn!(operation, path = %path.display(), failures, error = %source, "disk is full: trying again");
         tokio::time::sleep(DISK_BACKOFF.jittered(failures)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_log_that_is_dropped_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("7-abc");
+        let log = StepLog::create(folder.clone()).await.unwrap();
+        log.append(b"step\n".to_vec()).await.unwrap();
+        assert!(folder.join("steps.jsonl").is_file());
+        drop(log);
+        assert!(!folder.exists());
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_made_leaves_no_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("7-abc");
+        // A name that is too long: the folder can be made, and the file cannot.
+        assert!(make(&folder, &folder.join("x".repeat(300))).is_err());
+        assert!(!folder.exists());
     }
 }
