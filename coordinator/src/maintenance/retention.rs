@@ -1,15 +1,21 @@
 //! Forgets what is old: the private objects of attempts that lost, then the batch's rows in the queue.
 //!
-//! Objects go first, so that a break in between leaves rows that name the work still to be done. What a manifest
-//! published stays, and so do shared blobs.
+//! Objects go first, so that a break in between leaves rows that name the work still to be done. Meanwhile a batch may
+//! be retried, or purged and opened again under its name: objects are told by the fence of their attempt, which grows
+//! with the queue's time, and none of an attempt that is younger than half the time of keeping is touched.
+//!
+//! What a manifest published stays. So does everything under `blobs/`, large specs included: such an object is named by
+//! its content alone and belongs to the project, so that a batch which has the same job, or is submitted again, refers
+//! to the one that is there. Nothing counts those references, and a spec that is gone would end a waiting job.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
 use espalier_core::layout;
 use espalier_core::queue::BatchView;
+use espalier_core::time::Timestamp;
 use espalier_core::trace::Manifest;
 use espalier_runtime::store::{LIST_MAX, Store, StoreError};
 use espalier_runtime::telemetry;
@@ -66,10 +72,34 @@ async fn round(shared: &Shared, keep: Duration) -> Result<usize, RetentionError>
     for project in projects {
         due.extend(due_of(shared, project, keep).await?);
     }
+    let before = oldest_kept(shared.now(), keep);
+    let mut cleaned = BTreeSet::new();
     for batch in in_turn(due) {
-        clean(&shared.store, &batch.project, &batch.batch).await?;
+        if is_as_seen(shared, &batch).await? {
+            clean(&shared.store, &batch.project, &batch.batch, before).await?;
+            cleaned.insert((batch.project, batch.batch));
+        }
     }
-    Ok(shared.queue.purge(keep, BATCHES_MAX).await?.len())
+    let purged = shared.queue.purge(keep, BATCHES_MAX).await?;
+    // In place of one that was retried, the queue forgot another. Nothing names its objects but this answer.
+    for (project, batch) in purged.iter().filter(|name| !cleaned.contains(name)) {
+        clean(&shared.store, project, batch, before).await?;
+    }
+    Ok(purged.len())
+}
+
+/// Attempts with a lower fence were over when this round began: a fence is never lower than the time of its grant in
+/// microseconds. Half the time of keeping is more than clocks differ and than fences run ahead of the time.
+fn oldest_kept(now: Timestamp, keep: Duration) -> Fence {
+    let half_us = u64::try_from(keep.as_micros() / 2).unwrap_or(u64::MAX);
+    Fence(now.0.saturating_sub(half_us))
+}
+
+/// Whether a batch is still the one that was found due, and nobody has retried it.
+async fn is_as_seen(shared: &Shared, seen: &BatchView) -> Result<bool, QueueError> {
+    let (project, batch) = (seen.project.clone(), seen.batch.clone());
+    let now = shared.queue.batch(project, batch).await?;
+    Ok(now.is_some_and(|now| now.seq == seen.seq && now.completed_at == seen.completed_at))
 }
 
 /// Batches of a project that have been complete for longer than `keep`.
@@ -101,15 +131,21 @@ fn in_turn(mut due: Vec<BatchView>) -> Vec<BatchView> {
     due
 }
 
-/// Removes what attempts of a batch wrote that no manifest names.
-async fn clean(store: &Store, project: &ProjectId, batch: &BatchId) -> Result<(), StoreError> {
+/// Removes what attempts of a batch wrote that no manifest names, if their fence is lower than `before`.
+async fn clean(
+    store: &Store,
+    project: &ProjectId,
+    batch: &BatchId,
+    before: Fence,
+) -> Result<(), StoreError> {
     let mut winners: BTreeMap<JobKey, Winner> = BTreeMap::new();
     let mut after: Option<String> = None;
     loop {
         let prefix = layout::batch(project, batch);
         let page = store.list(&prefix, after.as_deref(), LIST_MAX).await?;
         for object in &page {
-            let Some((key, fence)) = layout::attempt_of(&object.path) else {
+            let attempt = layout::attempt_of(&object.path);
+            let Some((key, fence)) = attempt.filter(|(_, fence)| *fence < before) else {
                 continue;
             };
             let winner = match winners.get(&key) {
@@ -168,7 +204,18 @@ mod tests {
     use super::*;
     use bytes::Bytes;
     use espalier_core::queue::{BatchSeq, Counters};
-    use espalier_core::time::Timestamp;
+
+    #[test]
+    fn an_attempt_since_the_decision_is_out_of_reach_and_one_that_is_due_is_not() {
+        let day = Duration::from_secs(86_400);
+        let now = Timestamp::from_ms(1_700_000_000_000);
+        let before = oldest_kept(now, day);
+        assert!(before < Fence(now.0), "granted after the round began");
+        assert!(
+            Fence(now.0 - 86_400_000_000) < before,
+            "ended when it was due"
+        );
+    }
 
     #[tokio::test]
     async fn what_no_manifest_names_goes_and_the_rest_stays() {
@@ -187,9 +234,11 @@ mod tests {
         put(layout::manifest(&unreadable), "{}").await;
         let unknown = put(layout::trace(&unreadable, Fence(2)), "x").await;
         let blob = put(layout::blob(&project, "ab"), "x").await;
+        let retried = put(layout::trace(&dead, Fence(9)), "x").await;
 
         for _ in 0..2 {
-            clean(&store, &project, &batch).await.unwrap();
+            clean(&store, &project, &batch, Fence(9)).await.unwrap();
+            assert!(store.head(&retried).await.is_ok(), "its job runs again");
             assert!(store.head(&lost).await.unwrap_err().is_not_found());
             assert!(store.head(&unknown).await.is_ok());
             assert!(store.head(&blob).await.is_ok());
