@@ -5,7 +5,7 @@
 //! {project}/batches/{batch}/jobs/{job}/manifest.json  published once, names the winning attempt
 //! {project}/batches/{batch}/jobs/{job}/patches/{n}.json  corrections, append-only
 //! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
-//! .probe/{id}                                         deleted as soon as it is created
+//! .probe/{id}…                                        deleted as soon as it is created
 //! ```
 
 use crate::error::FieldError;
@@ -75,6 +75,19 @@ pub fn blob(project: &ProjectId, sha256_hex: &str) -> String {
 /// dot.
 pub fn probe(id: &str) -> String {
     format!(".probe/{id}")
+}
+
+/// Two more of them, in the order of their paths. A store that walks folders lists the second one first.
+pub fn probe_order(id: &str) -> [String; 2] {
+    [
+        format!(".probe/{id}-order/a-b"),
+        format!(".probe/{id}-order/a/b"),
+    ]
+}
+
+/// The folder of both.
+pub fn probe_order_folder(id: &str) -> String {
+    format!(".probe/{id}-order/")
 }
 
 /// The job whose manifest lies at `path`, or the rule that the path breaks.

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use espalier_core::error::ErrorClass;
 
+use super::s3::Refusal;
+
 /// The class of a failure: callers decide by it alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreErrorKind {
@@ -48,7 +50,7 @@ pub struct StoreError {
     pub path: String,
     /// The class.
     pub kind: StoreErrorKind,
-    /// The rule that was broken, where this module refused.
+    /// The rule that was broken, or what to do about it, where that is known.
     pub rule: Option<String>,
     source: Option<Box<dyn Error + Send + Sync>>,
 }
@@ -84,11 +86,12 @@ impl StoreError {
         path: &str,
         error: object_store::Error,
     ) -> Self {
+        let (kind, rule) = classify(&error);
         Self {
             operation,
             path: path.to_owned(),
-            kind: classify(&error),
-            rule: None,
+            kind,
+            rule: rule.map(str::to_owned),
             source: Some(Box::new(error)),
         }
     }
@@ -106,6 +109,12 @@ impl StoreError {
             rule: None,
             source: Some(Box::new(source)),
         }
+    }
+
+    /// The same with what to do about it, unless that is known already.
+    pub(super) fn with_rule(mut self, rule: &str) -> Self {
+        self.rule.get_or_insert_with(|| rule.to_owned());
+        self
     }
 
     /// Fills in how long it was tried.
@@ -139,9 +148,28 @@ impl Error for StoreError {
     }
 }
 
-fn classify(error: &object_store::Error) -> StoreErrorKind {
+/// Whether a create found an object.
+pub(super) fn says_exists(error: &object_store::Error) -> bool {
+    match Refusal::behind(error) {
+        Some(refusal) => refusal.says_exists(),
+        None => matches!(error, object_store::Error::AlreadyExists { .. }),
+    }
+}
+
+/// Whether there is no such object.
+pub(super) fn says_missing(error: &object_store::Error) -> bool {
+    match Refusal::behind(error) {
+        Some(refusal) => refusal.says_missing(),
+        None => matches!(error, object_store::Error::NotFound { .. }),
+    }
+}
+
+fn classify(error: &object_store::Error) -> (StoreErrorKind, Option<&'static str>) {
     use object_store::Error as Backend;
-    match error {
+    if let Some(refusal) = Refusal::behind(error) {
+        return refusal.meaning();
+    }
+    let kind = match error {
         Backend::NotFound { .. } => StoreErrorKind::NotFound,
         Backend::PermissionDenied { .. } | Backend::Unauthenticated { .. } => {
             StoreErrorKind::Denied
@@ -155,7 +183,8 @@ fn classify(error: &object_store::Error) -> StoreErrorKind {
         | Backend::UnknownConfigurationKey { .. } => StoreErrorKind::Invalid,
         // The file backend wraps the operating system's errors; everything else may pass.
         other => classify_io(other),
-    }
+    };
+    (kind, None)
 }
 
 pub(super) fn classify_io(error: &(dyn Error + 'static)) -> StoreErrorKind {
@@ -182,7 +211,7 @@ pub(super) fn classify_io(error: &(dyn Error + 'static)) -> StoreErrorKind {
     transient()
 }
 
-fn transient() -> StoreErrorKind {
+pub(super) fn transient() -> StoreErrorKind {
     StoreErrorKind::Unavailable {
         after: Duration::ZERO,
     }

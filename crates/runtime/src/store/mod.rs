@@ -4,30 +4,30 @@
 //! What every backend guarantees, and `tests.rs` checks on each:
 //! - `put` and `create` are atomic: a reader sees the whole object or none of it, whatever is killed when.
 //! - A `put` or `create` that returned is durable. `file://` writes to a staged file, syncs it, links or renames it
-//!   into place and syncs the folder. `memory://` lasts as long as the process: for tests.
+//!   into place and syncs the folder. `s3://` has it when the server says so. `memory://` lasts as long as the
+//!   process: for tests.
 //! - Of any number of concurrent `create`s of one path, exactly one returns [`Created::New`].
 //! - Reads see every write that returned before they began.
 //!
 //! What is not guaranteed: on `file://` a delete may be undone by a power loss, and a kill between two steps leaves
-//! a staged file (`name#1`), which no operation shows. Retries are in here; meaning is not: adoption, manifests and
-//! retention are their callers'.
+//! a staged file (`name#1`), which no operation shows; on `s3://` a kill in the middle of a large `put` leaves parts
+//! that no operation shows either, and that a lifecycle rule of the bucket removes. Retries are in here; meaning is
+//! not: adoption, manifests and retention are their callers'.
 
+mod backend;
 mod error;
 pub mod faults;
+mod parts;
+mod s3;
 
-use std::collections::BTreeMap;
+use std::fmt;
 use std::future::Future;
-use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use espalier_core::layout;
 use espalier_core::time::Timestamp;
-use futures::TryStreamExt;
-use futures::stream::BoxStream;
-use object_store::local::LocalFileSystem;
-use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
 
@@ -36,8 +36,10 @@ use crate::ids::{IdSource, UuidIds};
 use crate::tasks::with_deadline;
 use crate::telemetry;
 
+use backend::Backend;
 pub use error::{StoreError, StoreErrorKind};
 use faults::Faults;
+use parts::PART_BYTES;
 
 /// Largest object, in bytes. Objects are read whole; a trace of a long rollout is a few megabytes.
 pub const OBJECT_BYTES_MAX: u64 = 256 << 20;
@@ -48,7 +50,7 @@ pub const LIST_MAX: usize = 10_000;
 /// How long and how often one operation is tried.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreLimits {
-    /// Deadline of one try. Generous: the largest object over a slow disk or link.
+    /// Deadline of one try, to which writing adds a second for each MiB: nothing slower is worth waiting for.
     pub try_timeout: Duration,
     /// Tries in all.
     pub tries_max: u32,
@@ -91,40 +93,68 @@ pub struct ObjectMeta {
 }
 
 /// An open object store. Clones share it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Store {
-    backend: Arc<dyn ObjectStore>,
+    backend: Arc<Backend>,
     url: Arc<str>,
     limits: StoreLimits,
     faults: Option<Faults>,
 }
 
+/// Backends know credentials, so that they are not shown.
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store")
+            .field("url", &self.url)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What one request is called, and how much it sends.
+#[derive(Clone, Copy)]
+struct Request {
+    operation: &'static str,
+    wait: &'static str,
+    bytes: usize,
+}
+
+impl Request {
+    const fn new(operation: &'static str, wait: &'static str) -> Self {
+        Self {
+            operation,
+            wait,
+            bytes: 0,
+        }
+    }
+
+    const fn of(self, bytes: usize) -> Self {
+        Self { bytes, ..self }
+    }
+}
+
 impl Store {
-    /// Opens `file:///absolute/folder` (made if missing) or `memory://`, and [probes](Self::probe) it.
+    /// Opens `file:///absolute/folder` (made if missing), `s3://bucket/prefix` or `memory://`, and
+    /// [probes](Self::probe) it. What `s3://` needs besides, above all credentials, comes from the usual variables
+    /// (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …).
     pub async fn open(url: &str) -> Result<Self, StoreError> {
         let store = Self::open_unprobed(url)?;
-        store.probe().await?;
-        Ok(store)
+        match store.probe().await {
+            Ok(()) => Ok(store),
+            Err(error) => Err(store.backend.explain(error)),
+        }
     }
 
     fn open_unprobed(url: &str) -> Result<Self, StoreError> {
-        let backend: Arc<dyn ObjectStore> = if url == "memory://" {
-            Arc::new(InMemory::new())
-        } else if let Some(folder) = url.strip_prefix("file://") {
-            Arc::new(open_folder(url, FilePath::new(folder))?)
-        } else {
-            return Err(StoreError::refused(
-                "open",
-                url,
-                "must begin with `file://` or be `memory://`",
-            ));
-        };
-        Ok(Self {
-            backend,
+        Ok(Self::over(Backend::open(url)?, url))
+    }
+
+    fn over(backend: Backend, url: &str) -> Self {
+        Self {
+            backend: Arc::new(backend),
             url: url.into(),
             limits: StoreLimits::default(),
             faults: None,
-        })
+        }
     }
 
     /// The same store with other limits.
@@ -145,33 +175,61 @@ impl Store {
     }
 
     /// Proves that the store can be written and honours create-if-absent, on which the single accepted result of
-    /// every job rests: creates an object twice and deletes it.
+    /// every job rests: creates an object twice and deletes it. Of a bucket it also finds out how it lists.
     pub async fn probe(&self) -> Result<(), StoreError> {
-        let path = layout::probe(&UuidIds.fresh());
-        let first = self.create(&path, Bytes::from_static(b"probe")).await?;
+        let id = UuidIds.fresh();
+        let path = layout::probe(&id);
+        // That it exists already is the lost reply of a first try: nobody else knows the name.
+        self.create(&path, Bytes::from_static(b"probe")).await?;
         let second = self.create(&path, Bytes::from_static(b"probe again")).await;
         let removed = self.delete(&path).await;
-        match (first, second?) {
-            (Created::New, Created::Exists) => removed,
-            _ => Err(StoreError::refused(
+        if second? == Created::New {
+            return Err(StoreError::refused(
                 "probe",
                 &*self.url,
                 "must honour create-if-absent, but a second create of one object was accepted: results could be \
                  overwritten, so this store cannot be used",
-            )),
+            ));
+        }
+        removed?;
+        match self.backend.is_bucket() {
+            true => self.probe_order(&id).await,
+            false => Ok(()),
         }
     }
 
+    async fn probe_order(&self, id: &str) -> Result<(), StoreError> {
+        const LIST: Request = Request::new("list", "store.list");
+        let expected = layout::probe_order(id);
+        for path in &expected {
+            self.put(path, Bytes::from_static(b"probe")).await?;
+        }
+        let folder = layout::probe_order_folder(id);
+        let listed = self.retry(LIST, &folder, |backend, at| async move {
+            backend.as_listed(&at, 2).await
+        });
+        let listed = listed.await;
+        for path in &expected {
+            self.delete(path).await?;
+        }
+        let in_order = listed?.iter().map(|meta| &meta.path).eq(&expected);
+        self.backend.note_order(in_order);
+        Ok(())
+    }
+
     /// Writes an object that must not be there yet. Never changes one that is.
+    ///
+    /// Always one request, however large: no other way to write makes its condition and its content one step.
     pub async fn create(&self, path: &str, content: Bytes) -> Result<Created, StoreError> {
+        const CREATE: Request = Request::new("create", "store.create");
         check_size("create", path, content.len() as u64)?;
-        self.retry("create", "store.create", path, |backend, at| {
+        self.retry(CREATE.of(content.len()), path, |backend, at| {
             let content = content.clone();
             async move {
                 let options = PutOptions::from(PutMode::Create);
-                match backend.put_opts(&at, content.into(), options).await {
+                match backend.objects.put_opts(&at, content.into(), options).await {
                     Ok(_) => Ok(Created::New),
-                    Err(object_store::Error::AlreadyExists { .. }) => Ok(Created::Exists),
+                    Err(error) if error::says_exists(&error) => Ok(Created::Exists),
                     Err(error) => Err(error),
                 }
             }
@@ -179,20 +237,25 @@ impl Store {
         .await
     }
 
-    /// Writes an object, replacing one that is there.
+    /// Writes an object, replacing one that is there. A large one goes in parts where the backend takes parts.
     pub async fn put(&self, path: &str, content: Bytes) -> Result<(), StoreError> {
+        const PUT: Request = Request::new("put", "store.put");
         check_size("put", path, content.len() as u64)?;
-        self.retry("put", "store.put", path, |backend, at| {
+        if content.len() > PART_BYTES && self.backend.parts.is_some() {
+            return self.put_in_parts(path, content).await;
+        }
+        self.retry(PUT.of(content.len()), path, |backend, at| {
             let content = content.clone();
-            async move { backend.put(&at, content.into()).await.map(drop) }
+            async move { backend.objects.put(&at, content.into()).await.map(drop) }
         })
         .await
     }
 
     /// Reads a whole object.
     pub async fn get(&self, path: &str) -> Result<Bytes, StoreError> {
-        let read = self.retry("get", "store.get", path, |backend, at| async move {
-            let found = backend.get(&at).await?;
+        const GET: Request = Request::new("get", "store.get");
+        let read = self.retry(GET, path, |backend, at| async move {
+            let found = backend.objects.get(&at).await?;
             match found.meta.size {
                 size if size > OBJECT_BYTES_MAX => Ok(Err(size)),
                 _ => found.bytes().await.map(Ok),
@@ -203,8 +266,10 @@ impl Store {
 
     /// What is known of an object, without its content.
     pub async fn head(&self, path: &str) -> Result<ObjectMeta, StoreError> {
-        self.retry("head", "store.head", path, |backend, at| async move {
-            backend.head(&at).await.map(describe)
+        const HEAD: Request = Request::new("head", "store.head");
+        self.retry(HEAD, path, |backend, at| async move {
+            let meta = backend.objects.head(&at).await?;
+            Ok(backend.describe(meta))
         })
         .await
     }
@@ -217,29 +282,27 @@ impl Store {
         start_after: Option<&str>,
         limit: usize,
     ) -> Result<Vec<ObjectMeta>, StoreError> {
+        const LIST: Request = Request::new("list", "store.list");
         if limit > LIST_MAX {
             let rule = format!("`limit` must be at most {LIST_MAX}, got {limit}");
             return Err(StoreError::refused("list", prefix, rule));
         }
-        let after = start_after.map(|path| parse("list", path)).transpose()?;
-        self.retry("list", "store.list", prefix, |backend, at| {
+        let after = start_after
+            .map(|path| self.backend.locate("list", path))
+            .transpose()?;
+        self.retry(LIST, prefix, |backend, at| {
             let after = after.clone();
-            async move {
-                let entries = match &after {
-                    Some(after) => backend.list_with_offset(Some(&at), after),
-                    None => backend.list(Some(&at)),
-                };
-                first_by_path(entries, limit).await
-            }
+            async move { backend.first_by_path(&at, after.as_ref(), limit).await }
         })
         .await
     }
 
     /// Removes an object. One that is not there counts as removed.
     pub async fn delete(&self, path: &str) -> Result<(), StoreError> {
-        self.retry("delete", "store.delete", path, |backend, at| async move {
-            match backend.delete(&at).await {
-                Err(object_store::Error::NotFound { .. }) => Ok(()),
+        const DELETE: Request = Request::new("delete", "store.delete");
+        self.retry(DELETE, path, |backend, at| async move {
+            match backend.objects.delete(&at).await {
+                Err(error) if error::says_missing(&error) => Ok(()),
                 other => other,
             }
         })
@@ -249,20 +312,19 @@ impl Store {
     /// Tries `perform` until it succeeds, fails for good, or the tries are used up.
     async fn retry<T, F>(
         &self,
-        operation: &'static str,
-        wait: &'static str,
+        request: Request,
         path: &str,
-        perform: impl Fn(Arc<dyn ObjectStore>, Path) -> F,
+        perform: impl Fn(Arc<Backend>, Path) -> F,
     ) -> Result<T, StoreError>
     where
         F: Future<Output = object_store::Result<T>>,
     {
-        let at = parse(operation, path)?;
+        let at = self.backend.locate(request.operation, path)?;
         let began = Instant::now();
         let mut failures = 0;
         loop {
             let performed = perform(Arc::clone(&self.backend), at.clone());
-            let error = match self.once(operation, wait, path, performed).await {
+            let error = match self.once(request, path, performed).await {
                 Ok(value) => return Ok(value),
                 Err(error) => error.tried_for(began.elapsed()),
             };
@@ -270,7 +332,7 @@ impl Store {
             let may_pass = matches!(error.kind, StoreErrorKind::Unavailable { .. });
             if !may_pass || failures >= self.limits.tries_max {
                 if !error.is_not_found() {
-                    telemetry::metrics().store_failed(operation, error.kind.as_str());
+                    telemetry::metrics().store_failed(request.operation, error.kind.as_str());
                 }
                 return Err(error);
             }
@@ -280,11 +342,13 @@ impl Store {
 
     async fn once<T>(
         &self,
-        operation: &'static str,
-        wait: &'static str,
+        request: Request,
         path: &str,
         performed: impl Future<Output = object_store::Result<T>>,
     ) -> Result<T, StoreError> {
+        let Request {
+            operation, wait, ..
+        } = request;
         let fault = self
             .faults
             .as_ref()
@@ -295,7 +359,8 @@ impl Store {
                 None => performed.await,
             }
         };
-        match with_deadline(wait, self.limits.try_timeout, performed).await {
+        let sending = Duration::from_secs((request.bytes >> 20) as u64);
+        match with_deadline(wait, self.limits.try_timeout + sending, performed).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(StoreError::from_backend(operation, path, error)),
             Err(timeout) => {
@@ -305,25 +370,6 @@ impl Store {
             }
         }
     }
-}
-
-fn open_folder(url: &str, folder: &FilePath) -> Result<LocalFileSystem, StoreError> {
-    if !folder.is_absolute() {
-        return Err(StoreError::refused(
-            "open",
-            url,
-            "must name an absolute folder, as in `file:///var/lib/espalier`",
-        ));
-    }
-    std::fs::create_dir_all(folder)
-        .map_err(|error| StoreError::from_source("open", url, error::classify_io(&error), error))?;
-    let folder = LocalFileSystem::new_with_prefix(folder)
-        .map_err(|error| StoreError::from_backend("open", url, error))?;
-    Ok(folder.with_fsync(true).with_automatic_cleanup(true))
-}
-
-fn parse(operation: &'static str, path: &str) -> Result<Path, StoreError> {
-    Path::parse(path).map_err(|error| StoreError::from_backend(operation, path, error.into()))
 }
 
 fn check_size(operation: &'static str, path: &str, size: u64) -> Result<(), StoreError> {
@@ -336,31 +382,6 @@ fn check_size(operation: &'static str, path: &str, size: u64) -> Result<(), Stor
 fn too_large(operation: &'static str, path: &str, size: u64) -> StoreError {
     let rule = format!("an object must be at most {OBJECT_BYTES_MAX} bytes, this one has {size}");
     StoreError::refused(operation, path, rule)
-}
-
-fn describe(meta: object_store::ObjectMeta) -> ObjectMeta {
-    let modified_us = u64::try_from(meta.last_modified.timestamp_micros()).unwrap_or(0);
-    ObjectMeta {
-        path: meta.location.into(),
-        size: meta.size,
-        modified: Timestamp(modified_us),
-    }
-}
-
-/// Keeps the `limit` smallest of a stream in whatever order it comes: a folder is walked unsorted.
-async fn first_by_path(
-    mut entries: BoxStream<'_, object_store::Result<object_store::ObjectMeta>>,
-    limit: usize,
-) -> object_store::Result<Vec<ObjectMeta>> {
-    let mut smallest = BTreeMap::new();
-    while let Some(entry) = entries.try_next().await? {
-        let meta = describe(entry);
-        smallest.insert(meta.path.clone(), meta);
-        if smallest.len() > limit {
-            smallest.pop_last();
-        }
-    }
-    Ok(smallest.into_values().collect())
 }
 
 #[cfg(test)]
