@@ -6,6 +6,7 @@ use std::time::Duration;
 use espalier_core::chat::Message;
 use espalier_core::error::ErrorClass;
 use espalier_core::id::{Fence, JobKey};
+use espalier_core::spec::JobSpec;
 use espalier_core::trace::{Decision, Outcome, StopReason};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -42,21 +43,29 @@ impl Ran {
     }
 }
 
+async fn recorder(world: &World, key: &str) -> Recorder {
+    let key: JobKey = key.parse().unwrap();
+    Recorder::open(world.record.clone(), key, 1, Fence(7), None)
+        .await
+        .unwrap()
+}
+
+fn order<'a>(spec: &'a JobSpec, verify: Option<&'a VerifyDraft>) -> Order<'a> {
+    Order {
+        spec: &spec.rollout,
+        verify,
+        labels: &spec.labels,
+    }
+}
+
 async fn roll(world: &World, fields: Value) -> Ran {
     roll_with(world, fields, &Answers(true, Mutex::default())).await
 }
 
 async fn roll_with(world: &World, fields: Value, answers: &Answers) -> Ran {
     let (draft, spec) = job(fields);
-    let key: JobKey = "p/b/j".parse().unwrap();
-    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7), None)
-        .await
-        .unwrap();
-    let order = Order {
-        spec: &spec.rollout,
-        verify: draft.verify.as_ref(),
-        labels: &spec.labels,
-    };
+    let mut recorder = recorder(world, "p/b/j").await;
+    let order = order(&spec, draft.verify.as_ref());
     let mut conversation = Scripted::new(spec.rollout.prompts.clone(), answers);
     let cancel = CancellationToken::new();
     let outcome = run(
@@ -249,15 +258,8 @@ async fn cancelling_ends_a_rollout_at_once() {
     let world = World::new().await;
     world.model.hang();
     let (_, spec) = job(json!({}));
-    let key: JobKey = "p/b/j".parse().unwrap();
-    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7), None)
-        .await
-        .unwrap();
-    let order = Order {
-        spec: &spec.rollout,
-        verify: None,
-        labels: &spec.labels,
-    };
+    let mut recorder = recorder(&world, "p/b/j").await;
+    let order = order(&spec, None);
     let answers = Answers(true, Mutex::default());
     let mut conversation = Scripted::new(spec.rollout.prompts.clone(), &answers);
     let cancel = CancellationToken::new();
@@ -325,15 +327,8 @@ async fn a_person_who_leaves_in_the_middle_leaves_a_whole_trace() {
         .model
         .will([calls(&[("sleep", "{}"), ("echo", "{}")])]);
     let (_, spec) = job(json!({}));
-    let key: JobKey = "local/chat/1".parse().unwrap();
-    let mut recorder = Recorder::open(world.record.clone(), key, 1, Fence(7), None)
-        .await
-        .unwrap();
-    let order = Order {
-        spec: &spec.rollout,
-        verify: None,
-        labels: &spec.labels,
-    };
+    let mut recorder = recorder(&world, "local/chat/1").await;
+    let order = order(&spec, None);
     let mut person = Leaver {
         said: false,
         left: CancellationToken::new(),
