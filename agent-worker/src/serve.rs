@@ -246,7 +246,6 @@ pub async fn run(
     };
     let loop_deps = WorkerDeps {
         store: deps.store.clone(),
-        clock: Arc::clone(&deps.clock),
         tasks: agent.tasks.clone(),
     };
     let ended = worker::run(Arc::new(handler), worker, loop_deps, shutdown).await;

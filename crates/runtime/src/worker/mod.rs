@@ -33,7 +33,6 @@ use espalier_core::spec::{JobDraft, JobSpec};
 use espalier_core::trace::RolloutSummary;
 use espalier_proto::v1;
 
-use crate::clock::Clock;
 use crate::config::Secret;
 use crate::ids::{IdSource, UuidIds};
 use crate::net::{ClientTls, NetError};
@@ -133,8 +132,6 @@ pub struct WorkerConfig {
 pub struct WorkerDeps {
     /// Holds large specs.
     pub store: Store,
-    /// The time of day, for deadlines that others see.
-    pub clock: Arc<dyn Clock>,
     /// The set that jobs run in.
     pub tasks: Tasks,
 }

@@ -19,7 +19,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
-use crate::clock::SystemClock;
 use crate::net;
 use crate::tasks::{OnFailure, TaskHandle, with_deadline};
 
@@ -234,7 +233,6 @@ impl World {
         let store = Store::open("memory://").await.unwrap();
         let deps = WorkerDeps {
             store: store.clone(),
-            clock: Arc::new(SystemClock),
             tasks: tasks.clone(),
         };
         let handler = Arc::new(ById::default());
