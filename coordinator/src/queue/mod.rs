@@ -12,6 +12,8 @@ pub mod bench;
 #[cfg(test)]
 mod conformance;
 mod embedded;
+mod limits;
+mod redis;
 
 use std::time::Duration;
 
@@ -26,6 +28,7 @@ use futures::future::BoxFuture;
 use tokio::sync::broadcast;
 
 pub use embedded::{Embedded, EmbeddedConfig, OpenError};
+pub use redis::{Acknowledge, ConnectError, Redis, RedisConfig};
 
 /// Largest spec of one job, in bytes: what is bigger lives in object storage by reference (`design.md` §4 puts the
 /// border for clients lower; this is what a backend must be able to keep).

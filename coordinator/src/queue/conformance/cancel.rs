@@ -54,7 +54,8 @@ pub async fn running_jobs_are_asked_to_stop(f: Fixture) {
         }
     );
     for granted in &granted {
-        let told = events.recv().await.unwrap();
+        let is_cancel = |event: &Event| matches!(event, Event::CancelRequested { .. });
+        let told = Fixture::event(&mut events, is_cancel).await;
         let wanted = Event::CancelRequested {
             worker: WorkerId::new("w").unwrap(),
             key: granted.grant.key.clone(),

@@ -16,7 +16,7 @@ pub async fn what_was_answered_survives_a_kill(mut f: Fixture) {
         f.finish(&granted[2], Outcome::Released).await;
         done += 1;
         let before = f.batch().await;
-        f = f.reopened(Ending::Killed);
+        f = f.reopened(Ending::Killed).await;
         assert_eq!(f.batch().await, before);
         let again = f.finish(&granted[0], succeeded()).await;
         assert_eq!(again, FinishAck::AlreadyFinished);
@@ -38,7 +38,7 @@ pub async fn leases_survive_a_restart_with_a_fresh_term(f: Fixture) {
     f.with_jobs(&["a", "b"]).await;
     let granted = f.lease(2).await;
     f.advance(3_600 * SECOND);
-    let f = f.reopened(Ending::Killed);
+    let f = f.reopened(Ending::Killed).await;
     f.tick().await;
     let renewal = Renewal {
         key: granted[0].grant.key.clone(),
@@ -73,7 +73,7 @@ pub async fn fences_grow_over_restarts_and_clock_steps(mut f: Fixture) {
             last = granted.grant.fence;
         }
         f.clock.set(Timestamp(f.now().0 / 2));
-        f = f.reopened(how);
+        f = f.reopened(how).await;
     }
 }
 
@@ -84,7 +84,7 @@ pub async fn order_and_fairness_survive_a_restart(f: Fixture) {
         f.try_submit(name, "b", 0, jobs).await.unwrap();
     }
     f.lease(101).await;
-    let f = f.reopened(Ending::Closed);
+    let f = f.reopened(Ending::Closed).await;
     let next = f.lease(4).await;
     let order = next.iter().map(|granted| granted.grant.key.to_string());
     let order: Vec<_> = order.collect();
@@ -97,6 +97,6 @@ pub async fn a_closed_queue_says_so(f: Fixture) {
     f.queue.close().await;
     let refused = f.queue.job(key("p/b/a")).await;
     assert!(matches!(refused, Err(QueueError::Closed)), "{refused:?}");
-    let f = f.reopened(Ending::Closed);
+    let f = f.reopened(Ending::Closed).await;
     assert_eq!(f.lease_ids(5).await, ["a"]);
 }

@@ -64,12 +64,8 @@ pub async fn an_expired_lease_goes_to_another_with_a_greater_fence(f: Fixture) {
     assert_eq!(lost, [RenewReply::Lost]);
     assert_eq!(f.finish(&first, succeeded()).await, FinishAck::Stale);
     assert_eq!(f.finish(&second, succeeded()).await, FinishAck::Accepted);
-    let revoked = |event: &_| matches!(event, espalier_core::queue::Event::Revoked { fence, .. } if *fence == first.grant.fence);
-    let mut seen = false;
-    while let Ok(event) = events.try_recv() {
-        seen |= revoked(&event);
-    }
-    assert!(seen, "the holder can be told");
+    let of_first = |event: &Event| matches!(event, Event::Revoked { fence, .. } if *fence == first.grant.fence);
+    Fixture::event(&mut events, of_first).await;
 }
 
 pub async fn a_renewed_lease_holds(f: Fixture) {

@@ -19,11 +19,13 @@ use bytes::Bytes;
 use espalier_core::error::{ErrorClass, FieldError};
 use espalier_core::id::{BatchId, Fence, JobId, JobKey, ProjectId, WorkerId};
 use espalier_core::queue::{
-    BatchView, ItemResult, JobKind, JobView, LeaseRequest, NewBatch, NewJob, StateName,
+    BatchView, Event, ItemResult, JobKind, JobView, LeaseRequest, NewBatch, NewJob, StateName,
 };
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::{Clock, ManualClock};
+use futures::future::BoxFuture;
 use sha2::{Digest, Sha256};
+use tokio::sync::broadcast::Receiver;
 
 use super::{
     Chunk, ChunkReply, Finish, FinishAck, Granted, JobResult, OpenBatch, Outcome, Queue,
@@ -40,7 +42,7 @@ pub enum Ending {
 }
 
 /// Ends the queue that it is given and opens what is left of it.
-pub type Reopen = Box<dyn Fn(Arc<dyn Queue>, Ending) -> Arc<dyn Queue> + Send>;
+pub type Reopen = Box<dyn Fn(Arc<dyn Queue>, Ending) -> BoxFuture<'static, Arc<dyn Queue>> + Send>;
 
 /// A fresh queue whose clock the scenario moves.
 pub struct Fixture {
@@ -119,7 +121,7 @@ macro_rules! scenarios {
         $(
             #[tokio::test]
             async fn $name() {
-                let run = $crate::queue::conformance::$part::$name($fixture());
+                let run = $crate::queue::conformance::$part::$name($fixture().await);
                 // A scenario that hangs has to say which one it is.
                 let limit = std::time::Duration::from_secs(50);
                 tokio::time::timeout(limit, run).await.expect(stringify!($name));
@@ -311,8 +313,19 @@ impl Fixture {
         self.clock.now()
     }
 
-    fn reopened(self, how: Ending) -> Self {
-        let queue = (self.reopen)(self.queue, how);
+    /// The next event that `wanted` lets through. Events are hints that may be on their way for a moment.
+    async fn event(events: &mut Receiver<Event>, wanted: impl Fn(&Event) -> bool) -> Event {
+        loop {
+            let next = tokio::time::timeout(10 * SECOND, events.recv());
+            let event = next.await.expect("no such event").unwrap();
+            if wanted(&event) {
+                return event;
+            }
+        }
+    }
+
+    async fn reopened(self, how: Ending) -> Self {
+        let queue = (self.reopen)(self.queue, how).await;
         Self { queue, ..self }
     }
 }

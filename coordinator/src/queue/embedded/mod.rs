@@ -21,7 +21,7 @@ use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
 use espalier_core::queue::{
     BatchSeq, BatchView, Cancelled, EndedJob, Event, FinishReply, Grant, JobFilter, JobSeq,
-    JobView, LeaseRequest, Machine, MachineConfig, NewJob, Outcome as Bare, QueueStats, RenewReply,
+    JobView, LeaseRequest, Machine, MachineConfig, Outcome as Bare, QueueStats, RenewReply,
     Selector, Ticked,
 };
 use espalier_core::time::Timestamp;
@@ -30,10 +30,10 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
+use super::limits::{check_defaults, check_result, parted};
 use super::{
     Answer, Chunk, ChunkReply, EndedPage, Finish, FinishAck, Granted, JobDetail, JobResult,
-    JobSpec, MANIFEST_BYTES_MAX, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal,
-    SPEC_BYTES_MAX, SUMMARY_BYTES_MAX, Submission,
+    JobSpec, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal,
 };
 use engine::{Call, Chain, Engine, QueueClock, Reply, Turn};
 use store::{OpenDatabase, Reader, StoreError};
@@ -237,7 +237,7 @@ fn open_error(path: &Path, error: StoreError) -> OpenError {
 impl Queue for Embedded {
     fn open_batch(&self, request: OpenBatch) -> Answer<'_, BatchView> {
         let apply = move |turn: &mut Turn<'_>| {
-            check_bytes("defaults", request.defaults.len(), SPEC_BYTES_MAX)?;
+            check_defaults(&request.defaults)?;
             let known = turn
                 .machine
                 .batch(&request.batch.project, &request.batch.batch);
@@ -446,18 +446,6 @@ impl Queue for Embedded {
     }
 }
 
-/// Takes payloads off submissions, having checked their sizes.
-fn parted(field: &str, jobs: Vec<Submission>) -> Result<(Vec<NewJob>, Vec<Bytes>), FieldError> {
-    for (n, job) in jobs.iter().enumerate() {
-        check_bytes(
-            &format!("{field}[{n}].spec"),
-            job.spec.len(),
-            SPEC_BYTES_MAX,
-        )?;
-    }
-    Ok(jobs.into_iter().map(|job| (job.job, job.spec)).unzip())
-}
-
 fn keep_specs(turn: &mut Turn<'_>, specs: &mut [Bytes], added: Vec<(usize, JobSeq)>) {
     let kept = added
         .into_iter()
@@ -475,8 +463,7 @@ fn finish_one(turn: &mut Turn<'_>, finish: Finish) -> FinishAck {
 fn try_finish(turn: &mut Turn<'_>, finish: Finish) -> Result<FinishAck, FieldError> {
     let (outcome, mut specs, result) = match finish.outcome {
         Outcome::Succeeded { result, spawn } => {
-            check_bytes("summary", result.summary.len(), SUMMARY_BYTES_MAX)?;
-            check_bytes("manifest", result.manifest.len(), MANIFEST_BYTES_MAX)?;
+            check_result(&result)?;
             let (spawn, specs) = parted("spawn", spawn)?;
             (Bare::Succeeded { spawn }, specs, Some(result))
         }
@@ -539,15 +526,4 @@ fn with_results(jobs: Vec<JobView>, reader: &Reader) -> Result<Vec<JobDetail>, S
     Ok(details
         .map(|(job, result)| JobDetail { job, result })
         .collect())
-}
-
-fn check_bytes(field: &str, found: usize, max: usize) -> Result<(), FieldError> {
-    if found <= max {
-        return Ok(());
-    }
-    Err(FieldError::new(
-        field,
-        format!("{found} bytes"),
-        format!("must have at most {max} bytes"),
-    ))
 }

@@ -9,6 +9,7 @@ use espalier_core::id::{BatchId, JobId, JobKey, ProjectId, WorkerId};
 use espalier_core::queue::{ItemResult, JobKind, LeaseRequest, NewBatch, NewJob, StateName};
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::{Clock, ManualClock};
+use futures::FutureExt;
 
 use super::super::conformance::{Ending, Fixture, conformance_tests};
 use super::super::{
@@ -25,16 +26,17 @@ fn on_disk(disk: &Disk, clock: &Arc<ManualClock>) -> Arc<Embedded> {
     Arc::new(Embedded::open_with(config, disk.opener()).unwrap())
 }
 
-fn fixture() -> Fixture {
+async fn fixture() -> Fixture {
     let (disk, clock) = (Disk::default(), Arc::new(ManualClock::new(START)));
     let queue = on_disk(&disk, &clock);
     let same_clock = clock.clone();
-    let reopen = move |old: Arc<dyn Queue>, how| -> Arc<dyn Queue> {
+    let reopen = move |old: Arc<dyn Queue>, how| {
         if how == Ending::Killed {
             disk.cut_power();
         }
         drop(old);
-        on_disk(&disk, &same_clock)
+        let queue: Arc<dyn Queue> = on_disk(&disk, &same_clock);
+        futures::future::ready(queue).boxed()
     };
     Fixture {
         queue,

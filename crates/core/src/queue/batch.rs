@@ -50,6 +50,13 @@ impl Counters {
     }
 }
 
+/// In the order of [`StateName::ALL`].
+impl From<[u64; 7]> for Counters {
+    fn from(counts: [u64; 7]) -> Self {
+        Self(counts)
+    }
+}
+
 /// A batch as the machine holds it.
 #[derive(Clone, Debug)]
 pub(super) struct Batch {

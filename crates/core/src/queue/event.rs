@@ -45,4 +45,6 @@ pub enum Event {
         /// Why.
         reason: RevokeReason,
     },
+    /// Events may have been lost on the way here: whoever acts on events asks for everything. Not the machine's.
+    Missed,
 }

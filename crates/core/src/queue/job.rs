@@ -457,21 +457,23 @@ const BACKOFF_MAX: Duration = Duration::from_secs(300);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(3_600);
 
 /// The wait before the try after failure number `failures` (from 1): doubles from 1 s to 5 min, less up to half of it.
+/// Whole milliseconds and products below 2^53, so that a script which has only doubles comes to the same.
 fn backoff(failures: u16, salt: u64) -> Duration {
     let doublings = u32::from(failures.saturating_sub(1)).min(16);
     let whole = BACKOFF_FIRST
         .saturating_mul(1 << doublings)
         .min(BACKOFF_MAX);
-    let half_us = whole.as_micros() as u64 / 2;
-    Duration::from_micros(half_us + mix(salt ^ u64::from(failures)) % (half_us + 1))
+    let half_ms = whole.as_millis() as u64 / 2;
+    Duration::from_millis(half_ms + half_ms * spread(salt) / SPREAD_MODULUS)
 }
 
-/// Spreads the bits of `x` evenly (the finalizer of SplitMix64, Steele, Lea and Flood 2014).
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
+/// 2^31 - 1, a prime.
+const SPREAD_MODULUS: u64 = 0x7FFF_FFFF;
+
+/// Spreads neighbours evenly below [`SPREAD_MODULUS`]: two steps of the generator of Park, Miller and Stockmeyer 1993.
+fn spread(x: u64) -> u64 {
+    let step = |x: u64| x * 48_271 % SPREAD_MODULUS;
+    step(step(x % SPREAD_MODULUS))
 }
 
 #[cfg(test)]

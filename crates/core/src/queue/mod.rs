@@ -17,6 +17,7 @@ mod event;
 mod job;
 mod lane;
 mod machine;
+mod plan;
 mod record;
 mod request;
 mod ring;
@@ -28,6 +29,7 @@ pub use job::{
     AttemptError, Budgets, DeadReason, End, JobKind, JobState, Lease, NewJob, StateName,
 };
 pub use machine::{Loading, Machine, MachineConfig};
+pub use plan::{Dep, Known, Plan, name_taken, plan, too_many_lanes, unknown_dep};
 pub use record::{BatchRow, Change, Changes, ChunkRow, JobRow, MetaRow, RecordError, RingRow};
 pub use request::{
     Cancelled, ChunkAnswer, FinishReply, Grant, ItemResult, LeaseRequest, Outcome, Refusal,
@@ -47,6 +49,8 @@ pub const LABELS_MAX: usize = 64;
 pub const TAG_BYTES_MAX: usize = 256;
 /// Most distinct pairs of kind and needs at one time: each lease looks at all lanes of its kind.
 pub const LANES_MAX: usize = 4_096;
+/// Most jobs that one finish may spawn: a round of probing, not a batch of its own.
+pub const SPAWN_MAX: usize = 1_000;
 /// Most jobs that one lease request may take.
 pub const GRANTS_MAX: u32 = 1_000;
 /// Most due or expired jobs that a lease moves on its way.

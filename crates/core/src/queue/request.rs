@@ -3,11 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{BatchSeq, JobKind, JobSeq, NewJob};
+use super::{BatchSeq, GRANTS_MAX, JobKind, JobSeq, NewJob};
 use crate::error::{ErrorClass, FieldError};
 use crate::id::{BatchId, Fence, JobKey, ProjectId, WorkerId};
 use crate::time::Timestamp;
 
+/// Most tags that a worker may offer: more than any one job may need, for a good number of servers.
+const OFFERS_MAX: usize = 256;
+/// The shortest and the longest lease: less is lost to a hiccup, more is a hang that nobody notices.
+const TTL_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3_600));
 /// A whole command that cannot be done. Nothing has changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -72,6 +76,28 @@ pub struct LeaseRequest {
     pub n: u32,
     /// How long each lease lasts, if not as long as its kind has it.
     pub ttl: Option<Duration>,
+}
+
+impl LeaseRequest {
+    /// How long each lease lasts, if the request keeps to its limits.
+    pub fn check(&self) -> Result<Duration, FieldError> {
+        if self.n > GRANTS_MAX {
+            let rule = format!("must be at most {GRANTS_MAX}");
+            return Err(FieldError::new("n", self.n, rule));
+        }
+        if self.offers.len() > OFFERS_MAX {
+            let rule = format!("must be at most {OFFERS_MAX} tags");
+            return Err(FieldError::new("offers", self.offers.len(), rule));
+        }
+        let (min, max) = TTL_RANGE;
+        match self.ttl {
+            Some(ttl) if ttl < min || ttl > max => {
+                let rule = format!("must be from {} to {}", min.as_millis(), max.as_millis());
+                Err(FieldError::new("ttl_ms", ttl.as_millis(), rule))
+            }
+            ttl => Ok(ttl.unwrap_or(self.kind.lease_ttl())),
+        }
+    }
 }
 
 /// A job that a worker may run now.

@@ -1,13 +1,12 @@
 //! The end of an attempt.
 
-use super::super::{AttemptError, FinishReply, ItemResult, JobSeq, JobState, NewJob, Outcome};
+use super::super::{
+    AttemptError, FinishReply, ItemResult, JobSeq, JobState, NewJob, Outcome, SPAWN_MAX,
+};
 use super::Machine;
 use crate::error::{ErrorClass, FieldError};
 use crate::id::{Fence, JobKey};
 use crate::time::Timestamp;
-
-/// Most jobs that one finish may spawn: a round of probing, not a batch of its own.
-const SPAWN_MAX: usize = 1_000;
 
 impl Machine {
     /// Ends the attempt of `fence`. Accepted at most once, and only while that lease is the job's present one:

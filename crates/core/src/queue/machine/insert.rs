@@ -1,47 +1,54 @@
-//! Which of some new jobs may enter a batch, and how they do. Chunks and spawned jobs come this way.
+//! How new jobs enter a batch. Chunks and spawned jobs come this way.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::BTreeSet;
 
 use super::super::batch::Batch;
 use super::super::job::{Job, Rare};
 use super::super::lane::Lane;
+use super::super::plan::{self, Dep, Known};
 use super::super::{
-    BatchSeq, Budgets, DEPS_MAX, DeadReason, ItemResult, JobSeq, JobState, LABELS_MAX, LANES_MAX,
-    NEEDS_MAX, NewJob, PRIORITY_MAX, StateName, TAG_BYTES_MAX,
+    BatchSeq, Budgets, DeadReason, ItemResult, JobSeq, JobState, LANES_MAX, NewJob, StateName,
 };
 use super::Machine;
-use crate::error::FieldError;
-use crate::id::{Fence, JobId, JobKey, ProjectId};
+use crate::id::{Fence, JobId, JobKey};
 
-/// The longest traceparent that W3C Trace Context version 00 allows is 55 bytes; later versions may add some.
-const TRACEPARENT_BYTES_MAX: usize = 128;
+/// The verdicts on some new jobs of a machine's batch.
+pub(super) type Plan = plan::Plan<JobSeq>;
 
-/// What is known of some new jobs before any of them enters.
-pub(super) struct Plan {
-    /// One verdict for each job.
-    pub verdicts: Vec<ItemResult>,
-    /// For each accepted job what it depends on.
-    deps: Vec<Vec<Dep>>,
-    /// The accepted jobs, each after the accepted ones that it depends on.
-    order: Vec<usize>,
+/// A machine as new jobs of one batch see it.
+struct Seen<'a> {
+    machine: &'a Machine,
+    batch: &'a Batch,
+    lanes_new: BTreeSet<Lane>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Dep {
-    /// Another of the new jobs.
-    Here(usize),
-    /// A job that is in the queue.
-    There(JobSeq),
-}
+impl Known for Seen<'_> {
+    type Job = JobSeq;
 
-impl Plan {
-    /// Rejects what would be accepted; what is there stays as it is.
-    pub fn refuse_new(&mut self, error: &FieldError) {
-        for verdict in &mut self.verdicts {
-            if *verdict == ItemResult::Accepted {
-                *verdict = ItemResult::Rejected(error.clone());
-            }
+    fn digest(&self, id: &JobId) -> Option<[u8; 32]> {
+        let seq = self.batch.jobs.get(id)?;
+        Some(self.machine.jobs[seq].digest)
+    }
+
+    fn find(&self, key: &JobKey) -> Option<JobSeq> {
+        self.machine.find_job(key)
+    }
+
+    fn enter_lane(&mut self, job: &NewJob) -> bool {
+        if job.needs.is_empty() {
+            return true;
         }
+        let lane = Lane {
+            kind: job.kind,
+            needs: job.needs.clone(),
+        };
+        let lanes = &self.machine.lanes;
+        let known = lanes.contains(&lane) || self.lanes_new.contains(&lane);
+        let fits = known || lanes.len() + self.lanes_new.len() < LANES_MAX;
+        if fits {
+            self.lanes_new.insert(lane);
+        }
+        fits
     }
 }
 
@@ -50,100 +57,12 @@ impl Machine {
     pub(super) fn plan(&self, batch: BatchSeq, jobs: &[NewJob]) -> Plan {
         let batch = &self.batches[&batch];
         let project = &self.projects[&batch.project].id;
-        let mut first_by_id: HashMap<&JobId, usize> = HashMap::with_capacity(jobs.len());
-        let mut verdicts = Vec::with_capacity(jobs.len());
-        let mut lanes_new = BTreeSet::new();
-        for (n, job) in jobs.iter().enumerate() {
-            let first = *first_by_id.entry(&job.id).or_insert(n);
-            let verdict = if first < n {
-                Err(FieldError::new(
-                    "id",
-                    &job.id,
-                    "must be unique within the chunk",
-                ))
-            } else {
-                self.check_new(batch, job, &mut lanes_new)
-            };
-            verdicts.push(verdict.unwrap_or_else(ItemResult::Rejected));
-        }
-        let mut plan = Plan {
-            deps: vec![Vec::new(); jobs.len()],
-            order: Vec::new(),
-            verdicts,
+        let mut seen = Seen {
+            machine: self,
+            batch,
+            lanes_new: BTreeSet::new(),
         };
-        for (n, job) in jobs.iter().enumerate() {
-            if plan.verdicts[n] != ItemResult::Accepted {
-                continue;
-            }
-            match self.find_deps(batch, project, job, &first_by_id) {
-                Ok(deps) => plan.deps[n] = deps,
-                Err(error) => plan.verdicts[n] = ItemResult::Rejected(error),
-            }
-        }
-        plan.sort_out(jobs);
-        plan
-    }
-
-    fn check_new(
-        &self,
-        batch: &Batch,
-        job: &NewJob,
-        lanes_new: &mut BTreeSet<Lane>,
-    ) -> Result<ItemResult, FieldError> {
-        if let Some(seq) = batch.jobs.get(&job.id) {
-            if self.jobs[seq].digest == job.spec_digest {
-                return Ok(ItemResult::AlreadyThere);
-            }
-            return Err(FieldError::new(
-                "id",
-                &job.id,
-                "is taken in this batch by a job with another spec",
-            ));
-        }
-        check_fields(job)?;
-        if job.needs.is_empty() {
-            return Ok(ItemResult::Accepted);
-        }
-        let lane = Lane {
-            kind: job.kind,
-            needs: job.needs.clone(),
-        };
-        let known = self.lanes.contains(&lane) || lanes_new.contains(&lane);
-        if !known && self.lanes.len() + lanes_new.len() >= LANES_MAX {
-            let needs: Vec<_> = job.needs.iter().map(String::as_str).collect();
-            let rule = format!("is one combination too many: a queue has at most {LANES_MAX}");
-            return Err(FieldError::new("needs", needs.join(" "), rule));
-        }
-        lanes_new.insert(lane);
-        Ok(ItemResult::Accepted)
-    }
-
-    fn find_deps(
-        &self,
-        batch: &Batch,
-        project: &ProjectId,
-        job: &NewJob,
-        here: &HashMap<&JobId, usize>,
-    ) -> Result<Vec<Dep>, FieldError> {
-        let find = |key: &JobKey| {
-            if key.project != *project {
-                return Err("must be in the project of the job");
-            }
-            if let Some(seq) = self.find_job(key) {
-                return Ok(Dep::There(seq));
-            }
-            let here = here.get(&key.job).filter(|_| key.batch == batch.id);
-            here.map(|n| Dep::Here(*n))
-                .ok_or("must be in the queue already or in the same chunk")
-        };
-        let mut deps = Vec::with_capacity(job.deps.len());
-        for (n, key) in job.deps.iter().enumerate() {
-            let dep = find(key).map_err(|rule| FieldError::new(format!("deps[{n}]"), key, rule))?;
-            deps.push(dep);
-        }
-        deps.sort_unstable();
-        deps.dedup();
-        Ok(deps)
+        plan::plan(&mut seen, project, &batch.id, jobs)
     }
 
     /// Lets the accepted jobs of `plan` enter. Returns their positions and numbers, by position.
@@ -269,160 +188,4 @@ impl Machine {
             .get(&dep)
             .is_none_or(|job| matches!(job.state, JobState::Dead { .. } | JobState::Cancelled(_)))
     }
-}
-
-impl Plan {
-    /// Orders the accepted jobs by their dependencies, and rejects those that depend on a rejected one or on
-    /// themselves.
-    fn sort_out(&mut self, jobs: &[NewJob]) {
-        let mut needed_by: Vec<Vec<usize>> = vec![Vec::new(); jobs.len()];
-        let mut waits_for = vec![0usize; jobs.len()];
-        for (n, deps) in self.deps.iter().enumerate() {
-            for dep in deps {
-                // A twin of a job that is in the queue was found there, so that these are accepted or rejected ones.
-                if let Dep::Here(other) = dep {
-                    needed_by[*other].push(n);
-                    waits_for[n] += 1;
-                }
-            }
-        }
-        let rejected = |v: &ItemResult| matches!(v, ItemResult::Rejected(_));
-        let bad: Vec<_> = (0..jobs.len())
-            .filter(|n| rejected(&self.verdicts[*n]))
-            .collect();
-        self.reject_dependents(bad, &needed_by, jobs);
-
-        let mut next: VecDeque<_> = (0..jobs.len())
-            .filter(|n| self.verdicts[*n] == ItemResult::Accepted && waits_for[*n] == 0)
-            .collect();
-        let mut placed = vec![false; jobs.len()];
-        while let Some(n) = next.pop_front() {
-            placed[n] = true;
-            self.order.push(n);
-            for dependent in &needed_by[n] {
-                waits_for[*dependent] -= 1;
-                if waits_for[*dependent] == 0 && !rejected(&self.verdicts[*dependent]) {
-                    next.push_back(*dependent);
-                }
-            }
-        }
-        let left: Vec<_> = (0..jobs.len())
-            .filter(|n| self.verdicts[*n] == ItemResult::Accepted && !placed[*n])
-            .collect();
-        self.reject_cycles(left, &needed_by, jobs);
-    }
-
-    /// `left` are the jobs of cycles and those behind them. Those that nothing in `left` needs are behind.
-    fn reject_cycles(&mut self, left: Vec<usize>, needed_by: &[Vec<usize>], jobs: &[NewJob]) {
-        let mut in_cycle = vec![false; jobs.len()];
-        left.iter().for_each(|n| in_cycle[*n] = true);
-        let mut users = vec![0usize; jobs.len()];
-        for n in &left {
-            users[*n] = needed_by[*n].iter().filter(|d| in_cycle[**d]).count();
-        }
-        let mut behind: Vec<_> = left.iter().copied().filter(|n| users[*n] == 0).collect();
-        while let Some(n) = behind.pop() {
-            in_cycle[n] = false;
-            for dep in &self.deps[n] {
-                if let Dep::Here(other) = dep
-                    && in_cycle[*other]
-                {
-                    users[*other] -= 1;
-                    if users[*other] == 0 {
-                        behind.push(*other);
-                    }
-                }
-            }
-        }
-        let cyclic: Vec<_> = left.into_iter().filter(|n| in_cycle[*n]).collect();
-        for n in &cyclic {
-            let rule = "must not depend on itself, directly or through other jobs";
-            let error = FieldError::new("deps", &jobs[*n].id, rule);
-            self.verdicts[*n] = ItemResult::Rejected(error);
-        }
-        self.reject_dependents(cyclic, needed_by, jobs);
-    }
-
-    /// Rejects every accepted job that depends on one of `bad`, directly or not.
-    fn reject_dependents(
-        &mut self,
-        mut bad: Vec<usize>,
-        needed_by: &[Vec<usize>],
-        jobs: &[NewJob],
-    ) {
-        while let Some(n) = bad.pop() {
-            for dependent in &needed_by[n] {
-                if self.verdicts[*dependent] == ItemResult::Accepted {
-                    let rule = "must not name a job that was rejected";
-                    let error = FieldError::new("deps", &jobs[n].id, rule);
-                    self.verdicts[*dependent] = ItemResult::Rejected(error);
-                    bad.push(*dependent);
-                }
-            }
-        }
-    }
-}
-
-fn check_fields(job: &NewJob) -> Result<(), FieldError> {
-    at_most("priority", u64::from(job.priority), u64::from(PRIORITY_MAX))?;
-    at_most("needs", job.needs.len() as u64, NEEDS_MAX as u64)?;
-    at_most("labels", job.labels.len() as u64, LABELS_MAX as u64)?;
-    at_most("deps", job.deps.len() as u64, DEPS_MAX as u64)?;
-    for (field, budget) in [
-        ("max_attempts", job.max_attempts),
-        ("max_infra", job.max_infra),
-    ] {
-        if budget == 0 {
-            return Err(FieldError::new(field, budget, "must be at least 1"));
-        }
-    }
-    for tag in &job.needs {
-        check_text("needs", tag)?;
-    }
-    for (key, value) in &job.labels {
-        check_text("labels", key)?;
-        if !value.is_empty() {
-            check_text(&format!("labels.{key}"), value)?;
-        }
-    }
-    if let Some(traceparent) = &job.traceparent
-        && traceparent.len() > TRACEPARENT_BYTES_MAX
-    {
-        return Err(FieldError::new(
-            "traceparent",
-            traceparent,
-            format!("must have at most {TRACEPARENT_BYTES_MAX} bytes"),
-        ));
-    }
-    if job.max_runtime.is_some_and(|max| max.is_zero()) {
-        return Err(FieldError::new(
-            "max_runtime",
-            "0",
-            "must be more than zero",
-        ));
-    }
-    Ok(())
-}
-
-fn at_most(field: &str, found: u64, max: u64) -> Result<(), FieldError> {
-    if found <= max {
-        return Ok(());
-    }
-    Err(FieldError::new(
-        field,
-        found,
-        format!("must be at most {max}"),
-    ))
-}
-
-fn check_text(field: &str, text: &str) -> Result<(), FieldError> {
-    let clean = !text.is_empty() && !text.chars().any(char::is_control);
-    if clean && text.len() <= TAG_BYTES_MAX {
-        return Ok(());
-    }
-    Err(FieldError::new(
-        field,
-        text.escape_debug(),
-        format!("must be 1 to {TAG_BYTES_MAX} bytes without control characters"),
-    ))
 }

@@ -1,22 +1,18 @@
 //! Grants, renewals, and what time does: delayed jobs come due, leases run out.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use super::super::job::{self, Next};
 use super::super::{
-    AttemptError, DeadReason, Event, GRANTS_MAX, Grant, JobSeq, JobState, LEASE_REPEAT, Lease,
-    LeaseRequest, ON_THE_WAY_MAX, PROGRESS_BYTES_MAX, Refusal, RenewReply, RevokeReason, Ticked,
+    AttemptError, DeadReason, Event, Grant, JobSeq, JobState, LEASE_REPEAT, Lease, LeaseRequest,
+    ON_THE_WAY_MAX, PROGRESS_BYTES_MAX, Refusal, RenewReply, RevokeReason, Ticked,
 };
 use super::Machine;
-use crate::error::{ErrorClass, FieldError};
+use crate::error::ErrorClass;
 use crate::id::{Fence, JobKey, WorkerId};
 use crate::time::Timestamp;
 
-/// Most tags that a worker may offer: more than any one job may need, for a good number of servers.
-const OFFERS_MAX: usize = 256;
-/// The shortest and the longest lease: less is lost to a hiccup, more is a hang that nobody notices.
-const TTL_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3_600));
 /// Most lease requests that are remembered; the oldest go first. Five seconds of 10,000 requests a second.
 const REPEATS_MAX: usize = 50_000;
 
@@ -56,7 +52,7 @@ impl Machine {
     /// Grants up to `n` ready jobs of one kind to a worker, with a new fence each.
     pub fn lease(&mut self, now: Timestamp, request: &LeaseRequest) -> Result<Vec<Grant>, Refusal> {
         let now = self.advance(now);
-        let ttl = check_lease(request)?;
+        let ttl = request.check()?;
         self.repeats.forget_old(now);
         let asked_before = (request.worker.clone(), request.request);
         if let Some(granted) = self.repeats.granted.get(&asked_before) {
@@ -163,7 +159,7 @@ impl Machine {
         }
     }
 
-    fn grant(&mut self, seq: JobSeq, worker: &WorkerId, ttl: Option<Duration>) -> Fence {
+    fn grant(&mut self, seq: JobSeq, worker: &WorkerId, ttl: Duration) -> Fence {
         let now = self.now;
         let fence = Fence((self.last_fence.0 + 1).max(now.0));
         self.last_fence = fence;
@@ -172,7 +168,6 @@ impl Machine {
             return fence;
         };
         job.starts += 1;
-        let ttl = ttl.unwrap_or(job.kind.lease_ttl());
         let max_runtime = Duration::from_micros(job.max_runtime_us);
         let mut lease = Lease {
             worker: worker.clone(),
@@ -280,12 +275,11 @@ impl Machine {
             return;
         };
         let cancel_requested = job.lease().is_some_and(|lease| lease.cancel_requested);
-        // The fence is unlike any other's, so that jobs which failed together do not return together.
-        let salt = fence.0 ^ seq.0.rotate_left(32);
         let next = if cancel_requested {
             Next::Cancelled
         } else {
-            job::after_failure(&mut job.budgets, error.class, retry_after, salt)
+            // The fence is unlike any other's, so that jobs which failed together do not return together.
+            job::after_failure(&mut job.budgets, error.class, retry_after, fence.0)
         };
         if !matches!(error.class, ErrorClass::Preempted) {
             job.set_error(error);
@@ -308,29 +302,4 @@ impl Machine {
             })
         )
     }
-}
-
-fn check_lease(request: &LeaseRequest) -> Result<Option<Duration>, FieldError> {
-    if request.n > GRANTS_MAX {
-        let rule = format!("must be at most {GRANTS_MAX}");
-        return Err(FieldError::new("n", request.n, rule));
-    }
-    check_offers(&request.offers)?;
-    let (min, max) = TTL_RANGE;
-    match request.ttl {
-        Some(ttl) if ttl < min || ttl > max => Err(FieldError::new(
-            "ttl_ms",
-            ttl.as_millis(),
-            format!("must be from {} to {}", min.as_millis(), max.as_millis()),
-        )),
-        ttl => Ok(ttl),
-    }
-}
-
-fn check_offers(offers: &BTreeSet<String>) -> Result<(), FieldError> {
-    if offers.len() <= OFFERS_MAX {
-        return Ok(());
-    }
-    let rule = format!("must be at most {OFFERS_MAX} tags");
-    Err(FieldError::new("offers", offers.len(), rule))
 }

@@ -1,0 +1,25 @@
+-- how many, then of each: batch, job → {how many were cancelled, how many were asked to stop, how many are known}.
+local waiting, cancelled, requested, known = {}, 0, 0, 0
+for _ = 1, tonumber(take()) do
+  local b, id = batch_number(take()), take()
+  local job = b and load(b .. ':' .. id)
+  if job then
+    known = known + 1
+    if job.s == 'L' then
+      requested = requested + 1
+      if not job.cr then
+        call('HSET', prefix .. 'j:' .. job.ref, 'cr', 1)
+        events[#events + 1] = {'cancel', job.w, job.ref, job.f}
+      end
+    elseif not ENDED[job.s] then
+      waiting[#waiting + 1] = job
+    end
+  end
+end
+table.sort(waiting, function(a, b) return tonumber(a.n) < tonumber(b.n) end)
+for _, job in ipairs(waiting) do
+  end_job(job, 'C')
+  cancelled = cancelled + 1
+end
+settle()
+return done({cancelled, requested, known})

@@ -1,0 +1,52 @@
+-- how many, then of each: batch, job, fence, outcome (ok, released or a class), stored error, wait in microseconds,
+-- stored result, how many jobs it spawns, those → 1 accepted, 0 known already, -1 stale, or {verdict, position} of a
+-- spawned job that cannot enter.
+local function ending_of(b, job, outcome)
+  if outcome.how == 'ok' then
+    for _, new in ipairs(outcome.spawn) do
+      local verdict, deps = judge(b, new, false, false)
+      if verdict == 1 then enter_job(b, new, deps) end
+    end
+    -- One of them may wait for this very job.
+    if #outcome.spawn > 0 then job.dp = '1' end
+    if outcome.result ~= '' then call('SET', prefix .. 'o:' .. job.ref, outcome.result) end
+    return end_job(job, 'S')
+  end
+  local class = outcome.how == 'released' and 'preempted' or outcome.how
+  fail(job, class, outcome.failure, outcome.wait)
+end
+
+local function refused(b, spawn)
+  for n, new in ipairs(spawn) do
+    local verdict = judge(b, new, false, true)
+    if verdict < 0 then return {verdict, n} end
+  end
+end
+
+local function finish(b, id, fence, outcome)
+  local job = b and load(b .. ':' .. id)
+  if not job or job.s ~= 'L' or job.f ~= fence then
+    if job and job.sf == fence then return 0 end
+    call('HINCRBY', meta, 'stale', 1)
+    return -1
+  end
+  local reason = refused(b, outcome.spawn)
+  if reason then return reason end
+  call('HSET', prefix .. 'j:' .. job.ref, 'sf', fence)
+  ending_of(b, job, outcome)
+  settle()
+  return 1
+end
+
+local replies = {}
+for n = 1, tonumber(take()) do
+  local b, id, fence = batch_number(take()), take(), take()
+  local outcome = {how = take(), failure = take(), wait = tonumber(take()), result = take(), spawn = {}}
+  for m = 1, tonumber(take()) do
+    outcome.spawn[m] = take_job(next_job)
+  end
+  next_job = next_job + #outcome.spawn
+  replies[n] = finish(b, id, fence, outcome)
+end
+write_lanes()
+return done(replies)

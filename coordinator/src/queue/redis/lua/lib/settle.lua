@@ -1,0 +1,73 @@
+-- What follows from a job's end, for itself and for those that wait for it.
+
+-- Dependents that one script looks at; the rest is left to the next tick.
+local SETTLE_MAX = 2000
+
+local function set_waiting(job)
+  if call('EXISTS', prefix .. 'need:' .. job.ref) == 1 then
+    set_state(job, 'B', {})
+  elseif job.nb and tonumber(job.nb) > now then
+    set_state(job, 'D', {'un', job.nb})
+  else
+    set_state(job, 'R', {})
+  end
+end
+
+local function settle_one(ref, ended)
+  local succeeded = ended.s == 'S'
+  if succeeded then call('SREM', prefix .. 'need:' .. ref, ended.ref) end
+  local job = load(ref)
+  if not job or job.s ~= 'B' then return end
+  if not succeeded then
+    -- A batch that was cancelled as a whole is cancelled page by page.
+    if batch(job.b).cancelled then end_job(job, 'C') else end_job(job, 'X', 'dependency') end
+  elseif call('EXISTS', prefix .. 'need:' .. ref) == 0 then
+    set_waiting(job)
+  end
+end
+
+-- Dependents become ready, or die with what they need, and so on.
+local function settle()
+  local left = SETTLE_MAX
+  while #just_ended > 0 do
+    local ended = table.remove(just_ended)
+    local from = ended.from or 0
+    while ended.dp and left > 0 do
+      local page = call('ZRANGE', prefix .. 'dep:' .. ended.ref, from, from + 499)
+      if #page == 0 then break end
+      for _, ref in ipairs(page) do settle_one(ref, ended) end
+      from, left = from + #page, left - #page
+    end
+    if ended.dp and left <= 0 then
+      call('RPUSH', prefix .. 'unsettled', from .. ' ' .. ended.ref)
+    end
+  end
+end
+
+local function step(x) return x * 48271 % 2147483647 end
+
+-- The wait in microseconds after failure number `failures`; the formula of `espalier_core::queue`, module `job`.
+local function backoff(failures, salt)
+  local whole = math.min(1000 * 2 ^ math.min(failures - 1, 16), 300000)
+  local half = floor(whole / 2)
+  return (half + floor(half * step(step(salt % 2147483647)) / 2147483647)) * 1000
+end
+
+-- What a failed attempt makes of its job. `failure` is the stored form of the error, `asked` a wait in microseconds.
+local function fail(job, class, failure, asked)
+  if class ~= 'preempted' then
+    call('SET', prefix .. 'e:' .. job.ref, failure)
+    call('HSET', prefix .. 'j:' .. job.ref, 'er', 1)
+  end
+  if job.cr or class == 'cancelled' then return end_job(job, 'C') end
+  if class == 'preempted' then return set_state(job, 'R', {}) end
+  if class == 'invalid' then return end_job(job, 'X', 'invalid') end
+  local spent, max, default, reason = 'fa', 'ma', 3, 'attempts'
+  if class == 'infra' then spent, max, default, reason = 'fi', 'mi', 20, 'infra' end
+  local failures = (tonumber(job[spent]) or 0) + 1
+  local fence = tonumber(job.f)
+  call('HSET', prefix .. 'j:' .. job.ref, spent, failures)
+  if failures >= (tonumber(job[max]) or default) then return end_job(job, 'X', reason) end
+  local wait = math.max(backoff(failures, fence), math.min(asked, 3600000000))
+  set_state(job, 'D', {'un', now + wait})
+end

@@ -1,0 +1,37 @@
+-- What can be seen of a job or a batch; `decode.rs` reads the same lists.
+
+-- The names of the jobs that the job `ref` was submitted behind, as far as they have not been purged.
+local function deps_of(ref)
+  local names = {}
+  for _, dep in ipairs(call('SMEMBERS', prefix .. 'deps:' .. ref)) do
+    local colon = dep:find(':', 1, true)
+    local batch_name = call('HGET', prefix .. 'b:' .. dep:sub(1, colon - 1), 'name')
+    if batch_name and call('EXISTS', prefix .. 'j:' .. dep) == 1 then
+      names[#names + 1] = batch_name .. '/' .. dep:sub(colon + 1)
+    end
+  end
+  return names
+end
+
+-- id, fields and values, lane, how many it waits for, its dependencies, error, result, progress.
+local function view_job(b, id)
+  local ref = b .. ':' .. id
+  local fields = call('HGETALL', prefix .. 'j:' .. ref)
+  if #fields == 0 then return nil end
+  local job = {}
+  for n = 1, #fields, 2 do job[fields[n]] = fields[n + 1] end
+  local deps = call('EXISTS', prefix .. 'deps:' .. ref) == 1 and deps_of(ref) or {}
+  return {
+    id, fields, call('HGET', prefix .. 'lanes', job.l) or '',
+    #deps > 0 and call('SCARD', prefix .. 'need:' .. ref) or 0, deps,
+    job.er and call('GET', prefix .. 'e:' .. ref) or '',
+    job.s == 'S' and call('GET', prefix .. 'o:' .. ref) or '',
+    job.s == 'L' and call('HGET', prefix .. 'progress', ref) or '',
+  }
+end
+
+-- number, fields and values, number of the newest end.
+local function view_batch(b)
+  local newest = call('ZRANGE', prefix .. 'be:' .. b, 0, 0, 'REV', 'WITHSCORES')
+  return {b, call('HGETALL', prefix .. 'b:' .. b), newest[2] or '0'}
+end
