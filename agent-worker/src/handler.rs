@@ -15,7 +15,7 @@ use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome, Stop};
 use tracing::Instrument;
 
 use crate::record::{
-    Claim, Found, Gate, Published, RecordContext, RecordError, Recorder, find_published,
+    Claim, Found, Gate, Published, RecordContext, RecordError, Recorder, find_at_start,
 };
 use crate::rollout::{self, Approver, Order, Question, RolloutError, Scripted, Services};
 
@@ -60,7 +60,8 @@ impl RolloutHandler {
             fence: grant.fence,
             spec: Some(&spec),
         };
-        if let Some(published) = self.adopt(claim, context).await? {
+        let max_runtime = grant.spec.max_runtime;
+        if let Some(published) = self.adopt(claim, max_runtime, context).await? {
             return Ok(published);
         }
         let (key, attempt, fence) = (grant.key.clone(), grant.attempt, grant.fence);
@@ -89,10 +90,11 @@ impl RolloutHandler {
     async fn adopt(
         &self,
         claim: Claim<'_>,
+        max_runtime: Duration,
         context: &JobContext,
     ) -> Result<Option<Published>, RecordError> {
         let key = claim.key;
-        match find_published(&self.record.store, claim).await? {
+        match find_at_start(&self.record.store, claim, max_runtime).await? {
             Found::Nothing => Ok(None),
             Found::Published(manifest) => {
                 tracing::info!(job = %key, winner = manifest.fence.0, "took over the result of an earlier attempt");

@@ -4,15 +4,18 @@
 //! it before the next attempt ends. Whoever holds the lease then finishes with what is there, if it is the result of
 //! the same spec: a batch's name may have been used before, and its old results stay.
 
+use std::time::Duration;
+
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::spec::SpecDigest;
 use espalier_core::trace::Manifest;
 use espalier_runtime::store::Store;
-use espalier_runtime::tasks;
+use espalier_runtime::tasks::{self, with_deadline};
 use futures::{StreamExt, TryStreamExt};
 
 use super::RecordError;
+use super::publish::patiently;
 
 /// Files read at once: enough to hide latency, few enough that blobs of 16 MB fit into memory.
 const READS_MAX: usize = 4;
@@ -63,6 +66,21 @@ pub enum Found {
         /// The file or rule.
         reason: String,
     },
+}
+
+/// Longest that an attempt waits at its start for a store that is away.
+const START_PATIENCE: Duration = Duration::from_secs(600);
+
+/// [Looks](find_published) at the start of an attempt, and waits for a store that is away for up to half of the time
+/// that the attempt may take: an attempt that could not begin is not to blame for taking too long.
+pub async fn find_at_start(
+    store: &Store,
+    claim: Claim<'_>,
+    max_runtime: Duration,
+) -> Result<Found, RecordError> {
+    let patience = START_PATIENCE.min(max_runtime / 2);
+    let find = patiently(claim.key, "adoption", || find_published(store, claim));
+    with_deadline("record.start", patience, find).await?
 }
 
 /// Looks for a published result that `claim` covers and verifies every file of it.

@@ -33,7 +33,7 @@ use espalier_runtime::clock::Clock;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{self, OnFailure, Tasks};
 
-pub use adopt::{Claim, Found, find_published};
+pub use adopt::{Claim, Found, find_at_start, find_published};
 pub use error::RecordError;
 pub use publish::{Gate, NoLease, Published};
 pub use spool::Spool;

@@ -4,25 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use espalier_core::id::JobKey;
 use espalier_core::layout;
 use espalier_core::trace::{FileEntry, Manifest, Outcome, RolloutSummary, SCHEMA_VERSION, Trace};
-use espalier_runtime::backoff::Backoff;
-use espalier_runtime::store::{Created, StoreErrorKind};
+use espalier_runtime::store::{Created, Patience};
 use espalier_runtime::tasks::{self, with_deadline};
-use espalier_runtime::telemetry;
 use espalier_runtime::traces;
 
 use super::{Claim, Found, RecordError, Recorder, find_published};
 
 /// How long somebody at a terminal waits for a store that is away.
 const NO_LEASE_PATIENCE: Duration = Duration::from_secs(120);
-/// Between tries while the store is away. The lease is kept meanwhile, and the gate's patience or the attempt's longest
-/// runtime ends the wait.
-const BACKOFF: Backoff = Backoff {
-    first: Duration::from_secs(1),
-    max: Duration::from_secs(30),
-};
-
 /// How often a manifest that does not verify is reported within one publication: a second time only if another worker
 /// without a lease wrote one meanwhile.
 const REPORTS_MAX: u32 = 2;
@@ -203,7 +195,8 @@ impl Recorder {
         self.until_stored("adoption", find).await
     }
 
-    /// Does `work` again and again while the store may come back.
+    /// Does `work` again and again while the store may come back. The lease is kept meanwhile, and the gate's patience
+    /// or the attempt's longest runtime ends the wait.
     async fn until_stored<T, F>(
         &self,
         what: &'static str,
@@ -212,27 +205,28 @@ impl Recorder {
     where
         F: Future<Output = Result<T, RecordError>>,
     {
-        let mut failures = 0;
-        loop {
-            let error = match work().await {
-                Ok(value) => return Ok(value),
-                Err(RecordError::Store(error)) if may_come_back(error.kind) => error,
-                Err(error) => return Err(error),
-            };
-            failures += 1;
-            let error = telemetry::error_chain(&error);
-            tracing::warn!(job = %self.key, what, failures, error, "cannot publish yet: trying again");
-            tokio::time::sleep(BACKOFF.jittered(failures)).await;
-        }
+        patiently(&self.key, what, work).await
     }
 }
 
-fn may_come_back(kind: StoreErrorKind) -> bool {
-    match kind {
-        StoreErrorKind::Unavailable { .. } | StoreErrorKind::Full => true,
-        // Until a person acts, which may be days: the attempt fails, and the job is tried again elsewhere or later.
-        StoreErrorKind::Denied => false,
-        StoreErrorKind::NotFound | StoreErrorKind::Invalid => false,
+/// Does `work` again and again while the store may come back. The caller ends the wait.
+pub(super) async fn patiently<T, F>(
+    key: &JobKey,
+    what: &'static str,
+    work: impl Fn() -> F,
+) -> Result<T, RecordError>
+where
+    F: Future<Output = Result<T, RecordError>>,
+{
+    let mut patience = Patience::new(key, what);
+    loop {
+        let error = match work().await {
+            Err(RecordError::Store(error)) => error,
+            done => return done,
+        };
+        if !patience.after(&error).await {
+            return Err(error.into());
+        }
     }
 }
 

@@ -8,8 +8,7 @@ use std::time::Duration;
 
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
-use espalier_runtime::backoff::Backoff;
-use espalier_runtime::store::Store;
+use espalier_runtime::store::{AWAY_BACKOFF, Store};
 use espalier_runtime::tasks::{self, with_deadline};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -25,12 +24,6 @@ const SEGMENT_EVERY: Duration = Duration::from_secs(10);
 const SEGMENT_BYTES: u64 = 1 << 20;
 /// How long the last steps of an attempt that publishes nothing are tried to be brought to the store.
 const LAST_SEGMENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between tries while the store is away; the store has tried several times by then.
-const BACKOFF: Backoff = Backoff {
-    first: Duration::from_secs(1),
-    max: Duration::from_secs(30),
-};
-
 /// What one attempt has to bring to the store.
 pub(super) struct Shipment {
     store: Store,
@@ -150,7 +143,7 @@ impl Shipment {
                     failures += 1;
                     let error = espalier_runtime::telemetry::error_chain(&error);
                     tracing::warn!(job = %self.key, failures, error, "steps wait on this machine for the store");
-                    tokio::time::sleep(BACKOFF.jittered(failures)).await;
+                    tokio::time::sleep(AWAY_BACKOFF.jittered(failures)).await;
                 }
             }
         }

@@ -453,6 +453,82 @@ async fn a_store_that_is_full_or_loses_its_reply_delays_a_result_and_loses_none(
     }
 }
 
+/// The store shows `fault` from now on, for `away`.
+fn away_for(faults: &Faults, fault: Fault, away: Duration) {
+    let back = tokio::time::Instant::now() + away;
+    faults.set(move |_, _| (tokio::time::Instant::now() < back).then_some(fault));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_away_or_slow_holds_no_step_up_and_the_result_comes_soon_after() {
+    for (fault, away_s) in [(Fault::Unavailable, 20), (Fault::Hang, 60)] {
+        let away = Duration::from_secs(away_s);
+        let faults = Faults::new(|_, _| None);
+        let store = Store::open("memory://").await.unwrap();
+        let world = World::with_store(store.with_faults(faults.clone())).await;
+        away_for(&faults, fault, away);
+        let began = tokio::time::Instant::now();
+        let mut recorder = world.recorder(1).await;
+        for n in 0..20 {
+            let content = format!("step {n}");
+            let raw = Bytes::from(content.clone());
+            recorder.message(Message::User { content }).await.unwrap();
+            recorder.blob(raw, "text/plain").await.unwrap();
+        }
+        assert!(began.elapsed() < Duration::from_secs(1), "{fault:?}");
+
+        // Long enough for a segment, which cannot be stored yet.
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        recorder.publish(outcome(1), &gate(true)).await.unwrap();
+        let late = began.elapsed().checked_sub(away).unwrap();
+        let try_and_wait = StoreLimits::default().try_timeout + Duration::from_secs(15);
+        assert!(late < try_and_wait, "{fault:?}: {late:?}");
+        let Found::Published(manifest) = world.find(Some(&spec("price?"))).await else {
+            panic!("{fault:?}: the result does not verify");
+        };
+        assert_eq!(manifest.files.len(), 21, "the trace and every blob");
+        world.all_ended().await;
+        assert_eq!(world.attempts(), 0, "nothing is left on this machine");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_begins_late_where_the_store_is_away_and_fails_only_when_it_stays_away() {
+    let faults = Faults::new(|_, _| None);
+    let store = Store::open("memory://").await.unwrap();
+    let store = store.with_faults(faults.clone());
+    let (key, spec) = (key(), spec("price?"));
+    let claim = Claim {
+        key: &key,
+        fence: Fence(1),
+        spec: Some(&spec),
+    };
+    let max_runtime = Duration::from_secs(300);
+    let began = tokio::time::Instant::now();
+    away_for(&faults, Fault::Unavailable, Duration::from_secs(20));
+    let found = find_at_start(&store, claim, max_runtime).await.unwrap();
+    assert_eq!(found, Found::Nothing);
+    assert!(began.elapsed() >= Duration::from_secs(20));
+    assert!(began.elapsed() < Duration::from_secs(35));
+
+    for (fault, waits) in [(Fault::Hang, true), (Fault::Denied, false)] {
+        let began = tokio::time::Instant::now();
+        away_for(&faults, fault, Duration::from_secs(86_400));
+        let error = find_at_start(&store, claim, max_runtime).await.unwrap_err();
+        assert_eq!(error.class(), ErrorClass::Infra, "{fault:?}");
+        let waited = if waits {
+            max_runtime / 2
+        } else {
+            Duration::ZERO
+        };
+        assert!(began.elapsed() >= waited, "{fault:?}");
+        assert!(
+            began.elapsed() < waited + Duration::from_secs(1),
+            "{fault:?}"
+        );
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_store_that_refuses_ends_the_wait_at_once_and_a_terminal_waits_for_minutes_only() {
     let limits = StoreLimits {

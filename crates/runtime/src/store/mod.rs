@@ -18,6 +18,7 @@ mod backend;
 mod error;
 pub mod faults;
 mod parts;
+mod patience;
 mod s3;
 
 use std::fmt;
@@ -40,6 +41,7 @@ use backend::Backend;
 pub use error::{StoreError, StoreErrorKind};
 use faults::Faults;
 use parts::PART_BYTES;
+pub use patience::{AWAY_BACKOFF, Patience};
 
 /// Largest object, in bytes. Objects are read whole; a trace of a long rollout is a few megabytes.
 pub const OBJECT_BYTES_MAX: u64 = 256 << 20;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::error::ErrorClass;
+use espalier_core::id::JobKey;
 use espalier_core::layout;
 use espalier_core::spec::JobSpec;
 use espalier_core::trace::sha256_hex;
@@ -21,6 +22,7 @@ use super::book::LeaseId;
 use super::lease::{Lease, Stop};
 use super::{Grant, Handler, JobOutcome, WorkerDeps};
 use crate::ids::{IdSource, UuidIds};
+use crate::store::{Patience, Store, StoreError};
 use crate::tasks::with_deadline;
 use crate::telemetry::names::{attribute, span};
 use crate::telemetry::{self, TraceParent};
@@ -29,6 +31,8 @@ use crate::telemetry::{self, TraceParent};
 const STOP_GRACE: Duration = Duration::from_secs(5);
 /// How long the coordinator may take to look at a manifest, reading every file of it.
 const MANIFEST_CHECK_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a job whose spec lies in the store waits for a store that is away, under its lease.
+const SPEC_PATIENCE: Duration = Duration::from_secs(600);
 /// Longest error message that is reported, in bytes.
 const MESSAGE_BYTES_MAX: usize = 4 * 1024;
 /// Longest arguments of a question, in bytes, as the protocol says.
@@ -223,14 +227,30 @@ async fn decode(
 /// A large spec lies in the store under the name of its own hash.
 async fn fetch_spec(path: &str, id: &LeaseId, deps: &WorkerDeps) -> Result<Bytes, Box<JobOutcome>> {
     let infra = |message: String| Box::new(JobOutcome::failed(ErrorClass::Infra, message));
-    let bytes = deps.store.get(path).await;
-    let bytes = bytes.map_err(|error| infra(telemetry::error_chain(&error)))?;
+    let patiently = get_patiently(&deps.store, path, &id.job);
+    let bytes = with_deadline("worker.spec", SPEC_PATIENCE, patiently).await;
+    let bytes = bytes
+        .map_err(|late| infra(late.to_string()))?
+        .map_err(|error| infra(telemetry::error_chain(&error)))?;
     if layout::blob(&id.job.project, &sha256_hex(&bytes)) != path {
         return Err(infra(format!(
             "the spec at `{path}` is not what its name says"
         )));
     }
     Ok(bytes)
+}
+
+async fn get_patiently(store: &Store, path: &str, job: &JobKey) -> Result<Bytes, StoreError> {
+    let mut patience = Patience::new(job, "spec");
+    loop {
+        let error = match store.get(path).await {
+            Ok(bytes) => return Ok(bytes),
+            Err(error) => error,
+        };
+        if !patience.after(&error).await {
+            return Err(error);
+        }
+    }
 }
 
 /// The result as it goes over the wire.

@@ -20,6 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
 use crate::net;
+use crate::store::faults::{Fault, Faults};
 use crate::tasks::{OnFailure, TaskHandle, with_deadline};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -208,6 +209,7 @@ struct World {
     handler: Arc<ById>,
     shutdown: Shutdown,
     store: Store,
+    faults: Faults,
     worker: TaskHandle,
     _tasks: Tasks,
 }
@@ -230,7 +232,9 @@ impl World {
             .add_service(WorkerServiceServer::new(Fake(to)))
             .serve_with_incoming(net::incoming(listener));
         tasks.spawn("test.coordinator", OnFailure::Log, serve);
+        let faults = Faults::new(|_, _| None);
         let store = Store::open("memory://").await.unwrap();
+        let store = store.with_faults(faults.clone());
         let deps = WorkerDeps {
             store: store.clone(),
             tasks: tasks.clone(),
@@ -243,6 +247,7 @@ impl World {
             handler,
             shutdown,
             store,
+            faults,
             worker,
             _tasks: tasks,
         }
@@ -471,6 +476,25 @@ async fn a_large_spec_is_read_from_the_store_and_checked() {
         _ => None,
     });
     assert_eq!(class(&result.await), v1::ErrorClass::Infra);
+}
+
+#[tokio::test]
+async fn a_large_spec_waits_for_a_store_that_is_away() {
+    let (world, mut session) = World::ready(1).await;
+    let spec = encode_draft(&parse_line(br#"{"prompt": "x"}"#).unwrap());
+    let path = layout::blob(&"p".parse().unwrap(), &sha256_hex(&spec));
+    world.store.put(&path, spec).await.unwrap();
+    // More than one read tries by itself.
+    let mut left = 6;
+    world.faults.set(move |operation, _| {
+        left -= i32::from(operation == "get");
+        (operation == "get" && left > 0).then_some(Fault::Unavailable)
+    });
+    session.grant_spec("a", Bytes::new(), path, TTL_MS).await;
+    assert!(matches!(
+        session.result().await.outcome,
+        Some(Outcome::Success(_))
+    ));
 }
 
 #[tokio::test]
