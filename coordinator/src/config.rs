@@ -49,7 +49,7 @@ pub struct CoordinatorConfig {
     pub listen: SocketAddr,
     /// Folder of the embedded queue's file.
     pub data_dir: PathBuf,
-    /// The object store: `file:///absolute/folder`, or `memory://` for tests.
+    /// The object store: `file:///absolute/folder`, `s3://bucket/prefix`, or `memory://` for tests.
     pub store_url: String,
     /// Certificate and key; without them the connection is not encrypted.
     #[serde(default)]

@@ -24,7 +24,7 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_L
   listen             address [127.0.0.1:7411]; without TLS, loopback is advised
   tls                cert and client_ca: PEM files; key: { file = \"…\" }
   data_dir           folder of the embedded queue
-  store_url          object store, the same as the workers', such as file:///var/lib/espalier/store
+  store_url          object store, the same as the workers', such as file:///var/lib/espalier/store or s3://bucket/prefix
   tokens             a list of name, sha256, project (\"*\" for workers) and roles (submit, read, worker, admin);
                      printf %s \"$TOKEN\" | sha256sum
   projects.NAME      weight: share of the workers where several projects wait [100]
