@@ -147,16 +147,61 @@ fn a_store_shows_no_credentials() {
     assert!(!shown.contains("key-of-a-test"), "{shown}");
 }
 
-#[tokio::test]
-async fn a_server_that_ignores_the_condition_is_refused() {
-    let app = axum::Router::new().fallback(|| async { [("etag", "\"x\"")] });
+/// A server that gives one answer to everything, and its endpoint.
+async fn answering(
+    status: u16,
+    body: &'static str,
+) -> (tokio::task::JoinSet<std::io::Result<()>>, String) {
+    let status = http::StatusCode::from_u16(status).unwrap();
+    let app =
+        axum::Router::new().fallback(move || async move { (status, [("etag", "\"x\"")], body) });
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     let mut server = tokio::task::JoinSet::new();
     server.spawn(async move { axum::serve(listener, app).await });
+    (server, endpoint)
+}
+
+#[tokio::test]
+async fn a_server_that_ignores_the_condition_is_refused() {
+    let (_server, endpoint) = answering(200, "").await;
     let error = open_error(s3_settings(&endpoint), "s3://espalier").await;
     assert_eq!(error.kind, StoreErrorKind::Invalid);
     assert!(error.to_string().contains("create-if-absent"), "{error}");
+}
+
+#[tokio::test]
+async fn a_bucket_that_is_not_there_is_no_missing_object() {
+    let body =
+        "<Error><Code>NoSuchBucket</Code><Message>The bucket does not exist</Message></Error>";
+    let (_server, endpoint) = answering(404, body).await;
     let store = s3_store_with(s3_settings(&endpoint), "s3://espalier");
-    assert!(store.create("a", Bytes::new()).await.is_ok());
+    let error = store.get("a").await.unwrap_err();
+    assert!(!error.is_not_found(), "{error}");
+    assert!(error.to_string().contains("create it"), "{error}");
+    assert!(store.delete("a").await.is_err());
+}
+
+#[tokio::test]
+async fn a_conflict_is_tried_again_and_an_answer_without_words_is_understood() {
+    let body = "<Error><Code>ConditionalRequestConflict</Code><Message>again</Message></Error>";
+    for (status, body, kind) in [
+        (409, body, "unavailable"),
+        (404, "", "not_found"),
+        (403, "", "denied"),
+    ] {
+        let (_server, endpoint) = answering(status, body).await;
+        let store = s3_store_with(s3_settings(&endpoint), "s3://espalier");
+        let error = store.create("a", Bytes::new()).await.unwrap_err();
+        assert_eq!(error.kind.as_str(), kind, "{status}: {error:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_explanation_without_end_is_cut() {
+    let endless = "x".repeat(4 * EXPLANATION_BYTES_MAX).leak();
+    let (_server, endpoint) = answering(400, endless).await;
+    let store = s3_store_with(s3_settings(&endpoint), "s3://espalier");
+    let error = store.get("a").await.unwrap_err();
+    assert!(format!("{error:?}").len() < 4096);
 }
