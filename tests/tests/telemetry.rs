@@ -129,6 +129,35 @@ async fn one_rollout_is_one_trace_linked_to_its_submission() {
     }
 }
 
+#[tokio::test]
+async fn a_job_without_a_trace_context_links_to_the_call_that_brought_it() {
+    let (sink, address) = Sink::start().await;
+    let environment = [("OTEL_EXPORTER_OTLP_ENDPOINT", address.as_str())];
+    let folder = TempDir::new().unwrap();
+    let model = model::start().await;
+    let mut up = Up::start_in(folder, &toy_servers(), &model, &[], &environment).await;
+    let mut client = up.client().await;
+    let job = toy_job("j", &json!([{"answer": "done"}]), "done");
+    client.submit("b", &[job]).await;
+    assert_eq!(client.wait("b", Duration::from_secs(60)).await.solved(), 1);
+    let ended = up.process.terminate(Duration::from_secs(60)).await;
+    assert!(ended.success());
+
+    let spans = sink.spans();
+    let submit: Vec<_> = spans.iter().filter(|s| s.name == span::SUBMIT).collect();
+    assert_eq!(submit.len(), 1, "{:?}", names(&spans));
+    let chat = spans.iter().find(|s| {
+        value_of(&s.attributes, attribute::GEN_AI_PROVIDER_NAME).as_deref() == Some("openai")
+    });
+    let rollout = &chat.expect("a model call").trace_id;
+    let links = spans
+        .iter()
+        .filter(|s| s.trace_id == *rollout)
+        .flat_map(|s| &s.links);
+    let linked: Vec<&[u8]> = links.map(|link| link.span_id.as_slice()).collect();
+    assert!(linked.contains(&submit[0].span_id.as_slice()), "{linked:?}");
+}
+
 fn attributes_of(
     span: &opentelemetry_proto::tonic::trace::v1::Span,
 ) -> &[opentelemetry_proto::tonic::common::v1::KeyValue] {

@@ -8,11 +8,13 @@ use espalier_core::queue::{BatchView, JobFilter, Selector};
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
 use espalier_runtime::tasks::{OnFailure, with_deadline};
-use espalier_runtime::telemetry::TraceParent;
+use espalier_runtime::telemetry::names::{attribute, span};
+use espalier_runtime::telemetry::{self, TraceParent};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
+use tracing::Instrument;
 
 use super::page::{self, List};
 use super::watch::{self, Watch};
@@ -46,8 +48,24 @@ impl v1::job_service_server::JobService for JobApi {
     ) -> Result<Response<v1::SubmitChunkResponse>, Status> {
         let project = self.0.auth.project(request.metadata(), Call::SubmitChunk)?;
         let caller = traceparent(request.metadata());
-        let answer = submit::submit_chunk(&self.0, project, request.into_inner(), caller).await?;
-        Ok(Response::new(answer))
+        let request = request.into_inner();
+        let batch = BatchId::new(&request.batch).map_err(ApiError::Field)?;
+        let span = tracing::info_span!(
+            span::SUBMIT,
+            otel.kind = "server",
+            { attribute::PROJECT } = %project,
+            { attribute::BATCH } = %batch,
+            { attribute::JOBS } = request.jobs.len(),
+        );
+        if let Some(caller) = caller {
+            telemetry::continue_from(&span, caller);
+        }
+        let submit = async {
+            let cause = telemetry::inject_traceparent().or(caller);
+            let cause = cause.map(|cause| cause.to_string());
+            submit::submit_chunk(&self.0, project, request, cause).await
+        };
+        Ok(Response::new(submit.instrument(span).await?))
     }
 
     async fn close_batch(
@@ -344,8 +362,7 @@ fn selector(project: ProjectId, request: v1::CancelRequest) -> Result<Selector, 
 }
 
 /// The caller's trace context, where it sent a valid one.
-fn traceparent(metadata: &MetadataMap) -> Option<String> {
+fn traceparent(metadata: &MetadataMap) -> Option<TraceParent> {
     let text = metadata.get("traceparent")?.to_str().ok()?;
-    let parsed: TraceParent = text.parse().ok()?;
-    Some(parsed.to_string())
+    text.parse().ok()
 }

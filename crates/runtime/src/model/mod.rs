@@ -370,6 +370,7 @@ impl ModelClient {
             otel.kind = "client",
             otel.status_code = Empty,
             { attribute::GEN_AI_OPERATION_NAME } = operation::CHAT,
+            { attribute::GEN_AI_PROVIDER_NAME } = "openai",
             { attribute::GEN_AI_REQUEST_MODEL } = request.model,
             { attribute::GEN_AI_RESPONSE_MODEL } = Empty,
             { attribute::GEN_AI_RESPONSE_ID } = Empty,

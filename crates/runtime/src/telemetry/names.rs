@@ -7,7 +7,7 @@
 
 /// Spans. Where the conventions ask for a target (`chat {model}`), it goes into `otel.name` at run time.
 pub mod span {
-    /// Client side: a chunk of jobs is handed to the coordinator.
+    /// Coordinator side: a chunk of jobs is taken in. Attempts of jobs that bring no trace context link to it.
     pub const SUBMIT: &str = "submit";
     /// Worker side: one attempt of a job, from grant to finish. Links to the submission.
     pub const ATTEMPT: &str = "attempt";
@@ -27,6 +27,8 @@ pub mod span {
 pub mod attribute {
     /// `chat`, `execute_tool` or `invoke_agent`.
     pub const GEN_AI_OPERATION_NAME: &str = "gen_ai.operation.name";
+    /// Whose sort of endpoint was called: always `openai`, which any compatible one speaks.
+    pub const GEN_AI_PROVIDER_NAME: &str = "gen_ai.provider.name";
     /// The model that was asked for.
     pub const GEN_AI_REQUEST_MODEL: &str = "gen_ai.request.model";
     /// The model that answered.
@@ -61,6 +63,8 @@ pub mod attribute {
     pub const PROJECT: &str = "espalier.project";
     /// The batch.
     pub const BATCH: &str = "espalier.batch.id";
+    /// How many jobs a chunk has.
+    pub const JOBS: &str = "espalier.chunk.jobs";
     /// The job.
     pub const JOB: &str = "espalier.job.id";
     /// Kind of the job: `rollout`, `curate`, …
