@@ -16,8 +16,8 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 
 /// Makes the folder and prints its path, then reads `add PGID` and `del PGID`; at the end of its input kills what is
-/// left. Browsers end with their server: their control pipe closes. While they do they still write into their profile,
-/// so its removal may need another try.
+/// left. Browsers end with their server: their control pipe closes. While they do they still write into their profile
+/// and make its folders anew, so that after a kill the folder has to have stayed away for two looks.
 const SCRIPT: &str = r#"
 trap '' HUP INT PIPE TERM
 dir=$(mktemp -d -- "$1/esp-mcp-XXXXXX") || exit 1
@@ -33,9 +33,12 @@ while read -r verb group; do
   esac
 done
 for group in $groups; do kill -s KILL -- "-$group" 2>/dev/null; done
-for try in 1 2 3 4 5 6 7 8 9 10; do
+stayed=
+for try in 1 2 3 4 5 6 7 8 9 10 11 12; do
+  [ -e "$dir" ] && stayed= || stayed="x$stayed"
   rm -rf -- "$dir" 2>/dev/null
-  [ -e "$dir" ] || break
+  [ -e "$dir" ] || [ -n "$groups" ] || break
+  [ "$stayed" = xx ] && break
   sleep 1
 done
 "#;
