@@ -4,13 +4,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use espalier_core::error::FieldError;
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::model::ModelEndpoint;
-use espalier_runtime::net::ClientTls;
+use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::telemetry::TelemetryConfig;
 use espalier_runtime::worker::SLOTS_MAX;
 use serde::Deserialize;
@@ -38,9 +39,10 @@ const MCP_FILE_BYTES_MAX: u64 = 1 << 20;
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AgentWorkerConfig {
-    /// Address of the coordinator.
+    /// Addresses of the coordinators, as a list or with commas between them; a name may stand for several. The worker
+    /// speaks to any one of them.
     #[serde(default = "default_coordinator_url")]
-    pub coordinator_url: String,
+    pub coordinator_url: Addresses,
     /// Token with role `worker`.
     #[serde(default)]
     pub token: Option<Secret>,
@@ -115,8 +117,8 @@ impl fmt::Debug for AgentWorkerConfig {
     }
 }
 
-fn default_coordinator_url() -> String {
-    "http://127.0.0.1:7411".to_owned()
+fn default_coordinator_url() -> Addresses {
+    Addresses::of(SocketAddr::from((Ipv4Addr::LOCALHOST, 7411)))
 }
 
 fn default_slots() -> u32 {

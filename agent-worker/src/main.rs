@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::Parser;
 use espalier_agent_worker::{AgentWorkerConfig, Deps};
 use espalier_runtime::config::{self, ENV_PREFIX, Environment};
+use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::telemetry;
 
@@ -20,7 +21,7 @@ const DRAIN_MARGIN: Duration = Duration::from_secs(40);
 
 const KEYS: &str = "\
 Keys of the configuration (each also as a variable: `model.base_url` is ESPALIER_MODEL__BASE_URL):
-  coordinator_url    address of the coordinator [http://127.0.0.1:7411]
+  coordinator_url    addresses of the coordinators, a list or with commas between them [http://127.0.0.1:7411]
   token              token with role `worker`: text, { file = \"…\" } or { env = \"…\" }
   tls.ca, …          authorities, for https://
   data_dir           folder of this process alone
@@ -43,6 +44,9 @@ struct Arguments {
     /// The configuration, in TOML; every key can be set as ESPALIER_… too.
     #[arg(long, env = "ESPALIER_CONFIG")]
     config: Option<PathBuf>,
+    /// Addresses of the coordinators, with commas between them, in place of `coordinator_url`.
+    #[arg(long, value_name = "URL,…", value_parser = Addresses::parse)]
+    coordinator: Option<Addresses>,
 }
 
 #[tokio::main]
@@ -69,6 +73,9 @@ fn load(arguments: &Arguments) -> anyhow::Result<(AgentWorkerConfig, Environment
     let mut config: AgentWorkerConfig =
         config::load(arguments.config.as_deref(), ENV_PREFIX, &environment)?;
     config.telemetry = config.telemetry.or_from(&environment);
+    if let Some(coordinators) = &arguments.coordinator {
+        config.coordinator_url = coordinators.clone();
+    }
     config.validate()?;
     config.mcp(&environment)?;
     Ok((config, environment))

@@ -237,7 +237,7 @@ pub async fn run(
     );
     let handler = RolloutHandler::new(agent.services.clone(), agent.record.clone());
     let worker = WorkerConfig {
-        coordinator: config.coordinator_url.clone(),
+        coordinators: config.coordinator_url.clone(),
         tls: config.tls.clone(),
         token: config.token.clone(),
         tags,

@@ -20,6 +20,7 @@ use espalier_coordinator::{CoordinatorConfig, Role, Scope, TokenConfig};
 use espalier_core::id::ProjectId;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{OnFailure, Tasks};
@@ -228,8 +229,10 @@ async fn coordinator(
 }
 
 fn worker(settings: &Settings, parts: &Parts<'_>, shutdown: Shutdown) -> Result<Ending, Problem> {
+    let coordinator_url =
+        Addresses::parse(&parts.up.url).map_err(|error| Problem::failed(error_chain(&error)))?;
     let config = AgentWorkerConfig {
-        coordinator_url: parts.up.url.clone(),
+        coordinator_url,
         token: Some(Secret::new(parts.tokens.worker.as_str())),
         model_extra: settings.extra.clone(),
         allow_inline_mcp: true,

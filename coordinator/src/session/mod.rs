@@ -45,6 +45,8 @@ const OUTBOX_MAX: usize = 32;
 pub const SEND_LIMIT: Duration = Duration::from_secs(10);
 /// How long a stream may stay silent before its Hello.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// How long a worker that was asked to move may take to find another coordinator; then the stream ends.
+const MOVE_LIMIT: Duration = Duration::from_secs(60);
 /// Most entries of one message of the worker, as its proto says.
 const ENTRIES_MAX: usize = 1_000;
 /// Waits between tries at a queue that is away.
@@ -196,37 +198,64 @@ impl Session {
         );
     }
 
-    /// Asks the worker to go elsewhere when this coordinator drains or the stream is old, and ends the stream when it
-    /// does not.
+    /// Asks the worker to move when this coordinator drains or the stream is old, and ends the stream when it does not.
     async fn end_in_time(&self) {
         let ended = &self.connected.ended;
-        let reason = tokio::select! {
+        let shutdown = &self.shared.shutdown;
+        tokio::select! {
             () = ended.cancelled() => return,
-            () = self.shared.shutdown.draining() => "the coordinator is shutting down",
-            () = tokio::time::sleep(self.max_age()) => "the stream is old; coordinators that are new get load this way",
-        };
+            () = shutdown.draining() => {}
+            () = tokio::time::sleep(self.max_age()) => {}
+        }
+        self.ask_to_move(shutdown.is_draining()).await;
+        // Until the worker has moved, its renewals and results are taken here; leases stand in any case.
+        tokio::select! {
+            () = ended.cancelled() => return,
+            () = shutdown.aborted() => {}
+            () = tokio::time::sleep(MOVE_LIMIT) => {}
+            () = self.drained() => {}
+        }
+        ended.cancel();
+    }
+
+    async fn ask_to_move(&self, drains: bool) {
         self.connected.draining.store(true, Ordering::Relaxed);
-        // A worker may stop reading at this message: what was leased before is sent before.
+        // What was leased before is sent before, so that no grant follows this message.
         let granting = self.granting.lock().await;
+        let (reason, wait) = match drains {
+            // All workers are asked at once, and come at others together unless they are spread.
+            true => (
+                "the coordinator is shutting down",
+                (self.shared.config.drain_limit() / 10).mul_f64(self.spread()),
+            ),
+            false => (
+                "the stream is old; coordinators that are new get load this way",
+                Duration::ZERO,
+            ),
+        };
         let go_away = v1::GoAway {
             reason: reason.to_owned(),
+            reconnect_after_ms: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
         };
         self.send(Message::GoAway(go_away)).await;
         drop(granting);
-        // The worker sends what it has and reconnects; leases stand.
-        tokio::select! {
-            () = ended.cancelled() => {}
-            () = self.shared.shutdown.aborted() => {}
-            () = tokio::time::sleep(self.shared.config.drain_limit() / 2) => {}
-        }
-        ended.cancel();
+    }
+
+    /// Half of a drain's time is for the workers, so that there is some left for what they said last.
+    async fn drained(&self) {
+        self.shared.shutdown.draining().await;
+        tokio::time::sleep(self.shared.config.drain_limit() / 2).await;
     }
 
     /// The age at which the stream ends, spread so that workers which came together do not leave together.
     fn max_age(&self) -> Duration {
         let max_age = Duration::from_secs(self.shared.config.session_max_age_s);
-        let spread = f64::from((self.connected.number % 1_000) as u32) / 1_000.0;
-        max_age.mul_f64(0.9 + 0.2 * spread)
+        max_age.mul_f64(0.8 + 0.4 * self.spread())
+    }
+
+    /// A number in [0, 1) that differs from stream to stream.
+    fn spread(&self) -> f64 {
+        f64::from((self.connected.number % 1_000) as u32) / 1_000.0
     }
 
     /// Sends `what`; false: the worker has gone or does not read, and the stream ends.

@@ -12,6 +12,7 @@ use espalier_proto::v1::worker_message::Message as Said;
 use tokio::sync::mpsc;
 use tonic::Streaming;
 
+use super::renew::Numbered;
 use super::{ENTRIES_MAX, Session, lease_from_wire, lock, manifest};
 use crate::api::{queue_error, view};
 use crate::questions::Asked;
@@ -22,7 +23,7 @@ const CREDIT_MAX: u32 = 100_000;
 
 /// The ways to the other loops. Dropping them lets those end when they have done what is in them.
 pub struct Inboxes {
-    pub renewals: mpsc::Sender<Renewal>,
+    pub renewals: mpsc::Sender<Numbered>,
     pub results: mpsc::Sender<v1::Result>,
     pub reports: mpsc::Sender<manifest::Report>,
 }
@@ -141,11 +142,14 @@ fn check_entries(field: &str, entries: usize) -> Result<(), FieldError> {
     Err(FieldError::new(field, entries, rule))
 }
 
-fn renewal_from_wire(renewal: v1::Renewal) -> Result<Renewal, FieldError> {
+fn renewal_from_wire(renewal: v1::Renewal) -> Result<Numbered, FieldError> {
     let (key, fence) = lease_from_wire(renewal.lease.as_ref()).map_err(|e| e.under("renewals"))?;
-    Ok(Renewal {
-        key,
-        fence,
-        progress: (!renewal.progress.is_empty()).then_some(renewal.progress),
+    Ok(Numbered {
+        renewal: Renewal {
+            key,
+            fence,
+            progress: (!renewal.progress.is_empty()).then_some(renewal.progress),
+        },
+        number: renewal.number,
     })
 }

@@ -9,9 +9,15 @@ use super::{ENTRIES_MAX, QUEUE_BACKOFF, Session};
 use crate::api::view;
 use crate::queue::Renewal;
 
+/// A sign of life, and the worker's number of it, which goes back with the answer.
+pub struct Numbered {
+    pub renewal: Renewal,
+    pub number: u64,
+}
+
 impl Session {
     /// Renews until the inbox is closed and empty, or the stream ends.
-    pub async fn renew(&self, mut inbox: mpsc::Receiver<Renewal>) {
+    pub async fn renew(&self, mut inbox: mpsc::Receiver<Numbered>) {
         let mut waiting = Vec::new();
         while inbox.recv_many(&mut waiting, ENTRIES_MAX).await > 0 {
             let renewals = std::mem::take(&mut waiting);
@@ -25,10 +31,11 @@ impl Session {
     }
 
     /// Asks until the queue answers; none: the stream has ended, and with it the need.
-    async fn ask_to_renew(&self, renewals: &[Renewal]) -> Option<Vec<RenewReply>> {
+    async fn ask_to_renew(&self, renewals: &[Numbered]) -> Option<Vec<RenewReply>> {
+        let asked: Vec<Renewal> = renewals.iter().map(|one| one.renewal.clone()).collect();
         let mut failures = 0;
         loop {
-            match self.shared.queue.renew(renewals.to_vec()).await {
+            match self.shared.queue.renew(asked.clone()).await {
                 Ok(replies) => return Some(replies),
                 Err(error) => tracing::warn!(error = %error, "leases cannot be renewed now"),
             }
@@ -40,11 +47,11 @@ impl Session {
         }
     }
 
-    async fn tell(&self, renewals: Vec<Renewal>, replies: Vec<RenewReply>) -> bool {
+    async fn tell(&self, renewals: Vec<Numbered>, replies: Vec<RenewReply>) -> bool {
         let now = self.shared.now();
         let mut answer = v1::RenewalAcks::default();
         let mut cancelled = Vec::new();
-        for (renewal, reply) in renewals.into_iter().zip(replies) {
+        for (Numbered { renewal, number }, reply) in renewals.into_iter().zip(replies) {
             let lease = view::lease(&renewal.key, renewal.fence);
             match reply {
                 RenewReply::Held {
@@ -58,6 +65,7 @@ impl Session {
                     answer.acks.push(v1::RenewalAck {
                         lease: Some(lease),
                         lease_ttl_ms: u64::try_from(left).unwrap_or(u64::MAX),
+                        number,
                     });
                 }
                 RenewReply::Lost => {

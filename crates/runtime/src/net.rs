@@ -1,7 +1,11 @@
 //! gRPC connections: one way to make a client channel and one way to make a server, with the same keepalive, TLS and
 //! limits everywhere. What is spoken over them is the callers'.
 //!
+//! A service that runs several times over has [`Addresses`], of which [`channel_to`] takes one place.
+//!
 //! A server here never gets tonic's `timeout`: it would end long streams. Deadlines belong to the single calls.
+
+mod addresses;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,6 +21,8 @@ use tonic::transport::{
 };
 
 use crate::config::Secret;
+
+pub use addresses::{Addresses, Place, choose};
 
 /// Largest message of our protocols, in bytes, to be set on every generated client and server. A chunk of a
 /// thousand job specs fits.
@@ -76,6 +82,24 @@ pub enum NetError {
         endpoint: String,
         /// What is wrong with it, where the parser says.
         source: Option<tonic::transport::Error>,
+    },
+    /// There are more addresses than anybody writes.
+    #[error(
+        "there must be at most {max} addresses, got {addresses}; use a name that stands for several"
+    )]
+    TooMany {
+        /// How many there are.
+        addresses: usize,
+        /// How many there may be.
+        max: usize,
+    },
+    /// A name stands for no address.
+    #[error("`{host}` cannot be resolved")]
+    Unknown {
+        /// The name.
+        host: String,
+        /// Why.
+        source: std::io::Error,
     },
     /// Scheme and TLS settings contradict each other.
     #[error("endpoint `{endpoint}` {rule}")]
@@ -149,11 +173,38 @@ pub fn channel(
     tls: Option<&ClientTls>,
     token: Option<&Secret>,
 ) -> Result<AuthorizedChannel, NetError> {
+    open(endpoint, endpoint, tls, token)
+}
+
+/// As [`channel`], to one of the machines behind an address. Its certificate has to carry the address's name.
+pub fn channel_to(
+    place: &Place,
+    tls: Option<&ClientTls>,
+    token: Option<&Secret>,
+) -> Result<AuthorizedChannel, NetError> {
+    let scheme = match place.address.starts_with("https:") {
+        true => "https",
+        false => "http",
+    };
+    let at = format!("{scheme}://{}", place.at);
+    open(&place.address, &at, tls, token)
+}
+
+/// A channel to `at`, where what is called `endpoint` is.
+fn open(
+    endpoint: &str,
+    at: &str,
+    tls: Option<&ClientTls>,
+    token: Option<&Secret>,
+) -> Result<AuthorizedChannel, NetError> {
     let refuse = |source| NetError::Endpoint {
         endpoint: endpoint.to_owned(),
         source,
     };
-    let parsed = Endpoint::from_shared(endpoint.to_owned()).map_err(|error| refuse(Some(error)))?;
+    let (host, _) = addresses::host_and_port(endpoint)?;
+    let parsed = Endpoint::from_shared(at.to_owned()).map_err(|error| refuse(Some(error)))?;
+    let origin = endpoint.parse().map_err(|_| refuse(None))?;
+    let parsed = parsed.origin(origin);
     let contradiction = |rule| NetError::Tls {
         endpoint: endpoint.to_owned(),
         rule,
@@ -161,7 +212,7 @@ pub fn channel(
     let parsed = match (parsed.uri().scheme_str(), tls) {
         (Some("http"), None) => parsed,
         (Some("https"), Some(tls)) => parsed
-            .tls_config(client_tls(tls)?)
+            .tls_config(client_tls(tls, &host)?)
             .map_err(NetError::TlsSettings)?,
         (Some("http"), Some(_)) => {
             return Err(contradiction(
@@ -218,13 +269,13 @@ fn choose_crypto() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-fn client_tls(tls: &ClientTls) -> Result<ClientTlsConfig, NetError> {
+/// `host`: the name in the address, which the certificate must carry where the settings name no other.
+fn client_tls(tls: &ClientTls, host: &str) -> Result<ClientTlsConfig, NetError> {
     choose_crypto();
-    let mut config =
-        ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read_pem(&tls.ca)?));
-    if let Some(name) = &tls.server_name {
-        config = config.domain_name(name);
-    }
+    let name = tls.server_name.as_deref().unwrap_or(host);
+    let config = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(read_pem(&tls.ca)?))
+        .domain_name(name);
     match (&tls.cert, &tls.key) {
         (Some(cert), Some(key)) => {
             let identity = Identity::from_pem(read_pem(cert)?, key.expose());

@@ -8,6 +8,7 @@ mod error;
 mod merge;
 mod read;
 mod retry;
+mod served;
 mod sse;
 mod wire;
 
@@ -38,6 +39,7 @@ use crate::telemetry::{self, Metrics};
 pub use error::ModelError;
 use merge::Merge;
 use read::Body;
+pub use served::Served;
 
 /// How long a connection may take to come up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -15,7 +15,8 @@ use super::lease::{Lease, Stop, stop_at};
 const UNACKED_MAX: usize = 1_000;
 /// How long a result waits before it is sent again over the same stream.
 const RESEND_AFTER: Duration = Duration::from_secs(15);
-/// Renewals that may be under way for one lease; more are not sent, since one answer serves as well.
+/// Renewals of one lease that an answer may still come to. Each follows the one before after a third of the lease, so
+/// that the answer to an older one would come after the end that it speaks of.
 const RENEWALS_IN_FLIGHT_MAX: usize = 4;
 /// Most leases in one message, as the protocol says.
 const BATCH_MAX: usize = 1_000;
@@ -47,8 +48,8 @@ struct Held {
     lease: Lease,
     ttl: Duration,
     renew_at: Instant,
-    /// When renewals were sent that are not answered yet, oldest first.
-    in_flight: VecDeque<Instant>,
+    /// Renewals that are not answered yet, oldest first: their numbers, and when they were sent.
+    in_flight: VecDeque<(u64, Instant)>,
     /// Whether its task still runs, which takes up a slot.
     running: bool,
     /// Whether anything is still to be reported of it.
@@ -65,6 +66,8 @@ struct Unacked {
 #[derive(Default)]
 pub(super) struct Book {
     held: BTreeMap<LeaseId, Held>,
+    /// Of the renewals that were sent last, over whichever stream.
+    last_number: u64,
 }
 
 impl Book {
@@ -119,16 +122,17 @@ impl Book {
         is_result && self.held.remove(id).is_some()
     }
 
-    /// The lease is gone: the work stops and nothing is reported.
-    pub(super) fn lose(&mut self, id: &LeaseId, reason: Stop) {
+    /// The lease is gone: the work stops and nothing is reported. False: it was not held.
+    pub(super) fn lose(&mut self, id: &LeaseId, reason: Stop) -> bool {
         let Some(held) = self.held.get_mut(id) else {
-            return;
+            return false;
         };
         held.lease.stop(reason);
         held.ours = false;
         if !held.running {
             self.held.remove(id);
         }
+        true
     }
 
     /// The work stops; its result is still reported.
@@ -152,16 +156,19 @@ impl Book {
             .unwrap_or_default()
     }
 
-    /// A renewal was answered.
-    pub(super) fn renewed(&mut self, id: &LeaseId, ttl: Duration) {
+    /// The renewal with this number was answered. Those before it need no answer any more, and one that is answered out
+    /// of turn says nothing new.
+    pub(super) fn renewed(&mut self, id: &LeaseId, number: u64, ttl: Duration) {
         let Some(held) = self.held.get_mut(id) else {
             return;
         };
+        let sent = held.in_flight.iter().position(|sent| sent.0 == number);
+        let Some((_, sent)) = sent.and_then(|at| held.in_flight.drain(..=at).next_back()) else {
+            return;
+        };
         // Counted from when the renewal was sent: the answer may have lain in a buffer while the process stood still.
-        if let Some(sent) = held.in_flight.pop_front() {
-            held.ttl = ttl;
-            held.lease.extend(stop_at(sent, ttl));
-        }
+        held.ttl = ttl;
+        held.lease.extend(stop_at(sent, ttl));
     }
 
     /// Stops what could not be renewed in time, and names it.
@@ -181,6 +188,8 @@ impl Book {
         if !self.held.values().any(is_due) {
             return Vec::new();
         }
+        self.last_number += 1;
+        let number = self.last_number;
         let mut renewals = Vec::new();
         for (id, held) in &mut self.held {
             let soon = now + held.ttl / 6 >= held.renew_at;
@@ -188,13 +197,15 @@ impl Book {
                 continue;
             }
             held.renew_at = now + spread(held.ttl);
-            if held.in_flight.len() < RENEWALS_IN_FLIGHT_MAX {
-                held.in_flight.push_back(now);
-                renewals.push(v1::Renewal {
-                    lease: Some(id.to_wire()),
-                    progress: held.lease.current_progress(),
-                });
+            if held.in_flight.len() >= RENEWALS_IN_FLIGHT_MAX {
+                held.in_flight.pop_front();
             }
+            held.in_flight.push_back((number, now));
+            renewals.push(v1::Renewal {
+                lease: Some(id.to_wire()),
+                progress: held.lease.current_progress(),
+                number,
+            });
         }
         renewals
     }
@@ -217,10 +228,9 @@ impl Book {
         results
     }
 
-    /// A new stream begins: everything is told anew.
+    /// A new stream begins: everything is told anew. Answers to earlier renewals may still come, on the old one.
     pub(super) fn reconnected(&mut self, now: Instant) {
         for held in self.held.values_mut() {
-            held.in_flight.clear();
             held.renew_at = now;
             if let Some(unacked) = &mut held.result {
                 unacked.send_at = now;
@@ -312,7 +322,7 @@ mod tests {
         assert!(book.renewals(now).is_empty());
         let now = pass(20).await;
         assert_eq!(book.renewals(now).len(), 2);
-        book.renewed(&a, TTL);
+        book.renewed(&a, 1, TTL);
         let now = pass(29).await;
         assert_eq!(
             book.expire(now),
@@ -339,9 +349,44 @@ mod tests {
         // The process stands still for longer than the renewed lease lasts; then it reads the answer.
         let now = pass(100).await;
         assert!(!lease.may_publish());
-        book.renewed(&a, TTL);
+        book.renewed(&a, 1, TTL);
         assert!(!lease.may_publish());
         assert_eq!(book.expire(now), [a]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn answers_that_are_lost_or_come_out_of_turn_shorten_no_lease() {
+        let mut book = Book::default();
+        let a = id("a", 1);
+        let lease = book.grant(&a, TTL, Instant::now()).unwrap();
+        // Five renewals, of which the first four are never answered.
+        let mut numbers = Vec::new();
+        for _ in 0..5 {
+            let now = pass(9).await;
+            let held = book.held.get_mut(&a).unwrap();
+            held.renew_at = now;
+            numbers.extend(book.renewals(now).iter().map(|renewal| renewal.number));
+        }
+        assert_eq!(numbers, [1, 2, 3, 4, 5]);
+        let sent = Instant::now();
+        book.renewed(&a, 5, TTL);
+        assert_eq!(
+            lease.stop_at(),
+            stop_at(sent, TTL),
+            "counted from the fifth"
+        );
+        // The answers to earlier ones arrive after all, and one to a renewal that nobody sent.
+        for number in [2, 4, 99] {
+            book.renewed(&a, number, TTL * 100);
+        }
+        assert_eq!(lease.stop_at(), stop_at(sent, TTL));
+        // An answer that comes over the old stream when the new one is up counts as well.
+        let now = pass(20).await;
+        assert_eq!(book.renewals(now)[0].number, 6);
+        book.reconnected(now);
+        assert_eq!(book.renewals(now)[0].number, 7);
+        book.renewed(&a, 6, TTL);
+        assert_eq!(lease.stop_at(), stop_at(now, TTL));
     }
 
     #[tokio::test(start_paused = true)]

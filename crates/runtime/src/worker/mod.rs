@@ -1,23 +1,27 @@
-//! The worker loop: one stream to the coordinator, leases that are kept alive, and jobs that run under them.
+//! The worker loop: a stream to one of the coordinators, leases that are kept alive, and jobs that run under them.
 //!
 //! A worker process gives [`run`] a [`Handler`] for its kind of job. The loop takes grants as slots are free, renews
-//! leases, delivers results until they are acknowledged, takes the stream up again when it breaks, and drains. It
-//! knows nothing of what a job does.
+//! leases, delivers results until they are acknowledged, drains, and takes the stream up again when it breaks, at whichever
+//! coordinator there is: leases and results belong to the queue that all of them share. It knows nothing of what a job
+//! does.
 //!
 //! ```text
-//! session (one task) ── stream ──► coordinator
+//! session (one task) ── links ──► one coordinator, for a moment two
 //!    │  ▲                book: leases, results, what is due (pure)
 //!    ▼  │ events         job: one task a job: decode, run, catch panics
 //! ```
 //! Invariants:
 //! - A lost connection stops nothing; a lease that could not be renewed for 80 % of its time stops its job, by the
 //!   monotonic clock, and nothing of that job is reported any more.
+//! - A coordinator that asks its workers to move is left for another stream that is up already; what runs goes on.
+//! - A grant beyond the credit that was given is handed back, never run.
 //! - A result is sent until it is acknowledged, or until its lease is known to be lost.
 //! - A panic of the handler is a failure of the job, never of the process.
 
 mod book;
 mod job;
 mod lease;
+mod link;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -35,7 +39,8 @@ use espalier_proto::v1;
 
 use crate::config::Secret;
 use crate::ids::{IdSource, UuidIds};
-use crate::net::{ClientTls, NetError};
+use crate::model::Served;
+use crate::net::{Addresses, ClientTls, NetError};
 use crate::shutdown::Shutdown;
 use crate::store::Store;
 use crate::tasks::Tasks;
@@ -54,6 +59,9 @@ pub trait Handler: Send + Sync + 'static {
 
     /// Does a job. The future must end soon after [`JobContext::lease`] is stopped; five seconds later it is dropped.
     fn run(&self, grant: Grant, context: JobContext) -> impl Future<Output = JobOutcome> + Send;
+
+    /// Hears where models are served, at the beginning and whenever it changes.
+    fn endpoints(&self, _served: Vec<Served>) {}
 }
 
 /// A job to do, decoded and checked.
@@ -110,12 +118,12 @@ impl JobOutcome {
     }
 }
 
-/// How the worker reaches its coordinator, and how much it takes on.
+/// How the worker reaches a coordinator, and how much it takes on.
 #[derive(Clone, Debug)]
 pub struct WorkerConfig {
-    /// Address of the coordinator.
-    pub coordinator: String,
-    /// TLS of the connection.
+    /// Addresses of the coordinators; any of them serves.
+    pub coordinators: Addresses,
+    /// TLS of the connections.
     pub tls: Option<ClientTls>,
     /// The token with role `worker`.
     pub token: Option<Secret>,
@@ -139,8 +147,8 @@ pub struct WorkerDeps {
 /// Why a worker cannot begin.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// The coordinator's address or the TLS settings cannot work.
-    #[error("the coordinator cannot be addressed")]
+    /// An address or the TLS settings cannot work.
+    #[error("the coordinators cannot be addressed")]
     Net(#[from] NetError),
     /// The number of slots breaks its rule.
     #[error("`slots` must be in 1..={SLOTS_MAX}, got `{slots}`")]
@@ -153,7 +161,7 @@ pub enum WorkerError {
 /// Takes and does jobs until `shutdown` drains, then finishes or hands back what it holds.
 ///
 /// # Errors
-/// The settings cannot work. A coordinator that is away is no error: it is tried for ever.
+/// The settings cannot work. Coordinators that are away are no error: they are tried for ever.
 pub async fn run<H: Handler>(
     handler: Arc<H>,
     config: WorkerConfig,
@@ -165,14 +173,12 @@ pub async fn run<H: Handler>(
             slots: config.slots,
         });
     }
-    // Proves the address once; each connection makes a channel of its own, which a balancer may place elsewhere.
-    crate::net::channel(
-        &config.coordinator,
-        config.tls.as_ref(),
-        config.token.as_ref(),
-    )?;
+    // Proves the settings once; each connection makes a channel of its own, which a balancer may place elsewhere.
+    for address in config.coordinators.iter() {
+        crate::net::channel(address, config.tls.as_ref(), config.token.as_ref())?;
+    }
     let id = fresh_id();
-    tracing::info!(worker = %id, slots = config.slots, coordinator = config.coordinator, "worker started");
+    tracing::info!(worker = %id, slots = config.slots, coordinators = %config.coordinators, "worker started");
     session::Session::new(handler, config, deps, shutdown, id)
         .run()
         .await;

@@ -1,9 +1,7 @@
-//! The session: one task that owns the stream, the book of leases and the job tasks. Everything that happens comes to
+//! The session: one task that owns the streams, the book of leases and the job tasks. Everything that happens comes to
 //! it as an event; what is due is sent after each.
 
 use std::collections::HashMap;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,31 +9,18 @@ use espalier_core::id::WorkerId;
 use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message as FromCoordinator;
 use espalier_proto::v1::worker_message::Message as ToCoordinator;
-use espalier_proto::v1::worker_service_client::WorkerServiceClient;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
 
 use super::book::{Book, LeaseId};
 use super::job::{self, Event};
-use super::lease::Stop;
+use super::lease::{Lease, Stop};
+use super::link::{Heard, Links};
 use super::{Handler, JobOutcome, WorkerConfig, WorkerDeps};
-use crate::backoff::Backoff;
-use crate::net::{self, MESSAGE_BYTES_MAX};
+use crate::model::Served;
 use crate::shutdown::Shutdown;
-use crate::tasks::{OnFailure, with_deadline};
-use crate::telemetry;
+use crate::tasks::OnFailure;
 
-/// Between tries to reach a coordinator. Well within the shortest lease, so that a restart of one loses none.
-const RECONNECT: Backoff = Backoff {
-    first: Duration::from_millis(200),
-    max: Duration::from_secs(10),
-};
-/// How long a stream may take to come up, greeting included.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Messages that wait for the stream. Each holds up to a thousand items, so more means that nobody reads.
-const OUTBOX_MAX: usize = 64;
 /// Events that wait for the session; jobs wait in turn.
 const EVENTS_MAX: usize = 256;
 /// How long the last results may take to be acknowledged when the process ends.
@@ -44,16 +29,6 @@ const LAST_ACKS_TIMEOUT: Duration = Duration::from_secs(10);
 const CROSSING_GRANTS_TIMEOUT: Duration = Duration::from_millis(300);
 /// The session looks after its leases this often at least, should a timer ever be wrong.
 const TICK_MAX: Duration = Duration::from_secs(5);
-
-/// The two directions of an open stream.
-struct Link {
-    outbox: mpsc::Sender<v1::WorkerMessage>,
-    inbox: Streaming<v1::CoordinatorMessage>,
-    /// Grants that the coordinator may still send.
-    credit: u32,
-}
-
-type Connecting = Pin<Box<dyn Future<Output = Result<(Link, v1::Welcome), Status>> + Send>>;
 
 /// Where the worker is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +46,7 @@ enum Phase {
 /// Something that woke the session.
 enum Woken {
     Event(Event),
-    Message(Result<Option<v1::CoordinatorMessage>, Status>),
-    Connected(Result<(Link, v1::Welcome), Status>),
+    Heard(Heard),
     Draining,
     Aborted,
     Time,
@@ -111,10 +85,7 @@ pub(super) struct Session<H> {
     book: Book,
     events: mpsc::Receiver<Event>,
     events_in: mpsc::Sender<Event>,
-    link: Option<Link>,
-    connecting: Option<Connecting>,
-    connect_at: Instant,
-    failures: u32,
+    links: Links,
     phase: Phase,
     /// Until when grants may still come in although the worker drains.
     linger_until: Instant,
@@ -131,6 +102,7 @@ impl<H: Handler> Session<H> {
         id: WorkerId,
     ) -> Self {
         let (events_in, events) = mpsc::channel(EVENTS_MAX);
+        let links = Links::new(id.clone(), config.clone());
         Self {
             handler,
             config,
@@ -140,10 +112,7 @@ impl<H: Handler> Session<H> {
             book: Book::default(),
             events,
             events_in,
-            link: None,
-            connecting: None,
-            connect_at: Instant::now(),
-            failures: 0,
+            links,
             phase: Phase::Working,
             linger_until: Instant::now(),
             requests: HashMap::new(),
@@ -160,15 +129,15 @@ impl<H: Handler> Session<H> {
             if self.is_over() {
                 break;
             }
-            self.connect_if_due(now);
+            let hello = || hello(self.handler.kind(), &self.id, &self.config, &self.book);
+            self.links.connect_if_due(now, hello);
             self.send_what_is_due(now);
             match self.wait().await {
                 Woken::Event(event) => self.on_event(event),
-                Woken::Message(Ok(Some(message))) => self.on_message(message),
-                Woken::Message(Ok(None)) => self.disconnected("the coordinator ended the stream"),
-                Woken::Message(Err(status)) => self.disconnected(&describe(&status)),
-                Woken::Connected(Ok((link, welcome))) => self.connected(link, welcome),
-                Woken::Connected(Err(status)) => self.disconnected(&describe(&status)),
+                Woken::Heard(Heard::Message(message)) => self.on_message(message),
+                Woken::Heard(Heard::Late(message)) => self.on_late_message(message),
+                Woken::Heard(Heard::Up(welcome)) => self.connected(&welcome),
+                Woken::Heard(Heard::Nothing) => {}
                 Woken::Draining => self.begin_drain(),
                 Woken::Aborted => {
                     self.book.stop_all(Stop::Aborted);
@@ -183,17 +152,12 @@ impl<H: Handler> Session<H> {
     async fn wait(&mut self) -> Woken {
         let wake_at = self.wake_at();
         let working = self.phase == Phase::Working;
-        let (link, connecting) = (&mut self.link, &mut self.connecting);
         tokio::select! {
             biased;
             () = self.shutdown.aborted() => Woken::Aborted,
             () = self.shutdown.draining(), if working => Woken::Draining,
             Some(event) = self.events.recv() => Woken::Event(event),
-            message = next_message(link) => Woken::Message(message),
-            connected = connected(connecting) => {
-                self.connecting = None;
-                Woken::Connected(connected)
-            }
+            heard = self.links.next() => Woken::Heard(heard),
             () = tokio::time::sleep_until(wake_at) => Woken::Time,
         }
     }
@@ -201,11 +165,11 @@ impl<H: Handler> Session<H> {
     fn wake_at(&self) -> Instant {
         let now = Instant::now();
         let mut wake_at = now + TICK_MAX;
-        if let Some(due) = self.book.next_due(self.link.is_some()) {
+        if let Some(due) = self.book.next_due(self.links.is_up()) {
             wake_at = wake_at.min(due);
         }
-        if self.link.is_none() && self.connecting.is_none() {
-            wake_at = wake_at.min(self.connect_at);
+        if let Some(due) = self.links.next_due() {
+            wake_at = wake_at.min(due);
         }
         if let Phase::Draining(until) | Phase::Delivering(until) = self.phase {
             wake_at = wake_at.min(until);
@@ -216,56 +180,19 @@ impl<H: Handler> Session<H> {
         wake_at
     }
 
-    fn connect_if_due(&mut self, now: Instant) {
-        if self.link.is_some() || self.connecting.is_some() || now < self.connect_at {
-            return;
-        }
-        let hello = v1::Hello {
-            worker: self.id.to_string(),
-            tags: self.config.tags.clone(),
-            kinds: vec![self.handler.kind().into()],
-            capacity: self.config.slots,
-            held: self.book.leases(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        self.connecting = Some(Box::pin(connect(self.config.clone(), hello)));
-    }
-
-    fn connected(&mut self, link: Link, welcome: v1::Welcome) {
-        if self.failures > 0 {
-            telemetry::metrics().worker_reconnects.add(1, &[]);
-        }
-        tracing::info!(worker = %self.id, tries = self.failures + 1, "connected to the coordinator");
-        self.failures = 0;
-        self.link = Some(link);
-        self.book.reconnected(Instant::now());
+    /// A stream is up, the first one or another: everything is told anew.
+    fn connected(&mut self, welcome: &v1::Welcome) {
+        let now = Instant::now();
+        self.book.reconnected(now);
         for lease in &welcome.lost {
-            self.lost(Some(lease));
+            self.lost(lease);
         }
         if self.phase != Phase::Working {
-            self.send(ToCoordinator::Drain(v1::Drain {}));
+            self.links.send(ToCoordinator::Drain(v1::Drain {}));
         }
-        let now = Instant::now();
-        let requests = self.requests.values();
-        let waiting: Vec<ToCoordinator> = requests.map(|request| request.again(now)).collect();
-        for message in waiting {
-            self.send(message);
+        for request in self.requests.values() {
+            self.links.send(request.again(now));
         }
-    }
-
-    /// The stream is no more; leases go on.
-    fn disconnected(&mut self, reason: &str) {
-        self.link = None;
-        self.failures = self.failures.saturating_add(1);
-        let wait = RECONNECT.jittered(self.failures);
-        self.connect_at = Instant::now() + wait;
-        tracing::warn!(
-            worker = %self.id,
-            failures = self.failures,
-            retry_in_ms = wait.as_millis(),
-            reason,
-            "no connection to the coordinator"
-        );
     }
 
     fn begin_drain(&mut self) {
@@ -273,7 +200,7 @@ impl<H: Handler> Session<H> {
         let now = Instant::now();
         self.phase = Phase::Draining(now + self.config.grace);
         self.linger_until = now + CROSSING_GRANTS_TIMEOUT;
-        self.send(ToCoordinator::Drain(v1::Drain {}));
+        self.links.send(ToCoordinator::Drain(v1::Drain {}));
     }
 
     fn advance_phase(&mut self, now: Instant) {
@@ -290,7 +217,7 @@ impl<H: Handler> Session<H> {
 
     fn is_over(&self) -> bool {
         let now = Instant::now();
-        let lingers = self.link.is_some() && now < self.linger_until;
+        let lingers = self.links.is_up() && now < self.linger_until;
         match self.phase {
             Phase::Delivering(until) => now >= until || (self.book.unacked() == 0 && !lingers),
             _ => false,
@@ -298,18 +225,20 @@ impl<H: Handler> Session<H> {
     }
 
     fn send_what_is_due(&mut self, now: Instant) {
-        if self.link.is_none() {
+        if !self.links.is_up() {
             return;
         }
         self.requests
             .retain(|_, request| !request.reply.is_closed());
         let results = self.book.results(now);
         if !results.is_empty() {
-            self.send(ToCoordinator::Results(v1::Results { results }));
+            self.links
+                .send(ToCoordinator::Results(v1::Results { results }));
         }
         let renewals = self.book.renewals(now);
         if !renewals.is_empty() {
-            self.send(ToCoordinator::Renewals(v1::Renewals { renewals }));
+            self.links
+                .send(ToCoordinator::Renewals(v1::Renewals { renewals }));
         }
         if self.phase == Phase::Working {
             self.send_credit();
@@ -318,24 +247,11 @@ impl<H: Handler> Session<H> {
 
     fn send_credit(&mut self) {
         let free = self.book.free(self.config.slots);
-        let Some(link) = &mut self.link else { return };
-        let jobs = free.saturating_sub(link.credit);
-        if jobs == 0 {
-            return;
-        }
-        link.credit += jobs;
-        let kind = self.handler.kind().into();
-        self.send(ToCoordinator::Credit(v1::Credit { kind, jobs }));
-    }
-
-    /// Never waits: a stream whose outbox is full has a coordinator that reads nothing.
-    fn send(&mut self, message: ToCoordinator) {
-        let Some(link) = &self.link else { return };
-        let message = v1::WorkerMessage {
-            message: Some(message),
-        };
-        if link.outbox.try_send(message).is_err() {
-            self.disconnected("the stream takes no more messages");
+        let jobs = self.links.credit_to_give(free);
+        if jobs > 0 {
+            let kind = self.handler.kind().into();
+            self.links
+                .send(ToCoordinator::Credit(v1::Credit { kind, jobs }));
         }
     }
 
@@ -363,7 +279,7 @@ impl<H: Handler> Session<H> {
     }
 
     fn request(&mut self, key: String, message: ToCoordinator, reply: oneshot::Sender<bool>) {
-        self.send(message.clone());
+        self.links.send(message.clone());
         let request = Request {
             message,
             made_at: Instant::now(),
@@ -389,12 +305,12 @@ impl<H: Handler> Session<H> {
             Some(FromCoordinator::RenewalAcks(acks)) => {
                 for ack in &acks.acks {
                     if let Some(id) = LeaseId::from_wire(ack.lease.as_ref()) {
-                        self.book
-                            .renewed(&id, Duration::from_millis(ack.lease_ttl_ms));
+                        let ttl = Duration::from_millis(ack.lease_ttl_ms);
+                        self.book.renewed(&id, ack.number, ttl);
                     }
                 }
                 for lease in &acks.lost {
-                    self.lost(Some(lease));
+                    self.lost(lease);
                 }
             }
             Some(FromCoordinator::Cancels(cancels)) => {
@@ -410,10 +326,11 @@ impl<H: Handler> Session<H> {
                     self.acknowledged(&ack);
                 }
             }
-            Some(FromCoordinator::GoAway(away)) => {
-                self.disconnected(&format!("asked to go away: {}", away.reason));
-                // It is there, and asks for it: no reason to wait.
-                self.connect_at = Instant::now();
+            Some(FromCoordinator::GoAway(away)) => self.links.leave(&away),
+            Some(FromCoordinator::Endpoints(told)) => {
+                let told = told.endpoints.into_iter();
+                self.handler
+                    .endpoints(told.filter_map(Served::from_wire).collect());
             }
             Some(FromCoordinator::Answer(answer)) => self.answer(&answer.id, answer.allow),
             Some(FromCoordinator::ManifestChecked(checked)) => {
@@ -426,24 +343,29 @@ impl<H: Handler> Session<H> {
         }
     }
 
+    /// A message on the stream that was left. What it says of leases and results still counts; what it says of the
+    /// stream itself does not.
+    fn on_late_message(&mut self, message: v1::CoordinatorMessage) {
+        match message.message {
+            Some(FromCoordinator::Grants(grants)) => {
+                for grant in grants.grants {
+                    self.hand_back(&grant);
+                }
+            }
+            Some(FromCoordinator::GoAway(_) | FromCoordinator::Endpoints(_)) => {}
+            _ => self.on_message(message),
+        }
+    }
+
     fn granted(&mut self, grant: v1::Grant) {
-        if let Some(link) = &mut self.link {
-            link.credit = link.credit.saturating_sub(1);
-        }
-        let Some(id) = LeaseId::from_wire(grant.lease.as_ref()) else {
-            tracing::error!("a grant names no job");
-            return;
-        };
-        let ttl = Duration::from_millis(grant.lease_ttl_ms);
-        let Some(lease) = self.book.grant(&id, ttl, Instant::now()) else {
-            return;
-        };
-        if self.phase != Phase::Working {
-            let reason = "the worker stops".to_owned();
-            let result = job::to_wire(&id, JobOutcome::Released { reason }, String::new());
-            self.book.ended(&id, result, Instant::now());
+        let within_credit = self.links.take_credit();
+        if self.phase != Phase::Working || !within_credit {
+            self.hand_back(&grant);
             return;
         }
+        let Some((id, lease)) = self.enter(&grant) else {
+            return;
+        };
         tracing::info!(job = %id.job, fence = id.fence.0, attempt = grant.attempt, "job granted");
         let handler = Arc::clone(&self.handler);
         let (deps, events) = (self.deps.clone(), self.events_in.clone());
@@ -451,10 +373,32 @@ impl<H: Handler> Session<H> {
         self.deps.tasks.spawn("worker.job", OnFailure::Log, work);
     }
 
-    fn lost(&mut self, lease: Option<&v1::Lease>) {
-        if let Some(id) = LeaseId::from_wire(lease) {
+    /// A grant that is not to be run: the worker stops, or it came beyond what was asked for.
+    fn hand_back(&mut self, grant: &v1::Grant) {
+        if let Some((id, _)) = self.enter(grant) {
+            tracing::info!(job = %id.job, fence = id.fence.0, "grant handed back");
+            let reason = "the worker takes no more jobs".to_owned();
+            let result = job::to_wire(&id, JobOutcome::Released { reason }, String::new());
+            self.book.ended(&id, result, Instant::now());
+        }
+    }
+
+    /// Takes up a lease. None: it is held already.
+    fn enter(&mut self, grant: &v1::Grant) -> Option<(LeaseId, Lease)> {
+        let Some(id) = LeaseId::from_wire(grant.lease.as_ref()) else {
+            tracing::error!("a grant names no job");
+            return None;
+        };
+        let ttl = Duration::from_millis(grant.lease_ttl_ms);
+        let lease = self.book.grant(&id, ttl, Instant::now())?;
+        Some((id, lease))
+    }
+
+    fn lost(&mut self, lease: &v1::Lease) {
+        if let Some(id) = LeaseId::from_wire(Some(lease))
+            && self.book.lose(&id, Stop::Lost)
+        {
             tracing::warn!(job = %id.job, fence = id.fence.0, "lease lost");
-            self.book.lose(&id, Stop::Lost);
         }
     }
 
@@ -484,63 +428,13 @@ fn manifest_request(id: &LeaseId) -> String {
     format!("manifest {}@{}", id.job, id.fence)
 }
 
-async fn next_message(link: &mut Option<Link>) -> Result<Option<v1::CoordinatorMessage>, Status> {
-    match link {
-        Some(link) => link.inbox.message().await,
-        None => std::future::pending().await,
+fn hello(kind: v1::JobKind, id: &WorkerId, config: &WorkerConfig, book: &Book) -> v1::Hello {
+    v1::Hello {
+        worker: id.to_string(),
+        tags: config.tags.clone(),
+        kinds: vec![kind.into()],
+        capacity: config.slots,
+        held: book.leases(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
     }
-}
-
-async fn connected(connecting: &mut Option<Connecting>) -> Result<(Link, v1::Welcome), Status> {
-    match connecting {
-        Some(connecting) => connecting.await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn connect(config: WorkerConfig, hello: v1::Hello) -> Result<(Link, v1::Welcome), Status> {
-    let greeted = with_deadline("worker.connect", CONNECT_TIMEOUT, greet(config, hello));
-    greeted
-        .await
-        .unwrap_or_else(|timeout| Err(Status::deadline_exceeded(timeout.to_string())))
-}
-
-async fn greet(config: WorkerConfig, hello: v1::Hello) -> Result<(Link, v1::Welcome), Status> {
-    let channel = net::channel(
-        &config.coordinator,
-        config.tls.as_ref(),
-        config.token.as_ref(),
-    )
-    .map_err(|error| Status::invalid_argument(telemetry::error_chain(&error)))?;
-    let mut client = WorkerServiceClient::new(channel)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let (outbox, queued) = mpsc::channel(OUTBOX_MAX);
-    let hello = v1::WorkerMessage {
-        message: Some(ToCoordinator::Hello(hello)),
-    };
-    // The channel is empty, so there is room.
-    let _ = outbox.try_send(hello);
-    let mut inbox = client
-        .session(ReceiverStream::new(queued))
-        .await?
-        .into_inner();
-    match inbox.message().await?.and_then(|message| message.message) {
-        Some(FromCoordinator::Welcome(welcome)) => {
-            let link = Link {
-                outbox,
-                inbox,
-                credit: 0,
-            };
-            Ok((link, welcome))
-        }
-        _ => Err(Status::internal(
-            "the coordinator did not answer the greeting",
-        )),
-    }
-}
-
-/// A status in one line, without its details and metadata.
-fn describe(status: &Status) -> String {
-    format!("{:?}: {}", status.code(), status.message())
 }

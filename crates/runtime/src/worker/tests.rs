@@ -221,7 +221,7 @@ impl World {
         let tasks = Tasks::new(shutdown.clone());
         let (to, sessions) = mpsc::channel(4);
         let config = WorkerConfig {
-            coordinator: net::endpoint_of(&listener, None).unwrap(),
+            coordinators: Addresses::parse(&net::endpoint_of(&listener, None).unwrap()).unwrap(),
             tls: None,
             token: None,
             tags: vec!["mcp:toy".to_owned()],
