@@ -1,4 +1,6 @@
-//! The loop against a coordinator that the test plays by hand, over real gRPC.
+//! The loop against coordinators that the test plays by hand, over real gRPC.
+
+mod moving;
 
 use std::pin::Pin;
 use std::sync::Mutex;
@@ -28,6 +30,8 @@ const TTL_MS: u64 = 60_000;
 
 /// One session, seen from the coordinator.
 struct Session {
+    /// Which of the coordinators.
+    at: usize,
     from: Streaming<v1::WorkerMessage>,
     to: mpsc::Sender<Result<v1::CoordinatorMessage, Status>>,
 }
@@ -139,7 +143,10 @@ fn class(result: &v1::Result) -> v1::ErrorClass {
 }
 
 /// Hands each session to the test.
-struct Fake(mpsc::Sender<Session>);
+struct Fake {
+    at: usize,
+    sessions: mpsc::Sender<Session>,
+}
 
 #[tonic::async_trait]
 impl WorkerService for Fake {
@@ -152,8 +159,9 @@ impl WorkerService for Fake {
     ) -> Result<Response<Self::SessionStream>, Status> {
         let (to, replies) = mpsc::channel(16);
         let from = request.into_inner();
-        self.0
-            .send(Session { from, to })
+        let at = self.at;
+        self.sessions
+            .send(Session { at, from, to })
             .await
             .map_err(|_| Status::unavailable("over"))?;
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
@@ -216,22 +224,32 @@ struct World {
 
 impl World {
     async fn new(slots: u32) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::beside(slots, 1, &[]).await
+    }
+
+    /// A worker of `n` coordinators, and of those at `others`.
+    async fn beside(slots: u32, n: usize, others: &[String]) -> Self {
         let shutdown = Shutdown::new();
         let tasks = Tasks::new(shutdown.clone());
         let (to, sessions) = mpsc::channel(4);
+        let mut addresses = others.to_vec();
+        for at in 0..n {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            addresses.push(net::endpoint_of(&listener, None).unwrap());
+            let sessions = to.clone();
+            let serve = tonic::transport::Server::builder()
+                .add_service(WorkerServiceServer::new(Fake { at, sessions }))
+                .serve_with_incoming(net::incoming(listener));
+            tasks.spawn("test.coordinator", OnFailure::Log, serve);
+        }
         let config = WorkerConfig {
-            coordinators: Addresses::parse(&net::endpoint_of(&listener, None).unwrap()).unwrap(),
+            coordinators: Addresses::parse(&addresses.join(",")).unwrap(),
             tls: None,
             token: None,
             tags: vec!["mcp:toy".to_owned()],
             slots,
             grace: Duration::ZERO,
         };
-        let serve = tonic::transport::Server::builder()
-            .add_service(WorkerServiceServer::new(Fake(to)))
-            .serve_with_incoming(net::incoming(listener));
-        tasks.spawn("test.coordinator", OnFailure::Log, serve);
         let faults = Faults::new(|_, _| None);
         let store = Store::open("memory://").await.unwrap();
         let store = store.with_faults(faults.clone());
@@ -260,7 +278,11 @@ impl World {
 
     /// The worker is greeted and has given credit for every slot.
     async fn ready(slots: u32) -> (Self, Session) {
-        let mut world = Self::new(slots).await;
+        Self::new(slots).await.greeted(slots).await
+    }
+
+    async fn greeted(mut self, slots: u32) -> (Self, Session) {
+        let world = &mut self;
         let mut session = world.session().await;
         let hello = session.hello(vec![]).await;
         assert_eq!(
@@ -268,7 +290,7 @@ impl World {
             (slots, vec!["mcp:toy".to_owned()])
         );
         assert_eq!(session.credit().await, slots);
-        (world, session)
+        (self, session)
     }
 
     /// Waits until `is_so`.
