@@ -7,6 +7,7 @@
 
 mod access;
 mod jobs;
+mod moving;
 mod questions;
 mod support;
 mod tls;

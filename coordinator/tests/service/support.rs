@@ -42,6 +42,7 @@ pub struct Coordinator {
     pub address: SocketAddr,
     pub store: Store,
     pub shutdown: Shutdown,
+    deps: Deps,
     ended: oneshot::Receiver<Result<(), RunError>>,
     _tasks: Tasks,
     folder: tempfile::TempDir,
@@ -94,15 +95,33 @@ impl Coordinator {
     ) -> Self {
         let mut config = config(folder.path());
         change(&mut config);
-        let deps = Deps::with_store(&config, store.clone(), Arc::clone(&clock))
+        let deps = Deps::with_store(&config, store, Arc::clone(&clock))
             .await
             .unwrap();
+        Self::run(folder, config, deps, clock).await
+    }
+
+    /// Starts another coordinator of the same queue. The first of them to end closes the queue for all.
+    pub async fn beside(&self, change: impl FnOnce(&mut CoordinatorConfig)) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config(folder.path());
+        change(&mut config);
+        Self::run(folder, config, self.deps.clone(), Arc::clone(&self.clock)).await
+    }
+
+    async fn run(
+        folder: tempfile::TempDir,
+        config: CoordinatorConfig,
+        deps: Deps,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        let store = deps.store.clone();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = Shutdown::new();
         let tasks = Tasks::new(Shutdown::new());
         let (report, ended) = oneshot::channel();
-        let run = espalier_coordinator::run(config, listener, deps, shutdown.clone());
+        let run = espalier_coordinator::run(config, listener, deps.clone(), shutdown.clone());
         tasks.spawn("test.coordinator", OnFailure::Log, async move {
             let _ = report.send(run.await);
         });
@@ -110,6 +129,7 @@ impl Coordinator {
             address,
             store,
             shutdown,
+            deps,
             ended,
             _tasks: tasks,
             folder,

@@ -52,6 +52,7 @@ async fn two_workers_share_the_jobs_and_never_get_more_than_their_credit() {
     let renewal = v1::Renewal {
         lease: Some(leases[0].clone()),
         progress: "turn 3".to_owned(),
+        number: 7,
     };
     let foreign = v1::Renewal {
         lease: Some(v1::Lease {
@@ -59,6 +60,7 @@ async fn two_workers_share_the_jobs_and_never_get_more_than_their_credit() {
             ..leases[0].clone()
         }),
         progress: String::new(),
+        number: 7,
     };
     let renewals = vec![renewal, foreign];
     first.say(Said::Renewals(v1::Renewals { renewals })).await;
@@ -66,6 +68,7 @@ async fn two_workers_share_the_jobs_and_never_get_more_than_their_credit() {
         panic!("expected the answer to the renewals");
     };
     assert_eq!((acks.acks.len(), acks.lost.len()), (1, 1));
+    assert_eq!(acks.acks[0].number, 7);
     let id = leases[0].job.rsplit('/').next().unwrap();
     let seen = get_job(&mut jobs, "b1", id).await;
     assert_eq!(
