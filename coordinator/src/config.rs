@@ -10,14 +10,18 @@ use std::time::Duration;
 
 use espalier_core::error::FieldError;
 use espalier_core::id::ProjectId;
+use espalier_runtime::config::Secret;
 use espalier_runtime::net::ServerTls;
 use espalier_runtime::telemetry::TelemetryConfig;
 use serde::Deserialize;
 
 use crate::auth::TokenConfig;
+use crate::queue::Acknowledge;
 
 /// The port where nothing else is said.
 pub const PORT_DEFAULT: u16 = 7411;
+/// What `queue` says where the jobs lie in a file of this process.
+const EMBEDDED: &str = "embedded";
 /// Most MCP servers that a configuration may name, which a refusal lists to the client.
 const MCP_SERVERS_MAX: usize = 256;
 
@@ -47,7 +51,22 @@ pub struct CoordinatorConfig {
     /// Where it listens; port 0 takes a free one. Default: loopback only.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
-    /// Folder of the embedded queue's file.
+    /// Where the jobs are: `embedded`, which is a file in `data_dir` (the default), or the address of a Redis that any
+    /// number of coordinators share, such as `redis://:password@host:6379/0`.
+    #[serde(default = "default_queue")]
+    pub queue: Secret,
+    /// Tells queues on one Redis apart; the same at every coordinator of a queue.
+    #[serde(default = "default_queue_name")]
+    pub queue_name: String,
+    /// Parts of the queue that may lie on different nodes of a Redis Cluster, from 1 to 64. Fixed when the queue is
+    /// first used.
+    #[serde(default = "default_queue_shards")]
+    pub queue_shards: u16,
+    /// What a write to Redis must have reached before it counts: `fast`, `replicated` or `durable`.
+    #[serde(default)]
+    pub queue_acknowledge: Acknowledge,
+    /// Folder of the embedded queue's file; not needed with Redis.
+    #[serde(default)]
     pub data_dir: PathBuf,
     /// The object store: `file:///absolute/folder`, `s3://bucket/prefix`, or `memory://` for tests.
     pub store_url: String,
@@ -102,6 +121,18 @@ fn default_listen() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, PORT_DEFAULT))
 }
 
+fn default_queue() -> Secret {
+    Secret::new(EMBEDDED)
+}
+
+fn default_queue_name() -> String {
+    "espalier".to_owned()
+}
+
+fn default_queue_shards() -> u16 {
+    1
+}
+
 fn default_jobs_waiting_max() -> u64 {
     1_000_000
 }
@@ -131,6 +162,10 @@ impl CoordinatorConfig {
     ) -> Self {
         Self {
             listen: default_listen(),
+            queue: default_queue(),
+            queue_name: default_queue_name(),
+            queue_shards: default_queue_shards(),
+            queue_acknowledge: Acknowledge::default(),
             data_dir: data_dir.into(),
             store_url: store_url.into(),
             tls: None,
@@ -150,6 +185,10 @@ impl CoordinatorConfig {
 
     /// Checks what the types cannot say.
     pub fn validate(&self) -> Result<(), FieldError> {
+        if self.is_embedded() && self.data_dir.as_os_str().is_empty() {
+            let rule = "must be given where the queue is embedded; or set `queue` to the address of a Redis";
+            return Err(FieldError::new("data_dir", "nothing", rule));
+        }
         check_range("jobs_waiting_max", self.jobs_waiting_max, 1, 100_000_000)?;
         check_range("watches_max", u64::from(self.watches_max), 1, 10_000)?;
         check_range("keep_days", u64::from(self.keep_days), 1, 3_650)?;
@@ -191,6 +230,11 @@ impl CoordinatorConfig {
             }
         }
         Ok(())
+    }
+
+    /// Whether the jobs lie in a file of this process, and not in Redis.
+    pub fn is_embedded(&self) -> bool {
+        self.queue.expose() == EMBEDDED
     }
 
     /// Path of the embedded queue's file.
@@ -259,6 +303,7 @@ mod tests {
         assert_eq!(config.listen.port(), PORT_DEFAULT);
         assert!(config.listen.ip().is_loopback());
         assert_eq!(config.keep_days, 30);
+        assert!(config.is_embedded());
     }
 
     #[test]
@@ -266,6 +311,7 @@ mod tests {
         let cases = [
             ("keep_day = 3", "keep_day"),
             ("keep_days = 0", "`keep_days` must be in 1..=3650"),
+            ("queue_acknowledge = \"never\"", "queue_acknowledge"),
             ("watches_max = 0", "`watches_max` must be in 1..=10000"),
             (
                 "lease_ttl_ms = 5",
@@ -286,6 +332,10 @@ mod tests {
             let error = parse(&text).unwrap_err();
             assert!(error.contains(expected), "{line}: {error}");
         }
+        let without = GOOD.replace("data_dir = \"/tmp/x\"", "");
+        let error = parse(&without).unwrap_err();
+        assert!(error.contains("`data_dir` must be given"), "{error}");
+        assert!(parse(&format!("queue = \"redis://:secret@h\"\n{without}")).is_ok());
         for (from, to, expected) in [
             ("9f86", "zz86", "sha256"),
             ("\"shop\"", "\"*\"", "`tokens[0].project`"),

@@ -7,8 +7,9 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Parser;
 use espalier_coordinator::{CoordinatorConfig, Deps};
-use espalier_runtime::config::{self, ENV_PREFIX};
+use espalier_runtime::config::{self, ENV_PREFIX, Environment};
 use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::tasks::Tasks;
 use espalier_runtime::telemetry;
 use tokio::net::TcpListener;
 
@@ -23,7 +24,13 @@ const KEYS: &str = "\
 Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_LEASE_TTL_MS):
   listen             address [127.0.0.1:7411]; without TLS, loopback is advised
   tls                cert and client_ca: PEM files; key: { file = \"…\" }
-  data_dir           folder of the embedded queue
+  queue              `embedded` or the address of a Redis: text, { file = \"…\" } or { env = \"…\" } [embedded]:
+                     redis://[user:password@]host:port[/db], redis+sentinel://host:port,host:port/primary,
+                     redis+cluster://host:port,host:port; rediss in place of redis for TLS
+  queue_name         tells queues on one Redis apart [espalier]
+  queue_shards       parts of the queue, more than 1 for a Redis Cluster only; fixed at its first use [1]
+  queue_acknowledge  what a write to Redis has reached when it counts: fast, replicated (a replica) or durable (disk)
+  data_dir           folder of the embedded queue; not needed with Redis
   store_url          object store, the same as the workers', such as file:///var/lib/espalier/store or s3://bucket/prefix
   tokens             a list of name, sha256, project (\"*\" for workers) and roles (submit, read, worker, admin);
                      printf %s \"$TOKEN\" | sha256sum
@@ -44,6 +51,33 @@ struct Arguments {
     /// The configuration, in TOML; every key can be set as ESPALIER_… too.
     #[arg(long, env = "ESPALIER_CONFIG")]
     config: Option<PathBuf>,
+    /// `embedded`, or the address of a Redis. One with a password is better given as ESPALIER_QUEUE or in the
+    /// configuration, where the list of processes does not show it.
+    #[arg(long, value_name = "ADDRESS")]
+    queue: Option<String>,
+    /// The object store, such as s3://bucket/prefix.
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
+    /// Where it listens, such as 0.0.0.0:7411.
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<String>,
+}
+
+impl Arguments {
+    /// The environment, in which what the command line says takes the place of the variable of the same key.
+    fn over(&self, mut environment: Environment) -> Environment {
+        let options = [
+            ("QUEUE", &self.queue),
+            ("STORE_URL", &self.store),
+            ("LISTEN", &self.listen),
+        ];
+        for (key, option) in options {
+            if let Some(value) = option {
+                environment.insert(format!("{ENV_PREFIX}{key}"), value.clone());
+            }
+        }
+        environment
+    }
 }
 
 #[tokio::main]
@@ -66,7 +100,7 @@ async fn main() -> ExitCode {
 }
 
 fn load(arguments: &Arguments) -> anyhow::Result<CoordinatorConfig> {
-    let environment = config::environment()?;
+    let environment = arguments.over(config::environment()?);
     let mut config: CoordinatorConfig =
         config::load(arguments.config.as_deref(), ENV_PREFIX, &environment)?;
     config.telemetry = config.telemetry.or_from(&environment);
@@ -84,10 +118,15 @@ async fn serve(config: CoordinatorConfig) -> anyhow::Result<()> {
 async fn serve_until_signal(config: CoordinatorConfig) -> anyhow::Result<()> {
     let shutdown = Shutdown::from_signals(config.drain_limit() + DRAIN_MARGIN)
         .context("signals cannot be listened to")?;
-    let deps = Deps::open(&config).await?;
+    // What keeps the queue connected: without it the process is of no use, so that its failure ends the process.
+    let tasks = Tasks::new(shutdown.clone());
+    let deps = Deps::open(&config, &tasks).await?;
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
     espalier_coordinator::run(config, listener, deps, shutdown).await?;
-    Ok(())
+    match tasks.first_failure() {
+        Some(task) => anyhow::bail!("task `{task}` failed; the log has the details"),
+        None => Ok(()),
+    }
 }

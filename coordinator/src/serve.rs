@@ -22,7 +22,7 @@ use crate::auth::Auth;
 use crate::config::CoordinatorConfig;
 use crate::maintenance;
 use crate::questions::Questions;
-use crate::queue::{Embedded, EmbeddedConfig, OpenError, Queue};
+use crate::queue::{ConnectError, Embedded, EmbeddedConfig, OpenError, Queue, Redis, RedisConfig};
 use crate::registry::Registry;
 use crate::session::WorkerApi;
 
@@ -44,24 +44,24 @@ pub struct Deps {
 }
 
 impl Deps {
-    /// Opens queue and store as `config` names them, on the machine's clock.
-    pub async fn open(config: &CoordinatorConfig) -> Result<Self, RunError> {
+    /// Opens queue and store as `config` names them, the embedded queue on the machine's clock. What keeps a shared
+    /// queue connected runs in `tasks`.
+    pub async fn open(config: &CoordinatorConfig, tasks: &Tasks) -> Result<Self, RunError> {
         let store = Store::open(&config.store_url).await?;
-        Self::with_store(config, store, Arc::new(SystemClock)).await
+        match config.is_embedded() {
+            true => Self::with_store(config, store, Arc::new(SystemClock)).await,
+            false => Self::with_redis(config, store, tasks).await,
+        }
     }
 
-    /// Opens the queue beside a store that is open already, as `espalier up` shares one with its worker.
+    /// Opens the embedded queue beside a store that is open already, as `espalier up` shares one with its worker.
     pub async fn with_store(
         config: &CoordinatorConfig,
         store: Store,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, RunError> {
-        let mut machine = MachineConfig::default();
-        for (project, settings) in &config.projects {
-            machine.weights.insert(project.clone(), settings.weight);
-        }
         let mut embedded = EmbeddedConfig::new(config.queue_file(), clock);
-        embedded.machine = machine;
+        embedded.machine = machine(config);
         let opened = tasks::blocking("queue.open", move || Embedded::open(embedded)).await?;
         let queue = opened?;
         Ok(Self {
@@ -70,6 +70,37 @@ impl Deps {
             store,
         })
     }
+
+    /// Opens the queue in Redis beside a store that is open already.
+    pub async fn with_redis(
+        config: &CoordinatorConfig,
+        store: Store,
+        tasks: &Tasks,
+    ) -> Result<Self, RunError> {
+        let redis = RedisConfig {
+            url: config.queue.clone(),
+            name: config.queue_name.clone(),
+            shards: config.queue_shards,
+            acknowledge: config.queue_acknowledge,
+            machine: machine(config),
+            clock: None,
+        };
+        let queue = Redis::open(redis, tasks).await?;
+        Ok(Self {
+            clock: queue.clock(),
+            queue: Arc::new(queue),
+            store,
+        })
+    }
+}
+
+/// The shares of projects, as the queue's rules take them.
+fn machine(config: &CoordinatorConfig) -> MachineConfig {
+    let mut machine = MachineConfig::default();
+    for (project, settings) in &config.projects {
+        machine.weights.insert(project.clone(), settings.weight);
+    }
+    machine
 }
 
 /// Why a coordinator did not start, or stopped.
@@ -81,6 +112,9 @@ pub enum RunError {
     /// The queue cannot be opened.
     #[error("the queue cannot be opened")]
     Queue(#[from] OpenError),
+    /// The queue in Redis cannot be used.
+    #[error("the queue cannot be opened")]
+    Redis(#[from] ConnectError),
     /// The store cannot be opened, or ignores create-if-absent.
     #[error("the object store cannot be used")]
     Store(#[from] StoreError),

@@ -28,7 +28,7 @@ use futures::future::BoxFuture;
 use tokio::sync::broadcast;
 
 pub use embedded::{Embedded, EmbeddedConfig, OpenError};
-pub use redis::{Acknowledge, ConnectError, Redis, RedisConfig};
+pub use redis::{Acknowledge, ConnectError, Redis, RedisConfig, Unfit};
 
 /// Largest spec of one job, in bytes: what is bigger lives in object storage by reference (`design.md` §4 puts the
 /// border for clients lower; this is what a backend must be able to keep).
@@ -64,6 +64,23 @@ impl From<FieldError> for QueueError {
     fn from(error: FieldError) -> Self {
         Self::Refused(Refusal::Field(error))
     }
+}
+
+/// How a queue is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// It takes and answers everything.
+    Serving,
+    /// It takes no new work; what is there goes on.
+    Full {
+        /// Of what there is too little, and what helps; for clients too, so no secrets.
+        reason: String,
+    },
+    /// It cannot be asked.
+    Away {
+        /// What failed; for clients too, so no secrets.
+        reason: String,
+    },
 }
 
 /// The answer of a queue.
@@ -325,6 +342,9 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
 
     /// Depths, ages and counts.
     fn stats(&self) -> Answer<'_, QueueStats>;
+
+    /// How the queue is, as far as this process knows it now.
+    fn condition(&self) -> BoxFuture<'_, Condition>;
 
     /// What happens from now on. A hint: whoever lags loses events and finds the same by asking. Sent after the
     /// change is durable.

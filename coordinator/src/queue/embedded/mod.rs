@@ -32,7 +32,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::limits::{check_defaults, check_result, parted};
 use super::{
-    Answer, Chunk, ChunkReply, EndedPage, Finish, FinishAck, Granted, JobDetail, JobResult,
+    Answer, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, JobDetail, JobResult,
     JobSpec, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal,
 };
 use engine::{Call, Chain, Engine, QueueClock, Reply, Turn};
@@ -426,6 +426,21 @@ impl Queue for Embedded {
 
     fn stats(&self) -> Answer<'_, QueueStats> {
         self.ask(|machine, now| Ok(machine.stats(now)))
+    }
+
+    fn condition(&self) -> BoxFuture<'_, Condition> {
+        // A call that would bring work is refused for the reason for which work is.
+        let asked = self.call(true, 0, |_| Ok(()), |(), _| Ok(()));
+        async move {
+            match asked.await {
+                Ok(()) => Condition::Serving,
+                Err(QueueError::Unavailable { reason, .. }) => Condition::Full { reason },
+                Err(error) => Condition::Away {
+                    reason: error.to_string(),
+                },
+            }
+        }
+        .boxed()
     }
 
     fn events(&self) -> broadcast::Receiver<Event> {

@@ -4,8 +4,8 @@
 //! were, so that the caller is told [`QueueError::Unavailable`] and asks again.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use redis::aio::ConnectionLike;
 use redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value};
@@ -17,6 +17,8 @@ use crate::queue::QueueError;
 
 /// How long connecting may take.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// How long after a try that failed the next one is made.
+const CONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// How long an answer may take: a script runs for milliseconds, a server that saves or swaps takes longer.
 pub const RESPONSE_LIMIT: Duration = Duration::from_secs(5);
 /// When to try again after an answer that did not come.
@@ -36,7 +38,7 @@ pub enum Acknowledge {
     Fast,
     /// A replica has it too.
     Replicated,
-    /// It is on the server's disk; needs Redis 7.2 and an append-only file.
+    /// It is on the server's disk; needs an append-only file, and `appendfsync always` or Redis 7.2.
     Durable,
 }
 
@@ -44,9 +46,23 @@ pub enum Acknowledge {
 pub struct Link {
     address: Address,
     acknowledge: Acknowledge,
-    present: Mutex<Option<(u64, Connection)>>,
+    /// The server answers when a write is on its disk, so that nobody has to wait for that.
+    synced: AtomicBool,
+    present: Mutex<Present>,
     /// How often it was connected: tells a broken connection from the one that replaced it.
     made: AtomicU64,
+}
+
+/// What there is of a connection.
+#[derive(Default)]
+enum Present {
+    /// None yet, or it broke.
+    #[default]
+    No,
+    /// With the number that tells it from others.
+    Connected(u64, Connection),
+    /// When none could be made, and why.
+    Failed(Instant, QueueError),
 }
 
 impl fmt::Debug for Link {
@@ -63,7 +79,8 @@ impl Link {
         Self {
             address,
             acknowledge,
-            present: Mutex::new(None),
+            synced: AtomicBool::new(false),
+            present: Mutex::default(),
             made: AtomicU64::new(0),
         }
     }
@@ -71,6 +88,11 @@ impl Link {
     /// Where it leads.
     pub fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// Notes whether the server answers only when a write is on its disk.
+    pub fn set_synced(&self, synced: bool) {
+        self.synced.store(synced, Ordering::Relaxed);
     }
 
     /// Runs a command that reads, or whose loss would be noticed.
@@ -98,6 +120,7 @@ impl Link {
             Acknowledge::Replicated => {
                 (redis::cmd("WAIT").arg(1).arg(limit_ms).take(), "a replica")
             }
+            Acknowledge::Durable if self.synced.load(Ordering::Relaxed) => return Ok(answer),
             Acknowledge::Durable => {
                 let local = redis::cmd("WAITAOF").arg(1).arg(0).arg(limit_ms).take();
                 (local, "the disk of the server")
@@ -119,16 +142,32 @@ impl Link {
 
     async fn connection(&self) -> Result<(u64, Connection), QueueError> {
         let mut present = self.present.lock().await;
-        if let Some((number, connection)) = &*present {
-            return Ok((*number, connection.clone()));
+        match &*present {
+            Present::Connected(number, connection) => return Ok((*number, connection.clone())),
+            // Whoever waited for this try is told how it ended, and does not begin one of their own behind it.
+            Present::Failed(at, error) if at.elapsed() < CONNECT_PAUSE => {
+                return Err(error.clone());
+            }
+            Present::Failed(..) | Present::No => {}
         }
-        let mut connection = self.address.connect().await.map_err(|e| unavailable(&e))?;
-        load_scripts(&mut connection)
-            .await
-            .map_err(|e| unavailable(&e))?;
-        let number = self.made.fetch_add(1, Ordering::Relaxed) + 1;
-        *present = Some((number, connection.clone()));
-        Ok((number, connection))
+        match self.connect().await {
+            Ok(connection) => {
+                let number = self.made.fetch_add(1, Ordering::Relaxed) + 1;
+                *present = Present::Connected(number, connection.clone());
+                Ok((number, connection))
+            }
+            Err(error) => {
+                let error = unavailable(&error);
+                *present = Present::Failed(Instant::now(), error.clone());
+                Err(error)
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Connection, RedisError> {
+        let mut connection = self.address.connect().await?;
+        load_scripts(&mut connection).await?;
+        Ok(connection)
     }
 
     /// What the caller is told. A connection that may be broken, or leads to a server that is no primary any more, is
@@ -137,8 +176,8 @@ impl Link {
         let demoted = error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly);
         if error.is_io_error() || error.is_connection_dropped() || error.is_timeout() || demoted {
             let mut present = self.present.lock().await;
-            if present.as_ref().is_some_and(|(known, _)| *known == number) {
-                *present = None;
+            if matches!(*present, Present::Connected(known, _) if known == number) {
+                *present = Present::No;
             }
         }
         unavailable(error)

@@ -9,11 +9,13 @@ mod core;
 mod decode;
 mod encode;
 mod gather;
+mod health;
 mod link;
 mod listen;
 mod operate;
 mod read;
 mod script;
+mod server;
 mod submit;
 #[cfg(test)]
 mod tests;
@@ -41,13 +43,15 @@ use tokio::sync::broadcast;
 
 use self::core::Core;
 use self::gather::{Gather, ITEMS_MAX};
+use self::health::Health;
 use self::link::Link;
 use super::{
-    Answer, Chunk, ChunkReply, EndedPage, Finish, FinishAck, Granted, JobDetail, JobSpec,
+    Answer, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, JobDetail, JobSpec,
     OpenBatch, PAGE_MAX, Queue, QueueError, Renewal,
 };
 
 pub use link::Acknowledge;
+pub use server::Unfit;
 
 /// Events that a slow listener may lag behind before it loses some.
 const EVENTS_MAX: usize = 1_024;
@@ -76,9 +80,12 @@ pub enum ConnectError {
     /// The configuration breaks a rule.
     #[error(transparent)]
     Config(#[from] FieldError),
-    /// The server cannot be used.
+    /// The server cannot be reached.
     #[error(transparent)]
     Queue(#[from] QueueError),
+    /// A queue must not lie on this server.
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
     /// The queue was made with another number of shards.
     #[error(
         "the queue has {found} shards and was configured with {asked}; their number is fixed when it is first used"
@@ -97,7 +104,8 @@ pub struct Redis {
     shards: Vec<Shard>,
     next_shard: AtomicUsize,
     events: broadcast::Sender<Event>,
-    listening: TaskHandle,
+    health: Arc<Health>,
+    background: [TaskHandle; 2],
     closed: AtomicBool,
 }
 
@@ -136,6 +144,14 @@ impl Redis {
             address::Address::parse(&config.url)?,
             config.acknowledge,
         ));
+        let server = server::ask(&link, config.acknowledge).await?;
+        server.check(config.acknowledge)?;
+        for warning in server.warnings(config.acknowledge) {
+            tracing::warn!("{warning}");
+        }
+        link.set_synced(server.syncs_each_write());
+        let health = Arc::new(Health::new(config.clock.clone()));
+        health.note(&server);
         let core = |n: u16| {
             let prefix = format!("{{{}:{n}}}:", config.name);
             Arc::new(Core::new(Arc::clone(&link), prefix, config.clock.clone()))
@@ -149,8 +165,19 @@ impl Redis {
         let (events, _) = broadcast::channel(EVENTS_MAX);
         let first = listen::subscribe(&cores).await?;
         let listening = listen::listen(cores.clone(), first, events.clone());
+        let watching = health::watch(
+            link,
+            config.acknowledge,
+            Arc::clone(&health),
+            server,
+            events.clone(),
+        );
         Ok(Self {
-            listening: tasks.spawn_apart("queue.events", OnFailure::ShutDown, listening),
+            health,
+            background: [
+                tasks.spawn_apart("queue.events", OnFailure::ShutDown, listening),
+                tasks.spawn_apart("queue.health", OnFailure::ShutDown, watching),
+            ],
             shards: cores
                 .into_iter()
                 .map(|core| Shard::start(core, tasks))
@@ -159,6 +186,11 @@ impl Redis {
             events,
             closed: AtomicBool::new(false),
         })
+    }
+
+    /// The server's time, by which leases end and jobs come due.
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        self.health.clock()
     }
 
     fn shard(&self, project: &ProjectId) -> Result<&Shard, QueueError> {
@@ -246,6 +278,7 @@ async fn agree_on_shards(cores: &[Arc<Core>], asked: u16) -> Result<(), ConnectE
 impl Queue for Redis {
     fn open_batch(&self, request: OpenBatch) -> Answer<'_, BatchView> {
         async move {
+            self.health.admit()?;
             self.core(&request.batch.project)?
                 .open_batch(request.clone())
                 .await
@@ -254,7 +287,11 @@ impl Queue for Redis {
     }
 
     fn submit(&self, chunk: Chunk) -> Answer<'_, ChunkReply> {
-        async move { self.core(&chunk.project.clone())?.submit(chunk).await }.boxed()
+        async move {
+            self.health.admit()?;
+            self.core(&chunk.project.clone())?.submit(chunk).await
+        }
+        .boxed()
     }
 
     fn close_batch(&self, project: ProjectId, batch: BatchId) -> Answer<'_, BatchView> {
@@ -460,13 +497,17 @@ impl Queue for Redis {
         .boxed()
     }
 
+    fn condition(&self) -> BoxFuture<'_, Condition> {
+        async { self.health.condition() }.boxed()
+    }
+
     fn events(&self) -> broadcast::Receiver<Event> {
         self.events.subscribe()
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {
         self.closed.store(true, Ordering::Release);
-        self.listening.abort();
+        self.background.iter().for_each(TaskHandle::abort);
         async {}.boxed()
     }
 }

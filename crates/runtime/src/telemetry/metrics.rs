@@ -41,6 +41,8 @@ const TOKENS: [f64; 11] = [
 pub struct Metrics {
     pub queue_depth: Gauge<u64>,
     pub queue_oldest_ready_age: Gauge<f64>,
+    pub queue_memory_used: Gauge<f64>,
+    pub queue_failovers: Counter<u64>,
     pub lease_grants: Counter<u64>,
     pub lease_expiries: Counter<u64>,
     pub lease_stale_fences: Counter<u64>,
@@ -82,6 +84,11 @@ impl Metrics {
                 .f64_gauge(metric::QUEUE_OLDEST_READY_AGE)
                 .with_unit("s")
                 .build(),
+            queue_memory_used: meter
+                .f64_gauge(metric::QUEUE_MEMORY_USED)
+                .with_unit("1")
+                .build(),
+            queue_failovers: counter(metric::QUEUE_FAILOVERS, "{failover}"),
             lease_grants: counter(metric::LEASE_GRANTS, "{lease}"),
             lease_expiries: counter(metric::LEASE_EXPIRIES, "{lease}"),
             lease_stale_fences: counter(metric::LEASE_STALE_FENCES, "{request}"),

@@ -109,6 +109,10 @@ pub mod metric {
     pub const QUEUE_DEPTH: &str = "espalier.queue.depth";
     /// Gauge, `s`: age of the oldest ready job, by project.
     pub const QUEUE_OLDEST_READY_AGE: &str = "espalier.queue.oldest_ready.age";
+    /// Gauge, `1`: share of the memory that the queue's server may use, where it has a limit.
+    pub const QUEUE_MEMORY_USED: &str = "espalier.queue.memory.used";
+    /// Counter, `{failover}`: times at which the queue's server was restarted or replaced by another.
+    pub const QUEUE_FAILOVERS: &str = "espalier.queue.failovers";
     /// Counter, `{lease}`: leases handed out, by project and kind.
     pub const LEASE_GRANTS: &str = "espalier.lease.grants";
     /// Counter, `{lease}`: leases that ran out, by project.
