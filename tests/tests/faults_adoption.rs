@@ -66,11 +66,11 @@ async fn a_result_whose_worker_died_before_it_reported_is_taken_over() {
     client.submit("b", &[nap("nap", 500)]).await;
     let fence = a.wait_until_at_tool(&key, DEADLINE).await;
     // Killed, not paused: a paused coordinator would read the report from its socket when it goes on.
-    cluster.coordinator.kill();
+    cluster.coordinators[0].process.kill();
     cluster.wait_until_published(&key, DEADLINE).await;
     a.kill(DEADLINE).await;
     let asked = completions(&model_url).await;
-    cluster.restart_coordinator().await;
+    cluster.restart_coordinator(0).await;
     let mut client = cluster.client().await;
     assert_ne!(client.job(&key).await.state(), JobState::Succeeded);
 
@@ -253,7 +253,10 @@ async fn what_an_old_lease_published_meanwhile_is_taken_over_or_moved_aside() {
         planted_early
     );
     assert!(
-        cluster.coordinator.log().contains("bad manifest set aside"),
+        cluster.coordinators[0]
+            .process
+            .log()
+            .contains("bad manifest set aside"),
         "people are told"
     );
     b.terminate(DEADLINE).await;
@@ -350,8 +353,8 @@ async fn kill_9_of_a_worker_and_then_of_the_coordinator_loses_nothing() {
     client.wait_until_succeeded("b", 2, DEADLINE).await;
     let before = client.leases(&keys).await;
     assert!(!before.is_empty(), "the worker is in the middle");
-    cluster.coordinator.kill();
-    cluster.restart_coordinator().await;
+    cluster.coordinators[0].process.kill();
+    cluster.restart_coordinator(0).await;
     client = cluster.client().await;
     let after = client.leases(&keys).await;
     for (key, fence) in &before {

@@ -1,5 +1,5 @@
-//! A coordinator and agent workers as processes of their own, on loopback, over one `file://` store. Each can be killed
-//! and paused by itself.
+//! Coordinators and agent workers as processes of their own, on loopback, over one `file://` store. Each can be killed
+//! and paused by itself. One coordinator has a queue of its own; several share one in Redis, which the test brings.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -24,15 +24,23 @@ const PROJECT: &str = "default";
 const CLIENT_TOKEN: &str = "client-of-a-test-cluster";
 const WORKER_TOKEN: &str = "worker-of-a-test-cluster";
 
-/// A running coordinator, and what workers need to join it.
+/// Running coordinators, and what workers need to join them.
 #[derive(Debug)]
 pub struct Cluster {
     /// Everybody's data and logs.
     pub folder: TempDir,
-    /// The coordinator; replaced by [`Cluster::restart_coordinator`].
-    pub coordinator: Process,
-    address: SocketAddr,
+    /// The coordinators, in the order of their numbers.
+    pub coordinators: Vec<Coordinator>,
     model_url: String,
+}
+
+/// A running coordinator.
+#[derive(Debug)]
+pub struct Coordinator {
+    /// The process; replaced by [`Cluster::restart_coordinator`].
+    pub process: Process,
+    /// Where it listens, also after a restart.
+    pub address: SocketAddr,
 }
 
 /// A running agent worker.
@@ -46,49 +54,75 @@ pub struct Worker {
 }
 
 impl Cluster {
-    /// Starts a coordinator whose leases last `lease_ttl_ms`. Workers will ask the model at `model_url`.
+    /// Starts a coordinator with a queue of its own, whose leases last `lease_ttl_ms`. Workers will ask the model at
+    /// `model_url`.
     pub async fn start(model_url: &str, lease_ttl_ms: u64) -> Self {
+        Self::start_on("embedded", 1, model_url, lease_ttl_ms).await
+    }
+
+    /// Starts `coordinators` of them on the queue at `queue`: the URL of a Redis, or of a proxy before one.
+    pub async fn start_on(
+        queue: &str,
+        coordinators: usize,
+        model_url: &str,
+        lease_ttl_ms: u64,
+    ) -> Self {
         let folder = TempDir::new().expect("a temporary folder");
-        // A restart has to find the same port, so that workers find it again.
-        let address = free_address();
-        let config = coordinator_config(folder.path(), address, lease_ttl_ms);
-        std::fs::write(folder.path().join("coordinator.toml"), config)
-            .expect("the test's folder is writable");
-        let coordinator = spawn_coordinator(folder.path());
+        let start = |number| {
+            // A restart has to find the same port, so that workers find it again.
+            let address = free_address();
+            let config = coordinator_config(folder.path(), address, queue, lease_ttl_ms);
+            std::fs::write(config_file(folder.path(), number), config)
+                .expect("the test's folder is writable");
+            let process = spawn_coordinator(folder.path(), number);
+            Coordinator { process, address }
+        };
         let mut cluster = Self {
+            coordinators: (0..coordinators).map(start).collect(),
             folder,
-            coordinator,
-            address,
             model_url: model_url.to_owned(),
         };
-        cluster.wait_until_ready().await;
+        for coordinator in &mut cluster.coordinators {
+            coordinator.wait_until_ready().await;
+        }
         cluster
     }
 
-    /// Starts the coordinator again on the same data, after its process ended.
-    pub async fn restart_coordinator(&mut self) {
-        self.coordinator = spawn_coordinator(self.folder.path());
-        self.wait_until_ready().await;
+    /// Starts a coordinator again on the same configuration and data, after its process ended.
+    pub async fn restart_coordinator(&mut self, number: usize) {
+        let coordinator = &mut self.coordinators[number];
+        coordinator.process = spawn_coordinator(self.folder.path(), number);
+        coordinator.wait_until_ready().await;
     }
 
-    /// Kills the coordinator and starts it on an empty data folder: it knows none of its batches any more, as after
+    /// Kills the only coordinator and starts it on an empty data folder: it knows none of its batches any more, as after
     /// their retention, and the store is as it was.
     pub async fn forget_batches(&mut self) {
-        self.coordinator.kill();
+        self.coordinators[0].process.kill();
         std::fs::remove_dir_all(self.folder.path().join("coordinator"))
             .expect("the test's folder is writable");
-        self.restart_coordinator().await;
+        self.restart_coordinator(0).await;
     }
 
-    /// Starts a worker with the toy MCP server and with browsers. A name that was used before takes over that worker's
-    /// data folder.
+    /// Starts a worker with the toy MCP server and with browsers, which knows every coordinator. A name that was used
+    /// before takes over that worker's data folder.
     pub fn worker(&self, name: &str, slots: u32) -> Worker {
-        self.spawn_worker(name, slots, None)
+        self.spawn_worker(name, slots, &self.addresses(), None)
+    }
+
+    /// The same, with coordinators only at `addresses`, such as one of [`Cluster::addresses`] or a proxy before it.
+    pub fn worker_at(&self, addresses: &[SocketAddr], name: &str, slots: u32) -> Worker {
+        self.spawn_worker(name, slots, addresses, None)
     }
 
     /// The same, with its data folder on `disk`.
     pub fn worker_on_disk(&self, name: &str, slots: u32, disk: &SmallDisk) -> Worker {
-        self.spawn_worker(name, slots, Some(disk))
+        self.spawn_worker(name, slots, &self.addresses(), Some(disk))
+    }
+
+    /// Where the coordinators listen.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.coordinators.iter().map(|c| c.address).collect()
     }
 
     /// A disk of `bytes` for the data folder of a worker; none where this machine lets nobody mount one.
@@ -96,12 +130,21 @@ impl Cluster {
         SmallDisk::mount(&self.folder.path().join(name), bytes)
     }
 
-    fn spawn_worker(&self, name: &str, slots: u32, disk: Option<&SmallDisk>) -> Worker {
+    fn spawn_worker(
+        &self,
+        name: &str,
+        slots: u32,
+        addresses: &[SocketAddr],
+        disk: Option<&SmallDisk>,
+    ) -> Worker {
         let config_file = self.folder.path().join(format!("{name}.toml"));
         let data_dir = self.folder.path().join(name);
         let trail = Trail::new(self.folder.path().join(format!("{name}.tmp")));
-        std::fs::write(&config_file, self.worker_config(&data_dir, slots))
-            .expect("the test's folder is writable");
+        std::fs::write(
+            &config_file,
+            self.worker_config(&data_dir, slots, addresses),
+        )
+        .expect("the test's folder is writable");
         let mut command = Command::new(binary("espalier-agent-worker"));
         command.arg("--config").arg(config_file);
         trail.lay(&mut command);
@@ -116,9 +159,14 @@ impl Cluster {
         }
     }
 
-    /// A client that may submit and read.
+    /// A client of the first coordinator that may submit, read and look after workers.
     pub async fn client(&self) -> Client {
-        Client::connect(&format!("http://{}", self.address), CLIENT_TOKEN).await
+        self.client_at(self.coordinators[0].address).await
+    }
+
+    /// The same, of whichever coordinator is behind `address`.
+    pub async fn client_at(&self, address: SocketAddr) -> Client {
+        Client::connect(&format!("http://{address}"), CLIENT_TOKEN).await
     }
 
     /// The key of a job of the client's.
@@ -163,29 +211,31 @@ impl Cluster {
         .await;
     }
 
-    async fn wait_until_ready(&mut self) {
-        let (address, coordinator) = (self.address, &mut self.coordinator);
-        wait_for("the coordinator to serve", START_DEADLINE, || {
-            let ended = coordinator.ended();
-            assert!(ended.is_none(), "it ended: {}", coordinator.log());
-            let reached = TcpStream::connect(address).map(drop);
-            async move { reached }
-        })
-        .await;
-    }
-
-    fn worker_config(&self, data_dir: &Path, slots: u32) -> String {
+    fn worker_config(&self, data_dir: &Path, slots: u32, addresses: &[SocketAddr]) -> String {
+        let urls: Vec<String> = addresses.iter().map(|at| format!("http://{at}")).collect();
         format!(
-            "coordinator_url = \"http://{address}\"\ntoken = {WORKER_TOKEN:?}\ndata_dir = {data_dir:?}\n\
+            "coordinator_url = {urls:?}\ntoken = {WORKER_TOKEN:?}\ndata_dir = {data_dir:?}\n\
              store_url = {store:?}\nmodel_name = \"scripted\"\nslots = {slots}\n\
              playwright_dir = {playwright:?}\n[model]\nbase_url = {model:?}\n\
              [mcp_servers.toy]\ncommand = {toy:?}\n[mcp_servers.browser]\npreset = \"playwright\"\n",
-            address = self.address,
             store = store_url(self.folder.path()),
             model = self.model_url,
             playwright = Path::new(env!("CARGO_MANIFEST_DIR")).join("../agent-worker/playwright"),
             toy = binary("toy-mcp"),
         )
+    }
+}
+
+impl Coordinator {
+    async fn wait_until_ready(&mut self) {
+        let (address, process) = (self.address, &mut self.process);
+        wait_for("the coordinator to serve", START_DEADLINE, || {
+            let ended = process.ended();
+            assert!(ended.is_none(), "it ended: {}", process.log());
+            let reached = TcpStream::connect(address).map(drop);
+            async move { reached }
+        })
+        .await;
     }
 }
 
@@ -244,11 +294,17 @@ fn store_url(folder: &Path) -> String {
     format!("file://{}", folder.join("store").display())
 }
 
-fn coordinator_config(folder: &Path, address: SocketAddr, lease_ttl_ms: u64) -> String {
+fn coordinator_config(
+    folder: &Path,
+    address: SocketAddr,
+    queue: &str,
+    lease_ttl_ms: u64,
+) -> String {
     format!(
-        "listen = \"{address}\"\ndata_dir = {data_dir:?}\nstore_url = {store:?}\nmcp_servers = [\"toy\", \"browser\"]\n\
-         lease_ttl_ms = {lease_ttl_ms}\n\
-         [[tokens]]\nname = \"client\"\nsha256 = \"{client}\"\nproject = \"{PROJECT}\"\nroles = [\"submit\", \"read\"]\n\
+        "listen = \"{address}\"\nqueue = {queue:?}\ndata_dir = {data_dir:?}\nstore_url = {store:?}\n\
+         mcp_servers = [\"toy\", \"browser\"]\nlease_ttl_ms = {lease_ttl_ms}\n\
+         [[tokens]]\nname = \"client\"\nsha256 = \"{client}\"\nproject = \"{PROJECT}\"\n\
+         roles = [\"submit\", \"read\", \"admin\"]\n\
          [[tokens]]\nname = \"workers\"\nsha256 = \"{worker}\"\nproject = \"*\"\nroles = [\"worker\"]\n",
         data_dir = folder.join("coordinator"),
         store = store_url(folder),
@@ -257,8 +313,12 @@ fn coordinator_config(folder: &Path, address: SocketAddr, lease_ttl_ms: u64) -> 
     )
 }
 
-fn spawn_coordinator(folder: &Path) -> Process {
+fn config_file(folder: &Path, number: usize) -> PathBuf {
+    folder.join(format!("coordinator-{number}.toml"))
+}
+
+fn spawn_coordinator(folder: &Path, number: usize) -> Process {
     let mut command = Command::new(binary("espalier-coordinator"));
-    command.arg("--config").arg(folder.join("coordinator.toml"));
-    Process::start("coordinator", command, folder)
+    command.arg("--config").arg(config_file(folder, number));
+    Process::start(&format!("coordinator-{number}"), command, folder)
 }
