@@ -6,6 +6,8 @@
 //! A seed is a run. A run that breaks a rule names its seed, which plays it again:
 //! `ESPALIER_SIMULATION_SEED=7 cargo test -p espalier-core --test simulation`.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod chance;
 mod worker;
 mod world;

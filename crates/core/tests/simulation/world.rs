@@ -96,7 +96,8 @@ pub struct World {
     acknowledged: BTreeSet<JobKey>,
     chunks_open: BTreeSet<u32>,
     accepted: BTreeMap<JobKey, u32>,
-    last_fence: Fence,
+    /// The newest grant of each job; fences only grow.
+    granted: BTreeMap<JobKey, Fence>,
     seen: Seen,
 }
 
@@ -120,7 +121,7 @@ impl World {
             acknowledged: BTreeSet::new(),
             chunks_open: (0..JOBS / CHUNK).collect(),
             accepted: BTreeMap::new(),
-            last_fence: Fence(0),
+            granted: BTreeMap::new(),
             seen: Seen::default(),
         };
         let (project, batch) = names();
@@ -318,6 +319,12 @@ impl World {
                 FinishReply::Accepted { .. } => {
                     let counts = matches!(outcome, Outcome::Succeeded { .. });
                     *self.accepted.entry(key.clone()).or_default() += u32::from(counts);
+                    let newest = self.granted.get(&key);
+                    assert_eq!(
+                        newest,
+                        Some(&fence),
+                        "{key} was finished under an old lease"
+                    );
                     let has_manifest = self.store.contains_key(&key);
                     assert!(!counts || has_manifest, "{key} succeeded without a result");
                 }
@@ -371,7 +378,11 @@ impl World {
             grants = self.queue.lease(now, &request).unwrap();
         }
         for grant in &grants {
-            self.last_fence = self.last_fence.max(grant.fence);
+            let before = self.granted.insert(grant.key.clone(), grant.fence);
+            assert!(
+                before.is_none_or(|before| before <= grant.fence),
+                "fences grow"
+            );
         }
         if !answered {
             worker.asking = Some((number, n));
