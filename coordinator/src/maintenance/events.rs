@@ -67,6 +67,7 @@ impl Notices {
     fn take(&mut self, shared: &Shared, event: Event) {
         match event {
             Event::Missed => shared.registry.wake_all(),
+            Event::Notice(_) => {}
             Event::Ready { kind, needs } => shared.registry.wake(kind, &needs),
             Event::CancelRequested { worker, key, fence } => {
                 let leases = self.cancelled.entry(worker).or_default();

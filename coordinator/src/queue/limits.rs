@@ -4,7 +4,10 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::queue::NewJob;
 
-use super::{JobResult, MANIFEST_BYTES_MAX, SPEC_BYTES_MAX, SUMMARY_BYTES_MAX, Submission};
+use super::{
+    ANNOUNCE_MAX, Change, JobResult, MANIFEST_BYTES_MAX, SHOWN_KEY_BYTES_MAX,
+    SHOWN_VALUE_BYTES_MAX, SPEC_BYTES_MAX, SUMMARY_BYTES_MAX, Submission,
+};
 
 /// Takes payloads off submissions, having checked their sizes.
 pub fn parted(field: &str, jobs: Vec<Submission>) -> Result<(Vec<NewJob>, Vec<Bytes>), FieldError> {
@@ -27,6 +30,23 @@ pub fn check_result(result: &JobResult) -> Result<(), FieldError> {
 /// Refuses defaults that are too large to keep.
 pub fn check_defaults(defaults: &Bytes) -> Result<(), FieldError> {
     check_bytes("defaults", defaults.len(), SPEC_BYTES_MAX)
+}
+
+/// Refuses an announcement that is too large.
+pub fn check_changes(changes: &[Change]) -> Result<(), FieldError> {
+    if changes.len() > ANNOUNCE_MAX {
+        let rule = format!("must have at most {ANNOUNCE_MAX} entries");
+        return Err(FieldError::new("changes", changes.len(), rule));
+    }
+    for (n, change) in changes.iter().enumerate() {
+        let (key, value) = (
+            change.key.len(),
+            change.value.as_ref().map_or(0, Bytes::len),
+        );
+        check_bytes(&format!("changes[{n}].key"), key, SHOWN_KEY_BYTES_MAX)?;
+        check_bytes(&format!("changes[{n}].value"), value, SHOWN_VALUE_BYTES_MAX)?;
+    }
+    Ok(())
 }
 
 fn check_bytes(field: &str, found: usize, max: usize) -> Result<(), FieldError> {

@@ -13,13 +13,14 @@ pub mod bench;
 mod conformance;
 mod embedded;
 mod limits;
+mod presence;
 mod redis;
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::error::{ErrorClass, FieldError};
-use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
+use espalier_core::id::{BatchId, CoordinatorId, Fence, JobKey, ProjectId};
 use espalier_core::queue::{
     BatchView, Cancelled, Event, Grant, ItemResult, JobFilter, JobView, LeaseRequest, NewBatch,
     NewJob, QueueStats, Refusal, RenewReply, Selector, Ticked,
@@ -39,6 +40,15 @@ pub const SUMMARY_BYTES_MAX: usize = 4 * 1024;
 pub const MANIFEST_BYTES_MAX: usize = 1_024;
 /// Most rows that one read returns, whatever was asked.
 pub const PAGE_MAX: usize = 1_000;
+
+/// How long what a coordinator shows is seen after the last time it announced something, by the queue's clock.
+pub const PRESENCE_TTL: Duration = Duration::from_secs(15);
+/// Most changes of one announcement.
+pub const ANNOUNCE_MAX: usize = 1_000;
+/// Longest key of what a coordinator shows, in bytes.
+pub const SHOWN_KEY_BYTES_MAX: usize = 512;
+/// Largest value of it: a worker with as many and as long tags as it may have.
+pub const SHOWN_VALUE_BYTES_MAX: usize = 128 * 1024;
 
 /// Why a queue did not do what it was asked to.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -64,6 +74,53 @@ impl From<FieldError> for QueueError {
     fn from(error: FieldError) -> Self {
         Self::Refused(Refusal::Field(error))
     }
+}
+
+/// The lists that the coordinators of a queue show each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Table {
+    /// The workers that are connected to them.
+    Workers,
+    /// The MCP servers that those offer.
+    Servers,
+    /// What rollouts ask.
+    Questions,
+    /// What operators and people have decided, for whoever it concerns.
+    Orders,
+}
+
+impl Table {
+    /// Its name, which is stored.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Workers => "workers",
+            Self::Servers => "servers",
+            Self::Questions => "questions",
+            Self::Orders => "orders",
+        }
+    }
+}
+
+/// What becomes of one entry that a coordinator shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// In which list.
+    pub table: Table,
+    /// Unique among the entries of this coordinator in that list; at most [`SHOWN_KEY_BYTES_MAX`].
+    pub key: String,
+    /// At most [`SHOWN_VALUE_BYTES_MAX`], opaque; `None` takes the entry away.
+    pub value: Option<Bytes>,
+}
+
+/// An entry that a coordinator shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// Who shows it.
+    pub by: CoordinatorId,
+    /// As announced.
+    pub key: String,
+    /// As announced.
+    pub value: Bytes,
 }
 
 /// How a queue is.
@@ -342,6 +399,17 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
 
     /// Depths, ages and counts.
     fn stats(&self) -> Answer<'_, QueueStats>;
+
+    /// Says that coordinator `by` is here, and changes what it shows: at most [`ANNOUNCE_MAX`] entries at once, or none.
+    /// All that it shows is taken away [`PRESENCE_TTL`] after it last said so. False: nothing of what it showed before
+    /// this is seen any more, since it is new or was silent for too long.
+    fn announce(&self, by: CoordinatorId, changes: Vec<Change>) -> Answer<'_, bool>;
+
+    /// What all coordinators that are here show in a list, in no order.
+    fn shown(&self, table: Table) -> Answer<'_, Vec<Shown>>;
+
+    /// Reaches every coordinator, this one too, as [`Event::Notice`]. A hint, as all events are.
+    fn tell(&self, notice: Bytes) -> Answer<'_, ()>;
 
     /// How the queue is, as far as this process knows it now.
     fn condition(&self) -> BoxFuture<'_, Condition>;

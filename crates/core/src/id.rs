@@ -95,6 +95,10 @@ name_type!(
     /// One worker process. A restarted process has a new id.
     WorkerId, "worker"
 );
+name_type!(
+    /// One coordinator process. A restarted process has a new id.
+    CoordinatorId, "coordinator"
+);
 
 /// The full name of a job: `project/batch/job`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -9,6 +9,7 @@ pub mod durable;
 pub mod finish;
 pub mod lease;
 pub mod order;
+pub mod peers;
 pub mod read;
 pub mod submit;
 
@@ -83,7 +84,7 @@ macro_rules! conformance_tests {
             finish: a_retry_waits_as_long_as_it_was_told,
             finish: results_come_back,
             finish: one_bad_finish_spoils_no_other,
-            lease: a_lost_reply_is_repeated_for_five_seconds,
+            lease: a_lost_reply_is_repeated_for_a_while,
             lease: an_expired_lease_goes_to_another_with_a_greater_fence,
             lease: a_renewed_lease_holds,
             lease: a_run_too_long_is_a_failure_of_the_handler,
@@ -98,6 +99,10 @@ macro_rules! conformance_tests {
             order: a_returning_tenant_has_no_credit,
             order: delayed_jobs_wait_for_their_moment,
             order: a_wake_up_names_the_lane,
+            peers: what_a_coordinator_shows_all_see,
+            peers: who_is_silent_too_long_is_seen_no_more,
+            peers: a_list_is_read_as_it_is_now,
+            peers: what_is_told_reaches_whoever_listens,
             read: lists_page_by_name,
             read: filters_look_at_state_kind_and_label,
             read: a_watcher_resumes_after_what_it_saw,
@@ -112,6 +117,7 @@ macro_rules! conformance_tests {
             submit: a_batch_again_is_the_same_batch,
             submit: a_closed_batch_refuses_new_chunks_only,
             submit: a_batch_is_complete_when_closed_and_done,
+            submit: needs_that_one_project_makes_up_take_no_room_of_others,
         );
     };
 }

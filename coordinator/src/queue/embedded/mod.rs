@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::error::FieldError;
-use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
+use espalier_core::id::{BatchId, CoordinatorId, JobId, JobKey, ProjectId};
 use espalier_core::queue::{
     BatchSeq, BatchView, Cancelled, EndedJob, Event, FinishReply, Grant, JobFilter, JobSeq,
     JobView, LeaseRequest, Machine, MachineConfig, Outcome as Bare, QueueStats, RenewReply,
@@ -30,10 +30,11 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::limits::{check_defaults, check_result, parted};
+use super::limits::{check_changes, check_defaults, check_result, parted};
+use super::presence::Presence;
 use super::{
-    Answer, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, JobDetail, JobResult,
-    JobSpec, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal,
+    Answer, Change, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, JobDetail,
+    JobResult, JobSpec, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal, Shown, Table,
 };
 use engine::{Call, Chain, Engine, QueueClock, Reply, Turn};
 use store::{OpenDatabase, Reader, StoreError};
@@ -109,6 +110,7 @@ pub struct Embedded {
     thread: Mutex<Option<JoinHandle<()>>>,
     clock: Arc<QueueClock>,
     events: broadcast::Sender<Event>,
+    presence: Presence,
 }
 
 impl Embedded {
@@ -147,7 +149,15 @@ impl Embedded {
             thread: Mutex::new(Some(thread)),
             clock,
             events,
+            presence: Presence::default(),
         })
+    }
+
+    fn check_open(&self) -> Result<(), QueueError> {
+        match lock(&self.calls).is_some() {
+            true => Ok(()),
+            false => Err(QueueError::Closed),
+        }
     }
 
     /// The time by which the queue decides: never behind what its file says, whatever the machine's clock was set to.
@@ -426,6 +436,33 @@ impl Queue for Embedded {
 
     fn stats(&self) -> Answer<'_, QueueStats> {
         self.ask(|machine, now| Ok(machine.stats(now)))
+    }
+
+    fn announce(&self, by: CoordinatorId, changes: Vec<Change>) -> Answer<'_, bool> {
+        async move {
+            self.check_open()?;
+            check_changes(&changes)?;
+            Ok(self.presence.announce(by, changes, self.clock.now()))
+        }
+        .boxed()
+    }
+
+    fn shown(&self, table: Table) -> Answer<'_, Vec<Shown>> {
+        async move {
+            self.check_open()?;
+            Ok(self.presence.shown(table, self.clock.now()))
+        }
+        .boxed()
+    }
+
+    fn tell(&self, notice: Bytes) -> Answer<'_, ()> {
+        async move {
+            self.check_open()?;
+            // Nobody listens: nobody is to be told.
+            let _ = self.events.send(Event::Notice(notice.into()));
+            Ok(())
+        }
+        .boxed()
     }
 
     fn condition(&self) -> BoxFuture<'_, Condition> {

@@ -2,6 +2,7 @@
 //! is found by asking, and listeners are told that something may have been.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use espalier_core::id::{Fence, WorkerId};
 use espalier_core::queue::{Event, RevokeReason};
@@ -14,14 +15,15 @@ use tokio::sync::broadcast;
 use super::core::Core;
 use super::decode;
 use super::link::CONNECT_LIMIT;
+use super::peers::NOTICES;
 use crate::queue::QueueError;
 
 const BACKOFF: Backoff = Backoff {
-    first: std::time::Duration::from_millis(100),
-    max: std::time::Duration::from_secs(5),
+    first: Duration::from_millis(100),
+    max: Duration::from_secs(5),
 };
 
-/// Subscribes to the events of every shard.
+/// Subscribes to the events of every shard, and to what coordinators tell each other.
 pub async fn subscribe(shards: &[Arc<Core>]) -> Result<PubSub, QueueError> {
     let Some(first) = shards.first() else {
         return Err(QueueError::Closed);
@@ -32,6 +34,7 @@ pub async fn subscribe(shards: &[Arc<Core>]) -> Result<PubSub, QueueError> {
         for shard in shards {
             subscribed.subscribe(shard.key("events")).await?;
         }
+        subscribed.subscribe(first.key(NOTICES)).await?;
         Ok::<_, redis::RedisError>(subscribed)
     };
     match with_deadline("queue.subscribe", CONNECT_LIMIT, subscribing).await {
@@ -60,15 +63,36 @@ pub async fn listen(shards: Vec<Arc<Core>>, first: PubSub, events: broadcast::Se
     }
 }
 
-/// Ends when the connection does.
-async fn pass_on(mut subscribed: PubSub, events: &broadcast::Sender<Event>) {
-    let mut messages = subscribed.on_message();
-    while let Some(message) = messages.next().await {
+/// Ends when the connection does, or when the server has not answered for a while: a connection whose other end has
+/// vanished says nothing.
+async fn pass_on(subscribed: PubSub, events: &broadcast::Sender<Event>) {
+    let (mut sink, mut messages) = subscribed.split();
+    loop {
+        tokio::select! {
+            message = messages.next() => match message {
+                Some(message) => {
+                    if message.get_channel_name().ends_with(NOTICES) {
+            let _ = events.send(Event::Notice(message.get_payload_bytes().to_vec()));
+            continue;
+        }
         for told in parse(message.get_payload_bytes()) {
-            let _ = events.send(told);
+                        let _ = events.send(told);
+                    }
+                }
+                None => return,
+            },
+            () = tokio::time::sleep(QUIET) => {
+                let ping = with_deadline("queue.ping", CONNECT_LIMIT, sink.ping::<redis::Value>());
+                if !matches!(ping.await, Ok(Ok(_))) {
+                    return;
+                }
+            }
         }
     }
 }
+
+/// Without an event for so long, the server is asked whether it is there.
+const QUIET: Duration = Duration::from_secs(15);
 
 /// The events of one message, as `done.lua` writes them; what is not understood is left out.
 fn parse(payload: &[u8]) -> Vec<Event> {

@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::error::FieldError;
-use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
+use espalier_core::id::{BatchId, CoordinatorId, JobId, JobKey, ProjectId};
 use espalier_core::queue::{
     BatchView, Cancelled, Event, JobFilter, LeaseRequest, MachineConfig, QueueStats, RenewReply,
     Selector, Ticked,
@@ -45,9 +45,10 @@ use self::core::Core;
 use self::gather::{Gather, ITEMS_MAX};
 use self::health::Health;
 use self::link::Link;
+use self::peers::Peers;
 use super::{
-    Answer, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, JobDetail, JobSpec,
-    OpenBatch, PAGE_MAX, Queue, QueueError, Renewal,
+    Answer, Change, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, JobDetail,
+    JobSpec, OpenBatch, PAGE_MAX, Queue, QueueError, Renewal, Shown, Table,
 };
 
 pub use link::Acknowledge;
@@ -105,6 +106,7 @@ pub struct Redis {
     next_shard: AtomicUsize,
     events: broadcast::Sender<Event>,
     health: Arc<Health>,
+    peers: Peers,
     background: [TaskHandle; 2],
     closed: AtomicBool,
 }
@@ -172,8 +174,12 @@ impl Redis {
             server,
             events.clone(),
         );
+        let [first_core, ..] = &cores[..] else {
+            return Err(QueueError::Closed.into());
+        };
         Ok(Self {
             health,
+            peers: Peers::new(Arc::clone(first_core)),
             background: [
                 tasks.spawn_apart("queue.events", OnFailure::ShutDown, listening),
                 tasks.spawn_apart("queue.health", OnFailure::ShutDown, watching),
@@ -374,16 +380,21 @@ impl Queue for Redis {
         async move { self.core(which.project())?.requeue_dead(&which).await }.boxed()
     }
 
+    /// Every shard is ticked, whatever becomes of the others.
     fn tick(&self, limit: usize) -> Answer<'_, Ticked> {
         async move {
-            let mut all = Ticked::default();
+            let (mut all, mut failed) = (Ticked::default(), None);
             for shard in self.open_shards()? {
-                let one = shard.core.tick(limit).await?;
-                all.promoted += one.promoted;
-                all.reaped += one.reaped;
-                all.more |= one.more;
+                match shard.core.tick(limit).await {
+                    Ok(one) => {
+                        all.promoted += one.promoted;
+                        all.reaped += one.reaped;
+                        all.more |= one.more;
+                    }
+                    Err(error) => failed = Some(error),
+                }
             }
-            Ok(all)
+            failed.map_or(Ok(all), Err)
         }
         .boxed()
     }
@@ -493,6 +504,30 @@ impl Queue for Redis {
             all.lines
                 .sort_by(|a, b| (&a.project, a.kind).cmp(&(&b.project, b.kind)));
             Ok(all)
+        }
+        .boxed()
+    }
+
+    fn announce(&self, by: CoordinatorId, changes: Vec<Change>) -> Answer<'_, bool> {
+        async move {
+            self.open_shards()?;
+            self.peers.announce(&by, &changes).await
+        }
+        .boxed()
+    }
+
+    fn shown(&self, table: Table) -> Answer<'_, Vec<Shown>> {
+        async move {
+            self.open_shards()?;
+            self.peers.shown(table).await
+        }
+        .boxed()
+    }
+
+    fn tell(&self, notice: Bytes) -> Answer<'_, ()> {
+        async move {
+            self.open_shards()?;
+            self.peers.tell(&notice).await
         }
         .boxed()
     }

@@ -32,6 +32,8 @@ macro_rules! parts {
 }
 
 const READS: &[&str] = &parts!("begin", "batch", "view");
+/// What has nothing to do with jobs.
+const BARE: &[&str] = &parts!("begin");
 const WRITES: &[&str] = &parts!(
     "begin", "batch", "ready", "state", "settle", "time", "insert", "done"
 );
@@ -74,6 +76,8 @@ scripts! {
     read_batches: Reads, READS, "read_batches.lua";
     read_digests: Reads, READS, "read_digests.lua";
     read_stats: Reads, READS, "read_stats.lua";
+    announce: Moves, BARE, "announce.lua";
+    shown: Reads, BARE, "shown.lua";
 }
 
 /// The scripts of this version.

@@ -47,4 +47,6 @@ pub enum Event {
     },
     /// Events may have been lost on the way here: whoever acts on events asks for everything. Not the machine's.
     Missed,
+    /// A coordinator tells all others something; opaque. Not the machine's.
+    Notice(Vec<u8>),
 }
