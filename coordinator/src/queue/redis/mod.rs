@@ -13,6 +13,7 @@ mod health;
 mod link;
 mod listen;
 mod operate;
+mod peers;
 mod read;
 mod script;
 mod server;
