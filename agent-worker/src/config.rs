@@ -53,8 +53,12 @@ pub struct AgentWorkerConfig {
     pub data_dir: PathBuf,
     /// The object store that the coordinator uses as well.
     pub store_url: String,
-    /// Where the model is served.
-    pub model: ModelEndpoint,
+    /// Where the model is served. Absent: at the endpoints that the coordinator names.
+    #[serde(default)]
+    pub model: Option<ModelEndpoint>,
+    /// Keys of the endpoints that the coordinator names, each under the name by which it asks for it.
+    #[serde(default)]
+    pub model_keys: BTreeMap<String, Secret>,
     /// The model's name there, for jobs that name none.
     pub model_name: String,
     /// More fields of every request to it, such as `logprobs`.
@@ -105,6 +109,7 @@ impl fmt::Debug for AgentWorkerConfig {
             .field("model_name", &self.model_name)
             .field("model_extra", &names(&self.model_extra))
             .field("mcp_config", &self.mcp_config)
+            .field("model_keys", &self.model_keys.keys())
             .field("mcp_servers", &names(&self.mcp_servers))
             .field("allow_inline_mcp", &self.allow_inline_mcp)
             .field("playwright_dir", &self.playwright_dir)
@@ -167,7 +172,8 @@ impl AgentWorkerConfig {
             tls: None,
             data_dir: data_dir.into(),
             store_url: store_url.into(),
-            model,
+            model: Some(model),
+            model_keys: BTreeMap::new(),
             model_name: model_name.into(),
             model_extra: Map::new(),
             mcp_config: None,
@@ -281,7 +287,10 @@ mod tests {
         let environment = environment(&NEEDED);
         let config: AgentWorkerConfig = load(Some(&file), ENV_PREFIX, &environment).unwrap();
         assert_eq!((config.slots, config.grace_s), (3, 30));
-        assert_eq!(config.model.base_url, "http://localhost:8000/v1");
+        assert_eq!(
+            config.model.as_ref().unwrap().base_url,
+            "http://localhost:8000/v1"
+        );
         config.validate().unwrap();
         let servers = config.mcp(&environment).unwrap().servers;
         assert_eq!(servers.keys().collect::<Vec<_>>(), ["notes"]);

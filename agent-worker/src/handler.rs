@@ -8,6 +8,7 @@ use espalier_core::layout;
 use espalier_core::spec::SpecDigest;
 use espalier_core::trace::Outcome;
 use espalier_proto::v1;
+use espalier_runtime::model::Served;
 use espalier_runtime::tasks;
 use espalier_runtime::telemetry::names::{attribute, span};
 use espalier_runtime::telemetry::{self, metrics};
@@ -134,6 +135,10 @@ impl RolloutHandler {
 impl Handler for RolloutHandler {
     fn kind(&self) -> v1::JobKind {
         v1::JobKind::Rollout
+    }
+
+    fn endpoints(&self, served: Vec<Served>) {
+        self.services.model.update(&served);
     }
 
     async fn run(&self, grant: Grant, context: JobContext) -> JobOutcome {

@@ -29,6 +29,8 @@ Keys of the configuration (each also as a variable: `model.base_url` is ESPALIER
   model.base_url     OpenAI-compatible endpoint, up to /v1; also model.api_key, time-outs and retries
   model_name         the model, for jobs that name none; model_extra: more fields of each request
   mcp_config         file with mcpServers; mcp_servers: the same entries here, by name
+                     [the endpoints that the coordinator names]
+  model_keys         keys of the endpoints that the coordinator names, by the names that it uses
   allow_inline_mcp   whether jobs may bring commands of their own [false]
   playwright_dir     folder that holds node_modules/@playwright/mcp
   slots              rollouts at once [8]

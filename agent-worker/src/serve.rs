@@ -152,9 +152,11 @@ impl Agent {
                 tasks: tasks.clone(),
             })
             .map_err(RunError::Host)?,
-            model: ModelClient::new(config.model.clone())?,
+            model: match &config.model {
+                Some(endpoint) => ModelClient::new(endpoint.clone())?,
+                None => ModelClient::told(config.model_keys.clone()),
+            },
             model_name: config.model_name.clone(),
-            vllm_extensions: config.model.vllm_extensions,
             extra: config.model_extra.clone(),
             tokenizer,
             hooks: Hooks::new(config.http_hook_hosts.clone())?,

@@ -159,7 +159,6 @@ impl World {
             mcp: mcp_host(dir.path(), &tasks),
             model: ModelClient::new(endpoint).unwrap(),
             model_name: "qwen3".to_owned(),
-            vllm_extensions: true,
             extra: Map::new(),
             tokenizer: Tokenizer::shared().unwrap().clone(),
             hooks: Hooks::new([]).unwrap(),

@@ -16,6 +16,7 @@ use espalier_runtime::telemetry::TelemetryConfig;
 use serde::Deserialize;
 
 use crate::auth::TokenConfig;
+use crate::endpoints::{self, ModelEndpoint};
 use crate::queue::Acknowledge;
 
 /// The port where nothing else is said.
@@ -98,7 +99,7 @@ pub struct CoordinatorConfig {
     /// Days for which a complete batch is kept in the queue, and the files of attempts that lost.
     #[serde(default = "default_keep_days")]
     pub keep_days: u32,
-    /// Age at which a worker's stream is asked to reconnect, so that new coordinators get load.
+    /// Age at which a worker is asked to move to another stream, a fifth more or less, so that new coordinators get load.
     #[serde(default = "default_session_max_age_s")]
     pub session_max_age_s: u64,
     /// How long a drain may take before connections are cut.
@@ -106,6 +107,9 @@ pub struct CoordinatorConfig {
     pub drain_limit_s: u64,
     /// Logs, traces and metrics.
     #[serde(default)]
+    /// Where models are served, for workers that are configured with no endpoint of their own.
+    #[serde(default)]
+    pub model_endpoints: Vec<ModelEndpoint>,
     pub telemetry: TelemetryConfig,
 }
 
@@ -181,6 +185,7 @@ impl CoordinatorConfig {
             drain_limit_s: default_drain_limit_s(),
             telemetry: TelemetryConfig::default(),
         }
+            model_endpoints: Vec::new(),
     }
 
     /// Checks what the types cannot say.
@@ -207,6 +212,7 @@ impl CoordinatorConfig {
         }
         self.validate_tokens()
     }
+        endpoints::validate(&self.model_endpoints)?;
 
     fn validate_tokens(&self) -> Result<(), FieldError> {
         if self.tokens.is_empty() {

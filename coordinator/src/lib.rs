@@ -7,6 +7,7 @@
 pub mod api;
 pub mod auth;
 pub mod config;
+pub mod endpoints;
 mod maintenance;
 pub mod questions;
 pub mod queue;

@@ -40,7 +40,8 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_L
   jobs_waiting_max   waiting jobs of a project, beyond which submissions are refused [1000000]
   lease_ttl_ms       how long a lease lasts without renewal [what suits the kind of job]
   keep_days          days for which complete batches are kept in the queue [30]
-  session_max_age_s  age at which a worker's stream is asked to reconnect [1800]
+  session_max_age_s  age at which a worker is asked to move to another stream [1800]
+  model_endpoints    endpoints for workers that have none of their own: name, model, url, …
   drain_limit_s      how long a drain may take [10]
   telemetry          otlp_endpoint, log_format, log_filter, resource, metric_interval_s";
 

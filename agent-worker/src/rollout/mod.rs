@@ -67,12 +67,10 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Services {
     /// The MCP servers.
     pub mcp: McpHost,
-    /// The model's endpoint.
+    /// The endpoints of models.
     pub model: ModelClient,
     /// The model of jobs that name none.
     pub model_name: String,
-    /// Whether the endpoint takes what vLLM adds to OpenAI's API.
-    pub vllm_extensions: bool,
     /// More fields of every request.
     pub extra: Map<String, Value>,
     /// Measures what the model is shown.

@@ -26,13 +26,16 @@ impl<C: Conversation> Rollout<'_, C> {
         self.began.get_or_insert_with(Instant::now);
         self.conversation.see(Seen::Thinking);
         let started_at_us = self.services.clock.now();
-        let (messages, extra) = (on_the_wire(self.recorder.messages()), self.extra());
+        let messages = on_the_wire(self.recorder.messages());
+        let (vllm_extra, affinity) = (self.vllm_extra(), self.recorder.key().to_string());
         let request = ChatRequest {
             model: model_name(self.services, self.order.spec),
             messages: &messages,
             tools: &self.tools,
             sampling: &self.order.spec.sampling,
-            extra: &extra,
+            extra: &self.services.extra,
+            vllm_extra: &vllm_extra,
+            affinity: &affinity,
         };
         let asked = Instant::now();
         let answered = tokio::select! {
@@ -61,16 +64,15 @@ impl<C: Conversation> Rollout<'_, C> {
     }
 
     /// Settings that are no part of OpenAI's API.
-    fn extra(&self) -> Map<String, Value> {
-        let mut extra = self.services.extra.clone();
-        if self.services.vllm_extensions {
-            let thinking = self.order.spec.sampling.thinking;
-            extra
-                .entry("chat_template_kwargs")
-                .or_insert_with(|| json!({"enable_thinking": thinking}));
-            extra.entry("return_token_ids").or_insert(Value::Bool(true));
-        }
-        extra
+    fn vllm_extra(&self) -> Map<String, Value> {
+        let thinking = self.order.spec.sampling.thinking;
+        let template = json!({"enable_thinking": thinking});
+        [
+            ("chat_template_kwargs".to_owned(), template),
+            ("return_token_ids".to_owned(), Value::Bool(true)),
+        ]
+        .into_iter()
+        .collect()
     }
 
     /// What a turn cost by our own tokenizer and about the right template, where the endpoint does not say: a limit in

@@ -14,6 +14,7 @@ use espalier_runtime::tasks::with_deadline;
 
 use super::{HELLO_LIMIT, Stream, lease_from_wire, message};
 use crate::api::{Shared, queue_error, view};
+use crate::endpoints;
 use crate::queue::Renewal;
 use crate::registry::{Connected, Introduction};
 
@@ -147,11 +148,16 @@ async fn welcome(
         lease_ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
     });
     let mut messages = vec![welcome];
+    // Before any grant: a rollout needs its model at once.
+    if !shared.config.model_endpoints.is_empty() {
+        let told = endpoints::to_wire(&shared.config.model_endpoints);
+        messages.push(Message::Endpoints(told));
+    }
     if !cancelled.is_empty() {
         messages.push(Message::Cancels(v1::Cancels { leases: cancelled }));
     }
     for said in messages {
-        // The outbox is new and has room for both; where it is closed the worker has gone.
+        // The outbox is new and has room for all; where it is closed the worker has gone.
         if stream.outbox.try_send(Ok(message(said))).is_err() {
             return Err(ApiError::Unavailable("the stream ended".to_owned()));
         }

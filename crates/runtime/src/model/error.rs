@@ -19,6 +19,14 @@ pub enum ModelError {
         /// The rule that is broken.
         rule: String,
     },
+    /// No coordinator told of an endpoint for the model yet.
+    #[error(
+        "no endpoint is known that serves the model `{model}`: add one to the coordinator's `model_endpoints`, or name one under `model`"
+    )]
+    NoEndpoint {
+        /// The model.
+        model: String,
+    },
     /// The conversation does not fit the model. The agent loop ends the rollout on it.
     #[error("the conversation exceeds the model's context: {message}")]
     ContextLength {
@@ -98,6 +106,7 @@ impl ModelError {
                 ErrorClass::Handler
             }
             Self::Settings { .. }
+            | Self::NoEndpoint { .. }
             | Self::Configuration { .. }
             | Self::Server { .. }
             | Self::Connect { .. }
@@ -113,6 +122,7 @@ impl ModelError {
         match self {
             Self::Cancelled => "cancelled",
             Self::Settings { .. } => "settings",
+            Self::NoEndpoint { .. } => "no_endpoint",
             Self::ContextLength { .. } => "context_length",
             Self::BadRequest { .. } => "bad_request",
             Self::Configuration { .. } => "configuration",
@@ -130,7 +140,8 @@ impl ModelError {
     /// Whether the same request may work when it is sent again.
     pub(super) fn may_pass(&self) -> bool {
         match self {
-            Self::Server { .. }
+            Self::NoEndpoint { .. }
+            | Self::Server { .. }
             | Self::Connect { .. }
             | Self::Timeout(_)
             | Self::Cut { .. }
@@ -145,6 +156,16 @@ impl ModelError {
         }
     }
 
+    /// Whether the same request may work at another endpoint: what one person set wrongly there may be right here.
+    pub(super) fn may_pass_elsewhere(&self) -> bool {
+        self.may_pass() || matches!(self, Self::Configuration { .. })
+    }
+
+    /// Whether the endpoint does not work, rather than the request. One that has too much to do works.
+    pub(super) fn blames_endpoint(&self) -> bool {
+        self.may_pass_elsewhere() && !matches!(self, Self::Server { status: 429, .. })
+    }
+
     /// The same error with the endpoint's own words as `change` leaves them.
     pub(super) fn with_words(mut self, change: impl FnOnce(String) -> String) -> Self {
         match &mut self {
@@ -154,6 +175,7 @@ impl ModelError {
             | Self::Server { message, .. } => *message = change(std::mem::take(message)),
             Self::Cancelled
             | Self::Settings { .. }
+            | Self::NoEndpoint { .. }
             | Self::Connect { .. }
             | Self::Timeout(_)
             | Self::Cut { .. }

@@ -1,27 +1,27 @@
-//! The client of an OpenAI-compatible chat endpoint: vLLM, a hosted API, our own infer-worker.
+//! The client of OpenAI-compatible chat endpoints: vLLM, a hosted API, our own infer-worker. One that the configuration
+//! names, or those that a coordinator tells of.
 //!
 //! One call is one turn of the assistant, streamed or not, within bounds of time and size, tried again where that
 //! may help. What the turn means, whether its tool calls make sense and what follows is the agent loop's. Malformed
 //! tool arguments are no error here: they come back as the model wrote them.
 
+mod caller;
 mod error;
 mod merge;
 mod read;
 mod retry;
+mod route;
 mod served;
 mod sse;
 mod wire;
 
-use std::collections::HashSet;
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use espalier_core::chat::{Message, ToolDef};
-use espalier_core::error::shorten;
 use espalier_core::spec::Sampling;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
 use opentelemetry::KeyValue;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -30,23 +30,14 @@ use tracing::Instrument;
 use tracing::field::Empty;
 
 use crate::backoff::Backoff;
-use crate::clock::{Clock, SystemClock};
 use crate::config::Secret;
-use crate::tasks::with_deadline;
 use crate::telemetry::names::{attribute, operation};
 use crate::telemetry::{self, Metrics};
 
 pub use error::ModelError;
-use merge::Merge;
-use read::Body;
 pub use served::Served;
 
-/// How long a connection may take to come up.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Idle connections are dropped before common servers do it (5 s in uvicorn, which vLLM runs on), so that a request
-/// rarely meets a connection that is just being closed.
-const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+use route::{Member, lock};
 
 /// Where a model is served and how patiently it is called.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -129,6 +120,11 @@ pub struct ChatRequest<'a> {
     /// More fields of the body, such as `return_token_ids`, `logprobs` or `chat_template_kwargs`. They never replace
     /// a field that the request has of its own.
     pub extra: &'a Map<String, Value>,
+    /// The same for endpoints that take what vLLM adds; `extra` wins.
+    pub vllm_extra: &'a Map<String, Value>,
+    /// What calls have in common whose prompts begin alike: they go to the same endpoint, which has that part in its
+    /// cache. A rollout's is its job's name, whatever the attempt.
+    pub affinity: &'a str,
 }
 
 /// One turn of the assistant.
@@ -146,6 +142,8 @@ pub struct ChatTurn {
     pub usage: Option<Usage>,
     /// The model as the endpoint names it, or else as it was asked for.
     pub model: String,
+    /// The name of the endpoint that answered; empty where the configuration names one.
+    pub endpoint: String,
     /// The endpoint's id of the answer.
     pub response_id: Option<String>,
     /// Token ids of the prompt, from endpoints that give them.
@@ -182,56 +180,77 @@ pub struct Usage {
     pub completion_tokens: u64,
 }
 
-/// A client of one endpoint. Clones share its connections.
+/// A client of one endpoint, or of all those that a coordinator tells of. Clones share connections and what is known
+/// of the endpoints' health.
 #[derive(Clone)]
 pub struct ModelClient {
-    http: reqwest::Client,
-    endpoint: Arc<ModelEndpoint>,
-    url: Arc<str>,
-    clock: Arc<dyn Clock>,
+    endpoints: Arc<Mutex<Vec<Arc<Member>>>>,
+    /// Keys of endpoints that a coordinator tells of, by name. None: the one endpoint is fixed.
+    keys: Option<Arc<BTreeMap<String, Secret>>>,
+    retries_max: u32,
     backoff: Backoff,
 }
 
 impl fmt::Debug for ModelClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ModelClient")
-            .field("url", &self.url)
-            .finish_non_exhaustive()
+        let endpoints = self.endpoints();
+        f.debug_list()
+            .entries(endpoints.iter().map(|member| member.url()))
+            .finish()
     }
 }
 
 impl ModelClient {
-    /// Checks the settings; connects only when called.
+    /// A client of `endpoint` alone, which serves every model. Checks the settings; connects only when called.
     pub fn new(endpoint: ModelEndpoint) -> Result<Self, ModelError> {
-        let refuse = |rule: String| ModelError::Settings { rule };
-        let base = endpoint.base_url.trim_end_matches('/');
-        let url = reqwest::Url::parse(base)
-            .ok()
-            .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
-            .ok_or_else(|| {
-                refuse("`base_url` must be an `http://` or `https://` URL".to_owned())
-            })?;
-        if !url.username().is_empty() || url.password().is_some() || url.query().is_some() {
-            return Err(refuse(
-                "`base_url` must hold no credentials and no query: use `api_key`".to_owned(),
-            ));
-        }
-        let http = reqwest::Client::builder()
-            .user_agent(concat!("espalier/", env!("CARGO_PKG_VERSION")))
-            .default_headers(headers(endpoint.api_key.as_ref())?)
-            .connect_timeout(CONNECT_TIMEOUT)
-            .pool_idle_timeout(POOL_IDLE_TIMEOUT)
-            // A redirect would carry prompts to a host that nobody configured.
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .map_err(|error| refuse(telemetry::error_chain(&error.without_url())))?;
+        let retries_max = endpoint.max_retries;
+        let only = Arc::new(Member::only(endpoint)?);
         Ok(Self {
-            http,
-            url: format!("{base}/chat/completions").into(),
-            endpoint: Arc::new(endpoint),
-            clock: Arc::new(SystemClock),
+            endpoints: Arc::new(Mutex::new(vec![only])),
+            keys: None,
+            retries_max,
             backoff: retry::BACKOFF,
         })
+    }
+
+    /// A client of the endpoints that [`update`](Self::update) will name; `keys` are those that they ask for by name.
+    pub fn told(keys: BTreeMap<String, Secret>) -> Self {
+        Self {
+            endpoints: Arc::default(),
+            keys: Some(Arc::new(keys)),
+            retries_max: max_retries(),
+            backoff: retry::BACKOFF,
+        }
+    }
+
+    /// Takes the present list of endpoints. Those that cannot be called are named in the log and left out; a client of
+    /// a fixed endpoint stays with that one.
+    pub fn update(&self, served: &[Served]) {
+        let Some(keys) = &self.keys else {
+            return;
+        };
+        let known = self.endpoints();
+        let same = |served: &Served| known.iter().find(|member| member.is(served)).cloned();
+        let found = served.iter().filter_map(|served| {
+            if let Some(member) = same(served) {
+                return Some(member);
+            }
+            match Member::told(served.clone(), keys) {
+                Ok(member) => Some(Arc::new(member)),
+                Err(error) => {
+                    let error = telemetry::error_chain(&error);
+                    tracing::warn!(endpoint = served.name, error, "model endpoint left out");
+                    None
+                }
+            }
+        });
+        let found: Vec<Arc<Member>> = found.collect();
+        tracing::info!(endpoints = found.len(), "model endpoints changed");
+        *lock(&self.endpoints) = found;
+    }
+
+    fn endpoints(&self) -> Vec<Arc<Member>> {
+        lock(&self.endpoints).clone()
     }
 
     /// Asks for one turn. Dropping the future or cancelling `cancel` closes the connection, which stops the
@@ -241,7 +260,7 @@ impl ModelClient {
         request: &ChatRequest<'_>,
         cancel: &CancellationToken,
     ) -> Result<ChatTurn, ModelError> {
-        let span = self.span(request);
+        let span = span(request);
         let began = Instant::now();
         let work = self
             .try_until_answered(request, began)
@@ -255,194 +274,80 @@ impl ModelClient {
         outcome
     }
 
+    /// A failed try is followed by one at the next endpoint, at once where there is one that was not tried yet, and
+    /// after a wait otherwise. The number of tries is that of one endpoint.
     async fn try_until_answered(
         &self,
         request: &ChatRequest<'_>,
         began: Instant,
     ) -> Result<ChatTurn, ModelError> {
-        let (streaming, extensions) = (self.endpoint.streaming, self.endpoint.vllm_extensions);
-        let body = wire::request_body(request, streaming, extensions).map_err(|error| {
-            let rule = format!("the request cannot be written as JSON: {error}");
-            ModelError::Settings { rule }
-        })?;
-        let body = Bytes::from(body);
-        let limit = Duration::from_millis(self.endpoint.request_timeout_ms);
+        let mut tried: Vec<Arc<Member>> = Vec::new();
         let mut failures = 0;
         loop {
-            let tried = with_deadline("model.request", limit, self.once(request, body.clone()));
-            let error = match tried.await {
-                Ok(Ok(turn)) => {
-                    return Ok(ChatTurn {
-                        latency: began.elapsed(),
-                        retries: failures,
-                        ..turn
-                    });
-                }
-                Ok(Err(error)) => error,
-                Err(timeout) => timeout.into(),
-            };
+            let endpoints = self.endpoints();
+            let error =
+                match route::choose(&endpoints, request, &tried, tokio::time::Instant::now()) {
+                    None => ModelError::NoEndpoint {
+                        model: request.model.to_owned(),
+                    },
+                    Some(member) => {
+                        tried.push(Arc::clone(&member));
+                        match member.ask(request).await {
+                            Ok(turn) => {
+                                return Ok(ChatTurn {
+                                    endpoint: member.name().to_owned(),
+                                    latency: began.elapsed(),
+                                    retries: failures,
+                                    ..turn
+                                });
+                            }
+                            Err(error) => error,
+                        }
+                    }
+                };
             failures += 1;
-            if !error.may_pass() || failures > self.endpoint.max_retries {
+            let elsewhere = error.may_pass_elsewhere()
+                && route::has_fresh(&endpoints, request, &tried, tokio::time::Instant::now());
+            if failures > self.retries_max || !(elsewhere || error.may_pass()) {
                 return Err(error);
             }
-            let wait = retry::wait(self.backoff, failures, error.retry_after(), rand::random());
-            telemetry::metrics().model_retried(error.as_str());
-            tracing::debug!(
-                failures,
-                wait_ms = wait.as_millis(),
-                error = telemetry::error_chain(&error),
-                "model call failed, trying again"
-            );
+            let wait = match elsewhere {
+                true => Duration::ZERO,
+                false => retry::wait(self.backoff, failures, error.retry_after(), rand::random()),
+            };
+            note_retry(&error, failures, wait);
             tokio::time::sleep(wait).await;
         }
     }
-
-    async fn once(&self, request: &ChatRequest<'_>, body: Bytes) -> Result<ChatTurn, ModelError> {
-        let began = Instant::now();
-        let response = self.send(body).await?;
-        let idle = Duration::from_millis(self.endpoint.idle_timeout_ms);
-        let status = response.status();
-        let headers = response.headers();
-        if !status.is_success() {
-            let retry_after = headers
-                .get(RETRY_AFTER)
-                .and_then(|value| retry::read_retry_after(value.to_str().ok()?, self.clock.now()));
-            let body = Body::new(response, idle).read_error().await;
-            let body = self.without_key(body);
-            let message = read::error_message(&body);
-            return Err(error::from_status(
-                status.as_u16(),
-                message,
-                &body,
-                request.model,
-                retry_after,
-            ));
-        }
-        let is_stream = headers
-            .get(CONTENT_TYPE)
-            .is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"));
-        let body = Body::new(response, idle);
-        let read = if is_stream {
-            body.read_stream().await
-        } else {
-            body.read_whole().await.map(|merge| (merge, None))
-        };
-        // Errors come inside of answers, too.
-        let (merge, first_token) =
-            read.map_err(|error| error.with_words(|words| shorten(&self.without_key(words))))?;
-        let first_token = first_token.map(|at| at.duration_since(began));
-        turn(merge, request, first_token)
-    }
-
-    async fn send(&self, body: Bytes) -> Result<reqwest::Response, ModelError> {
-        let mut request = self.http.post(&*self.url).body(body);
-        if let Some(parent) = telemetry::inject_traceparent() {
-            request = request.header("traceparent", parent.to_string());
-        }
-        // Without streaming the first byte comes when everything is generated: only the whole try has a deadline.
-        let limit_ms = if self.endpoint.streaming {
-            self.endpoint.first_byte_timeout_ms
-        } else {
-            self.endpoint.request_timeout_ms
-        };
-        let sent = with_deadline(
-            "model.first_byte",
-            Duration::from_millis(limit_ms),
-            request.send(),
-        );
-        sent.await?.map_err(|error| ModelError::Connect {
-            host: error.url().map(host_of).unwrap_or_default(),
-            source: error.without_url(),
-        })
-    }
-
-    /// Some servers repeat the key that they refuse.
-    fn without_key(&self, text: String) -> String {
-        match &self.endpoint.api_key {
-            Some(key) => text.replace(key.expose(), "[redacted]"),
-            None => text,
-        }
-    }
-
-    fn span(&self, request: &ChatRequest<'_>) -> tracing::Span {
-        let name = format!("{} {}", operation::CHAT, request.model);
-        tracing::info_span!(
-            "chat",
-            otel.name = name,
-            otel.kind = "client",
-            otel.status_code = Empty,
-            { attribute::GEN_AI_OPERATION_NAME } = operation::CHAT,
-            { attribute::GEN_AI_PROVIDER_NAME } = "openai",
-            { attribute::GEN_AI_REQUEST_MODEL } = request.model,
-            { attribute::GEN_AI_RESPONSE_MODEL } = Empty,
-            { attribute::GEN_AI_RESPONSE_ID } = Empty,
-            { attribute::GEN_AI_RESPONSE_FINISH_REASONS } = Empty,
-            { attribute::GEN_AI_USAGE_INPUT_TOKENS } = Empty,
-            { attribute::GEN_AI_USAGE_OUTPUT_TOKENS } = Empty,
-            { attribute::ERROR_TYPE } = Empty,
-        )
-    }
 }
 
-fn headers(api_key: Option<&Secret>) -> Result<HeaderMap, ModelError> {
-    let mut headers = HeaderMap::new();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    if let Some(key) = api_key {
-        let mut value =
-            HeaderValue::try_from(format!("Bearer {}", key.expose())).map_err(|_| {
-                let rule = "`api_key` must be printable ASCII".to_owned();
-                ModelError::Settings { rule }
-            })?;
-        value.set_sensitive(true);
-        headers.insert(AUTHORIZATION, value);
-    }
-    Ok(headers)
+fn note_retry(error: &ModelError, failures: u32, wait: Duration) {
+    telemetry::metrics().model_retried(error.as_str());
+    tracing::debug!(
+        failures,
+        wait_ms = wait.as_millis(),
+        error = telemetry::error_chain(error),
+        "model call failed, trying again"
+    );
 }
 
-/// Host and port of an address: what an error may show of it.
-fn host_of(url: &reqwest::Url) -> String {
-    let host = url.host_str().unwrap_or_default();
-    match url.port_or_known_default() {
-        Some(port) => format!("{host}:{port}"),
-        None => host.to_owned(),
-    }
-}
-
-fn turn(
-    mut merge: Merge,
-    request: &ChatRequest<'_>,
-    first_token: Option<Duration>,
-) -> Result<ChatTurn, ModelError> {
-    if !merge.had_choice() {
-        return Err(ModelError::EmptyChoices);
-    }
-    let used: HashSet<&str> = request.messages.iter().flat_map(ids_of_calls).collect();
-    Ok(ChatTurn {
-        tool_calls: merge.take_calls(&used, request.messages.len()),
-        content: merge.content,
-        reasoning: Some(merge.reasoning).filter(|text| !text.is_empty()),
-        finish_reason: merge.finish_reason.unwrap_or_default(),
-        usage: merge.usage,
-        model: merge
-            .model
-            .filter(|model| !model.is_empty())
-            .unwrap_or_else(|| request.model.to_owned()),
-        response_id: merge.id,
-        prompt_token_ids: merge.prompt_token_ids,
-        token_ids: merge.token_ids,
-        logprobs: merge.logprobs,
-        first_token,
-        latency: Duration::ZERO,
-        retries: 0,
-    })
-}
-
-fn ids_of_calls(message: &Message) -> impl Iterator<Item = &str> {
-    let calls = match message {
-        Message::Assistant { tool_calls, .. } => tool_calls.as_slice(),
-        _ => &[],
-    };
-    calls.iter().map(|call| call.id.as_str())
+fn span(request: &ChatRequest<'_>) -> tracing::Span {
+    let name = format!("{} {}", operation::CHAT, request.model);
+    tracing::info_span!(
+        "chat",
+        otel.name = name,
+        otel.kind = "client",
+        otel.status_code = Empty,
+        { attribute::GEN_AI_OPERATION_NAME } = operation::CHAT,
+        { attribute::GEN_AI_PROVIDER_NAME } = "openai",
+        { attribute::GEN_AI_REQUEST_MODEL } = request.model,
+        { attribute::GEN_AI_RESPONSE_MODEL } = Empty,
+        { attribute::GEN_AI_RESPONSE_ID } = Empty,
+        { attribute::GEN_AI_RESPONSE_FINISH_REASONS } = Empty,
+        { attribute::GEN_AI_USAGE_INPUT_TOKENS } = Empty,
+        { attribute::GEN_AI_USAGE_OUTPUT_TOKENS } = Empty,
+        { attribute::ERROR_TYPE } = Empty,
+    )
 }
 
 /// Puts the outcome into the span and the metrics.

@@ -1,10 +1,14 @@
+mod several;
+
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Mutex;
 
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use espalier_core::error::ErrorClass;
 use futures::StreamExt;
 use futures::stream;
@@ -179,6 +183,8 @@ async fn ask(settings: &ModelEndpoint) -> Result<ChatTurn, ModelError> {
         tools: &[],
         sampling: &sampling(),
         extra: &Map::new(),
+        vllm_extra: &Map::new(),
+        affinity: "p/b/j",
     };
     client(settings)
         .chat(&request, &CancellationToken::new())
@@ -250,7 +256,8 @@ async fn the_request_is_what_openai_and_vllm_read() {
     let tools: Vec<ToolDef> = serde_json::from_value(json!([{"type": "function", "function":
         {"name": "open", "description": "d", "parameters": {"type": "object"}}}]))
     .unwrap();
-    let extra = json!({"return_token_ids": true, "temperature": 5, "stream": "no",
+    let extra = json!({"temperature": 5, "stream": "no", "user": "u"});
+    let vllm_extra = json!({"return_token_ids": true, "user": "v",
         "chat_template_kwargs": {"enable_thinking": true}});
     let request = ChatRequest {
         model: "qwen3",
@@ -258,6 +265,8 @@ async fn the_request_is_what_openai_and_vllm_read() {
         tools: &tools,
         sampling: &sampling(),
         extra: extra.as_object().unwrap(),
+        vllm_extra: vllm_extra.as_object().unwrap(),
+        affinity: "p/b/j",
     };
     let cancel = CancellationToken::new();
     client(&settings).chat(&request, &cancel).await.unwrap();
@@ -275,7 +284,7 @@ async fn the_request_is_what_openai_and_vllm_read() {
         "tool_choice": "auto",
         "temperature": 0.6, "top_p": 0.95, "max_tokens": 512, "seed": 7, "top_k": 20,
         "stream": true, "stream_options": {"include_usage": true},
-        "return_token_ids": true, "chat_template_kwargs": {"enable_thinking": true},
+        "return_token_ids": true, "chat_template_kwargs": {"enable_thinking": true}, "user": "u",
     });
     assert_eq!(endpoint.body(0), expected);
     let headers = endpoint.0.lock().unwrap().requests[0].0.clone();
@@ -285,7 +294,6 @@ async fn the_request_is_what_openai_and_vllm_read() {
     settings.streaming = false;
     let request = ChatRequest {
         tools: &[],
-        extra: &Map::new(),
         ..request
     };
     client(&settings).chat(&request, &cancel).await.unwrap();
@@ -475,6 +483,8 @@ async fn a_cancelled_call_ends_at_once() {
         tools: &[],
         sampling: &sampling,
         extra: &extra,
+        vllm_extra: &extra,
+        affinity: "",
     };
     let client = client(&settings);
     let cancelled_once_asked = async {

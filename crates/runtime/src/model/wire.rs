@@ -31,13 +31,15 @@ pub(super) fn request_body(
             include_usage: true,
         }),
     };
-    if request.extra.is_empty() {
+    let vllm_extra = request.vllm_extra.iter().filter(|_| extensions);
+    let mut more = request.extra.iter().chain(vllm_extra).peekable();
+    if more.peek().is_none() {
         return serde_json::to_vec(&body);
     }
     let Value::Object(mut body) = serde_json::to_value(&body)? else {
         unreachable!("a struct serializes to an object");
     };
-    for (key, value) in request.extra {
+    for (key, value) in more {
         body.entry(key.clone()).or_insert_with(|| value.clone());
     }
     serde_json::to_vec(&body)
