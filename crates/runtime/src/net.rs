@@ -6,6 +6,7 @@
 //! A server here never gets tonic's `timeout`: it would end long streams. Deadlines belong to the single calls.
 
 mod addresses;
+mod incoming;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,7 +16,6 @@ use tokio::net::TcpListener;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::server::TcpIncoming;
 use tonic::transport::{
     Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Server, ServerTlsConfig,
 };
@@ -23,6 +23,7 @@ use tonic::transport::{
 use crate::config::Secret;
 
 pub use addresses::{Addresses, Place, choose};
+pub use incoming::{Connection, Incoming};
 
 /// Largest message of our protocols, in bytes, to be set on every generated client and server. A chunk of a
 /// thousand job specs fits.
@@ -30,6 +31,9 @@ pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
 /// How long a connection may take to come up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a client may take over its part of a TLS handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Pings on a quiet connection: below the idle limit of common load balancers (60 s), and often enough that a peer
 /// which vanished is noticed well within a lease.
@@ -252,8 +256,8 @@ pub fn server(tls: Option<&ServerTls>) -> Result<Server, NetError> {
 
 /// What `serve_with_incoming` takes, from a listener that is already bound: tests bind port 0 and know the address
 /// before the server runs.
-pub fn incoming(listener: TcpListener) -> TcpIncoming {
-    TcpIncoming::from(listener).with_nodelay(Some(true))
+pub fn incoming(listener: TcpListener) -> Incoming {
+    Incoming::new(listener)
 }
 
 /// The address that clients of `listener` connect to.
@@ -289,7 +293,9 @@ fn client_tls(tls: &ClientTls, host: &str) -> Result<ClientTlsConfig, NetError> 
 fn server_tls(tls: &ServerTls) -> Result<ServerTlsConfig, NetError> {
     choose_crypto();
     let identity = Identity::from_pem(read_pem(&tls.cert)?, tls.key.expose());
-    let config = ServerTlsConfig::new().identity(identity);
+    let config = ServerTlsConfig::new()
+        .identity(identity)
+        .timeout(HANDSHAKE_TIMEOUT);
     match &tls.client_ca {
         Some(ca) => Ok(config.client_ca_root(Certificate::from_pem(read_pem(ca)?))),
         None => Ok(config),
