@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test check bench soak
+.PHONY: help setup setup-servers setup-test demo demo-cluster test check bench soak
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
@@ -35,12 +35,14 @@ setup: ## Installs what running needs: a C compiler, Node, Chromium, the locked 
 	$(call need,chromium,chromium)
 	@$(MAKE) --no-print-directory $(PLAYWRIGHT)
 
-setup-test: setup ## Installs what testing needs on top: cargo-nextest, Redis, an S3 server, Python's gRPC tools
-	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked
+setup-servers: setup ## Installs what a cluster needs on top: Redis, an S3 server
 	$(call need,redis-server,redis-server)
 	$(call need,python3,python3)
 	@python3 -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update -qq; $(APT) install -y -qq --no-install-recommends python3-venv; }
 	@$(MAKE) --no-print-directory $(PYTHON_READY)
+
+setup-test: setup-servers ## Installs what testing needs on top: cargo-nextest, Python's gRPC tools
+	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked
 
 $(PLAYWRIGHT): agent-worker/playwright/package-lock.json
 	cd agent-worker/playwright && npm ci $(NPM_QUIET)
@@ -56,6 +58,10 @@ $(PYTHON_READY): $(PYTHON_NEEDS)
 demo: setup ## Runs 48 practice tasks in real browsers on this machine and prints what came of them
 	cargo build --locked --release -p espalier-cli -p espalier-tests --bin espalier --bin scripted-model
 	examples/practice/demo.sh target/release
+
+demo-cluster: setup-servers ## The same with Redis, S3, two coordinators and three workers, of which some are killed
+	cargo build --locked --release -p espalier-cli -p espalier-coordinator -p espalier-agent-worker -p espalier-tests --bin espalier --bin espalier-coordinator --bin espalier-agent-worker --bin scripted-model
+	examples/practice/demo-cluster.sh target/release $(VENV)/bin/weed
 
 test: setup-test ## Runs all tests, with real browsers and real processes
 	$(TEST_BINS)
