@@ -1,7 +1,7 @@
 //! Batches and chunks.
 
 use super::*;
-use espalier_core::queue::NEEDS_MAX;
+use espalier_core::queue::{NEEDS_MAX, PROJECT_LANES_MAX, Selector};
 
 pub async fn a_chunk_again_has_no_second_effect(f: Fixture) {
     f.open("p", "b").await;
@@ -183,4 +183,52 @@ pub async fn a_batch_is_complete_when_closed_and_done(f: Fixture) {
     assert_eq!(batch.counters.get(StateName::Dead), 1);
     f.open("p", "empty").await;
     assert!(f.close("p", "empty").await.completed_at.is_some());
+}
+
+pub async fn needs_that_one_project_makes_up_take_no_room_of_others(f: Fixture) {
+    let needing = |n: usize| {
+        let mut job = new_job(&format!("j{n}"));
+        job.needs = [format!("made-up-{n}")].into();
+        job
+    };
+    f.open("p", "b").await;
+    f.open("other", "b").await;
+    let many = (0..PROJECT_LANES_MAX).map(needing).collect();
+    let reply = f.submit(0, many).await;
+    assert!(reply.items.iter().all(|item| *item == ItemResult::Accepted));
+
+    let mut known = new_job("known");
+    known.needs = needing(0).needs;
+    let more = vec![
+        needing(PROJECT_LANES_MAX),
+        known,
+        new_job("plain"),
+        needing(PROJECT_LANES_MAX + 1),
+    ];
+    let reply = f.submit(1, more).await;
+    assert_eq!(
+        verdicts(&reply),
+        ["needs", "accepted", "accepted", "needs"],
+        "what is there already takes no more room"
+    );
+    let ItemResult::Rejected(error) = &reply.items[0] else {
+        panic!("{reply:?}");
+    };
+    assert!(
+        error.to_string().contains("a project has at most 256"),
+        "{error}"
+    );
+    let others = vec![needing(PROJECT_LANES_MAX), needing(0)];
+    let reply = f.try_submit("other", "b", 0, others).await.unwrap();
+    assert_eq!(verdicts(&reply), ["accepted", "accepted"]);
+
+    f.open("p", "next").await;
+    let all = Selector::Batch(project("p"), batch_id("b"));
+    f.queue.cancel(all).await.unwrap();
+    f.advance(10 * SECOND);
+    let gone = f.queue.purge(SECOND, 10).await.unwrap();
+    assert_eq!(gone, [(project("p"), batch_id("b"))]);
+    let later = vec![needing(PROJECT_LANES_MAX), needing(0)];
+    let reply = f.try_submit("p", "next", 0, later).await.unwrap();
+    assert_eq!(verdicts(&reply), ["accepted", "accepted"]);
 }

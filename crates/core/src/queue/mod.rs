@@ -47,8 +47,12 @@ pub const NEEDS_MAX: usize = 80;
 pub const LABELS_MAX: usize = 64;
 /// Longest tag, label key or label value, in bytes.
 pub const TAG_BYTES_MAX: usize = 256;
-/// Most distinct pairs of kind and needs at one time: each lease looks at all lanes of its kind.
-pub const LANES_MAX: usize = 4_096;
+/// Most distinct pairs of kind and needs at one time among the jobs of one project: a project knows its sorts of
+/// workers, and one that makes up needs takes no room of others.
+pub const PROJECT_LANES_MAX: usize = 256;
+/// Most distinct pairs of kind and needs at one time in a queue, far above what projects come to together: each lease
+/// looks at all lanes of its kind.
+pub const LANES_MAX: usize = 16_384;
 /// Most jobs that one finish may spawn: a round of probing, not a batch of its own.
 pub const SPAWN_MAX: usize = 1_000;
 /// Most jobs that one lease request may take.

@@ -6,7 +6,8 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::{
-    DEPS_MAX, ItemResult, LABELS_MAX, LANES_MAX, NEEDS_MAX, NewJob, PRIORITY_MAX, TAG_BYTES_MAX,
+    DEPS_MAX, ItemResult, LABELS_MAX, LANES_MAX, NEEDS_MAX, NewJob, PRIORITY_MAX,
+    PROJECT_LANES_MAX, TAG_BYTES_MAX,
 };
 use crate::error::FieldError;
 use crate::id::{BatchId, JobId, JobKey, ProjectId};
@@ -25,8 +26,8 @@ pub trait Known {
     /// A job of the same project.
     fn find(&self, key: &JobKey) -> Option<Self::Job>;
 
-    /// Takes note of the job's pair of kind and needs; false: there are [`LANES_MAX`] others. A queue that finds that
-    /// out when the job enters says true.
+    /// Takes note of the job's pair of kind and needs; false: the project has [`PROJECT_LANES_MAX`] others, or the
+    /// queue [`LANES_MAX`]. A queue that finds that out when the job enters says true.
     fn enter_lane(&mut self, job: &NewJob) -> bool;
 }
 
@@ -99,7 +100,9 @@ pub fn name_taken(job: &NewJob) -> FieldError {
 /// The refusal of a job for whose pair of kind and needs there is no room.
 pub fn too_many_lanes(job: &NewJob) -> FieldError {
     let needs: Vec<_> = job.needs.iter().map(String::as_str).collect();
-    let rule = format!("is one combination too many: a queue has at most {LANES_MAX}");
+    let rule = format!(
+        "is one combination too many: a project has at most {PROJECT_LANES_MAX}, a queue {LANES_MAX}"
+    );
     FieldError::new("needs", needs.join(" "), rule)
 }
 

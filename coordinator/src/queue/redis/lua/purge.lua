@@ -17,7 +17,9 @@ local function forget_name(b)
   return known[1]
 end
 
-local function leave_lane(lane)
+local function leave_lane(lane, project)
+  local used = prefix .. 'pl:' .. project
+  if call('HEXISTS', used, lane) == 1 and call('HINCRBY', used, lane, -1) <= 0 then call('HDEL', used, lane) end
   if call('HINCRBY', prefix .. 'lane_jobs', lane, -1) > 0 then return end
   local value = call('HGET', prefix .. 'lanes', lane)
   call('HDEL', prefix .. 'lane_jobs', lane)
@@ -29,7 +31,7 @@ end
 local function forget_job(b, id, project)
   local ref = b .. ':' .. id
   local v = call('HMGET', prefix .. 'j:' .. ref, 'k', 's', 'l')
-  leave_lane(v[3])
+  leave_lane(v[3], project)
   if call('EXISTS', prefix .. 'p:' .. project) == 1 then
     call('HINCRBY', prefix .. 'p:' .. project, v[1] .. v[2], -1)
   end
@@ -38,6 +40,8 @@ end
 
 if step == 'name' then
   local names = {}
+  -- What waits for an end must hear of it before that is forgotten.
+  if call('EXISTS', prefix .. 'unsettled') == 1 then return {} end
   local due = call('ZRANGE', prefix .. 'done', '-inf', before, 'BYSCORE', 'LIMIT', 0, limit)
   for n, place in ipairs(due) do names[n] = forget_name(tonumber(place)) end
   return done(names)

@@ -7,7 +7,8 @@ use super::super::job::{Job, Rare};
 use super::super::lane::Lane;
 use super::super::plan::{self, Dep, Known};
 use super::super::{
-    BatchSeq, Budgets, DeadReason, ItemResult, JobSeq, JobState, LANES_MAX, NewJob, StateName,
+    BatchSeq, Budgets, DeadReason, ItemResult, JobSeq, JobState, LANES_MAX, NewJob,
+    PROJECT_LANES_MAX, StateName,
 };
 use super::Machine;
 use crate::id::{Fence, JobId, JobKey};
@@ -19,6 +20,7 @@ pub(super) type Plan = plan::Plan<JobSeq>;
 struct Seen<'a> {
     machine: &'a Machine,
     batch: &'a Batch,
+    /// Lanes that the project has not had jobs in.
     lanes_new: BTreeSet<Lane>,
 }
 
@@ -42,9 +44,13 @@ impl Known for Seen<'_> {
             kind: job.kind,
             needs: job.needs.clone(),
         };
-        let lanes = &self.machine.lanes;
-        let known = lanes.contains(&lane) || self.lanes_new.contains(&lane);
-        let fits = known || lanes.len() + self.lanes_new.len() < LANES_MAX;
+        let (lanes, project) = (&self.machine.lanes, self.batch.project);
+        if self.lanes_new.contains(&lane) || lanes.has(project, &lane) {
+            return true;
+        }
+        let added = self.lanes_new.len();
+        let fits = lanes.with_needs(project) + added < PROJECT_LANES_MAX
+            && (lanes.contains(&lane) || lanes.len() + added < LANES_MAX);
         if fits {
             self.lanes_new.insert(lane);
         }
@@ -104,10 +110,11 @@ impl Machine {
         for dep in &deps {
             self.dependents.entry(*dep).or_default().push(seq);
         }
-        let lane = self.lanes.enter(Lane {
+        let lane = Lane {
             kind: new.kind,
             needs: new.needs,
-        });
+        };
+        let lane = self.lanes.enter(lane, self.batches[&batch_seq].project);
         let rare = Rare {
             deps,
             not_before: new.not_before,

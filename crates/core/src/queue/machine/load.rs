@@ -116,7 +116,7 @@ impl Machine {
                 seq.0, row.priority
             )));
         }
-        let job = job_of(row, &mut self.lanes);
+        let job = job_of(row, batch.project, &mut self.lanes);
         let state = job.state.name();
         batch.jobs.insert(job.id.clone(), seq);
         batch.counters.add(state);
@@ -176,7 +176,11 @@ fn ring_key((kind, project): RingNumber) -> Result<RingKey, RecordError> {
     Ok((kind, project))
 }
 
-fn job_of(row: JobRow<'static>, lanes: &mut Lanes) -> Job {
+fn job_of(row: JobRow<'static>, project: ProjectSeq, lanes: &mut Lanes) -> Job {
+    let lane = Lane {
+        kind: row.kind,
+        needs: row.needs.into_owned(),
+    };
     let rare = Rare {
         deps: row.deps.into_owned(),
         not_before: row.not_before,
@@ -187,10 +191,7 @@ fn job_of(row: JobRow<'static>, lanes: &mut Lanes) -> Job {
     Job {
         id: row.id.into_owned(),
         batch: row.batch,
-        lane: lanes.enter(Lane {
-            kind: row.kind,
-            needs: row.needs.into_owned(),
-        }),
+        lane: lanes.enter(lane, project),
         kind: row.kind,
         priority: row.priority,
         budgets: row.budgets,

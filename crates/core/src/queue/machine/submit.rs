@@ -101,7 +101,7 @@ impl Machine {
             let Some(job) = self.jobs.remove(job_seq) else {
                 continue;
             };
-            self.lanes.leave(job.lane);
+            self.lanes.leave(job.lane, gone.project);
             for dep in job.deps() {
                 if let Some(list) = self.dependents.get_mut(dep) {
                     list.retain(|dependent| dependent != job_seq);

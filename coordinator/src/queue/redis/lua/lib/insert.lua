@@ -1,6 +1,9 @@
 -- New jobs enter a batch. They come each after those that it depends on; `JOB_ARGS` in `wire.rs` is the same list.
-local LANES_MAX = 4096
-local lanes_known, lane_jobs = {}, {}
+--
+-- pl:<project> counts a project's jobs by lane, for lanes with needs: a project has few of those, lest it take the
+-- room of all others. The limits are those of `espalier_core::queue`.
+local LANES_MAX, PROJECT_LANES_MAX = 16384, 256
+local lanes_known, lane_jobs, project_lanes, project_jobs = {}, {}, {}, {}
 
 local function take_job(base)
   local new = {
@@ -13,10 +16,27 @@ local function take_job(base)
   return new
 end
 
--- The number of the lane of `new`; nil: there is none, and no room for one more.
-local function lane_of(new, may_add)
+-- Whether `project` has jobs in the lane `value`, whose number is `lane` where it has one, or may have them there.
+local function may_use(project, value, lane)
+  local used = project_lanes[project]
+  if not used then
+    used = {many = call('HLEN', prefix .. 'pl:' .. project), values = {}}
+    project_lanes[project] = used
+  end
+  if used.values[value] then return true end
+  if not lane or call('HEXISTS', prefix .. 'pl:' .. project, lane) == 0 then
+    if used.many >= PROJECT_LANES_MAX then return false end
+    used.many = used.many + 1
+  end
+  used.values[value] = true
+  return true
+end
+
+-- The number of the lane of `new` in batch `b`; nil: the project has no room for one more, or the queue has none.
+local function lane_of(b, new, may_add)
   local value = new.k .. '\n' .. new.needs
   local lane = lanes_known[value] or call('HGET', prefix .. 'lane_of', value)
+  if new.needs ~= '' and not may_use(batch(b).project, value, lane) then return nil end
   if not lane then
     if new.needs ~= '' and call('HLEN', prefix .. 'lanes') >= LANES_MAX then return nil end
     if not may_add then return '' end
@@ -52,7 +72,7 @@ local function judge(b, new, is_closed, siblings_pass)
   local deps, missing = find_deps(new, siblings_pass)
   if not deps then return -10 - missing end
   if is_closed then return -3 end
-  if not lane_of(new, not siblings_pass) then return -2 end
+  if not lane_of(b, new, not siblings_pass) then return -2 end
   return 1, deps
 end
 
@@ -74,7 +94,7 @@ local OPTIONAL = {'ma', 'mi', 'nb', 'mr', 'L', 'T'}
 
 local function enter_job(b, new, deps)
   local ref = b .. ':' .. new.id
-  local job = {ref = ref, b = b, id = new.id, n = new.n, k = new.k, p = new.p, l = lane_of(new, true)}
+  local job = {ref = ref, b = b, id = new.id, n = new.n, k = new.k, p = new.p, l = lane_of(b, new, true)}
   local row = {'n', new.n, 'k', new.k, 'p', new.p, 'l', job.l, 'd', new.d, 't', now}
   for _, name in ipairs(OPTIONAL) do
     if new[name] ~= '' then
@@ -86,6 +106,11 @@ local function enter_job(b, new, deps)
   call('SET', prefix .. 's:' .. ref, new.spec)
   call('ZADD', prefix .. 'bj:' .. b, 0, new.id)
   lane_jobs[job.l] = (lane_jobs[job.l] or 0) + 1
+  if new.needs ~= '' then
+    local of_project = project_jobs[batch(b).project] or {}
+    project_jobs[batch(b).project] = of_project
+    of_project[job.l] = (of_project[job.l] or 0) + 1
+  end
   local doomed = #deps > 0 and depend(job, deps)
   if batch(b).cancelled then
     end_job(job, 'C')
@@ -98,4 +123,7 @@ end
 
 local function write_lanes()
   for lane, by in pairs(lane_jobs) do call('HINCRBY', prefix .. 'lane_jobs', lane, by) end
+  for project, of_project in pairs(project_jobs) do
+    for lane, by in pairs(of_project) do call('HINCRBY', prefix .. 'pl:' .. project, lane, by) end
+  end
 end
