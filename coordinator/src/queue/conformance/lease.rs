@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::queue::Renewal;
-use espalier_core::queue::{DeadReason, JobState, RenewReply};
+use espalier_core::queue::{DeadReason, JobState, LEASE_REPEAT, RenewReply};
 
 fn renewal(granted: &Granted) -> Renewal {
     Renewal {
@@ -12,7 +12,7 @@ fn renewal(granted: &Granted) -> Renewal {
     }
 }
 
-pub async fn a_lost_reply_is_repeated_for_five_seconds(f: Fixture) {
+pub async fn a_lost_reply_is_repeated_for_a_while(f: Fixture) {
     f.with_jobs(&["a", "b", "c"]).await;
     let ask = |request, worker: &str| {
         let asked = LeaseRequest {
@@ -22,7 +22,7 @@ pub async fn a_lost_reply_is_repeated_for_five_seconds(f: Fixture) {
         f.queue.lease(asked)
     };
     let first = ask(7, "w").await.unwrap();
-    f.advance(4 * SECOND);
+    f.advance(LEASE_REPEAT - SECOND);
     assert_eq!(
         ask(7, "w").await.unwrap(),
         first,

@@ -23,7 +23,7 @@ use crate::queue::QueueError;
 const BATCHES_MAX: usize = 4_096;
 
 /// A silence that counts as an outage of the server or of all coordinators: each of them asks every second.
-const OUTAGE_AFTER: Duration = Duration::from_secs(10);
+pub const OUTAGE_AFTER: Duration = Duration::from_secs(10);
 
 /// One shard.
 pub struct Core {

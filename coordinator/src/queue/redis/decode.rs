@@ -188,7 +188,7 @@ pub fn batch_name(name: &str) -> Result<(ProjectId, BatchId), QueueError> {
 }
 
 /// The kind of number `n`.
-fn kind(n: usize) -> Result<JobKind, QueueError> {
+pub fn kind(n: usize) -> Result<JobKind, QueueError> {
     JobKind::ALL
         .get(n)
         .copied()

@@ -5,6 +5,8 @@
 //! may do in several calls, it does so that a break in between leaves what a repetition completes.
 
 mod address;
+#[cfg(test)]
+mod commands;
 mod core;
 mod decode;
 mod encode;
@@ -14,6 +16,8 @@ mod link;
 mod listen;
 mod operate;
 mod peers;
+#[cfg(test)]
+mod property;
 mod read;
 mod script;
 mod server;

@@ -37,13 +37,19 @@ impl Core {
 
     pub async fn requeue_dead(&self, which: &Selector) -> Result<u64, QueueError> {
         let mut back = 0;
-        let mut pages = Pages::of(which);
-        while let Some(jobs) = pages.next(self, |state| state == StateName::Dead).await? {
-            let mut answer = self.for_each(&SCRIPTS.requeue, &jobs).await?;
-            back += answer.number::<u64>()?;
-            pages.check_known(answer.number()?)?;
+        loop {
+            let mut some_are_left = false;
+            let mut pages = Pages::of(which);
+            while let Some(jobs) = pages.next(self, |state| state == StateName::Dead).await? {
+                let mut answer = self.for_each(&SCRIPTS.requeue, &jobs).await?;
+                back += answer.number::<u64>()?;
+                pages.check_known(answer.number()?)?;
+                some_are_left |= answer.number::<u8>()? == 1;
+            }
+            if !some_are_left {
+                return Ok(back);
+            }
         }
-        Ok(back)
     }
 
     async fn for_each(&self, script: &Script, jobs: &[JobKey]) -> Result<Reader, QueueError> {
@@ -111,19 +117,27 @@ impl Core {
     }
 }
 
-/// The jobs that a selector means, some at a time.
+/// The jobs that a selector means, [`CALL_JOBS_MAX`] at a time.
 enum Pages {
     /// One job, which must be known.
     One(Option<JobKey>, JobKey),
-    /// The rest of some batches of a project: the present one with the job to go on after, then those behind it.
+    /// Of some batches of a project.
     Many {
         project: ProjectId,
         filter: JobFilter,
-        batch: Option<BatchId>,
-        after: Option<JobId>,
-        /// Whether other batches follow.
-        all: bool,
+        at: At,
     },
+}
+
+/// How far the pages have come.
+enum At {
+    /// One batch, behind the job of that name.
+    Only(BatchId, Option<JobId>),
+    /// All batches by name; of the present one, behind the job of that name.
+    Each(BatchId, Option<JobId>),
+    /// Before the batch that follows in the order of names.
+    Behind(Option<BatchId>),
+    End,
 }
 
 impl Pages {
@@ -133,9 +147,7 @@ impl Pages {
             Selector::Batch(project, batch) => Self::Many {
                 project: project.clone(),
                 filter: JobFilter::default(),
-                batch: Some(batch.clone()),
-                after: None,
-                all: false,
+                at: At::Only(batch.clone(), None),
             },
             Selector::Label {
                 project,
@@ -147,70 +159,53 @@ impl Pages {
                     labels: [(key.clone(), value.clone())].into(),
                     ..JobFilter::default()
                 },
-                batch: None,
-                after: None,
-                all: true,
+                at: At::Behind(None),
             },
         }
     }
 
-    /// The next jobs in a state that `wanted` lets through; none: that was all.
+    /// The next jobs in a state that `wanted` lets through, as many as one call takes; none: that was all.
     async fn next(
         &mut self,
         core: &Core,
         wanted: impl Fn(StateName) -> bool,
     ) -> Result<Option<Vec<JobKey>>, QueueError> {
-        let (project, filter, batch, after, all) = match self {
+        let (project, filter, at) = match self {
             Self::One(job, _) => return Ok(job.take().map(|job| vec![job])),
             Self::Many {
                 project,
                 filter,
-                batch,
-                after,
-                all,
-            } => (project, filter, batch, after, all),
+                at,
+            } => (project, filter, at),
         };
-        filter.states = StateName::ALL
-            .into_iter()
-            .filter(|state| wanted(*state))
-            .collect();
-        loop {
-            let Some(present) = batch.clone() else {
-                if !*all {
-                    return Ok(None);
+        let states = StateName::ALL.into_iter().filter(|state| wanted(*state));
+        filter.states = states.collect();
+        let mut page = Vec::new();
+        while page.len() < CALL_JOBS_MAX {
+            let (batch, after) = match at {
+                At::Only(batch, after) | At::Each(batch, after) => (batch, after),
+                At::Behind(last) => {
+                    let mut next = core.batches(project, last.as_ref(), 1).await?;
+                    *at = next
+                        .pop()
+                        .map_or(At::End, |next| At::Each(next.batch, None));
+                    continue;
                 }
-                *batch = core
-                    .batches(project, None, 1)
-                    .await?
-                    .pop()
-                    .map(|first| first.batch);
-                if batch.is_none() {
-                    return Ok(None);
-                }
-                continue;
+                At::End => break,
             };
-            let jobs = core
-                .jobs(project, &present, filter, after.as_ref(), CALL_JOBS_MAX)
-                .await?;
-            if let Some(last) = jobs.last() {
-                *after = Some(last.job.key.job.clone());
-                return Ok(Some(
-                    jobs.into_iter().map(|detail| detail.job.key).collect(),
-                ));
+            let room = CALL_JOBS_MAX - page.len();
+            let jobs = core.jobs(project, batch, filter, after.as_ref(), room);
+            let jobs = jobs.await?;
+            *after = jobs.last().map(|last| last.job.key.job.clone());
+            if jobs.len() < room {
+                *at = match at {
+                    At::Each(batch, _) => At::Behind(Some(batch.clone())),
+                    _ => At::End,
+                };
             }
-            *after = None;
-            *batch = match *all {
-                true => core
-                    .batches(project, Some(&present), 1)
-                    .await?
-                    .pop()
-                    .map(|next| next.batch),
-                false => None,
-            };
-            if batch.is_none() {
-                *all = false;
-            }
+            page.extend(jobs.into_iter().map(|detail| detail.job.key));
         }
+        Ok((!page.is_empty()).then_some(page))
     }
 
     /// A job that was named must be there.

@@ -96,8 +96,9 @@ impl Core {
         let mut found = Vec::new();
         loop {
             let mut cmd = self.read_jobs(project, batch, "listed");
+            let rows_max = limit.max(100);
             cmd.arg(after.as_ref().map_or("", JobId::as_str))
-                .arg(PAGE_MAX.min(limit.max(100)));
+                .arg(rows_max);
             let (_, jobs) = self
                 .jobs_of(&cmd)
                 .await?
@@ -105,10 +106,11 @@ impl Core {
                     project: project.clone(),
                     batch: batch.clone(),
                 })?;
+            let is_last = jobs.len() < rows_max;
             after = jobs.last().map(|(_, detail)| detail.job.key.job.clone());
             let passed = jobs.into_iter().map(|(_, detail)| detail);
             found.extend(passed.filter(|detail| passes(detail, filter)));
-            if found.len() >= limit || after.is_none() {
+            if found.len() >= limit || is_last {
                 found.truncate(limit);
                 return Ok(found);
             }

@@ -136,18 +136,22 @@ impl Core {
         batch: &BatchId,
         jobs: &[NewJob],
     ) -> Result<Plan<JobKey>, QueueError> {
-        let mut facts = Facts::default();
-        if jobs.iter().any(|job| !job.deps.is_empty()) {
-            let own = |job: &NewJob| JobKey::new(project.clone(), batch.clone(), job.id.clone());
-            let deps = jobs
-                .iter()
-                .flat_map(|job| &job.deps)
-                .filter(|key| key.project == *project);
-            let mut keys: Vec<JobKey> = jobs.iter().map(own).chain(deps.cloned()).collect();
-            keys.sort_unstable();
-            keys.dedup();
-            facts = self.facts(project, batch, keys).await?;
+        if jobs.iter().all(|job| job.deps.is_empty()) {
+            let plan = plan(&mut Facts::default(), project, batch, jobs);
+            // What breaks a rule may have a twin in the queue, which is looked at first.
+            if plan.order.len() == jobs.len() {
+                return Ok(plan);
+            }
         }
+        let own = |job: &NewJob| JobKey::new(project.clone(), batch.clone(), job.id.clone());
+        let deps = jobs
+            .iter()
+            .flat_map(|job| &job.deps)
+            .filter(|key| key.project == *project);
+        let mut keys: Vec<JobKey> = jobs.iter().map(own).chain(deps.cloned()).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let mut facts = self.facts(project, batch, keys).await?;
         Ok(plan(&mut facts, project, batch, jobs))
     }
 

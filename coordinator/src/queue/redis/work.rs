@@ -17,7 +17,9 @@ use super::encode;
 use super::script::SCRIPTS;
 use super::submit::refusal_of;
 use crate::queue::limits::{check_result, parted};
-use crate::queue::{Finish, FinishAck, Granted, Outcome, QueueError, Renewal};
+use crate::queue::{
+    Finish, FinishAck, Granted, JobResult, Outcome, QueueError, Renewal, Submission,
+};
 
 /// How often a lease request meets lanes that have changed since they were read, before it is left to the next one.
 const LANES_TRIES_MAX: usize = 5;
@@ -40,18 +42,14 @@ impl Core {
             cmd.arg(&lanes.version).arg(open.len()).arg(open);
             let mut answer = Reader::of(self.link.write(&cmd).await?)?;
             if answer.text()? == lanes.version {
-                return self.granted(request, answer.list()?).await;
+                return self.granted(answer.list()?).await;
             }
             self.read_lanes().await?;
         }
         Ok(Vec::new())
     }
 
-    async fn granted(
-        &self,
-        request: &LeaseRequest,
-        mut list: Reader,
-    ) -> Result<Vec<Granted>, QueueError> {
+    async fn granted(&self, mut list: Reader) -> Result<Vec<Granted>, QueueError> {
         let mut rows = Vec::with_capacity(list.len());
         let mut numbers = BTreeSet::new();
         while !list.is_empty() {
@@ -67,12 +65,13 @@ impl Core {
             let batch = batches
                 .get(&b)
                 .ok_or_else(|| decode::unreadable("a grant of a batch that is gone"))?;
+            let kind = decode::kind(row.number()?)?;
             let id =
                 JobId::new(row.text()?).map_err(|_| decode::unreadable("the name of a job"))?;
             let grant = Grant {
                 key: JobKey::new(batch.project.clone(), batch.batch.clone(), id),
                 batch_seq: BatchSeq(b),
-                kind: request.kind,
+                kind,
                 seq: JobSeq(row.number()?),
                 fence: Fence(row.number()?),
                 attempt: row.number()?,
@@ -117,31 +116,25 @@ impl Core {
     }
 
     pub async fn finish(&self, finishes: Vec<Finish>) -> Result<Vec<FinishAck>, QueueError> {
-        let mut acks = vec![FinishAck::Stale; finishes.len()];
         let mut cmd = self.cmd(&SCRIPTS.finish);
-        let mut ready = Vec::with_capacity(finishes.len());
-        for (n, finish) in finishes.into_iter().enumerate() {
-            match self.prepared(finish).await? {
-                Ok(end) => ready.push((n, end)),
-                Err(error) => acks[n] = FinishAck::Refused(error),
-            }
+        let mut endings = Vec::with_capacity(finishes.len());
+        for finish in finishes {
+            endings.push(self.prepared(finish).await?);
         }
-        if ready.is_empty() {
-            return Ok(acks);
-        }
-        cmd.arg(ready.len());
-        for (_, end) in &ready {
-            end.push(&mut cmd);
+        cmd.arg(endings.len());
+        for ending in &endings {
+            ending.push(&mut cmd);
         }
         let mut answer = Reader::of(self.link.write(&cmd).await?)?;
-        for (n, end) in ready {
-            acks[n] = end.ack(answer.value()?)?;
-        }
-        Ok(acks)
+        let acks = endings
+            .into_iter()
+            .map(|ending| ending.ack(answer.value()?));
+        acks.collect()
     }
 
-    /// Checks what can be checked before the server is asked; the inner error is the outcome's own.
-    async fn prepared(&self, finish: Finish) -> Result<Result<Ending, FieldError>, QueueError> {
+    /// Checks what can be checked here. What is refused goes to the server all the same: whether the lease holds is
+    /// said first.
+    async fn prepared(&self, finish: Finish) -> Result<Ending, QueueError> {
         let mut ending = Ending {
             key: finish.key,
             fence: finish.fence,
@@ -150,6 +143,7 @@ impl Core {
             wait_us: 0,
             result: Vec::new(),
             spawn: None,
+            refused: None,
         };
         match finish.outcome {
             Outcome::Released => {}
@@ -162,33 +156,47 @@ impl Core {
                 let error = AttemptError::new(class, &message, &log_tail);
                 ending.how = ErrorClass::as_str(class);
                 ending.failure = serde_json::to_vec(&error).unwrap_or_default();
-                ending.wait_us = retry_after
-                    .map_or(0, |wait| {
-                        u64::try_from(wait.as_micros()).unwrap_or(u64::MAX)
-                    })
-                    .min(WAIT_US_MAX);
+                let wait_us = retry_after.unwrap_or_default().as_micros();
+                ending.wait_us = u64::try_from(wait_us).unwrap_or(u64::MAX).min(WAIT_US_MAX);
             }
             Outcome::Succeeded { result, spawn } => {
                 ending.how = "ok";
-                if let Err(error) = check_result(&result) {
-                    return Ok(Err(error));
-                }
-                ending.result = encode::result(&result);
-                if !spawn.is_empty() {
-                    match self.spawning(&ending.key, spawn).await? {
-                        Ok(spawn) => ending.spawn = Some(spawn),
-                        Err(error) => return Ok(Err(error)),
+                let succeeding = self.succeeding(&ending.key, &result, spawn).await?;
+                match succeeding {
+                    Ok(spawn) => {
+                        ending.spawn = spawn;
+                        ending.result = encode::result(&result);
+                    }
+                    Err(error) => {
+                        ending.how = "refused";
+                        ending.refused = Some(error);
                     }
                 }
             }
         }
-        Ok(Ok(ending))
+        Ok(ending)
+    }
+
+    /// The inner error is the outcome's own.
+    async fn succeeding(
+        &self,
+        parent: &JobKey,
+        result: &JobResult,
+        spawn: Vec<Submission>,
+    ) -> Result<Result<Option<Spawn>, FieldError>, QueueError> {
+        if let Err(error) = check_result(result) {
+            return Ok(Err(error));
+        }
+        if spawn.is_empty() {
+            return Ok(Ok(None));
+        }
+        Ok(self.spawning(parent, spawn).await?.map(Some))
     }
 
     async fn spawning(
         &self,
         parent: &JobKey,
-        spawn: Vec<crate::queue::Submission>,
+        spawn: Vec<Submission>,
     ) -> Result<Result<Spawn, FieldError>, QueueError> {
         let (jobs, specs) = match parted("spawn", spawn) {
             Ok(parted) => parted,
@@ -233,6 +241,8 @@ struct Ending {
     wait_us: u64,
     result: Vec<u8>,
     spawn: Option<Spawn>,
+    /// Why it cannot be accepted, if the lease holds.
+    refused: Option<FieldError>,
 }
 
 impl Ending {
@@ -258,7 +268,7 @@ impl Ending {
         }
     }
 
-    fn ack(&self, answer: redis::Value) -> Result<FinishAck, QueueError> {
+    fn ack(self, answer: redis::Value) -> Result<FinishAck, QueueError> {
         if let redis::Value::Array(_) = answer {
             let mut refused = Reader::of(answer)?;
             let (verdict, at) = (refused.number()?, refused.number::<usize>()?);
@@ -281,6 +291,10 @@ impl Ending {
         Ok(match decode::number::<i64>(answer)? {
             1 => FinishAck::Accepted,
             0 => FinishAck::AlreadyFinished,
+            -2 => {
+                let reason = self.refused;
+                FinishAck::Refused(reason.ok_or_else(|| decode::unreadable("a verdict on no job"))?)
+            }
             _ => FinishAck::Stale,
         })
     }

@@ -67,8 +67,9 @@ pub const LOG_TAIL_BYTES_MAX: usize = 4_096;
 pub const PROGRESS_BYTES_MAX: usize = 256;
 /// The highest priority; the lowest is 0.
 pub const PRIORITY_MAX: u8 = 9;
-/// How long the grants of a lease request are repeated to the same request id.
-pub const LEASE_REPEAT: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long the grants of a lease request are repeated to the same request id: longer than a backend may take to say
+/// that an answer was lost, and the caller to ask again.
+pub const LEASE_REPEAT: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// The number of a job within one queue: never reused, so that rows and order survive a restart.
 #[derive(

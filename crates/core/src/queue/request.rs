@@ -66,7 +66,7 @@ pub struct ChunkAnswer {
 pub struct LeaseRequest {
     /// Who asks.
     pub worker: WorkerId,
-    /// The same number within five seconds gets the same grants: a reply may be lost. Zero asks for no such memory.
+    /// The same number within [`LEASE_REPEAT`](super::LEASE_REPEAT) gets the same grants: a reply may be lost. Zero asks for no such memory.
     pub request: u64,
     /// The sort of work.
     pub kind: JobKind,

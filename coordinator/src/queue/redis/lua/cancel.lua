@@ -17,9 +17,10 @@ for _ = 1, tonumber(take()) do
   end
 end
 table.sort(waiting, function(a, b) return tonumber(a.n) < tonumber(b.n) end)
-for _, job in ipairs(waiting) do
-  end_job(job, 'C')
-  cancelled = cancelled + 1
-end
+for _, job in ipairs(waiting) do end_job(job, 'C') end
 settle()
+-- With those that followed: of a batch that goes page by page, some come before their turn.
+for _, of in pairs(batches) do
+  for _, moved in pairs(of.moved) do cancelled = cancelled + (moved.C or 0) end
+end
 return done({cancelled, requested, known})

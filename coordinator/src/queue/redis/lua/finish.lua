@@ -1,6 +1,6 @@
--- how many, then of each: batch, job, fence, outcome (ok, released or a class), stored error, wait in microseconds,
--- stored result, how many jobs it spawns, those → 1 accepted, 0 known already, -1 stale, or {verdict, position} of a
--- spawned job that cannot enter.
+-- how many, then of each: batch, job, fence, outcome (ok, released, a class, or refused by the caller), stored error,
+-- wait in microseconds, stored result, how many jobs it spawns, those → 1 accepted, 0 known already, -1 stale,
+-- -2 refused by the caller, or {verdict, position} of a spawned job that cannot enter.
 local function ending_of(b, job, outcome)
   if outcome.how == 'ok' then
     for _, new in ipairs(outcome.spawn) do
@@ -30,6 +30,7 @@ local function finish(b, id, fence, outcome)
     call('HINCRBY', meta, 'stale', 1)
     return -1
   end
+  if outcome.how == 'refused' then return -2 end
   local reason = refused(b, outcome.spawn)
   if reason then return reason end
   call('HSET', prefix .. 'j:' .. job.ref, 'sf', fence)
@@ -42,10 +43,11 @@ local replies = {}
 for n = 1, tonumber(take()) do
   local b, id, fence = batch_number(take()), take(), take()
   local outcome = {how = take(), failure = take(), wait = tonumber(take()), result = take(), spawn = {}}
+  local base = next_job
   for m = 1, tonumber(take()) do
-    outcome.spawn[m] = take_job(next_job)
+    outcome.spawn[m] = take_job(base)
+    next_job = math.max(next_job, outcome.spawn[m].n + 1)
   end
-  next_job = next_job + #outcome.spawn
   replies[n] = finish(b, id, fence, outcome)
 end
 write_lanes()

@@ -7,7 +7,7 @@ local memory = prefix .. 'asked:' .. worker .. ':' .. request
 
 local function grant_of(job)
   local ends = job.ru and tonumber(job.ru) + outage or ''
-  return {job.b, job.id, job.n, job.f, job.st, tonumber(job.dl) + outage, ends, job.t, job.rs, job.L or '', job.T or '',
+  return {job.b, job.k, job.id, job.n, job.f, job.st, tonumber(job.dl) + outage, ends, job.t, job.rs, job.L or '', job.T or '',
     call('GET', prefix .. 's:' .. job.ref)}
 end
 
@@ -21,13 +21,13 @@ local function repeated(asked)
 end
 
 local asked = request ~= '' and call('GET', memory)
-if asked and now - tonumber(asked:match('^%d+')) < 5000000 then return done({version, repeated(asked)}) end
+if asked and now - tonumber(asked:match('^%d+')) < 30000000 then return done({version, repeated(asked)}) end
 
+local current = call('HGET', meta, 'lanes') or '0'
+if current ~= version then return {current, {}} end
 reap(64)
 promote(64)
 write_ready()
-local current = call('HGET', meta, 'lanes') or '0'
-if current ~= version then return done({current, {}}) end
 local grants, remembered = {}, {string.format('%.0f', now)}
 while #grants < most do
   local ref, project = next_ready(lanes)
@@ -39,5 +39,5 @@ while #grants < most do
   grants[#grants + 1] = grant_of(job)
   remembered[#remembered + 1] = string.format('%s %.0f', ref, job.f)
 end
-if request ~= '' and #grants > 0 then call('SET', memory, table.concat(remembered, ' '), 'PX', 6000) end
+if request ~= '' and #grants > 0 then call('SET', memory, table.concat(remembered, ' '), 'PX', 31000) end
 return done({current, grants})

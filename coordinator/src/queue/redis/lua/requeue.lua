@@ -1,5 +1,5 @@
--- how many, then of each: batch, job → {how many are ready or wait again, how many are known}.
-local BACK_MAX = 10000
+-- how many, then of each: batch, job → {how many are ready or wait again, how many are known, whether some were left}.
+local LOOKED_MAX = 5000
 local queue, known, back = {}, 0, 0
 for _ = 1, tonumber(take()) do
   local b, id = batch_number(take()), take()
@@ -21,18 +21,19 @@ local function is_doomed(job)
 end
 
 local at = 1
-while queue[at] and back < BACK_MAX do
+while queue[at] and at <= LOOKED_MAX do
   local job = load(queue[at].ref)
   at = at + 1
   if job.s == 'X' and not is_doomed(job) then
     call('HDEL', prefix .. 'j:' .. job.ref, 'fa', 'fi')
+    if batch(job.b).cancelled then call('HSET', prefix .. 'j:' .. job.ref, 'rq', 1) end
     set_waiting(job)
     back = back + 1
-    local behind = job.dp and call('ZRANGE', prefix .. 'dep:' .. job.ref, 0, BACK_MAX) or {}
+    local behind = job.dp and call('ZRANGE', prefix .. 'dep:' .. job.ref, 0, LOOKED_MAX) or {}
     for _, ref in ipairs(behind) do
       local dependent = load(ref)
       if dependent and dependent.s == 'X' and dependent.dr == 'dependency' then queue[#queue + 1] = dependent end
     end
   end
 end
-return done({back, known})
+return done({back, known, queue[at] and 1 or 0})

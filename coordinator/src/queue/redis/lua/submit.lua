@@ -14,7 +14,7 @@ end
 local verdicts, is_there = {}, false
 for i = 1, tonumber(many) do
   local new = take_job(base)
-  local verdict, deps = judge(b, new, is_closed, false)
+  local verdict, deps = judge(b, new, is_closed, is_closed)
   if verdict == 1 then enter_job(b, new, deps) end
   is_there = is_there or verdict >= 0
   verdicts[i] = verdict

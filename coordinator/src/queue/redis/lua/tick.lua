@@ -1,7 +1,6 @@
 -- most jobs of each sort → {promoted, reaped, whether there is more}.
 local limit = tonumber(take())
-local pages = 0
-while pages < 10 do
+while settle_left > 0 do
   local unsettled = call('LPOP', prefix .. 'unsettled')
   if not unsettled then break end
   local from, ref = unsettled:match('^(%d+) (.+)$')
@@ -11,7 +10,6 @@ while pages < 10 do
     just_ended[1] = ended
     settle()
   end
-  pages = pages + 1
 end
 local reaped = reap(limit)
 local promoted = promote(limit)

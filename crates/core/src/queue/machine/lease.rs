@@ -13,7 +13,7 @@ use crate::error::ErrorClass;
 use crate::id::{Fence, JobKey, WorkerId};
 use crate::time::Timestamp;
 
-/// Most lease requests that are remembered; the oldest go first. Five seconds of 10,000 requests a second.
+/// Most lease requests that are remembered; the oldest go first. Half a minute of 1,600 requests a second.
 const REPEATS_MAX: usize = 50_000;
 
 /// What was granted to recent requests, in case a reply was lost. In memory only: after a restart a grant whose

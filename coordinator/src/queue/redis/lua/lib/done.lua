@@ -10,7 +10,8 @@ end
 local function done(reply)
   write_ready()
   write_batches()
-  call('HSET', meta, 'now', now, 'fence', last_fence, 'end', next_end, 'job', next_job, 'outage', outage)
+  call('HSET', meta, 'now', now, 'fence', last_fence, 'end', next_end, 'job', next_job, 'outage', outage,
+    'skew', skew)
   local told = {}
   for lane in pairs(woken) do
     told[#told + 1] = {'ready', call('HGET', prefix .. 'lanes', lane) or ''}

@@ -1,7 +1,7 @@
 -- What follows from a job's end, for itself and for those that wait for it.
 
 -- Dependents that one script looks at; the rest is left to the next tick.
-local SETTLE_MAX = 2000
+local settle_left = 2000
 
 local function set_waiting(job)
   if call('EXISTS', prefix .. 'need:' .. job.ref) == 1 then
@@ -19,8 +19,8 @@ local function settle_one(ref, ended)
   local job = load(ref)
   if not job or job.s ~= 'B' then return end
   if not succeeded then
-    -- A batch that was cancelled as a whole is cancelled page by page.
-    if batch(job.b).cancelled then end_job(job, 'C') else end_job(job, 'X', 'dependency') end
+    -- A batch is cancelled page by page; what was brought back later is not meant.
+    if batch(job.b).cancelled and not job.rq then end_job(job, 'C') else end_job(job, 'X', 'dependency') end
   elseif call('EXISTS', prefix .. 'need:' .. ref) == 0 then
     set_waiting(job)
   end
@@ -28,17 +28,16 @@ end
 
 -- Dependents become ready, or die with what they need, and so on.
 local function settle()
-  local left = SETTLE_MAX
   while #just_ended > 0 do
     local ended = table.remove(just_ended)
     local from = ended.from or 0
-    while ended.dp and left > 0 do
+    while ended.dp and settle_left > 0 do
       local page = call('ZRANGE', prefix .. 'dep:' .. ended.ref, from, from + 499)
       if #page == 0 then break end
       for _, ref in ipairs(page) do settle_one(ref, ended) end
-      from, left = from + #page, left - #page
+      from, settle_left = from + #page, settle_left - #page
     end
-    if ended.dp and left <= 0 then
+    if ended.dp and settle_left <= 0 then
       call('RPUSH', prefix .. 'unsettled', from .. ' ' .. ended.ref)
     end
   end

@@ -20,10 +20,10 @@ local function view_job(b, id)
   if #fields == 0 then return nil end
   local job = {}
   for n = 1, #fields, 2 do job[fields[n]] = fields[n + 1] end
-  local deps = call('EXISTS', prefix .. 'deps:' .. ref) == 1 and deps_of(ref) or {}
+  local waits = call('EXISTS', prefix .. 'deps:' .. ref) == 1
   return {
     id, fields, call('HGET', prefix .. 'lanes', job.l) or '',
-    #deps > 0 and call('SCARD', prefix .. 'need:' .. ref) or 0, deps,
+    waits and call('SCARD', prefix .. 'need:' .. ref) or 0, waits and deps_of(ref) or {},
     job.er and call('GET', prefix .. 'e:' .. ref) or '',
     job.s == 'S' and call('GET', prefix .. 'o:' .. ref) or '',
     job.s == 'L' and call('HGET', prefix .. 'progress', ref) or '',
