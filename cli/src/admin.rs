@@ -22,7 +22,7 @@ pub struct Drain {
 
 /// `espalier workers`.
 pub async fn workers(context: &Context) -> Outcome {
-    let client = context.client().await?;
+    let client = context.operator().await?;
     let mut request = v1::ListWorkersRequest {
         page_size: PAGE_SIZE,
         page_token: String::new(),
@@ -75,7 +75,7 @@ fn workers_table(workers: &[v1::Worker]) -> String {
 
 /// `espalier queues`.
 pub async fn queues(context: &Context) -> Outcome {
-    let client = context.client().await?;
+    let client = context.operator().await?;
     let request = v1::GetQueuesRequest {};
     let queues = client
         .admin()
@@ -132,7 +132,7 @@ fn queues_table(queues: &[v1::QueueStats]) -> String {
 
 /// `espalier drain`.
 pub async fn drain(context: &Context, args: &Drain) -> Outcome {
-    let client = context.client().await?;
+    let client = context.operator().await?;
     let request = v1::DrainWorkerRequest {
         worker: args.worker.clone(),
     };

@@ -25,16 +25,19 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The file that `up` leaves for other commands.
 const UP_FILE: &str = "up.json";
 
-/// What `up` tells the other commands. Holds a token, so only its owner may read the file.
+/// What `up` tells the other commands. Holds tokens, so only its owner may read the file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct UpFile {
     /// Where the coordinator listens.
     pub url: String,
-    /// A token with every role.
+    /// The token of those who submit and look, in this project.
     pub token: String,
+    /// The token of who looks after the system: workers serve all projects, so it is for all of them and for nothing
+    /// else.
+    pub admin_token: String,
     /// Where the traces are.
     pub store: String,
-    /// The project of the token.
+    /// The project of the first token.
     pub project: String,
     /// The process.
     pub pid: u32,
@@ -113,13 +116,22 @@ impl Target {
         }
     }
 
-    /// The local `up`.
+    /// The local `up`, by the right of a client.
     pub fn local(data_dir: &Path) -> Result<Self, Problem> {
+        Self::of_up(data_dir, |up| up.token)
+    }
+
+    /// The local `up`, by the right of its operator.
+    pub fn local_operator(data_dir: &Path) -> Result<Self, Problem> {
+        Self::of_up(data_dir, |up| up.admin_token)
+    }
+
+    fn of_up(data_dir: &Path, token: impl FnOnce(UpFile) -> String) -> Result<Self, Problem> {
         let path = UpFile::path(data_dir);
         match UpFile::read(data_dir)? {
             Some(up) => Ok(Self {
-                url: up.url,
-                token: Some(Secret::new(up.token)),
+                url: up.url.clone(),
+                token: Some(Secret::new(token(up))),
                 origin: path.display().to_string(),
             }),
             None => Err(Problem::unreachable(format!(
@@ -226,6 +238,7 @@ mod tests {
         let up = UpFile {
             url: "http://127.0.0.1:1".to_owned(),
             token: "t".to_owned(),
+            admin_token: "a".to_owned(),
             store: "memory://".to_owned(),
             project: "default".to_owned(),
             pid: 1,
@@ -238,6 +251,8 @@ mod tests {
             (found.url.as_str(), token.expose()),
             ("http://127.0.0.1:1", "t")
         );
+        let operator = Target::local_operator(folder.path()).unwrap();
+        assert_eq!(operator.token.unwrap().expose(), "a");
         let named = Target::named("http://h:2", &environment(&[("ESPALIER_TOKEN", "u")]));
         assert_eq!(
             (named.url.as_str(), named.token.unwrap().expose()),

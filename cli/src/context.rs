@@ -76,7 +76,20 @@ impl Context {
 
     /// A connection to the coordinator.
     pub async fn client(&self) -> Result<Client, Problem> {
-        let target = self.target()?;
+        self.connect(self.target()?).await
+    }
+
+    /// A connection for looking after the system, which takes another token than submitting does: a remote
+    /// coordinator's is the one token that is named.
+    pub async fn operator(&self) -> Result<Client, Problem> {
+        let target = match &self.global.url {
+            Some(url) => Target::named(url, &self.environment),
+            None => Target::local_operator(&self.data_dir()?)?,
+        };
+        self.connect(target).await
+    }
+
+    async fn connect(&self, target: Target) -> Result<Client, Problem> {
         let tls = target.url.starts_with("https://").then(|| ClientTls {
             ca: self.global.ca.clone(),
             server_name: None,

@@ -117,11 +117,15 @@ async fn a_file_becomes_a_batch_that_is_followed_to_its_end() {
         &["jobs", "b1"][..],
         &["job", "show", "b1/a.s0"],
         &["batches"],
-        &["workers"],
-        &["queues"],
         &["questions"],
     ] {
         assert_eq!(scene.run(words).await, Ok(Exit::Ok), "{words:?}");
+    }
+    for words in [&["workers"][..], &["queues"]] {
+        let by_operator = scene.run_with(words, "bench-admin").await;
+        assert_eq!(by_operator, Ok(Exit::Ok), "{words:?}");
+        let problem = scene.run(words).await.unwrap_err();
+        assert_eq!(problem.exit, Exit::Unreachable, "{words:?}");
     }
     scene.end().await;
 }

@@ -1,10 +1,12 @@
 //! Who may call what: bearer tokens, kept as SHA-256 only, and one table from call to role.
 //!
-//! Every handler begins with [`Auth::admit`] or [`Auth::project`]. A project that a token does not name does not
+//! A [`Gate`] turns callers without a known token away before anything of their message is read. Then every handler
+//! begins with [`Auth::admit`], [`Auth::project`] or [`Auth::everything`], which know roles and projects. A project that a token does not name does not
 //! exist for it: handlers look things up under the token's project only, so that another project's batch answers
 //! like one that nobody opened. Health and reflection are open and never come here.
 
 use std::fmt;
+use std::sync::Arc;
 
 use espalier_core::error::FieldError;
 use espalier_core::id::ProjectId;
@@ -14,6 +16,8 @@ use opentelemetry::KeyValue;
 use serde::{Deserialize, Deserializer};
 use sha2::{Digest, Sha256};
 use tonic::metadata::MetadataMap;
+use tonic::service::Interceptor;
+use tonic::{Request, Status};
 
 /// What a token allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
@@ -237,15 +241,28 @@ impl Auth {
                 needed: needed.as_str(),
             })
         });
-        if let Err(error) = &admitted {
-            let reason = match error {
-                ApiError::Unauthenticated => "unauthenticated",
-                _ => "forbidden",
-            };
-            let label = KeyValue::new(telemetry::names::attribute::ERROR_TYPE, reason);
-            telemetry::metrics().auth_failures.add(1, &[label]);
+        admitted.inspect_err(count_failure)
+    }
+
+    /// Refuses a caller who shows no known token.
+    fn know(&self, metadata: &MetadataMap) -> Result<(), ApiError> {
+        let known = self.find(metadata).map(|_| ());
+        known.inspect_err(count_failure)
+    }
+
+    /// Admits to calls that are about the whole system, such as those on workers, which serve every project: the
+    /// token has to be for all of them.
+    pub fn everything(&self, metadata: &MetadataMap, call: Call) -> Result<(), ApiError> {
+        match &self.admit(metadata, call)?.project {
+            Scope::All => Ok(()),
+            Scope::Project(_) => {
+                let error = ApiError::OneProject {
+                    needed: call.role().as_str(),
+                };
+                count_failure(&error);
+                Err(error)
+            }
         }
-        admitted
     }
 
     /// The caller's project, for calls that are about one.
@@ -274,6 +291,27 @@ impl Auth {
             })
             .ok_or(ApiError::Unauthenticated)
     }
+}
+
+/// Stands before the services that need a token. The message of a call may be large, and tonic reads it whole before
+/// a handler runs, so a caller who is nobody is refused by the headers alone.
+#[derive(Clone, Debug)]
+pub struct Gate(pub Arc<Auth>);
+
+impl Interceptor for Gate {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        self.0.know(request.metadata())?;
+        Ok(request)
+    }
+}
+
+fn count_failure(error: &ApiError) {
+    let reason = match error {
+        ApiError::Unauthenticated => "unauthenticated",
+        _ => "forbidden",
+    };
+    let label = KeyValue::new(telemetry::names::attribute::ERROR_TYPE, reason);
+    telemetry::metrics().auth_failures.add(1, &[label]);
 }
 
 /// The token in `Bearer TOKEN`; the scheme's case does not matter (RFC 9110).

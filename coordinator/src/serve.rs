@@ -13,12 +13,13 @@ use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::{self, BlockingFailed, Tasks};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Router;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::api::{AdminApi, JobApi, Shared, trace, watch};
-use crate::auth::Auth;
+use crate::auth::{Auth, Gate};
 use crate::config::CoordinatorConfig;
 use crate::maintenance;
 use crate::questions::Questions;
@@ -31,6 +32,9 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 /// Bytes in flight on one stream and on one connection: a chunk of jobs need not wait for window updates.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// Largest request of the services that ask for names and numbers only: health and reflection, which are open to
+/// everybody, and those of operators.
+const SMALL_REQUEST_BYTES_MAX: usize = 16 << 10;
 
 /// What a coordinator works with, made from its configuration or by a test.
 #[derive(Clone)]
@@ -225,23 +229,27 @@ async fn services(
     use v1::worker_service_server::WorkerServiceServer;
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::Serving).await;
+    let health_service = health_service.max_decoding_message_size(SMALL_REQUEST_BYTES_MAX);
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(espalier_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
+        .build_v1()?
+        .max_decoding_message_size(SMALL_REQUEST_BYTES_MAX);
+    let gate = Gate(Arc::clone(&shared.auth));
     let jobs = JobServiceServer::new(JobApi(Arc::clone(shared)))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let workers = WorkerServiceServer::new(WorkerApi(Arc::clone(shared)))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let admin = AdminServiceServer::new(AdminApi(Arc::clone(shared)));
+    let admin = AdminServiceServer::new(AdminApi(Arc::clone(shared)))
+        .max_decoding_message_size(SMALL_REQUEST_BYTES_MAX);
     let router = server
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(jobs)
-        .add_service(workers)
-        .add_service(admin);
+        .add_service(InterceptedService::new(jobs, gate.clone()))
+        .add_service(InterceptedService::new(workers, gate.clone()))
+        .add_service(InterceptedService::new(admin, gate));
     Ok((health, router))
 }
 

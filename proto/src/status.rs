@@ -34,6 +34,14 @@ pub enum ApiError {
         /// The role.
         needed: &'static str,
     },
+    /// The call is about all projects, and the token about one.
+    #[error(
+        "this call needs a token with role `{needed}` and project `*`: it is about all projects"
+    )]
+    OneProject {
+        /// The role.
+        needed: &'static str,
+    },
     /// Try again later.
     #[error("{0}")]
     Unavailable(String),
@@ -56,7 +64,9 @@ impl From<ApiError> for Status {
             ApiError::NotFound { .. } => Self::not_found(message),
             ApiError::Conflict(_) => Self::failed_precondition(message),
             ApiError::Unauthenticated => Self::unauthenticated(message),
-            ApiError::Forbidden { .. } => Self::permission_denied(message),
+            ApiError::Forbidden { .. } | ApiError::OneProject { .. } => {
+                Self::permission_denied(message)
+            }
             ApiError::Unavailable(_) => Self::unavailable(message),
             ApiError::Exhausted(_) => Self::resource_exhausted(message),
             ApiError::Internal(_) => Self::internal(message),

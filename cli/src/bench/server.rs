@@ -20,6 +20,7 @@ pub const PROJECT: &str = "bench";
 /// Tokens of a coordinator that only this process reaches, for a few seconds.
 const CLIENT_TOKEN: &str = "bench-client";
 const WORKER_TOKEN: &str = "bench-worker";
+const ADMIN_TOKEN: &str = "bench-admin";
 /// How long the coordinator may take to end.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
@@ -40,10 +41,11 @@ impl Server {
     pub async fn start() -> Result<Self, Problem> {
         let folder = tempfile::tempdir()?;
         let project = Scope::Project(PROJECT.parse()?);
-        let roles = [Role::Submit, Role::Read, Role::Admin];
+        let roles = [Role::Submit, Role::Read];
         let tokens = vec![
             TokenConfig::of("client", CLIENT_TOKEN, project, &roles),
             TokenConfig::of("worker", WORKER_TOKEN, Scope::All, &[Role::Worker]),
+            TokenConfig::of("admin", ADMIN_TOKEN, Scope::All, &[Role::Admin]),
         ];
         let config = CoordinatorConfig::new(folder.path(), "memory://", tokens);
         let failed = |error: espalier_coordinator::RunError| Problem::failed(error_chain(&error));

@@ -58,7 +58,7 @@ pub struct Chat {
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
     /// The model's settings and more as TOML, as for `up`
-    #[arg(long, value_name = "FILE", env = "ESPALIER_CONFIG")]
+    #[arg(long, value_name = "FILE", env = "ESPALIER_UP_CONFIG")]
     pub config: Option<PathBuf>,
 }
 

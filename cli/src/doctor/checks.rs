@@ -226,7 +226,8 @@ pub async fn servers(context: &Context, args: &Doctor) -> Vec<Finding> {
 pub async fn coordinator(context: &Context) -> Finding {
     let connected = async {
         let client = context.client().await?;
-        let info = client.admin().get_info(v1::GetInfoRequest {}).await;
+        let operator = context.operator().await?;
+        let info = operator.admin().get_info(v1::GetInfoRequest {}).await;
         Ok::<_, Problem>((
             client.url.clone(),
             info.ok().map(tonic::Response::into_inner),

@@ -51,6 +51,9 @@ pub struct Up {
     /// Rollouts at once [default: 8]
     #[arg(long, value_name = "N")]
     pub slots: Option<u32>,
+    /// Lets jobs bring MCP servers of their own, which are commands that run here [default: only if it listens on loopback]
+    #[arg(long)]
+    pub allow_inline_mcp: bool,
     /// Object store for traces [default: file://DATA_DIR/store]
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
@@ -61,7 +64,7 @@ pub struct Up {
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     pub ready_file: Option<PathBuf>,
     /// All of this and more as TOML; options win over the file
-    #[arg(long, value_name = "FILE", env = "ESPALIER_CONFIG")]
+    #[arg(long, value_name = "FILE", env = "ESPALIER_UP_CONFIG")]
     pub config: Option<PathBuf>,
 }
 
@@ -72,6 +75,7 @@ struct UpFileConfig {
     listen: Option<SocketAddr>,
     slots: Option<u32>,
     store_url: Option<String>,
+    allow_inline_mcp: Option<bool>,
     mcp: Option<PathBuf>,
     headed: bool,
     playwright_dir: Option<PathBuf>,
@@ -104,6 +108,8 @@ pub struct Settings {
     pub slots: u32,
     /// The object store; none: a folder in the data folder.
     pub store_url: Option<String>,
+    /// Whether jobs may bring MCP servers of their own.
+    pub allow_inline_mcp: bool,
     /// The file of MCP servers.
     pub mcp: Option<PathBuf>,
     /// Whether browsers show their windows.
@@ -129,6 +135,11 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Whether other machines can reach it.
+    pub fn is_open(&self) -> bool {
+        !self.listen.ip().is_loopback()
+    }
+
     /// Joins options, file and environment.
     pub fn load(args: &Up, environment: &Environment) -> Result<Self, Problem> {
         let file: UpFileConfig = load(args.config.as_deref(), ENV_PREFIX, environment)?;
@@ -143,8 +154,14 @@ impl Settings {
             .lease_ttl_s
             .map(|s| s.saturating_mul(1000))
             .or(file.lease_ttl_ms);
+        let listen = args.listen.or(file.listen).unwrap_or(LISTEN_DEFAULT);
+        // On loopback only who is on this machine submits, and may run commands anyway. From elsewhere a job must not
+        // be remote code execution unless the owner says so.
+        let inline = args.allow_inline_mcp.then_some(true);
+        let inline = inline.or(file.allow_inline_mcp);
         Ok(Self {
-            listen: args.listen.or(file.listen).unwrap_or(LISTEN_DEFAULT),
+            listen,
+            allow_inline_mcp: inline.unwrap_or(listen.ip().is_loopback()),
             slots,
             store_url: args.store.clone().or(file.store_url),
             mcp: rollouts.mcp.or(file.mcp),
@@ -239,6 +256,40 @@ mod tests {
     }
 
     #[test]
+    fn jobs_bring_commands_from_loopback_only_unless_it_is_said_otherwise() {
+        let inline = |listen: &str, flag: bool, more: &str| {
+            let args = Up {
+                listen: Some(listen.parse().unwrap()),
+                allow_inline_mcp: flag,
+                ..Up::default()
+            };
+            let model = "[model]\nname = \"m\"\n[model.endpoint]\nbase_url = \"http://a/v1\"\n";
+            let found = settings(&args, &format!("{more}\n{model}"), &[]).unwrap();
+            (found.allow_inline_mcp, found.is_open())
+        };
+        for (listen, flag, more, expected) in [
+            ("127.0.0.1:0", false, "", (true, false)),
+            ("[::1]:0", false, "", (true, false)),
+            (
+                "127.0.0.1:0",
+                false,
+                "allow_inline_mcp = false",
+                (false, false),
+            ),
+            ("0.0.0.0:0", false, "", (false, true)),
+            ("10.0.0.1:0", false, "", (false, true)),
+            ("0.0.0.0:0", true, "", (true, true)),
+            ("0.0.0.0:0", false, "allow_inline_mcp = true", (true, true)),
+        ] {
+            assert_eq!(
+                inline(listen, flag, more),
+                expected,
+                "{listen} {flag} {more}"
+            );
+        }
+    }
+
+    #[test]
     fn what_is_missing_or_wrong_is_named() {
         let problem = settings(&Up::default(), "", &[]).unwrap_err();
         assert_eq!(problem.exit, Exit::Refused);
@@ -273,7 +324,16 @@ mod tests {
                 .message
                 .contains("NO_SUCH")
         );
-        // Variables of others are none of ours.
-        assert!(settings(&args, "", &[("ESPALIER_TEST_MARK_ab", "1")]).is_ok());
+        // Variables of others are none of ours, nor is the one that names the file.
+        for variable in [
+            "ESPALIER_TEST_MARK_ab",
+            "ESPALIER_COORDINATOR_TLS",
+            "ESPALIER_UP_CONFIG",
+        ] {
+            assert!(
+                settings(&args, "", &[(variable, "1")]).is_ok(),
+                "{variable}"
+            );
+        }
     }
 }

@@ -96,6 +96,7 @@ async fn until_drained(
             Problem::failed(format!("cannot write {}: {error}", file.display()))
         })?;
     }
+    warn_if_open(settings);
     greet(context, settings, up, found)?;
     shutdown.draining().await;
     note("draining: running rollouts end or go back to the queue; once more to stop at once");
@@ -129,11 +130,13 @@ async fn start(
     let listener = listen(settings).await?;
     let tokens = Tokens {
         client: place.token(fresh_token)?,
+        admin: fresh_token(),
         worker: fresh_token(),
     };
     let up = UpFile {
         url: format!("http://{}", listener.local_addr()?),
         token: tokens.client.clone(),
+        admin_token: tokens.admin.clone(),
         store: store_url,
         project: PROJECT_DEFAULT.to_owned(),
         pid: std::process::id(),
@@ -175,7 +178,9 @@ struct Parts<'a> {
 struct Tokens {
     /// Of clients: the data folder's.
     client: String,
-    /// Of the worker: gone with this process.
+    /// Of the operator: gone with this process, as the worker's is.
+    admin: String,
+    /// Of the worker.
     worker: String,
 }
 
@@ -205,16 +210,17 @@ async fn coordinator(
     shutdown: Shutdown,
 ) -> Result<Ending, Problem> {
     let project = ProjectId::new(PROJECT_DEFAULT)?;
-    let roles = [Role::Submit, Role::Read, Role::Admin];
+    let project = Scope::Project(project);
+    let roles = [Role::Submit, Role::Read];
     let tokens = vec![
-        TokenConfig::of("up", &parts.tokens.client, Scope::Project(project), &roles),
+        TokenConfig::of("up", &parts.tokens.client, project, &roles),
+        TokenConfig::of("admin", &parts.tokens.admin, Scope::All, &[Role::Admin]),
         TokenConfig::of("worker", &parts.tokens.worker, Scope::All, &[Role::Worker]),
     ];
     let config = CoordinatorConfig {
         listen: settings.listen,
         mcp_servers: parts.servers.names().into_iter().collect(),
-        // One person's machine: who may submit may run commands anyway.
-        allow_inline_mcp: true,
+        allow_inline_mcp: settings.allow_inline_mcp,
         lease_ttl_ms: settings.lease_ttl_ms,
         ..CoordinatorConfig::new(parts.data_dir, parts.up.store.as_str(), tokens)
     };
@@ -235,7 +241,7 @@ fn worker(settings: &Settings, parts: &Parts<'_>, shutdown: Shutdown) -> Result<
         coordinator_url,
         token: Some(Secret::new(parts.tokens.worker.as_str())),
         model_extra: settings.extra.clone(),
-        allow_inline_mcp: true,
+        allow_inline_mcp: settings.allow_inline_mcp,
         playwright_dir: parts.playwright_dir.clone(),
         slots: settings.slots,
         http_hook_hosts: settings.http_hook_hosts.clone(),
@@ -298,6 +304,20 @@ fn run_in_order(
         coordinator_ends.drain();
         ran
     });
+}
+
+/// Says what is given away to who can reach the port.
+fn warn_if_open(settings: &Settings) {
+    if !settings.is_open() {
+        return;
+    }
+    note(
+        "warning: other machines can reach this coordinator, and tokens travel unencrypted: \
+         listen on loopback, behind a proxy that speaks TLS",
+    );
+    if settings.allow_inline_mcp {
+        note("warning: jobs may bring commands, which run on this machine (allow_inline_mcp)");
+    }
 }
 
 /// Where things are and what to do next.

@@ -120,6 +120,7 @@ mod tests {
         UpFile {
             url: "http://127.0.0.1:7411".to_owned(),
             token: "t".to_owned(),
+            admin_token: "a".to_owned(),
             store: "memory://".to_owned(),
             project: "default".to_owned(),
             pid: 42,

@@ -3,9 +3,12 @@
 use espalier_proto::v1;
 use espalier_proto::v1::admin_service_client::AdminServiceClient;
 use espalier_proto::v1::worker_service_client::WorkerServiceClient;
-use tonic::Code;
+use tonic::client::Grpc;
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::{Code, Request, Status};
 use tonic_health::pb::health_client::HealthClient;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
+use tonic_prost::ProstCodec;
 
 use crate::support::*;
 
@@ -78,6 +81,79 @@ async fn every_call_asks_for_its_role() {
     assert_eq!(refused(&by_worker).len(), 17);
     let by_admin = codes(&coordinator, ADMIN).await;
     assert_eq!(refused(&by_admin).len(), 14);
+}
+
+/// The status of a call whose message never comes.
+async fn without_a_message(coordinator: &Coordinator, token: &str, call: &'static str) -> Status {
+    let mut client = Grpc::new(coordinator.channel(token));
+    client.ready().await.unwrap();
+    let nothing = Request::new(tokio_stream::pending::<v1::SubmitChunkRequest>());
+    let codec = ProstCodec::<_, v1::SubmitChunkResponse>::default();
+    let answer = client.client_streaming(nothing, PathAndQuery::from_static(call), codec);
+    soon(answer).await.unwrap_err()
+}
+
+#[tokio::test]
+async fn who_is_nobody_is_refused_before_the_message_is_read() {
+    let coordinator = Coordinator::start().await;
+    for call in [
+        "/espalier.v1.JobService/SubmitChunk",
+        "/espalier.v1.AdminService/GetInfo",
+        "/espalier.v1.WorkerService/Session",
+    ] {
+        let status = without_a_message(&coordinator, "nobody's", call).await;
+        assert_eq!(status.code(), Code::Unauthenticated, "{call}: {status}");
+    }
+}
+
+#[tokio::test]
+async fn requests_of_a_few_names_cannot_be_large() {
+    let coordinator = Coordinator::start().await;
+    let service = "x".repeat(1 << 20);
+    let mut health = HealthClient::new(coordinator.channel("nobody's"));
+    let status = health
+        .check(HealthCheckRequest {
+            service: service.clone(),
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange, "{status}");
+    let request = v1::DrainWorkerRequest { worker: service };
+    let status = coordinator.admin().drain_worker(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange, "{status}");
+}
+
+#[tokio::test]
+async fn an_operator_of_one_project_does_not_touch_the_workers_of_all() {
+    let coordinator = Coordinator::start().await;
+    let mut worker = coordinator.worker("w1", 1).await;
+    let by_bank = codes(&coordinator, BANK_ADMIN).await;
+    let of_operators: Vec<_> = by_bank
+        .iter()
+        .skip_while(|(call, _)| *call != "get_queues")
+        .collect();
+    assert_eq!(
+        of_operators,
+        [
+            &("get_queues", Code::Ok),
+            &("list_workers", Code::PermissionDenied),
+            &("drain_worker", Code::PermissionDenied),
+            &("get_info", Code::PermissionDenied),
+        ]
+    );
+    let mut admin = AdminServiceClient::new(coordinator.channel(BANK_ADMIN));
+    let drain = v1::DrainWorkerRequest {
+        worker: "w1".to_owned(),
+    };
+    let status = admin.drain_worker(drain).await.unwrap_err();
+    assert!(status.message().contains("project `*`"), "{status}");
+
+    // The worker was told nothing: it still gets jobs.
+    let mut jobs = coordinator.jobs(SHOP);
+    open(&mut jobs, "b1").await;
+    submit(&mut jobs, "b1", 0, vec![plain("a")]).await;
+    worker.credit(1).await;
+    assert_eq!(worker.grants(1).await.len(), 1);
 }
 
 #[tokio::test]
