@@ -1,7 +1,8 @@
 //! What happened to each job of a measurement: how often it was granted, and how often a result of it was accepted.
 //! A queue that is fast because it loses or repeats jobs is not fast.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -9,7 +10,10 @@ use tokio::sync::watch;
 /// Counts of jobs that are numbered from 0. Workers share it.
 #[derive(Debug)]
 pub struct Ledger {
+    began: Instant,
     granted: Vec<AtomicU32>,
+    /// Microseconds from the beginning to the first grant of each job; 0: not granted yet.
+    granted_at_us: Vec<AtomicU64>,
     accepted: Vec<AtomicU32>,
     /// Results that were not accepted.
     turned_down: AtomicU32,
@@ -22,7 +26,9 @@ impl Ledger {
     pub fn new(jobs: usize) -> Self {
         let zeros = || (0..jobs).map(|_| AtomicU32::new(0)).collect();
         Self {
+            began: Instant::now(),
             granted: zeros(),
+            granted_at_us: (0..jobs).map(|_| AtomicU64::new(0)).collect(),
             accepted: zeros(),
             turned_down: AtomicU32::new(0),
             done: watch::Sender::new(0),
@@ -32,6 +38,21 @@ impl Ledger {
     /// Job `n` was granted; a number beyond the jobs is somebody else's.
     pub fn granted(&self, n: Option<usize>) {
         count(&self.granted, n);
+        if let Some(slot) = n.and_then(|n| self.granted_at_us.get(n)) {
+            let now_us = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+            // A later grant of the same job finds the first one there.
+            let _ = slot.compare_exchange(0, now_us.max(1), Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    /// When each of `jobs` was first granted; none for one that was not.
+    pub fn grants(&self, jobs: std::ops::Range<usize>) -> Vec<Option<Instant>> {
+        let slots = self.granted_at_us.get(jobs).unwrap_or_default();
+        let moments = slots.iter().map(|slot| match slot.load(Ordering::Relaxed) {
+            0 => None,
+            us => Some(self.began + Duration::from_micros(us)),
+        });
+        moments.collect()
     }
 
     /// A result of job `n` was accepted, or not. Call [`Ledger::tell`] after a message of these.
@@ -94,6 +115,16 @@ mod tests {
             .iter()
             .for_each(|n| ledger.answered(Some(*n), true));
         ledger
+    }
+
+    #[test]
+    fn the_first_grant_counts() {
+        let ledger = ledger(&[1], &[]);
+        let first = ledger.grants(0..2);
+        assert!(first[0].is_none() && first[1].is_some());
+        ledger.granted(Some(1));
+        assert_eq!(ledger.grants(1..2), first[1..]);
+        assert!(ledger.grants(1..3).is_empty());
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! `espalier bench`: what the parts manage on this machine, measured over real gRPC.
 //!
 //! `submit` and `queue` start a coordinator of their own on a temporary folder, with the embedded queue and every
-//! commit durable; `rollouts` measures a running `espalier up`, `memory` any process. Figures are meant for a release
+//! commit durable; `redis` starts a Redis and coordinators as processes; `rollouts` measures a running `espalier up`, `memory` any process. Figures are meant for a release
 //! build. `make bench` runs all of them.
 
+mod crew;
 mod disk;
 mod figures;
 mod ledger;
@@ -11,6 +12,7 @@ mod machine;
 mod memory;
 mod overhead;
 mod queue;
+mod redis;
 mod rollouts;
 mod server;
 mod submit;
@@ -40,6 +42,8 @@ pub enum Bench {
     Submit(SubmitArgs),
     /// Submit, lease and finish with workers that do nothing: jobs a second, and the way from submit to worker
     Queue(QueueArgs),
+    /// The queue in Redis, with real coordinators, beside other queues on the same Redis
+    Redis(redis::RedisArgs),
     /// A running `espalier up`: rollouts a minute, memory, and what a turn costs beside model and tools
     Rollouts(rollouts::Rollouts),
     /// Memory of a process and of what it started; the bound is that of an idle coordinator
@@ -84,6 +88,7 @@ pub async fn run(context: &Context, command: &Bench) -> Outcome {
     let (bench, figures) = match command {
         Bench::Submit(args) => ("submit", submit::measure(*args).await?),
         Bench::Queue(args) => ("queue", queue::measure(*args).await?),
+        Bench::Redis(args) => ("redis", Box::pin(redis::measure(args)).await?),
         Bench::Rollouts(args) => (
             args.name.as_str(),
             Box::pin(rollouts::measure(context, args)).await?,

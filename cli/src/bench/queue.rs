@@ -1,18 +1,16 @@
 //! The full cycle of jobs over gRPC, and the way from submit to a warm worker.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use espalier_core::id::BatchId;
 use espalier_proto::v1;
-use espalier_runtime::tasks::{OnFailure, with_deadline};
+use espalier_runtime::tasks::with_deadline;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 
-use super::ledger::Ledger;
+use super::crew::Crew;
 use super::server::Server;
-use super::worker::{GRANTS_MAX, Orders, work};
+use super::worker::GRANTS_MAX;
 use super::{Bound, Figures, Headline, QueueArgs, disk, millis, per_second, percentile_ms, submit};
 use crate::exit::Problem;
 use crate::submit::file::CHUNK_JOBS_MAX;
@@ -67,39 +65,6 @@ pub async fn measure(args: QueueArgs) -> Result<Figures, Problem> {
     })
 }
 
-/// Workers on a server, and how to let them go.
-struct Crew {
-    ledger: Arc<Ledger>,
-    leave: CancellationToken,
-}
-
-fn hire(
-    server: &Server,
-    jobs: usize,
-    workers: u32,
-    credit: u32,
-    granted: Option<&mpsc::Sender<Instant>>,
-) -> Crew {
-    let crew = Crew {
-        ledger: Arc::new(Ledger::new(jobs)),
-        leave: CancellationToken::new(),
-    };
-    for n in 0..workers {
-        let orders = Orders {
-            name: format!("idle-{n}"),
-            credit,
-            ledger: Arc::clone(&crew.ledger),
-            granted: granted.cloned(),
-            leave: crew.leave.clone(),
-        };
-        let working = Box::pin(work(server.worker.clone(), orders));
-        server
-            .tasks()
-            .spawn("bench.worker", OnFailure::ShutDown, working);
-    }
-    crew
-}
-
 /// What a cycle gave.
 struct Cycle {
     took: Duration,
@@ -112,9 +77,10 @@ struct Cycle {
 /// A job was lost, granted twice or accepted twice, by the workers' count or by the coordinator's.
 async fn cycle(jobs: usize, per_chunk: usize, workers: u32, credit: u32) -> Result<Cycle, Problem> {
     let server = Server::start().await?;
-    let crew = hire(&server, jobs, workers, credit, None);
+    let crew = Crew::of(jobs);
+    crew.hire(server.tasks(), &server.worker, workers, credit, None);
     let batch = BatchId::new("cycle")?;
-    let chunks = submit::chunks(&batch, jobs, per_chunk);
+    let chunks = submit::chunks(&batch, 0..jobs, per_chunk);
     open(&server.client, &batch, v1::JobSpec::default()).await?;
     let mut done = crew.ledger.done();
     let began = Instant::now();
@@ -129,7 +95,7 @@ async fn cycle(jobs: usize, per_chunk: usize, workers: u32, credit: u32) -> Resu
         batch: batch.to_string(),
     };
     let counted = server.client.jobs().get_batch(request).await?.into_inner();
-    crew.leave.cancel();
+    crew.leave();
     server.end().await?;
     let delivery = crew.ledger.to_json();
     let expected = v1::Counts {
@@ -149,11 +115,15 @@ async fn cycle(jobs: usize, per_chunk: usize, workers: u32, credit: u32) -> Resu
 async fn dispatch(jobs: usize, credit: u32) -> Result<Vec<Duration>, Problem> {
     let server = Server::start().await?;
     let (sender, mut grants) = mpsc::channel(GRANTS_MAX);
-    let crew = hire(&server, jobs + 1, 1, credit, Some(&sender));
+    let crew = Crew::of(jobs + 1);
+    crew.hire(server.tasks(), &server.worker, 1, credit, Some(&sender));
     let batch = BatchId::new("dispatch")?;
     open(&server.client, &batch, v1::JobSpec::default()).await?;
     let mut ways = Vec::with_capacity(jobs);
-    for (n, chunk) in submit::chunks(&batch, jobs + 1, 1).into_iter().enumerate() {
+    for (n, chunk) in submit::chunks(&batch, 0..jobs + 1, 1)
+        .into_iter()
+        .enumerate()
+    {
         let began = Instant::now();
         submit::send(&server.client, vec![chunk]).await?;
         let granted = with_deadline("bench.grant", GRANT_TIMEOUT, grants.recv()).await;
@@ -166,7 +136,7 @@ async fn dispatch(jobs: usize, credit: u32) -> Result<Vec<Duration>, Problem> {
             ways.push(granted.duration_since(began));
         }
     }
-    crew.leave.cancel();
+    crew.leave();
     server.end().await?;
     Ok(ways)
 }

@@ -1,5 +1,6 @@
 //! How long a batch takes from the first byte sent to the last job durable and acknowledged.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use espalier_core::id::BatchId;
@@ -28,7 +29,7 @@ pub async fn measure(args: SubmitArgs) -> Result<Figures, Problem> {
     let mut times = Vec::new();
     for round in 0..args.rounds {
         let batch = BatchId::new(format!("submit-{round}"))?;
-        let chunks = chunks(&batch, args.jobs, CHUNK_JOBS_MAX);
+        let chunks = chunks(&batch, 0..args.jobs, CHUNK_JOBS_MAX);
         let began = Instant::now();
         open(&server.client, &batch, v1::JobSpec::default()).await?;
         send(&server.client, chunks).await?;
@@ -60,14 +61,19 @@ pub async fn measure(args: SubmitArgs) -> Result<Figures, Problem> {
     })
 }
 
-/// Chunks of small jobs.
-pub fn chunks(batch: &BatchId, jobs: usize, per_chunk: usize) -> Vec<v1::SubmitChunkRequest> {
-    let starts = (0..jobs).step_by(per_chunk).enumerate();
+/// Chunks of small jobs with these numbers.
+pub fn chunks(
+    batch: &BatchId,
+    numbers: Range<usize>,
+    per_chunk: usize,
+) -> Vec<v1::SubmitChunkRequest> {
+    let end = numbers.end;
+    let starts = numbers.step_by(per_chunk).enumerate();
     starts
         .map(|(number, start)| v1::SubmitChunkRequest {
             batch: batch.to_string(),
             chunk: u32::try_from(number).unwrap_or(u32::MAX),
-            jobs: (start..jobs.min(start + per_chunk)).map(job).collect(),
+            jobs: (start..end.min(start + per_chunk)).map(job).collect(),
         })
         .collect()
 }
