@@ -1,4 +1,5 @@
-//! The configuration of an agent worker: one TOML file, every key also as `ESPALIER_…`, unknown keys refused.
+//! The configuration of an agent worker: one TOML file, every key also as
+//! `ESPALIER_AGENT_WORKER_…`, unknown keys refused.
 //!
 //! `main` loads it, `espalier up` builds it in code; [`AgentWorkerConfig::validate`] runs before anything starts.
 
@@ -19,6 +20,8 @@ use serde_json::{Map, Value};
 
 use crate::mcp::{self, McpConfig};
 
+/// Every key as a variable begins with this.
+pub const ENV_PREFIX: &str = "ESPALIER_AGENT_WORKER_";
 /// Largest `mcp_config` file, in bytes: hundreds of servers.
 const MCP_FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -106,10 +109,10 @@ impl fmt::Debug for AgentWorkerConfig {
             .field("data_dir", &self.data_dir)
             .field("store_url", &self.store_url)
             .field("model", &self.model)
+            .field("model_keys", &self.model_keys.keys())
             .field("model_name", &self.model_name)
             .field("model_extra", &names(&self.model_extra))
             .field("mcp_config", &self.mcp_config)
-            .field("model_keys", &self.model_keys.keys())
             .field("mcp_servers", &names(&self.mcp_servers))
             .field("allow_inline_mcp", &self.allow_inline_mcp)
             .field("playwright_dir", &self.playwright_dir)
@@ -259,7 +262,7 @@ fn read_servers(file: &PathBuf) -> Result<Map<String, Value>, McpSettingsError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use espalier_runtime::config::{ENV_PREFIX, load};
+    use espalier_runtime::config::load;
 
     fn environment(pairs: &[(&str, &str)]) -> Environment {
         pairs
@@ -269,10 +272,13 @@ mod tests {
     }
 
     const NEEDED: [(&str, &str); 4] = [
-        ("ESPALIER_STORE_URL", "memory://"),
-        ("ESPALIER_MODEL__BASE_URL", "http://localhost:8000/v1"),
-        ("ESPALIER_MODEL_NAME", "qwen3"),
-        ("ESPALIER_SLOTS", "3"),
+        ("ESPALIER_AGENT_WORKER_STORE_URL", "memory://"),
+        (
+            "ESPALIER_AGENT_WORKER_MODEL__BASE_URL",
+            "http://localhost:8000/v1",
+        ),
+        ("ESPALIER_AGENT_WORKER_MODEL_NAME", "qwen3"),
+        ("ESPALIER_AGENT_WORKER_SLOTS", "3"),
     ];
 
     #[test]

@@ -1,4 +1,4 @@
-//! The configuration of a coordinator: one TOML file, every key also as `ESPALIER_…`, unknown keys refused.
+//! The configuration of a coordinator: one TOML file, every key also as `ESPALIER_COORDINATOR_…`, unknown keys refused.
 //!
 //! `main` loads it, `espalier up` builds it in code; [`CoordinatorConfig::validate`] runs before a port opens and is
 //! the only place for rules over several keys.
@@ -19,6 +19,8 @@ use crate::auth::TokenConfig;
 use crate::endpoints::{self, ModelEndpoint};
 use crate::queue::Acknowledge;
 
+/// Every key as a variable begins with this.
+pub const ENV_PREFIX: &str = "ESPALIER_COORDINATOR_";
 /// The port where nothing else is said.
 pub const PORT_DEFAULT: u16 = 7411;
 /// What `queue` says where the jobs lie in a file of this process.
@@ -297,7 +299,7 @@ mod tests {
         std::fs::write(&file, text).unwrap();
         let environment = espalier_runtime::config::Environment::new();
         let config: CoordinatorConfig =
-            espalier_runtime::config::load(Some(&file), "ESPALIER_", &environment)
+            espalier_runtime::config::load(Some(&file), ENV_PREFIX, &environment)
                 .map_err(|e| e.to_string())?;
         config.validate().map_err(|e| e.to_string())?;
         Ok(config)

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use espalier_coordinator::config::ENV_PREFIX;
 use espalier_coordinator::{CoordinatorConfig, Deps};
-use espalier_runtime::config::{self, ENV_PREFIX, Environment};
+use espalier_runtime::config::{self, Environment};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::Tasks;
 use espalier_runtime::telemetry;
@@ -21,7 +22,7 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 const DRAIN_MARGIN: Duration = Duration::from_secs(5);
 
 const KEYS: &str = "\
-Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_LEASE_TTL_MS):
+Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_COORDINATOR_LEASE_TTL_MS):
   listen             address [127.0.0.1:7411]; without TLS, loopback is advised
   tls                cert and client_ca: PEM files; key: { file = \"…\" }
   queue              `embedded` or the address of a Redis: text, { file = \"…\" } or { env = \"…\" } [embedded]:
@@ -32,12 +33,14 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_L
   queue_acknowledge  what a write to Redis has reached when it counts: fast, replicated (a replica) or durable (disk)
   data_dir           folder of the embedded queue; not needed with Redis
   store_url          object store, the same as the workers', such as file:///var/lib/espalier/store or s3://bucket/prefix
-  tokens             a list of name, sha256, project (\"*\" for workers) and roles (submit, read, worker, admin);
+  tokens             a list of name, sha256, project (\"*\" for workers and operators) and roles (submit, read, worker,
+                     admin);
                      printf %s \"$TOKEN\" | sha256sum
   projects.NAME      weight: share of the workers where several projects wait [100]
   mcp_servers        servers that jobs may name before a worker has announced them
   allow_inline_mcp   whether jobs may bring servers of their own [false]
   jobs_waiting_max   waiting jobs of a project, beyond which submissions are refused [1000000]
+  watches_max        batches that one token may watch at once [64]
   lease_ttl_ms       how long a lease lasts without renewal [what suits the kind of job]
   keep_days          days for which complete batches are kept in the queue [30]
   session_max_age_s  age at which a worker is asked to move to another stream [1800]
@@ -49,10 +52,10 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_L
 #[derive(Parser)]
 #[command(name = "espalier-coordinator", version, after_help = KEYS)]
 struct Arguments {
-    /// The configuration, in TOML; every key can be set as ESPALIER_… too.
-    #[arg(long, env = "ESPALIER_CONFIG")]
+    /// The configuration, in TOML; every key can be set as ESPALIER_COORDINATOR_… too.
+    #[arg(long, env = "ESPALIER_COORDINATOR_CONFIG")]
     config: Option<PathBuf>,
-    /// `embedded`, or the address of a Redis. One with a password is better given as ESPALIER_QUEUE or in the
+    /// `embedded`, or the address of a Redis. One with a password is better given as ESPALIER_COORDINATOR_QUEUE or in the
     /// configuration, where the list of processes does not show it.
     #[arg(long, value_name = "ADDRESS")]
     queue: Option<String>,
@@ -129,5 +132,28 @@ async fn serve_until_signal(config: CoordinatorConfig) -> anyhow::Result<()> {
     match tasks.first_failure() {
         Some(task) => anyhow::bail!("task `{task}` failed; the log has the details"),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_help_names_every_key() {
+        let environment = Environment::from([(format!("{ENV_PREFIX}NO_SUCH"), "1".to_owned())]);
+        let refused =
+            config::load::<CoordinatorConfig>(None, ENV_PREFIX, &environment).unwrap_err();
+        let refused = refused.to_string();
+        let (_, known) = refused.split_once("expected one of").unwrap();
+        let (known, _) = known.split_once(", got").unwrap();
+        let known: Vec<&str> = known.split('`').skip(1).step_by(2).collect();
+        assert!(known.len() > 10, "{refused}");
+        let named = |key: &&str| {
+            let mut words = KEYS.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            words.any(|word| word == *key)
+        };
+        let missing: Vec<_> = known.into_iter().filter(|key| !named(key)).collect();
+        assert!(missing.is_empty(), "{missing:?}");
     }
 }

@@ -1,8 +1,9 @@
 //! Configuration: one TOML file and the environment, merged and parsed once into the process's own struct.
 //!
 //! Every key of the file can be set by a variable: the prefix, then the path of the key in capitals, with two
-//! underscores where the file has a dot. `ESPALIER_MODEL__BASE_URL` is `model.base_url`; `ESPALIER_LEASE_TTL_S` is
-//! `lease_ttl_s` at the top. A value is read as TOML (`5`, `true`, `["a", "b"]`, `{ file = "/run/key" }`) and, where
+//! underscores where the file has a dot. With the prefix `ESPALIER_UP_`, `ESPALIER_UP_MODEL__NAME` is `model.name`
+//! and `ESPALIER_UP_SLOTS` is `slots` at the top. The prefix is the process's own, so that what is set for one process
+//! says nothing to another, nor to the clients, which read `ESPALIER_TOKEN` and the like. A value is read as TOML (`5`, `true`, `["a", "b"]`, `{ file = "/run/key" }`) and, where
 //! that fails or does not fit the key, as plain text. The environment wins over the file. Keys with capitals or with
 //! double underscores in them can only be set in the file.
 //!
@@ -28,15 +29,8 @@ pub type Environment = BTreeMap<String, String>;
 /// The prefix of every variable that is ours.
 pub const ENV_PREFIX: &str = "ESPALIER_";
 
-/// Variables with our prefix that are no keys of a process's configuration: clients and scripts read them.
-pub const RESERVED_VARIABLES: &[&str] = &[
-    "ESPALIER_CONFIG",
-    "ESPALIER_DATA_DIR",
-    "ESPALIER_LOG",
-    "ESPALIER_PROJECT",
-    "ESPALIER_TOKEN",
-    "ESPALIER_URL",
-];
+/// What follows a process's prefix in the variable that names its file, and so is no key.
+const FILE_SUFFIX: &str = "CONFIG";
 
 /// Largest configuration file, in bytes: a thousand times what a person writes.
 const FILE_BYTES_MAX: u64 = 4 << 20;
@@ -213,7 +207,7 @@ fn overlays(
     environment
         .iter()
         .filter(|(name, _)| name.starts_with(prefix))
-        .filter(|(name, _)| !RESERVED_VARIABLES.contains(&name.as_str()))
+        .filter(|(name, _)| name[prefix.len()..] != *FILE_SUFFIX)
         .map(|(name, text)| {
             let overlay = Overlay::new(prefix, name, text)?;
             Ok((overlay.path.join("."), overlay))

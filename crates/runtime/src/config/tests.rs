@@ -137,10 +137,10 @@ fn variables_that_are_not_utf8_are_refused_only_if_they_are_ours() {
 }
 
 #[test]
-fn reserved_variables_are_no_keys() {
-    for name in RESERVED_VARIABLES {
-        load_both("", &[(name, "x")]).unwrap();
-    }
+fn the_variable_that_names_the_file_is_no_key_and_other_processes_variables_are_none() {
+    load_both("", &[("ESPALIER_CONFIG", "x")]).unwrap();
+    let others = env(&[("ESPALIER_TOKEN", "x"), ("ESPALIER_UP_SLOTS", "x")]);
+    load::<Settings>(None, "ESPALIER_OTHER_", &others).unwrap();
 }
 
 #[test]
