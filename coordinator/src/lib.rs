@@ -9,6 +9,7 @@ pub mod auth;
 pub mod config;
 pub mod endpoints;
 mod maintenance;
+mod peers;
 pub mod questions;
 pub mod queue;
 pub mod registry;

@@ -1,4 +1,4 @@
-//! The workers that are connected now: who offers what, who runs what, and how to reach them.
+//! The workers that are connected to this coordinator now: who offers what, who runs what, and how to reach them.
 //!
 //! In memory, and rebuilt by reconnecting workers: nothing here decides about leases, which are the queue's. The
 //! sessions enter and leave, the event task wakes and tells them, the API layer lists them.
@@ -211,18 +211,21 @@ impl Registry {
         }
     }
 
-    /// Gives a worker no more jobs, on this stream and on later ones. False: it is not connected.
-    pub fn drain(&self, worker: &WorkerId) -> bool {
+    /// Gives a worker no more jobs, on this stream and on later ones.
+    pub fn drain(&self, worker: &WorkerId) {
         let mut inner = lock(&self.inner);
-        let Some(connected) = inner.connected.get(worker) else {
-            return false;
-        };
-        connected.draining.store(true, Ordering::Relaxed);
+        if let Some(connected) = inner.connected.get(worker) {
+            connected.draining.store(true, Ordering::Relaxed);
+        }
         inner.drained.insert(worker.clone());
         if inner.drained.len() > DRAINED_MAX {
             inner.drained.pop_first();
         }
-        true
+    }
+
+    /// Workers that are given no more jobs, connected or not.
+    pub fn drained(&self) -> Vec<WorkerId> {
+        lock(&self.inner).drained.iter().cloned().collect()
     }
 
     /// All workers, ordered by id.
@@ -267,7 +270,7 @@ mod tests {
     fn a_worker_that_comes_back_ends_its_older_stream_and_stays_drained() {
         let registry = Registry::new(Timestamp(7));
         let older = enter(&registry, "w", &[]);
-        assert!(registry.drain(&older.worker));
+        registry.drain(&older.worker);
         let newer = enter(&registry, "w", &["mcp:browser"]);
         assert!(older.ended.is_cancelled());
         assert!(newer.draining.load(Ordering::Relaxed));
@@ -277,7 +280,15 @@ mod tests {
         assert_eq!(registry.mcp_servers(), ["browser".to_owned()].into());
         registry.leave(&newer);
         assert!(registry.list().is_empty());
-        assert!(!registry.drain(&newer.worker));
+        assert_eq!(registry.drained(), [newer.worker.clone()]);
+    }
+
+    #[test]
+    fn a_worker_that_was_drained_elsewhere_is_drained_when_it_comes() {
+        let registry = Registry::new(Timestamp(7));
+        registry.drain(&"w".parse().unwrap());
+        let worker = enter(&registry, "w", &[]);
+        assert!(worker.draining.load(Ordering::Relaxed));
     }
 
     #[test]

@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_core::error::FieldError;
+use espalier_core::id::CoordinatorId;
 use espalier_core::queue::MachineConfig;
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
+use espalier_runtime::ids::{IdSource, UuidIds};
 use espalier_runtime::net::{self, MESSAGE_BYTES_MAX, NetError};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
@@ -15,13 +17,13 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Router;
-use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::api::{AdminApi, JobApi, Shared, trace, watch};
 use crate::auth::{Auth, Gate};
 use crate::config::CoordinatorConfig;
 use crate::maintenance;
+use crate::peers::Peers;
 use crate::questions::Questions;
 use crate::queue::{ConnectError, Embedded, EmbeddedConfig, OpenError, Queue, Redis, RedisConfig};
 use crate::registry::Registry;
@@ -153,14 +155,14 @@ pub async fn run(
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
     warn_if_open(&config, &listener);
-    let shared = share(config, deps, shutdown);
+    let shared = share(config, deps, shutdown)?;
     let (health, router) = services(server, &shared).await?;
-    maintenance::start(&shared);
+    maintenance::start(&shared, health);
     if let Ok(address) = listener.local_addr() {
         tracing::info!(%address, "coordinator serves");
     }
 
-    let served = serve(router, listener, &shared, health).await;
+    let served = serve(router, listener, &shared).await;
     shared.shutdown.abort();
     if let Err(unfinished) = shared.tasks.join_all(END_LIMIT).await {
         tracing::warn!(error = %unfinished, "tasks were cut off");
@@ -175,7 +177,11 @@ pub async fn run(
 
 /// The parts of a coordinator have a shutdown of their own: its abort ends them when serving has ended, without
 /// ending whatever else runs in the process.
-fn share(config: CoordinatorConfig, deps: Deps, outer: Shutdown) -> Arc<Shared> {
+fn share(
+    config: CoordinatorConfig,
+    deps: Deps,
+    outer: Shutdown,
+) -> Result<Arc<Shared>, FieldError> {
     let shutdown = Shutdown::new();
     let tasks = Tasks::new(shutdown.clone());
     let inner = shutdown.clone();
@@ -194,7 +200,9 @@ fn share(config: CoordinatorConfig, deps: Deps, outer: Shutdown) -> Arc<Shared> 
     let now = deps.clock.now();
     let tokens = config.tokens.iter().map(|token| token.name.clone());
     let watch_places = watch::Places::new(tokens, config.watches_max);
-    Arc::new(Shared {
+    let me = CoordinatorId::new(UuidIds.fresh())?;
+    Ok(Arc::new(Shared {
+        peers: Peers::new(me, Arc::clone(&deps.queue)),
         auth: Arc::new(Auth::new(config.tokens.clone())),
         config: Arc::new(config),
         queue: deps.queue,
@@ -206,7 +214,7 @@ fn share(config: CoordinatorConfig, deps: Deps, outer: Shutdown) -> Arc<Shared> 
         clock: deps.clock,
         tasks,
         shutdown,
-    })
+    }))
 }
 
 fn warn_if_open(config: &CoordinatorConfig, listener: &TcpListener) {
@@ -228,7 +236,7 @@ async fn services(
     use v1::job_service_server::JobServiceServer;
     use v1::worker_service_server::WorkerServiceServer;
     let (health, health_service) = tonic_health::server::health_reporter();
-    report(&health, ServingStatus::Serving).await;
+    maintenance::report(&health, true, true).await;
     let health_service = health_service.max_decoding_message_size(SMALL_REQUEST_BYTES_MAX);
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(espalier_proto::DESCRIPTORS)
@@ -253,27 +261,9 @@ async fn services(
     Ok((health, router))
 }
 
-/// Says of every service, and of the process as a whole, whether it serves.
-async fn report(health: &HealthReporter, status: ServingStatus) {
-    for service in [
-        "",
-        "espalier.v1.JobService",
-        "espalier.v1.WorkerService",
-        "espalier.v1.AdminService",
-    ] {
-        health.set_service_status(service, status).await;
-    }
-}
-
-async fn serve(
-    router: Router,
-    listener: TcpListener,
-    shared: &Shared,
-    health: HealthReporter,
-) -> Result<(), RunError> {
+async fn serve(router: Router, listener: TcpListener, shared: &Shared) -> Result<(), RunError> {
     let drained = async {
         shared.shutdown.draining().await;
-        report(&health, ServingStatus::NotServing).await;
         tracing::info!("coordinator drains");
     };
     let incoming = net::incoming(listener);

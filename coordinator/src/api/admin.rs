@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status};
 use super::page::{self, List};
 use super::{Shared, queue_error};
 use crate::auth::Call;
+use crate::peers::{self, Order};
 
 /// The service.
 #[derive(Clone)]
@@ -37,7 +38,8 @@ impl v1::admin_service_server::AdminService for AdminApi {
         self.0
             .auth
             .everything(request.metadata(), Call::ListWorkers)?;
-        let page = page_of_workers(self.0.registry.list(), request.get_ref())?;
+        let workers = self.workers().await?;
+        let page = page_of_workers(workers, request.get_ref())?;
         Ok(Response::new(page))
     }
 
@@ -49,10 +51,14 @@ impl v1::admin_service_server::AdminService for AdminApi {
             .auth
             .everything(request.metadata(), Call::DrainWorker)?;
         let worker = WorkerId::new(&request.get_ref().worker).map_err(ApiError::Field)?;
-        if !self.0.registry.drain(&worker) {
+        let at_another = self.0.peers.workers().await.map_err(queue_error)?;
+        let known =
+            self.0.registry.find(&worker).is_some() || at_another.contains_key(worker.as_str());
+        if !known {
             let (what, name) = ("worker", worker.to_string());
             return Err(ApiError::NotFound { what, name }.into());
         }
+        peers::give(&self.0, &Order::Drain { worker }).await?;
         Ok(Response::new(v1::DrainWorkerResponse {}))
     }
 
@@ -61,12 +67,33 @@ impl v1::admin_service_server::AdminService for AdminApi {
         request: Request<v1::GetInfoRequest>,
     ) -> Result<Response<v1::Info>, Status> {
         self.0.auth.everything(request.metadata(), Call::GetInfo)?;
+        let mcp_servers = self.0.mcp_servers().await.map_err(queue_error)?;
         Ok(Response::new(v1::Info {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             store_url: self.0.store.url().to_owned(),
-            queue: "embedded".to_owned(),
-            mcp_servers: self.0.mcp_servers().into_iter().collect(),
+            queue: if self.0.config.is_embedded() {
+                "embedded"
+            } else {
+                "redis"
+            }
+            .to_owned(),
+            mcp_servers: mcp_servers.into_iter().collect(),
         }))
+    }
+}
+
+impl AdminApi {
+    /// The workers of all coordinators, ordered by id. One that has just moved is where it came to last.
+    async fn workers(&self) -> Result<Vec<v1::Worker>, ApiError> {
+        let others = self.0.peers.workers().await.map_err(queue_error)?;
+        let mut all = (*others).clone();
+        for worker in self.0.registry.list() {
+            let newer = all.get(&worker.worker);
+            if newer.is_none_or(|other| other.connected_at_us <= worker.connected_at_us) {
+                all.insert(worker.worker.clone(), worker);
+            }
+        }
+        Ok(all.into_values().collect())
     }
 }
 

@@ -100,7 +100,7 @@ impl Door {
             project,
             batch,
             defaults: (encoded, defaults),
-            mcp_servers: shared.mcp_servers(),
+            mcp_servers: shared.mcp_servers().await.map_err(queue_error)?,
             allow_inline_mcp: shared.config.allow_inline_mcp,
             traceparent,
             now: shared.now(),

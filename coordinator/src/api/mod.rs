@@ -30,6 +30,7 @@ use tokio::sync::Semaphore;
 
 use crate::auth::Auth;
 use crate::config::CoordinatorConfig;
+use crate::peers::Peers;
 use crate::questions::Questions;
 use crate::queue::{Queue, QueueError};
 use crate::registry::Registry;
@@ -47,9 +48,11 @@ pub struct Shared {
     pub queue: Arc<dyn Queue>,
     /// Large specs, manifests and traces.
     pub store: Store,
-    /// The connected workers.
+    /// The other coordinators of the queue.
+    pub peers: Peers,
+    /// The workers that are connected here.
     pub registry: Arc<Registry>,
-    /// What rollouts ask.
+    /// What rollouts of those ask.
     pub questions: Arc<Questions>,
     /// Turns of those who read traces.
     pub trace_readers: Arc<Semaphore>,
@@ -69,11 +72,12 @@ impl Shared {
         self.clock.now()
     }
 
-    /// Names of MCP servers that a job may use.
-    pub fn mcp_servers(&self) -> BTreeSet<String> {
+    /// Names of MCP servers that a job may use: those of the configuration and of workers, wherever they are connected.
+    pub async fn mcp_servers(&self) -> Result<BTreeSet<String>, QueueError> {
         let mut names = self.registry.mcp_servers();
         names.extend(self.config.mcp_servers.iter().cloned());
-        names
+        names.extend(self.peers.servers().await?.iter().cloned());
+        Ok(names)
     }
 }
 
@@ -85,6 +89,9 @@ pub fn queue_error(error: QueueError) -> ApiError {
         QueueError::Refused(Refusal::BatchClosed { batch, .. }) => ApiError::Conflict(format!(
             "batch `{batch}` is closed and takes no more jobs; open another one"
         )),
+        QueueError::Refused(refusal @ Refusal::TooManyOpenBatches { .. }) => {
+            ApiError::Exhausted(format!("{refusal}; close some, or raise `open_batches_max` of the coordinator"))
+        }
         QueueError::Refused(Refusal::Field(field)) => ApiError::Field(field),
         QueueError::Unavailable {
             reason,

@@ -1,14 +1,14 @@
 //! Listing what running rollouts ask, and answering it.
 
-use espalier_core::id::ProjectId;
+use espalier_core::id::{BatchId, ProjectId};
+use espalier_core::time::Timestamp;
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
-use espalier_runtime::tasks::with_deadline;
 
 use super::page::{self, List};
-use super::{Shared, find_batch};
-use crate::questions::{NotAnswered, Place};
-use crate::session;
+use super::{Shared, find_batch, queue_error};
+use crate::peers::{self, Answer, Order};
+use crate::questions::{self, Place, Wanted};
 
 /// A page of open questions.
 pub async fn list(
@@ -28,13 +28,19 @@ pub async fn list(
         "" => None,
         name => Some(find_batch(shared, project.clone(), name).await?.batch),
     };
-    let open = shared.questions.list(
-        &project,
-        batch.as_ref(),
-        after.as_ref(),
-        size + 1,
-        shared.now(),
-    );
+    let wanted = Wanted {
+        project: &project,
+        batch: batch.as_ref(),
+        after: after.as_ref(),
+        limit: size + 1,
+        now: shared.now(),
+    };
+    let others = shared.peers.questions().await.map_err(queue_error)?;
+    let mut open = shared.questions.list(&wanted);
+    let elsewhere = shared.questions.unknown(&others);
+    open.extend(questions::list(elsewhere.into_iter(), &wanted));
+    open.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+    open.truncate(size + 1);
     let rows = open.len();
     let (places, questions): (Vec<Place>, Vec<_>) = open.into_iter().unzip();
     let questions = page::fitting(questions.into_iter().take(size));
@@ -48,34 +54,48 @@ pub async fn list(
     })
 }
 
-/// Keeps the answer and hands it to the worker. Without a stream it waits for the worker to ask again.
+/// How many questions of a batch are open, wherever its workers are connected.
+pub async fn count(
+    shared: &Shared,
+    project: &ProjectId,
+    batch: &BatchId,
+    now: Timestamp,
+) -> Result<u32, ApiError> {
+    let others = shared.peers.questions().await.map_err(queue_error)?;
+    Ok(shared.questions.count(&others, project, batch, now))
+}
+
+/// Keeps the answer and lets it be handed to the worker, wherever it is connected. Without a stream it waits for the
+/// worker to ask again.
 pub async fn answer(
     shared: &Shared,
     project: &ProjectId,
     request: v1::AnswerQuestionRequest,
 ) -> Result<(), ApiError> {
-    let (id, allow) = (request.id, request.allow);
-    let answered = shared.questions.answer(project, &id, allow, shared.now());
-    let addressee = answered.map_err(|why| match why {
-        NotAnswered::Unknown => ApiError::NotFound {
-            what: "open question",
-            name: id.clone(),
-        },
-        NotAnswered::Otherwise(earlier) => {
-            let said = if earlier { "allowed" } else { "refused" };
-            ApiError::Conflict(format!("question `{id}` was answered before: {said}"))
+    let v1::AnswerQuestionRequest { id, allow } = request;
+    let now = shared.now();
+    let question = match shared.questions.find(&id, now) {
+        Some(question) => Some(question),
+        None => {
+            let others = shared.peers.questions().await.map_err(queue_error)?;
+            others.get(&id).filter(|q| q.deadline > now).cloned()
         }
-    })?;
-    let Some(connected) = shared.registry.find(&addressee.worker) else {
-        return Ok(());
     };
-    let answer = v1::coordinator_message::Message::Answer(v1::Answer { id, allow });
-    let sent = connected.outbox().send(Ok(session::message(answer)));
-    match with_deadline("session.answer", session::SEND_LIMIT, sent).await {
-        // A stream that has just ended: the worker asks again on the next one.
-        Ok(_) => Ok(()),
-        Err(_) => Err(ApiError::Unavailable(
-            "the worker does not take the answer now; send it again".to_owned(),
-        )),
+    let question = question.filter(|question| question.key.project == *project);
+    let question = question.ok_or_else(|| ApiError::NotFound {
+        what: "open question",
+        name: id.clone(),
+    })?;
+    if let Some(earlier) = question.answer.filter(|earlier| *earlier != allow) {
+        let said = if earlier { "allowed" } else { "refused" };
+        let conflict = format!("question `{id}` was answered before: {said}");
+        return Err(ApiError::Conflict(conflict));
     }
+    let answer = Answer {
+        job: question.key,
+        question: id,
+        allow,
+        until: question.deadline,
+    };
+    peers::give(shared, &Order::Answer(answer)).await
 }

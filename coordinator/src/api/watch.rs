@@ -108,11 +108,13 @@ impl Watch {
         let last = ended.len().checked_sub(1).map(|last| cursors[last]);
         self.cursor = last.unwrap_or(self.cursor);
         let now = self.shared.now();
+        let open_questions =
+            super::questions::count(&self.shared, &self.project, &self.batch, now).await?;
         let event = v1::BatchEvent {
             batch: Some(view::batch(&page.batch)),
             ended,
             cursor: self.cursor,
-            open_questions: self.shared.questions.count(&self.project, &self.batch, now),
+            open_questions,
         };
         Ok((event, more))
     }

@@ -1,5 +1,5 @@
 //! From the queue's events to the workers that they concern: rings those that may take a job which became ready, and
-//! tells those whose job was cancelled or whose lease ended.
+//! tells those whose job was cancelled or whose lease ended. Orders that other coordinators tell are obeyed.
 //!
 //! Events are hints. When some were missed every worker is rung; cancels and lost leases show at the next renewal.
 
@@ -16,6 +16,7 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
 use crate::api::{Shared, view};
+use crate::peers::Order;
 
 /// Most events that are passed on together: bounds a message to one worker, and how long the first event waits.
 const TOGETHER_MAX: usize = 1_000;
@@ -26,6 +27,10 @@ const TOGETHER_MAX: usize = 1_000;
 struct Notices {
     cancelled: BTreeMap<WorkerId, Vec<v1::Lease>>,
     lost: BTreeMap<WorkerId, Vec<v1::Lease>>,
+    /// What other coordinators told.
+    orders: Vec<Order>,
+    /// The queue may have lost what this coordinator shows others.
+    missed: bool,
 }
 
 /// Follows the events until the process aborts or the queue closes.
@@ -43,6 +48,9 @@ pub async fn run(shared: Arc<Shared>) {
             Err(RecvError::Closed) => return,
         }
         notices.take_waiting(&shared, &mut events);
+        if notices.missed {
+            shared.peers.show_again().await;
+        }
         notices.tell(&shared);
     }
 }
@@ -66,8 +74,11 @@ impl Notices {
 
     fn take(&mut self, shared: &Shared, event: Event) {
         match event {
-            Event::Missed => shared.registry.wake_all(),
-            Event::Notice(_) => {}
+            Event::Missed => {
+                shared.registry.wake_all();
+                self.missed = true;
+            }
+            Event::Notice(notice) => self.orders.extend(Order::parse(&notice)),
             Event::Ready { kind, needs } => shared.registry.wake(kind, &needs),
             Event::CancelRequested { worker, key, fence } => {
                 let leases = self.cancelled.entry(worker).or_default();
@@ -96,7 +107,10 @@ impl Notices {
         }
     }
 
-    fn tell(self, shared: &Shared) {
+    fn tell(self, shared: &Arc<Shared>) {
+        for order in &self.orders {
+            super::peers::obey(shared, order);
+        }
         for (worker, leases) in self.cancelled {
             if let Some(connected) = shared.registry.find(&worker) {
                 connected.hint(Message::Cancels(v1::Cancels { leases }));

@@ -1,19 +1,24 @@
-//! What a coordinator does by itself: follow the queue's events, end what has run out, measure, and forget what is
-//! old. One file a task; each is idempotent, so that any number of coordinators may run them.
+//! What a coordinator does by itself: follow the queue's events, end what has run out, measure, forget what is
+//! old, and tell others what it has and how it is. One file a task; each is idempotent, so that any number of coordinators may run them.
 
 mod events;
 mod gauges;
+mod peers;
+mod readiness;
 mod rescuer;
 mod retention;
 
 use std::sync::Arc;
 
 use espalier_runtime::tasks::OnFailure;
+use tonic_health::server::HealthReporter;
 
 use crate::api::Shared;
 
+pub use readiness::report;
+
 /// Starts every task. They end when the process aborts, so that a drain is still looked after.
-pub fn start(shared: &Arc<Shared>) {
+pub fn start(shared: &Arc<Shared>, health: HealthReporter) {
     let tasks = &shared.tasks;
     // Without these two, jobs are not granted in time and leases do not end: the process is of no use.
     tasks.spawn(
@@ -35,5 +40,15 @@ pub fn start(shared: &Arc<Shared>) {
         "maintenance.retention",
         OnFailure::Log,
         retention::run(Arc::clone(shared)),
+    );
+    tasks.spawn(
+        "maintenance.peers",
+        OnFailure::ShutDown,
+        peers::run(Arc::clone(shared)),
+    );
+    tasks.spawn(
+        "maintenance.readiness",
+        OnFailure::ShutDown,
+        readiness::run(Arc::clone(shared), health),
     );
 }
