@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::limits;
+use super::pattern::Glob;
 use crate::error::FieldError;
 
 /// One entry of an `mcpServers` object, in the form that Claude Desktop and Cursor read.
@@ -123,28 +125,28 @@ pub struct ToolPolicy {
 }
 
 impl ToolPolicy {
-    /// Every glob that does not parse.
+    /// Every list that is too long and every glob that breaks a rule.
     pub fn check(&self) -> Vec<FieldError> {
         let lists = [
             ("allow", &self.allow),
             ("ask", &self.ask),
             ("deny", &self.deny),
         ];
-        let entries = lists.iter().flat_map(|(name, list)| {
-            list.iter()
-                .enumerate()
-                .map(move |(i, glob)| (name, i, glob))
-        });
-        entries
-            .filter_map(|(name, i, glob)| {
-                let error = globset::Glob::new(glob).err()?;
-                Some(FieldError::new(
-                    format!("{name}[{i}]"),
-                    glob,
-                    format!("must be a glob: {}", error.kind()),
-                ))
-            })
-            .collect()
+        let mut errors = Vec::new();
+        for (name, list) in lists {
+            if list.len() > limits::LIST_MAX {
+                let value = format!("{} entries", list.len());
+                let rule = format!("must have at most {} entries", limits::LIST_MAX);
+                errors.push(FieldError::new(name, value, rule));
+                continue;
+            }
+            let refused = list.iter().enumerate().filter_map(|(i, glob)| {
+                let rule = Glob::new(glob).err()?;
+                Some(FieldError::new(format!("{name}[{i}]"), glob, rule))
+            });
+            errors.extend(refused);
+        }
+        errors
     }
 }
 
@@ -199,5 +201,25 @@ mod tests {
             (errors[0].field.as_str(), errors[0].value.as_str()),
             ("ask[1]", "a[")
         );
+    }
+
+    #[test]
+    fn lists_are_short_and_globs_are_bounded() {
+        let policy = ToolPolicy {
+            allow: vec!["a".into(); limits::LIST_MAX + 1],
+            ask: vec!["a".into(); limits::LIST_MAX],
+            deny: vec!["{".repeat(20_000) + "a" + &"}".repeat(20_000)],
+        };
+        let errors = policy.check();
+        let errors: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            errors[0],
+            "`allow` must have at most 64 entries, got `65 entries`"
+        );
+        assert!(
+            errors[1].starts_with("`deny[0]` must have at most 1024 bytes, got `{{{"),
+            "{errors:?}"
+        );
+        assert!(errors.len() == 2 && errors[1].len() < 250, "{errors:?}");
     }
 }

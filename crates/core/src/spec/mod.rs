@@ -8,6 +8,7 @@ mod check;
 mod digest;
 mod draft;
 mod mcp;
+pub mod pattern;
 mod verify;
 
 use std::collections::BTreeMap;

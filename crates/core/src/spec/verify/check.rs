@@ -7,6 +7,7 @@ use super::draft::{
 };
 use super::{AnswerRule, Verify};
 use crate::error::FieldError;
+use crate::spec::pattern::{self, Glob};
 
 /// Deepest nesting of `all`, `any` and `weighted`: more is a mistake, and recursion stays bounded.
 const DEPTH_MAX: usize = 8;
@@ -150,23 +151,11 @@ impl TextRule {
     }
 }
 
-fn check_regex(pattern: &str) -> Result<(), FieldError> {
-    let Err(error) = regex::Regex::new(pattern) else {
-        return Ok(());
-    };
-    // The error's own text draws the pattern over several lines; its last line says what is wrong.
-    let text = error.to_string();
-    let reason = text
-        .lines()
-        .last()
-        .unwrap_or_default()
-        .trim_start_matches("error: ")
-        .to_owned();
-    Err(FieldError::new(
-        "regex",
-        pattern,
-        format!("must be a regular expression: {reason}"),
-    ))
+fn check_regex(text: &str) -> Result<(), FieldError> {
+    let compiled = pattern::regex(text);
+    compiled
+        .map(drop)
+        .map_err(|rule| FieldError::new("regex", text, rule))
 }
 
 impl AnswerDraft {
@@ -227,16 +216,12 @@ impl AnswerDraft {
                 "must go with `equals` alone",
             ));
         }
-        match serde_json_path::JsonPath::parse(path) {
+        match pattern::json_path(path) {
             Ok(_) => Ok(AnswerRule::Json {
                 path: path.to_owned(),
                 equals: self.equals.clone(),
             }),
-            Err(error) => Err(FieldError::new(
-                "json_path",
-                path,
-                format!("must be an RFC 9535 path: {}", error.message()),
-            )),
+            Err(rule) => Err(FieldError::new("json_path", path, rule)),
         }
     }
 }
@@ -249,12 +234,8 @@ fn checked_text(rule: TextRule) -> Result<AnswerRule, FieldError> {
 impl ToolCalled {
     fn check(&self) -> Result<(), Vec<FieldError>> {
         let mut errors = Vec::new();
-        if let Err(error) = globset::Glob::new(&self.name) {
-            errors.push(FieldError::new(
-                "name",
-                &self.name,
-                format!("must be a glob: {}", error.kind()),
-            ));
+        if let Err(rule) = Glob::new(&self.name) {
+            errors.push(FieldError::new("name", &self.name, rule));
         }
         for (name, rule) in &self.arguments {
             errors.extend(
