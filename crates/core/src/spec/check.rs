@@ -30,6 +30,13 @@ pub mod limits {
     pub const SERVERS_MAX: usize = 16;
 }
 
+/// How long an attempt may take where nobody says.
+const MAX_RUNTIME_DEFAULT_S: i64 = 3600;
+/// Longest rollout.
+const WALL_S_MAX: i64 = 86_400;
+/// What an attempt may take beside its rollout: servers start, checks are made, the result is stored.
+const RUNTIME_MARGIN_S: i64 = 900;
+
 /// Collects what is wrong, so that a client sees all of it at once.
 #[derive(Default)]
 struct Faults(Vec<FieldError>);
@@ -132,12 +139,7 @@ impl JobDraft {
             )),
             max_attempts: faults.number("max_attempts", self.max_attempts, 1..=100, 3),
             max_infra: faults.number("max_infra", self.max_infra, 1..=1000, 20),
-            max_runtime: Duration::from_secs(faults.number(
-                "max_runtime_s",
-                self.max_runtime_s,
-                1..=7 * 86_400,
-                3600,
-            )),
+            max_runtime: self.check_max_runtime(&mut faults),
             traceparent: self.traceparent.clone(),
             rollout: self.check_rollout(&mut faults),
         };
@@ -164,6 +166,27 @@ impl JobDraft {
         } else {
             Err(faults.0)
         }
+    }
+
+    /// Who asks for a long rollout without a word about the attempt expects it to run that long.
+    fn check_max_runtime(&self, faults: &mut Faults) -> Duration {
+        let wall_s = self.limits.as_ref().and_then(|limits| limits.wall_s);
+        let default = MAX_RUNTIME_DEFAULT_S;
+        let default = wall_s.map_or(default, |wall_s| {
+            let wall_s = wall_s.clamp(0, WALL_S_MAX);
+            default.max(wall_s + RUNTIME_MARGIN_S)
+        });
+        let given = self.max_runtime_s;
+        let max_runtime = faults.number("max_runtime_s", given, 1..=7 * 86_400, default);
+        if let (Some(given), Some(wall_s)) = (given, wall_s)
+            && given <= wall_s
+        {
+            let rule = format!(
+                "must be above `limits.wall_s`, which is {wall_s}: an attempt also starts servers, judges and publishes"
+            );
+            faults.add("max_runtime_s", given, rule);
+        }
+        Duration::from_secs(max_runtime)
     }
 
     fn check_rollout(&self, faults: &mut Faults) -> RolloutSpec {
@@ -238,7 +261,7 @@ impl JobDraft {
         Limits {
             turns_max: faults.number("limits.turns", draft.turns, 1..=1000, 30),
             tokens_max: faults.number("limits.tokens", draft.tokens, 1..=100_000_000, 500_000),
-            wall_s: faults.number("limits.wall_s", draft.wall_s, 1..=86_400, 900),
+            wall_s: faults.number("limits.wall_s", draft.wall_s, 1..=WALL_S_MAX, 900),
             tool_calls_per_turn_max: faults.number(
                 "limits.tool_calls_per_turn",
                 draft.tool_calls_per_turn,
@@ -469,6 +492,33 @@ mod tests {
             "a".repeat(limits::TEXT_BYTES_MAX + 1)
         );
         assert!(faults(&long)[0].contains("must have at most 262144 bytes"));
+    }
+
+    #[test]
+    fn an_attempt_outlasts_its_rollout() {
+        for (line, expected_s) in [
+            (r#"{"prompt":"x"}"#, 3600),
+            (r#"{"prompt":"x","limits":{"wall_s":60}}"#, 3600),
+            (r#"{"prompt":"x","limits":{"wall_s":7200}}"#, 8100),
+            (r#"{"prompt":"x","limits":{"wall_s":86400}}"#, 87_300),
+            (r#"{"prompt":"x","max_runtime_s":60}"#, 60),
+            (
+                r#"{"prompt":"x","max_runtime_s":61,"limits":{"wall_s":60}}"#,
+                61,
+            ),
+        ] {
+            assert_eq!(spec(line).max_runtime.as_secs(), expected_s, "{line}");
+        }
+        let found = faults(r#"{"prompt":"x","max_runtime_s":3600,"limits":{"wall_s":7200}}"#);
+        assert_eq!(found.len(), 1);
+        assert!(
+            found[0].starts_with("`max_runtime_s` must be above `limits.wall_s`, which is 7200")
+                && found[0].ends_with("got `3600`"),
+            "{found:?}"
+        );
+        // A rollout that is refused for itself takes nothing else along, however large it is.
+        let found = faults(r#"{"prompt":"x","limits":{"wall_s":9223372036854775807}}"#);
+        assert_eq!(found.len(), 1, "{found:?}");
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! A job as a client writes it, before any check.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::mcp::{McpServer, ToolPolicy};
@@ -174,7 +177,7 @@ pub struct ObservationDraft {
 }
 
 /// A configured server's name, or a server of the job's own.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum McpUseDraft {
     /// A name from the worker's configuration.
@@ -186,6 +189,39 @@ pub enum McpUseDraft {
         /// How it is started or reached.
         server: McpServer,
     },
+}
+
+/// By hand, because serde tells of an untagged enum only that nothing matched, and not which key was wrong.
+impl<'de> Deserialize<'de> for McpUseDraft {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Inline {
+            name: String,
+            server: McpServer,
+        }
+
+        struct NameOrInline;
+
+        impl<'de> Visitor<'de> for NameOrInline {
+            type Value = McpUseDraft;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the name of a server, or an object of `name` and `server`")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<McpUseDraft, E> {
+                Ok(McpUseDraft::Named(name.to_owned()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<McpUseDraft, A::Error> {
+                let Inline { name, server } = Inline::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(McpUseDraft::Inline { name, server })
+            }
+        }
+
+        deserializer.deserialize_any(NameOrInline)
+    }
 }
 
 /// A file of jobs in TOML: what they share, and each of them.
@@ -308,6 +344,45 @@ mod tests {
             );
             assert!(error.rule.contains(rule), "{error}");
         }
+    }
+
+    #[test]
+    fn unknown_keys_are_named_with_their_path() {
+        for (line, field, value) in [
+            (
+                r#"{"verify":{"page":{"script":"() => true","timout":5}}}"#,
+                "verify.page.timout",
+                "5",
+            ),
+            (
+                r#"{"verify":{"all":[{"page":{"script":"s","x":1}}]}}"#,
+                "verify.all[0].page.x",
+                "1",
+            ),
+            (
+                r#"{"mcp":["a",{"name":"x","server":{"command":"y"},"espalier":{"isolation":"process"}}]}"#,
+                "mcp[1].espalier",
+                r#"{"isolation":"process"}"#,
+            ),
+            (
+                r#"{"mcp":[{"name":"x","server":{"command":"y","tiemout":5}}]}"#,
+                "mcp[0].server.tiemout",
+                "5",
+            ),
+        ] {
+            let error = parse_line(line.as_bytes()).unwrap_err();
+            assert_eq!(
+                (error.field.as_str(), error.value.as_str()),
+                (field, value),
+                "{error}"
+            );
+            assert!(error.rule.contains("unknown field"), "{error}");
+        }
+        let error = parse_line(br#"{"mcp":[5]}"#).unwrap_err();
+        assert_eq!(error.field, "mcp[0]");
+        assert!(error.rule.contains("the name of a server"), "{error}");
+        let error = parse_line(br#"{"mcp":[{"name":"x"}]}"#).unwrap_err();
+        assert!(error.rule.contains("missing field `server`"), "{error}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 /// A check as a client writes it. One key names the kind.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum VerifyDraft {
     /// The last assistant message.
     Answer(AnswerDraft),
