@@ -19,6 +19,7 @@ use espalier_runtime::net::{self, AuthorizedChannel};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{OnFailure, Tasks};
+use espalier_testbed::redis::RedisServer;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -107,6 +108,22 @@ impl Coordinator {
         let mut config = config(folder.path());
         change(&mut config);
         Self::run(folder, config, self.deps.clone(), Arc::clone(&self.clock)).await
+    }
+
+    /// Starts one on the queue in `redis`, beside any others there are.
+    pub async fn start_on(
+        redis: &RedisServer,
+        change: impl FnOnce(&mut CoordinatorConfig),
+    ) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config(folder.path());
+        config.queue = Secret::new(redis.url());
+        change(&mut config);
+        let store = Store::open("memory://").await.unwrap();
+        let tasks = Tasks::new(Shutdown::new());
+        let deps = Deps::with_redis(&config, store, &tasks).await.unwrap();
+        let clock = Arc::clone(&deps.clock);
+        Self::run(folder, config, deps, clock).await
     }
 
     async fn run(
