@@ -20,6 +20,10 @@ use crate::record::{
 };
 use crate::rollout::{self, Approver, Order, Question, RolloutError, Scripted, Services};
 
+/// Lines of a server's last words that are kept with a failure: a half of what a record holds, so that it still tells
+/// what the job was at.
+const LAST_WORDS_LINES_MAX: usize = 10;
+
 /// Does rollouts.
 pub(crate) struct RolloutHandler {
     services: Services,
@@ -40,6 +44,13 @@ impl AttemptError {
         match self {
             Self::Rollout(error) => error.class(),
             Self::Record(error) => error.class(),
+        }
+    }
+
+    fn last_words(&self) -> Option<&str> {
+        match self {
+            Self::Rollout(error) => error.last_words(),
+            Self::Record(_) => None,
         }
     }
 }
@@ -160,8 +171,22 @@ impl Handler for RolloutHandler {
             Err(AttemptError::Record(RecordError::Stopped)) => {
                 stopped_outcome(context.lease().reason())
             }
-            Err(error) => JobOutcome::failed(error.class(), telemetry::error_chain(&error)),
+            Err(error) => {
+                keep_last_words(error.last_words(), &context);
+                JobOutcome::failed(error.class(), telemetry::error_chain(&error))
+            }
         }
+    }
+}
+
+/// Puts what a server said last into the job's record, beside what the job was at. The message of the failure is
+/// logged and exported, where nothing that a server says may stand.
+fn keep_last_words(words: Option<&str>, context: &JobContext) {
+    let lines: Vec<&str> = words.unwrap_or_default().lines().collect();
+    for line in &lines[lines.len().saturating_sub(LAST_WORDS_LINES_MAX)..] {
+        context
+            .lease()
+            .progress(&format!("the server said: {line}"));
     }
 }
 

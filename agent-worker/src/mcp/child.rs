@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use espalier_runtime::tasks::{OnFailure, Tasks, with_deadline};
@@ -158,6 +158,11 @@ impl ServerProcess {
         self.last_words.text()
     }
 
+    /// What must not show in an error about it.
+    pub(super) fn secrets(&self) -> &Secrets {
+        &self.last_words.secrets
+    }
+
     /// The process group, which is also the id of its first process.
     pub(super) fn group(&self) -> i32 {
         self.group.as_raw_nonzero().get()
@@ -224,37 +229,60 @@ async fn wait(
 /// The bounded end of a server's standard error.
 #[derive(Debug)]
 struct LastWords {
-    bytes: Mutex<VecDeque<u8>>,
+    heard: Mutex<Heard>,
     secrets: Secrets,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    bytes: VecDeque<u8>,
+    /// Whether there was more before.
+    is_cut: bool,
 }
 
 impl LastWords {
     fn new(secrets: Secrets) -> Self {
         Self {
-            bytes: Mutex::default(),
+            heard: Mutex::default(),
             secrets,
         }
     }
 
     async fn read(self: Arc<Self>, mut from: impl AsyncRead + Unpin) {
         let mut buffer = [0; 1024];
+        // The kernel starts no program with a longer value than 128 KiB.
+        let kept = STDERR_BYTES_KEPT + self.secrets.longest();
         while let Ok(count @ 1..) = from.read(&mut buffer).await {
-            let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-            bytes.extend(&buffer[..count]);
-            let surplus = bytes.len().saturating_sub(STDERR_BYTES_KEPT);
-            bytes.drain(..surplus);
+            let mut heard = self.heard();
+            heard.bytes.extend(&buffer[..count]);
+            let surplus = heard.bytes.len().saturating_sub(kept);
+            heard.bytes.drain(..surplus);
+            heard.is_cut |= surplus > 0;
         }
     }
 
     fn text(&self) -> String {
-        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes: Vec<u8> = bytes.iter().copied().collect();
-        // The first line may have lost its beginning, and with it the part of a secret that would be recognised.
-        let whole = match bytes.iter().position(|byte| *byte == b'\n') {
-            Some(end) if bytes.len() == STDERR_BYTES_KEPT => &bytes[end + 1..],
-            _ => &bytes[..],
+        let (bytes, is_cut) = {
+            let heard = self.heard();
+            (Vec::from_iter(heard.bytes.iter().copied()), heard.is_cut)
         };
-        self.secrets.redact(String::from_utf8_lossy(whole).trim())
+        let text = String::from_utf8_lossy(&bytes);
+        if !is_cut {
+            return self.secrets.redact(&text).trim().to_owned();
+        }
+        // Of a secret that the cut goes through only an end is left, which nobody recognises: it ends before as many
+        // bytes as the longest secret has.
+        let unsure = &bytes[..self.secrets.longest().min(bytes.len())];
+        let from = String::from_utf8_lossy(unsure).len();
+        let shown = self.secrets.redact_from(&text, from);
+        let shown = shown.trim();
+        // The first line has lost its beginning.
+        let whole_lines = shown.split_once('\n').map(|(_, rest)| rest);
+        whole_lines.unwrap_or(shown).to_owned()
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -313,6 +341,22 @@ mod tests {
             "{words}"
         );
         assert!(words.starts_with("line "), "{words}");
+    }
+
+    #[tokio::test]
+    async fn no_end_of_a_secret_is_left_where_the_last_words_are_cut() {
+        for script in [
+            // The cut goes through the secret, on a line without an end and on one with.
+            "printf '%s' hunter2-secret >&2; head -c 4090 /dev/zero | tr '\\0' x >&2",
+            "printf '%s' hunter2-secret >&2; head -c 4090 /dev/zero | tr '\\0' x >&2; echo >&2",
+            "head -c 9000 /dev/zero | tr '\\0' x >&2; echo hunter2-secret >&2",
+        ] {
+            let (process, _pipes, _dir) = start(script);
+            process.exited().await;
+            let words = process.last_words();
+            assert!(words.contains("xxx"), "{script}: {words}");
+            assert!(!words.contains("cret"), "{script}: {words}");
+        }
     }
 
     #[tokio::test]

@@ -80,7 +80,7 @@ pub struct StdioServer {
     pub cwd: Option<PathBuf>,
 }
 
-/// A streamable HTTP server. `Debug` shows no query and no header values.
+/// A streamable HTTP server. `Debug` shows no more of its address than the host, and no header values.
 #[derive(Clone, PartialEq, Eq)]
 pub struct HttpServer {
     /// Address.
@@ -102,9 +102,12 @@ impl fmt::Debug for StdioServer {
 
 impl fmt::Debug for HttpServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let address = self.url.split(['?', '#']).next().unwrap_or_default();
+        let address = reqwest::Url::parse(&self.url).ok();
         f.debug_struct("HttpServer")
-            .field("url", &address)
+            .field(
+                "url",
+                &address.map(|address| address.origin().ascii_serialization()),
+            )
             .field("headers", &self.headers.keys())
             .finish()
     }

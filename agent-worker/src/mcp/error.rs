@@ -30,24 +30,26 @@ pub enum McpError {
     },
 
     /// The server did not come up, or ended its connection before it was ready.
-    #[error("server `{server}` did not start: {reason}{}", tail(.stderr))]
+    #[error("server `{server}` did not start: {reason}")]
     Start {
         /// Name of the server.
         server: String,
         /// What was seen.
         reason: String,
-        /// The end of its standard error, without secrets.
+        /// The end of its standard error, without secrets but with what the model and its tools said to one another,
+        /// as far as the server logs that. It is no part of the message, which goes into logs and telemetry.
         stderr: String,
     },
 
     /// The server's process or its connection ended.
-    #[error("server `{server}` is gone: {reason}{}", tail(.stderr))]
+    #[error("server `{server}` is gone: {reason}")]
     Crashed {
         /// Name of the server.
         server: String,
         /// What was seen.
         reason: String,
-        /// The end of its standard error, without secrets.
+        /// The end of its standard error, without secrets but with what the model and its tools said to one another,
+        /// as far as the server logs that. It is no part of the message, which goes into logs and telemetry.
         stderr: String,
     },
 
@@ -111,6 +113,17 @@ impl McpError {
         }
     }
 
+    /// The end of what a server that is gone wrote to its standard error. For whoever looks at the job or sits at the
+    /// terminal; not for logs.
+    pub fn last_words(&self) -> Option<&str> {
+        match self {
+            Self::Start { stderr, .. } | Self::Crashed { stderr, .. } => {
+                Some(stderr.as_str()).filter(|stderr| !stderr.is_empty())
+            }
+            _ => None,
+        }
+    }
+
     /// Whether the server, and not only this rollout's connection, has to be doubted.
     pub(super) fn doubts_server(&self) -> bool {
         matches!(
@@ -121,11 +134,4 @@ impl McpError {
                 | Self::Deadline { .. }
         )
     }
-}
-
-fn tail(stderr: &str) -> String {
-    if stderr.is_empty() {
-        return String::new();
-    }
-    format!("; it last said: {stderr}")
 }

@@ -61,7 +61,7 @@ impl Inner {
             args: stdio.args.clone(),
             env,
             cwd: stdio.cwd.clone().unwrap_or_else(|| dir.path().to_owned()),
-            secrets: Secrets::new(stdio.env.values()),
+            secrets: Secrets::of_command(&stdio.args, stdio.env.values()),
         };
         let started = self.launcher.start(&launch, true);
         let (process, pipes) = started.map_err(|error| match server.is_inline {

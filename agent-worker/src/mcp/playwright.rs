@@ -157,7 +157,7 @@ impl Installation {
             args,
             env: variables,
             cwd: dir.to_owned(),
-            secrets: Secrets::default(),
+            secrets: Secrets::of_command(&options.chromium_args, &options.proxy),
         })
     }
 

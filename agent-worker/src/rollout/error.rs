@@ -42,4 +42,12 @@ impl RolloutError {
             Self::Deadline(_) | Self::Blocking(_) => ErrorClass::Infra,
         }
     }
+
+    /// What a server said last that took the rollout down. Not for logs: it may quote what was said.
+    pub fn last_words(&self) -> Option<&str> {
+        match self {
+            Self::Mcp(error) => error.last_words(),
+            _ => None,
+        }
+    }
 }

@@ -22,7 +22,7 @@ use crate::client::store_dir;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::names;
-use crate::output::note;
+use crate::output::{note, plain};
 use crate::rollout_args::RolloutArgs;
 use crate::servers::{self, Ready};
 use crate::up::{Settings, Up};
@@ -166,6 +166,10 @@ fn report(context: &Context, key: &JobKey, store_url: &str, conversed: &Converse
             "the conversation broke off: {}",
             error_chain(error)
         ));
+        if let Some(words) = error.last_words() {
+            let words: Vec<String> = words.lines().map(plain).collect();
+            note(format!("the server last said:\n{}", words.join("\n")));
+        }
     }
     let manifest = &conversed.published.manifest;
     context.out.show(

@@ -14,11 +14,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use espalier_runtime::tasks::with_deadline;
+use espalier_runtime::tasks::{self, with_deadline};
 use rmcp::ErrorData;
 use rmcp::model::{
-    CallToolRequest, CallToolRequestParams, CallToolResult, ClientRequest, PingRequest,
-    ReadResourceRequestParams, ReadResourceResult, ServerPeerInfo, ServerResult, Tool,
+    CallToolRequest, CallToolRequestParams, CallToolResult, ClientRequest, PaginatedRequestParams,
+    PingRequest, ReadResourceRequestParams, ReadResourceResult, ServerPeerInfo, ServerResult, Tool,
 };
 use rmcp::service::{Peer, PeerRequestOptions, RoleClient, RunningService, ServiceError};
 use serde_json::{Map, Value};
@@ -33,6 +33,10 @@ use reach::{ANSWER_BYTES_MAX, Meter};
 
 /// Most tools of one server: models cannot choose from more, and an endless list must end.
 const TOOLS_MAX: usize = 512;
+/// Most pages in which a server may list them; some list one tool a page, and some never end.
+const TOOL_PAGES_MAX: usize = TOOLS_MAX;
+/// Most bytes of all pages together, as JSON: as much as one answer may hold.
+const TOOL_LIST_BYTES_MAX: usize = ANSWER_BYTES_MAX;
 /// How long a server may take to say that it is alive.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often, and how far apart, a server is asked about a context that may be gone: the news of a crash travels from
@@ -59,7 +63,7 @@ pub(super) struct Connection {
     /// The server's process, where it is ours.
     process: Option<Arc<ServerProcess>>,
     meter: Option<Meter>,
-    /// What its address and headers must not show in an error.
+    /// What its address, headers, arguments and environment must not show in an error.
     secrets: Secrets,
 }
 
@@ -73,7 +77,11 @@ impl Connection {
         timeout: Duration,
     ) -> Result<Self, McpError> {
         let (client, is_browser) = (Client::new(root), root.is_some());
-        let (meter, secrets) = (reach.meter(), reach.secrets());
+        let meter = reach.meter();
+        let secrets = match &process {
+            Some(process) => process.secrets().clone(),
+            None => reach.secrets(),
+        };
         let handshake = reach.serve(server, client.clone(), meter.clone());
         let running = tokio::select! {
             done = with_deadline("mcp_handshake", timeout, handshake) => match done {
@@ -120,11 +128,7 @@ impl Connection {
                 "it asked for roots {asked} times and not once, so that a lost context could not be seen"
             ),
         };
-        Err(start_error(
-            &self.server,
-            reason.trim(),
-            self.process.as_deref(),
-        ))
+        Err(self.refused(reason.trim()))
     }
 
     /// Name of the server.
@@ -144,17 +148,50 @@ impl Connection {
 
     /// Every tool of the server.
     pub(super) async fn list_tools(&self, timeout: Duration) -> Result<Vec<Tool>, McpError> {
-        let listed = with_deadline("mcp_list_tools", timeout, self.peer.list_all_tools()).await;
-        let tools = match listed {
-            Ok(Ok(tools)) => tools,
-            Ok(Err(error)) => return Err(self.gone(&error).await),
-            Err(_) => return Err(self.late("tools/list", timeout)),
-        };
-        if tools.len() > TOOLS_MAX {
-            let reason = format!("it offers {} tools; the most is {TOOLS_MAX}", tools.len());
-            return Err(start_error(&self.server, &reason, self.process.as_deref()));
+        let listed = with_deadline("mcp_list_tools", timeout, self.list_pages()).await;
+        listed.unwrap_or_else(|_| Err(self.late("tools/list", timeout)))
+    }
+
+    /// Follows the pages of the list, as far as a list may go.
+    async fn list_pages(&self) -> Result<Vec<Tool>, McpError> {
+        let (mut tools, mut bytes, mut cursor) = (Vec::new(), 0, None);
+        for _ in 0..TOOL_PAGES_MAX {
+            if let Some(meter) = &self.meter {
+                meter.reset();
+            }
+            let next = PaginatedRequestParams::default().with_cursor(cursor.take());
+            let asked = self.peer.list_tools(Some(next)).await;
+            let page = match asked {
+                Ok(page) => page,
+                Err(error) => return Err(self.gone(&error).await),
+            };
+            let measured = tasks::blocking("mcp.tool_list", move || {
+                let size = serde_json::to_vec(&page.tools).map_or(usize::MAX, |json| json.len());
+                (page, size)
+            });
+            let (page, size) = measured.await?;
+            bytes = size.saturating_add(bytes);
+            tools.extend(page.tools);
+            if bytes > TOOL_LIST_BYTES_MAX {
+                let what = format!("its list of tools has more than {TOOL_LIST_BYTES_MAX} bytes");
+                return Err(self.refused(&what));
+            }
+            if tools.len() > TOOLS_MAX {
+                return Err(self.refused(&format!("it offers more than {TOOLS_MAX} tools")));
+            }
+            cursor = page.next_cursor;
+            if cursor.is_none() {
+                return Ok(tools);
+            }
         }
-        Ok(tools)
+        Err(self.refused(&format!(
+            "its list of tools has more than {TOOL_PAGES_MAX} pages"
+        )))
+    }
+
+    fn refused(&self, reason: &str) -> McpError {
+        let reason = self.secrets.redact(reason);
+        start_error(&self.server, &reason, self.process.as_deref())
     }
 
     /// Calls a tool. The inner error is one that the model may read: what the server reports by the protocol, or that
@@ -331,13 +368,23 @@ impl Connection {
         if let Ok(status) = with_deadline("mcp_server_end", EXIT_GRACE, end).await {
             return self.crashed(&status);
         }
-        // The error of a request names its whole address.
-        let reason = format!("the connection ended: {error}");
-        let reason = self.secrets.redact(&reason);
+        let reason = format!("the connection ended: {}", kind_of(error));
         if self.meter.is_some() {
             return self.crashed(&reason);
         }
         McpError::ContextLost { server, reason }
+    }
+}
+
+/// Errors of a transport quote whole addresses, headers and answers: only their kind is kept.
+fn kind_of(error: &ServiceError) -> String {
+    match error {
+        ServiceError::McpError(error) => format!("it answered with the error {}", error.code.0),
+        ServiceError::TransportSend(_) => "a request was not answered as the protocol says".into(),
+        ServiceError::TransportClosed => "it was closed".into(),
+        ServiceError::UnexpectedResponse => "it answered something else than was asked".into(),
+        ServiceError::Timeout { .. } => "it did not answer in time".into(),
+        _ => "a request was given up".into(),
     }
 }
 
@@ -390,8 +437,17 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
-    /// Answers the handshake and then hangs up on everything.
-    async fn shake_hands_and_leave(listener: TcpListener) {
+    const INITIALIZED: &str = r#"{"jsonrpc":"2.0","id":0,"result":{"protocolVersion":"2025-06-18","capabilities":{"tools":{}},"serverInfo":{"name":"s","version":"1"}}}"#;
+
+    /// The id of a request, as it stands in its text.
+    fn id_of(request: &str) -> Option<&str> {
+        let (_, rest) = request.split_once("\"id\":")?;
+        rest.split([',', '}']).next()
+    }
+
+    /// Answers the handshake, and each list of tools with `page`, in which `ID` is the request's; hangs up where there
+    /// is none, and when the client has gone.
+    async fn serve(listener: TcpListener, page: Option<&str>) {
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
             let mut request = vec![0; 8192];
@@ -403,34 +459,28 @@ mod tests {
                 }
             }
             let request = String::from_utf8_lossy(&request[..count]).into_owned();
-            let body = match request.contains("\"initialize\"") {
-                true => {
-                    r#"{"jsonrpc":"2.0","id":0,"result":{"protocolVersion":"2025-06-18","capabilities":{"tools":{}},"serverInfo":{"name":"s","version":"1"}}}"#
-                }
-                false if request.contains("notifications/initialized") => "",
-                false => return,
+            let body = match (page, id_of(&request)) {
+                (_, None) if request.contains("notifications/initialized") => String::new(),
+                (_, Some(_)) if request.contains("\"initialize\"") => INITIALIZED.to_owned(),
+                (Some(page), Some(id)) if request.contains("tools/list") => page.replace("ID", id),
+                _ => return,
             };
-            let status = if body.is_empty() {
-                "202 Accepted"
-            } else {
-                "200 OK"
+            let status = match body.is_empty() {
+                true => "202 Accepted",
+                false => "200 OK",
             };
             let head = format!(
                 "HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
                 body.len()
             );
-            stream.write_all((head + body).as_bytes()).await.unwrap();
+            stream.write_all((head + &body).as_bytes()).await.unwrap();
         }
     }
 
-    #[tokio::test]
-    async fn the_error_of_a_lost_server_shows_no_secret_of_its_address() {
+    async fn list(path: &str, page: Option<&str>) -> Result<Vec<Tool>, McpError> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let http = HttpServer {
-            url: format!(
-                "http://{}/mcp?api_key=hunter2-secret",
-                listener.local_addr().unwrap()
-            ),
+            url: format!("http://{}{path}", listener.local_addr().unwrap()),
             headers: BTreeMap::new(),
         };
         let timeout = Duration::from_secs(20);
@@ -438,9 +488,34 @@ mod tests {
             let connection = Connection::open("s", Reach::Http(&http), None, None, timeout).await?;
             connection.list_tools(timeout).await
         };
-        let (talked, ()) = tokio::join!(talk, shake_hands_and_leave(listener));
-        let error = talked.unwrap_err();
+        tokio::select! {
+            listed = talk => listed,
+            () = async { serve(listener, page).await; std::future::pending().await } => unreachable!(),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_error_of_a_lost_server_shows_no_secret_of_its_address() {
+        let error = list("/s/hunter2/mcp?api_key=hunter2-secret", None).await;
+        let error = error.unwrap_err();
         assert!(matches!(error, McpError::ContextLost { .. }), "{error}");
         assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn a_list_of_tools_without_an_end_is_refused() {
+        for (tools, reason) in [
+            ("", "more than 512 pages"),
+            (
+                r#"{"name":"t","inputSchema":{}},{"name":"u","inputSchema":{}}"#,
+                "more than 512 tools",
+            ),
+        ] {
+            let page = format!(
+                r#"{{"jsonrpc":"2.0","id":ID,"result":{{"tools":[{tools}],"nextCursor":"again"}}}}"#
+            );
+            let error = list("/mcp", Some(&page)).await.unwrap_err();
+            assert!(error.to_string().contains(reason), "{error}");
+        }
     }
 }

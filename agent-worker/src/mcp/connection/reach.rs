@@ -45,14 +45,12 @@ impl Reach<'_> {
         matches!(self, Self::Pipes(_)).then(Meter::default)
     }
 
-    /// What the address and headers must not show in an error.
+    /// What of the address and headers must not show in an error.
     pub(super) fn secrets(&self) -> Secrets {
-        let Self::Http(http) = self else {
-            return Secrets::default();
-        };
-        let address = reqwest::Url::parse(&http.url).ok();
-        let query = address.and_then(|address| address.query().map(str::to_owned));
-        Secrets::new(http.headers.values().chain(&query))
+        match self {
+            Self::Http(http) => Secrets::new(http.headers.values().chain([&http.url])),
+            Self::Pipes(_) | Self::Socket(_) => Secrets::default(),
+        }
     }
 
     /// Connects and shakes hands.
