@@ -27,8 +27,8 @@ use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use serde::Deserialize;
 use tracing::{Level, Metadata, Subscriber};
-use tracing_subscriber::filter::{EnvFilter, filter_fn};
-use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::filter::{EnvFilter, FilterExt, filter_fn};
+use tracing_subscriber::layer::{Filter, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry};
@@ -42,14 +42,16 @@ pub use traceparent::{TraceParent, continue_from, inject_traceparent, link_to};
 /// Deadline of one export: a collector is close by, and a lost batch is better than a process that waits.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is logged on stderr when nothing is configured. `rmcp` names whole addresses, whose query may hold a key; what
-/// goes wrong in it comes back as an error, which is logged without.
-const LOG_FILTER: &str = "info,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn,rmcp=off";
+/// What is logged on stderr when nothing is configured.
+const LOG_FILTER: &str = "info,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn";
 
-/// Targets that are not exported: those that exporting itself writes to, which would feed the exporter with its own
-/// work, and `rmcp` for the same reason as in [`LOG_FILTER`].
-const TRANSPORT_TARGETS: [&str; 10] = [
-    "rmcp",
+/// The target that is neither logged nor exported, whatever the configuration says: `rmcp` writes down whole requests
+/// and answers, which hold what was said, and whole addresses, which may hold keys. What goes wrong in it comes back as
+/// an error, which is logged without.
+const NEVER_TOLD: &str = "rmcp";
+
+/// Targets that are not exported: exporting itself writes to them, which would feed the exporter with its own work.
+const TRANSPORT_TARGETS: [&str; 9] = [
     "h2",
     "hyper",
     "hyper_util",
@@ -168,10 +170,7 @@ pub fn init(
     config: &TelemetryConfig,
     service_name: &'static str,
 ) -> Result<Telemetry, TelemetryError> {
-    let filter = EnvFilter::try_new(&config.log_filter).map_err(|source| {
-        let filter = config.log_filter.clone();
-        TelemetryError::Filter { filter, source }
-    })?;
+    let filter = log_filter(config)?;
     let export = match &config.otlp_endpoint {
         Some(endpoint) => Some(Export::new(endpoint, config, service_name)?),
         None => None,
@@ -202,6 +201,19 @@ pub fn init(
     Ok(Telemetry { export })
 }
 
+/// What goes to stderr.
+fn log_filter<S>(config: &TelemetryConfig) -> Result<impl Filter<S> + use<S>, TelemetryError>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    let filter = EnvFilter::try_new(&config.log_filter).map_err(|source| {
+        let filter = config.log_filter.clone();
+        TelemetryError::Filter { filter, source }
+    })?;
+    // Not as one more directive: a longer one, such as `rmcp::service=trace`, would win over it.
+    Ok(filter.and(filter_fn(|metadata| root_of(metadata) != NEVER_TOLD)))
+}
+
 fn stderr_layer<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
@@ -219,9 +231,14 @@ where
 
 /// Whether a record may leave over OTLP.
 fn is_exported(metadata: &Metadata<'_>) -> bool {
-    let root = metadata.target().split("::").next().unwrap_or_default();
+    let root = root_of(metadata);
     let from_transport = TRANSPORT_TARGETS.contains(&root) || root.starts_with("opentelemetry");
-    *metadata.level() <= Level::INFO && !from_transport
+    *metadata.level() <= Level::INFO && !from_transport && root != NEVER_TOLD
+}
+
+/// The crate that a record comes from.
+fn root_of<'a>(metadata: &Metadata<'a>) -> &'a str {
+    metadata.target().split("::").next().unwrap_or_default()
 }
 
 impl Export {
@@ -423,17 +440,26 @@ mod tests {
 
     #[test]
     fn what_may_name_secrets_is_neither_logged_nor_exported() {
-        let (logged, exported) = (Targets::default(), Targets::default());
-        let filter = EnvFilter::try_new(LOG_FILTER).unwrap();
-        let subscriber = Registry::default()
-            .with(logged.clone().with_filter(filter))
-            .with(exported.clone().with_filter(filter_fn(is_exported)));
-        tracing::subscriber::with_default(subscriber, || {
-            tracing::error!(target: "rmcp::transport::worker", "http://host/?key=secret");
-            tracing::error!(target: "espalier_test", "x");
-        });
-        assert_eq!(*logged.0.lock().unwrap(), ["espalier_test"]);
-        assert_eq!(*exported.0.lock().unwrap(), ["espalier_test"]);
+        for log in [
+            None,
+            Some("trace"),
+            Some("info,rmcp::transport=trace,rmcp=trace"),
+        ] {
+            let (logged, exported) = (Targets::default(), Targets::default());
+            let environment = log.map(|log| ("ESPALIER_LOG".to_owned(), log.to_owned()));
+            let environment = Environment::from_iter(environment);
+            let filter = log_filter(&TelemetryConfig::default().or_from(&environment)).unwrap();
+            let subscriber = Registry::default()
+                .with(logged.clone().with_filter(filter))
+                .with(exported.clone().with_filter(filter_fn(is_exported)));
+            tracing::subscriber::with_default(subscriber, || {
+                tracing::error!(target: "rmcp::transport::worker", "http://host/?key=secret");
+                tracing::error!(target: "rmcp", "{}", "a prompt");
+                tracing::error!(target: "espalier_test", "x");
+            });
+            assert_eq!(*logged.0.lock().unwrap(), ["espalier_test"], "{log:?}");
+            assert_eq!(*exported.0.lock().unwrap(), ["espalier_test"], "{log:?}");
+        }
     }
 
     #[test]
