@@ -25,6 +25,7 @@ use espalier_core::chat::{Message, ToolCall, ToolDef};
 use espalier_core::spec::{Limits, RolloutSpec, VerifyDraft};
 use espalier_core::trace::{
     Header, McpServerInfo, Outcome, Provenance, SCHEMA_VERSION, StopReason, Totals, Verdict,
+    answer_of,
 };
 use espalier_qwen3_text::{TOKENIZER_SHA256, Tokenizer};
 use espalier_runtime::clock::Clock;
@@ -297,7 +298,7 @@ impl<C: Conversation> Rollout<'_, C> {
                 tokenizer_sha256: Some(TOKENIZER_SHA256.to_owned()),
             },
             tools: self.tools.clone(),
-            verify: self.order.verify.cloned(),
+            verify: self.order.verify.cloned().map(probes::without_queries),
         }
     }
 
@@ -367,7 +368,7 @@ impl<C: Conversation> Rollout<'_, C> {
             });
         };
         let evidence = Evidence {
-            answer: last_answer(self.recorder.messages()),
+            answer: answer_of(self.recorder.messages()),
             final_url,
             tool_calls: self.recorder.tool_calls(),
         };
@@ -437,14 +438,6 @@ fn server_info(server: ServerInfo) -> McpServerInfo {
         version: server.package_version.unwrap_or(server.version),
         protocol: server.protocol,
     }
-}
-
-fn last_answer(messages: &[Message]) -> &str {
-    let said = messages.iter().rev().find_map(|message| match message {
-        Message::Assistant { content, .. } => Some(content.as_str()),
-        _ => None,
-    });
-    said.unwrap_or_default()
 }
 
 fn millis(duration: Duration) -> u64 {

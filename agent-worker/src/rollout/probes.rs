@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_core::error::ErrorClass;
-use espalier_core::spec::Verify;
+use espalier_core::spec::{Verify, VerifyDraft};
 use espalier_runtime::backoff::Backoff;
 use espalier_runtime::tasks::with_deadline;
 use futures::StreamExt;
@@ -21,19 +21,31 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 const HOOK_ANSWER_BYTES_MAX: usize = 64 * 1024;
 /// The reason of a check that there was no time for.
 const TIME_OVER: &str = "the time for checks was over";
-/// How often a hook is asked before the rollout is given up for it: asking again is cheaper than rolling out again.
-const HOOK_TRIES_MAX: u32 = 3;
-/// Between tries: a hook that restarts is back within seconds, and the checks' time must hold all tries.
-const HOOK_BACKOFF: Backoff = Backoff {
-    first: Duration::from_millis(500),
-    max: Duration::from_secs(5),
+/// How a hook is asked again. Asking is cheap beside the rollout that would be lost: one that is away is asked for as
+/// long as there is time for checks.
+const HOOK_PACE: Pace = Pace {
+    backoff: Backoff {
+        first: Duration::from_millis(500),
+        max: Duration::from_secs(5),
+    },
+    // While a hook is deployed anew, what stands before it has no route to it or no key for it.
+    refused: Duration::from_secs(30),
 };
+
+/// The waits between and over the tries of a hook.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    backoff: Backoff,
+    /// How long a hook is asked that answers as if it were not there, or as if the worker were not allowed to ask.
+    refused: Duration,
+}
 
 /// Asks HTTP hooks, of allowed hosts only: a job must not make the worker call into its own network.
 #[derive(Clone, Debug)]
 pub struct Hooks {
     client: reqwest::Client,
     hosts: Arc<BTreeSet<String>>,
+    pace: Pace,
 }
 
 impl Hooks {
@@ -53,6 +65,7 @@ impl Hooks {
                     .map(|host| host.to_ascii_lowercase())
                     .collect(),
             ),
+            pace: HOOK_PACE,
         })
     }
 
@@ -83,16 +96,30 @@ impl Hooks {
         Ok(parsed)
     }
 
-    async fn ask(&self, url: &str, body: &Value) -> Result<Value, ProbeError> {
+    /// Asks until `until` at the latest.
+    ///
+    /// Whatever a hook does wrong is `Infra`: the rollout is done, a hook that cannot judge says nothing about it, and
+    /// another attempt may meet a hook that can.
+    async fn ask(&self, url: &str, body: &Value, until: Instant) -> Result<Value, ProbeError> {
         let parsed = self.checked(url)?;
+        let began = Instant::now();
         let mut failures = 0;
         loop {
-            let failure = match self.ask_once(&parsed, body).await {
-                Ok(answer) => return Ok(answer),
-                Err(failure) => failure,
+            let left = until.saturating_duration_since(Instant::now());
+            let asked = with_deadline("rollout.hook", left, self.ask_once(&parsed, body)).await;
+            let failure = match asked {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(failure)) => failure,
+                Err(_) => HookFailure::new(&parsed, "did not answer in time", Passing::Never),
             };
             failures += 1;
-            if !failure.may_pass || failures >= HOOK_TRIES_MAX {
+            let ends = match failure.passing {
+                Passing::Soon => until,
+                Passing::Perhaps => until.min(began + self.pace.refused),
+                Passing::Never => began,
+            };
+            let pause = self.pace.backoff.jittered(failures);
+            if Instant::now() + pause >= ends {
                 return Err(failure.error);
             }
             tracing::debug!(
@@ -100,54 +127,89 @@ impl Hooks {
                 failures,
                 "asking a hook again"
             );
-            tokio::time::sleep(HOOK_BACKOFF.jittered(failures)).await;
+            tokio::time::sleep(pause).await;
         }
     }
 
     async fn ask_once(&self, url: &reqwest::Url, body: &Value) -> Result<Value, HookFailure> {
-        let hook = shown(url);
-        let infra = |what: &str, may_pass| HookFailure {
-            error: ProbeError {
-                class: ErrorClass::Infra,
-                message: format!("hook `{hook}` {what}"),
-            },
-            may_pass,
-        };
+        let failed = |what: &str, passing| HookFailure::new(url, what, passing);
         let asked = self.client.post(url.clone()).json(body).send().await;
-        let response = asked.map_err(|_| infra("did not answer", true))?;
+        let response = asked.map_err(|_| failed("did not answer", Passing::Soon))?;
         let status = response.status();
         if !status.is_success() {
-            let mut failure = infra(&format!("answered {status}"), true);
-            if !may_pass(status) {
-                failure.may_pass = false;
-                failure.error.class = ErrorClass::Invalid;
-            }
-            return Err(failure);
+            return Err(failed(&format!("answered {status}"), passing(status)));
         }
         let mut text = Vec::new();
         let mut pieces = response.bytes_stream();
         while let Some(piece) = pieces.next().await {
-            text.extend_from_slice(&piece.map_err(|_| infra("broke off", true))?);
+            text.extend_from_slice(&piece.map_err(|_| failed("broke off", Passing::Soon))?);
             if text.len() > HOOK_ANSWER_BYTES_MAX {
                 let what = format!("answered more than {HOOK_ANSWER_BYTES_MAX} bytes");
-                return Err(infra(&what, false));
+                return Err(failed(&what, Passing::Never));
             }
         }
-        serde_json::from_slice(&text).map_err(|_| infra("did not answer JSON", false))
+        serde_json::from_slice(&text).map_err(|_| failed("did not answer JSON", Passing::Never))
     }
 }
 
-/// Why a hook gave no score, and whether it may give one when it is asked again.
+/// Why a hook gave no score.
 struct HookFailure {
     error: ProbeError,
-    may_pass: bool,
+    passing: Passing,
 }
 
-/// Whether a status speaks of the moment and not of the question.
-fn may_pass(status: reqwest::StatusCode) -> bool {
-    use reqwest::StatusCode;
-    let is_momentary = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
-    status.is_server_error() || is_momentary.contains(&status)
+impl HookFailure {
+    fn new(url: &reqwest::Url, what: &str, passing: Passing) -> Self {
+        let error = ProbeError {
+            class: ErrorClass::Infra,
+            message: format!("hook `{}` {what}", shown(url)),
+        };
+        Self { error, passing }
+    }
+}
+
+/// Whether a hook may answer when it is asked again.
+#[derive(Clone, Copy)]
+enum Passing {
+    /// It is away or overloaded.
+    Soon,
+    /// It is refused, which passes if it is just being deployed.
+    Perhaps,
+    /// It answered, and this is its answer to the question.
+    Never,
+}
+
+/// Whether a status speaks of the moment or of the question.
+fn passing(status: reqwest::StatusCode) -> Passing {
+    use reqwest::StatusCode as S;
+    match status {
+        S::REQUEST_TIMEOUT | S::TOO_MANY_REQUESTS => Passing::Soon,
+        S::UNAUTHORIZED | S::FORBIDDEN | S::NOT_FOUND => Passing::Perhaps,
+        status if status.is_server_error() => Passing::Soon,
+        _ => Passing::Never,
+    }
+}
+
+/// How a rollout was asked to be judged, as its trace keeps it: without the queries of hooks and what else of an address
+/// may hold a key.
+pub(super) fn without_queries(verify: VerifyDraft) -> VerifyDraft {
+    let each = |list: Vec<VerifyDraft>| list.into_iter().map(without_queries).collect();
+    match verify {
+        VerifyDraft::Http(mut hook) => {
+            hook.url =
+                reqwest::Url::parse(&hook.url).map_or_else(|_| String::new(), |url| shown(&url));
+            VerifyDraft::Http(hook)
+        }
+        VerifyDraft::All(list) => VerifyDraft::All(each(list)),
+        VerifyDraft::Any(list) => VerifyDraft::Any(each(list)),
+        VerifyDraft::Weighted(mut list) => {
+            for share in &mut list {
+                share.check = without_queries(share.check.clone());
+            }
+            VerifyDraft::Weighted(list)
+        }
+        other => other,
+    }
 }
 
 /// Scheme, host, port and path of an address.
@@ -163,8 +225,9 @@ pub(super) struct Live<'a> {
     pub until: Instant,
 }
 
-/// What one probe may still take of the time for all checks. When that is over, a check scores 0: a page can use the
-/// time up, and must not be able to have the rollout done again by that.
+/// What one probe may still take of the time for all checks. When that is over before a check begins, it scores 0: a page
+/// can use the time up, and must not be able to have the rollout done again by that. A hook that uses it up itself is
+/// not the page's doing and ends the attempt.
 fn time_for_probe(until: Instant) -> Result<Duration, ProbeError> {
     let left = until.saturating_duration_since(Instant::now());
     if left.is_zero() {
@@ -216,9 +279,7 @@ impl Probes for Live<'_> {
 
     async fn http(&self, url: &str, body: &Value) -> Result<Value, ProbeError> {
         time_for_probe(self.until)?;
-        let left = self.until.saturating_duration_since(Instant::now());
-        let asked = with_deadline("rollout.hook", left, self.hooks.ask(url, body)).await;
-        asked.unwrap_or_else(|_| Err(came_to_nothing(TIME_OVER.to_owned())))
+        self.hooks.ask(url, body, self.until).await
     }
 }
 
@@ -274,22 +335,66 @@ mod tests {
             reason = "the test's own server ends with it"
         )]
         tokio::spawn(async move { axum::serve(listener, router).await });
-        let hooks = Hooks::new([host.clone()]).unwrap();
+        let mut hooks = Hooks::new([host.clone()]).unwrap();
+        hooks.pace = Pace {
+            backoff: Backoff {
+                first: Duration::from_millis(5),
+                max: Duration::from_millis(5),
+            },
+            refused: Duration::from_millis(500),
+        };
         (hooks, format!("http://{host}/"), asked)
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(20)
     }
 
     #[tokio::test]
     async fn a_hook_is_asked_again_while_it_may_answer() {
-        for (status, failing, outcome, times) in [
-            (StatusCode::SERVICE_UNAVAILABLE, 2, None, 3),
-            (StatusCode::TOO_MANY_REQUESTS, 9, Some(ErrorClass::Infra), 3),
-            (StatusCode::NOT_FOUND, 9, Some(ErrorClass::Invalid), 1),
+        for status in [
+            StatusCode::SERVICE_UNAVAILABLE,
+            StatusCode::TOO_MANY_REQUESTS,
+            StatusCode::NOT_FOUND,
+            StatusCode::UNAUTHORIZED,
         ] {
-            let (hooks, url, asked) = hook(status, failing).await;
-            let answer = hooks.ask(&url, &Value::Null).await;
-            assert_eq!(answer.err().map(|error| error.class), outcome, "{status}");
-            assert_eq!(asked.load(Ordering::SeqCst), times, "{status}");
+            let (hooks, url, asked) = hook(status, 6).await;
+            let answer = hooks.ask(&url, &Value::Null, soon()).await;
+            assert!(answer.is_ok(), "{status}: {answer:?}");
+            assert_eq!(asked.load(Ordering::SeqCst), 7, "{status}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_hook_that_cannot_judge_is_no_fault_of_the_job() {
+        for status in [StatusCode::NOT_FOUND, StatusCode::UNPROCESSABLE_ENTITY] {
+            let (hooks, url, asked) = hook(status, usize::MAX).await;
+            let error = hooks.ask(&url, &Value::Null, soon()).await.unwrap_err();
+            assert_eq!(error.class, ErrorClass::Infra, "{error}");
+            assert!(error.message.contains(status.as_str()), "{error}");
+            let again = asked.load(Ordering::SeqCst) > 1;
+            assert_eq!(again, status == StatusCode::NOT_FOUND, "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_hook_that_is_away_until_the_end_is_no_answer_of_the_model() {
+        let (hooks, url, _) = hook(StatusCode::SERVICE_UNAVAILABLE, usize::MAX).await;
+        let until = Instant::now() + Duration::from_millis(200);
+        let error = hooks.ask(&url, &Value::Null, until).await.unwrap_err();
+        assert_eq!(error.class, ErrorClass::Infra, "{error}");
+    }
+
+    #[test]
+    fn a_trace_keeps_no_query_of_a_hook() {
+        let verify = serde_json::json!({"all": [
+            {"http": {"url": "https://me:hunter2@judge.example/score?key=hunter3"}},
+            {"weighted": [{"weight": 1.0, "check": {"http": {"url": "http://j/?key=hunter4"}}}]},
+        ]});
+        let verify: VerifyDraft = serde_json::from_value(verify).unwrap();
+        let kept = serde_json::to_string(&without_queries(verify)).unwrap();
+        assert!(kept.contains("https://judge.example/score"), "{kept}");
+        assert!(!kept.contains("hunter"), "{kept}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -314,7 +419,7 @@ mod tests {
         assert!(!allows("http://localhost:9090/"));
         assert!(!allows("http://judge.example.evil.example/"));
         let error = hooks
-            .ask("http://169.254.169.254/?key=hunter2", &Value::Null)
+            .ask("http://169.254.169.254/?key=hunter2", &Value::Null, soon())
             .await
             .unwrap_err();
         assert_eq!(error.class, ErrorClass::Invalid);

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 /// What the finished rollout left behind.
 #[derive(Clone, Copy, Debug)]
 pub struct Evidence<'a> {
-    /// The last thing that the model said.
+    /// What the model answered in the end; empty where a limit stopped it before.
     pub answer: &'a str,
     /// Address of the browser's current page, where there is a browser.
     pub final_url: Option<&'a str>,

@@ -1,8 +1,11 @@
 //! Rules for texts, numbers, JSON values and calls. Pure; each gives a score and the reason for it.
 
+use std::sync::LazyLock;
+
 use espalier_core::error::shorten;
 use espalier_core::spec::{TextRule, ToolCalled};
 use espalier_core::trace::{Decision, ToolCallRecord};
+use regex::Regex;
 use serde_json::Value;
 
 /// Scores `text`, which the reason calls `what`.
@@ -52,23 +55,25 @@ pub fn number(wanted: f64, tolerance: f64, answer: &str) -> (f64, String) {
     }
 }
 
+/// A number without its sign: thousands, a fraction, an exponent that is not the beginning of a word.
+static NUMBER: LazyLock<Option<Regex>> =
+    LazyLock::new(|| Regex::new(r"(?:\d[\d,]*(?:\.\d+)*|\.\d+)(?:[eE][+\-−]?\d+\b)?").ok());
+
+/// The minus signs that models write: of keyboards and of typesetting.
+const MINUS: [char; 2] = ['-', '−'];
+
 fn last_number(text: &str) -> Option<f64> {
-    let is_part = |c: char| c.is_ascii_digit() || matches!(c, '.' | ',');
-    let mut candidates = text
-        .split(|c: char| !is_part(c))
-        .filter(|part| part.contains(|c: char| c.is_ascii_digit()));
-    let last = candidates.next_back()?;
-    // Where the piece stands in the text, to see a minus sign before it.
-    let start = last.as_ptr() as usize - text.as_ptr() as usize;
-    let number: f64 = last
-        .trim_matches(['.', ','])
-        .replace(',', "")
-        .parse()
-        .ok()?;
-    let before = &text[..start + last.find(|c: char| c.is_ascii_digit())?];
-    let negative = before.ends_with('-')
+    let found = NUMBER.as_ref()?.find_iter(text).last()?;
+    let (before, mut digits) = (&text[..found.start()], found.as_str());
+    if before.ends_with(|c: char| c == '.' || c.is_alphanumeric()) {
+        // The point belongs to what stands before.
+        digits = digits.trim_start_matches('.');
+    }
+    let number: f64 = digits.replace(',', "").replace('−', "-").parse().ok()?;
+    // In `3-5` it is no sign.
+    let negative = before.ends_with(MINUS)
         && !before
-            .trim_end_matches('-')
+            .trim_end_matches(MINUS)
             .ends_with(char::is_alphanumeric);
     Some(if negative { -number } else { number })
 }

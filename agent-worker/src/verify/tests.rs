@@ -86,6 +86,23 @@ async fn answers_are_compared_by_their_rule() {
 }
 
 #[tokio::test]
+async fn numbers_are_read_as_models_write_them() {
+    for (wanted, answer) in [
+        (-3.0, "it is \u{2212}3 degrees"),
+        (1000.0, "about 1e3 in all"),
+        (0.0025, "2.5E-3"),
+        (0.0025, "2.5e\u{2212}3 of it"),
+        (-1200.0, "-1.2e3."),
+        (3.0, "commit 1e3f"),
+        (5.0, "it is...5"),
+        (0.5, "it is .5"),
+    ] {
+        let rule = json!({"answer": {"number": wanted, "tolerance": 1e-9}});
+        assert_eq!(reward(rule, answer).await, 1.0, "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn the_last_number_counts() {
     let rule = json!({"answer": {"number": 1234.5, "tolerance": 0.1}});
     for good in [

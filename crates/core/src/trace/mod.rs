@@ -321,18 +321,25 @@ pub struct Totals {
     pub wall_ms: u64,
 }
 
+/// What the model answered in the end; empty where it was stopped before. What it says beside a call is no answer: it
+/// had not seen the result.
+pub fn answer_of(messages: &[Message]) -> &str {
+    let last = messages.iter().rev().find_map(|message| match message {
+        Message::Assistant {
+            content,
+            tool_calls,
+            ..
+        } => Some((content.as_str(), tool_calls.is_empty())),
+        _ => None,
+    });
+    last.filter(|(_, is_answer)| *is_answer)
+        .map_or("", |(content, _)| content)
+}
+
 impl Trace {
-    /// The last thing that the model said.
+    /// What the model answered in the end.
     pub fn answer(&self) -> &str {
-        let said = self
-            .messages
-            .iter()
-            .rev()
-            .find_map(|message| match message {
-                Message::Assistant { content, .. } => Some(content.as_str()),
-                _ => None,
-            });
-        said.unwrap_or_default()
+        answer_of(&self.messages)
     }
 
     /// The reward, where the rollout was judged.
