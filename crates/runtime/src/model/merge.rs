@@ -120,11 +120,10 @@ impl Merge {
 
     fn apply_delta(&mut self, delta: Delta) -> bool {
         let content = delta.content.unwrap_or_default();
-        // Servers in transition send both names with the same text.
-        let reasoning = delta
-            .reasoning_content
-            .or(delta.reasoning)
-            .unwrap_or_default();
+        // Servers in transition send both names: with the same text, or one of them empty.
+        let reasoning = [delta.reasoning_content, delta.reasoning];
+        let reasoning = reasoning.into_iter().flatten();
+        let reasoning = reasoning.max_by_key(String::len).unwrap_or_default();
         let calls = delta.tool_calls.unwrap_or_default();
         let spoke = !(content.is_empty() && reasoning.is_empty() && calls.is_empty());
         self.content.push_str(&content);
@@ -177,8 +176,11 @@ impl Merge {
         let other_id = !id.is_empty() && !call.id.is_empty() && call.id != id;
         // Without index and id, a name is all that can mark a beginning.
         let named_anew = index.is_none() && id.is_empty() && !name.is_empty();
-        let same_id_anew = index.is_none() && !id.is_empty() && !name.is_empty() && is_whole(call);
-        (!other_id && !named_anew && !same_id_anew).then_some(call)
+        // A whole call has no more parts: a name after it begins the next, also under an index that all share. With an
+        // index and the same id it is the end of the call, repeated.
+        let repeats = index.is_some() && !id.is_empty();
+        let next_after_whole = !repeats && !name.is_empty() && is_whole(call);
+        (!other_id && !named_anew && !next_after_whole).then_some(call)
     }
 }
 
@@ -273,6 +275,16 @@ mod tests {
             same_index,
             [call("a", "open", "{}"), call("b", "open", "{}")]
         );
+        let no_ids = calls_of(&[
+            json!([{"index": 0, "function": {"name": "open", "arguments": "{\"u\":1}"}}]),
+            json!([{"index": 0, "function": {"name": "open", "arguments": "{\"u\":"}}]),
+            json!([{"index": 0, "function": {"arguments": "2}"}}]),
+        ]);
+        let expected = [("call_3_0", "{\"u\":1}"), ("call_3_1", "{\"u\":2}")];
+        assert_eq!(
+            no_ids,
+            expected.map(|(id, arguments)| call(id, "open", arguments))
+        );
         let bare = json!({"function": {"name": "open", "arguments": {"u": 1}}});
         let bare_calls = calls_of(&[json!([bare.clone(), bare])]);
         let made_up = ["call_3_0", "call_3_1"].map(|id| call(id, "open", "{\"u\":1}"));
@@ -346,6 +358,11 @@ mod tests {
         let chunk = json!({"choices": [{"message":
             {"content": null, "reasoning": "hm", "reasoning_content": "hm"}, "finish_reason": "stop"}]});
         assert_eq!(merge(&[chunk]).reasoning, "hm");
+        for (content, reasoning) in [("", "hm"), ("hm", "")] {
+            let delta = json!({"reasoning_content": content, "reasoning": reasoning});
+            let chunk = json!({"choices": [{"delta": delta}]});
+            assert_eq!(merge(&[chunk]).reasoning, "hm");
+        }
     }
 
     #[test]
