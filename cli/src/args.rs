@@ -32,6 +32,8 @@ Environment:
   ESPALIER_URL, ESPALIER_TOKEN  a coordinator that is not the local `espalier up`
   ESPALIER_DATA_DIR             folder of the local `espalier up`
   ESPALIER_PROJECT              project whose traces are meant [default: default]
+  ESPALIER_UP_…                 keys of the file of `up` and `chat`: `slots` is ESPALIER_UP_SLOTS
+  ESPALIER_PLAYWRIGHT_DIR       folder that holds node_modules/@playwright/mcp, for `up` and `chat`
   NO_COLOR                      no colours";
 
 /// The command line.
