@@ -2,11 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::process::Command;
 use std::time::Duration;
 
 use espalier_proto::v1::JobState;
 use espalier_tests::harness::cluster::Cluster;
 use espalier_tests::harness::model::{self, sum_job};
+use espalier_tests::harness::process::{Process, binary};
 use espalier_tests::harness::redis::RedisServer;
 
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -32,4 +34,61 @@ async fn what_is_submitted_at_one_is_done_by_a_worker_of_the_other() {
     assert_eq!(result.count(JobState::Succeeded), 20);
     let seen = cluster.client_at(second).await.counts("sums").await;
     assert_eq!(seen.succeeded, 20);
+}
+
+#[tokio::test]
+async fn coordinators_are_replaced_one_after_the_other_and_no_attempt_is_lost() {
+    let redis = RedisServer::start().await;
+    let mut cluster = two_coordinators(&redis).await;
+    let mut client = cluster.client().await;
+    let _workers = [cluster.worker("w1", 4), cluster.worker("w2", 4)];
+    let jobs: Vec<_> = (0..200).map(|n| sum_job(&format!("sum-{n}"), n)).collect();
+    client.submit("sums", &jobs).await;
+    for (number, done) in [(0, 20), (1, 80)] {
+        let other = cluster.client_at(cluster.addresses()[1 - number]).await;
+        other.wait_until_succeeded("sums", done, DEADLINE).await;
+        let process = &mut cluster.coordinators[number].process;
+        assert!(process.terminate(DEADLINE).await.success());
+        cluster.restart_coordinator(number).await;
+    }
+    let result = cluster.client().await.wait("sums", DEADLINE).await;
+    assert_eq!(result.count(JobState::Succeeded), 200);
+    let repeated = result.jobs.values().filter(|job| job.attempts > 1).count();
+    assert_eq!(repeated, 0, "a stop in good order spends no attempt");
+}
+
+#[tokio::test]
+async fn a_redis_that_throws_jobs_away_is_refused_and_its_password_not_shown() {
+    let redis = RedisServer::start_with(&[("maxmemory-policy", "allkeys-lru")]).await;
+    redis
+        .cli(&["CONFIG", "SET", "requirepass", "hunter2"])
+        .await;
+    let folder = tempfile::TempDir::new().unwrap();
+    let start = |name: &str, password: &str| {
+        let mut command = Command::new(binary("espalier-coordinator"));
+        command
+            .args(["--listen", "127.0.0.1:0", "--store", "memory://", "--queue"])
+            .arg(format!("redis://:{password}@127.0.0.1:{}", redis.port()))
+            .env(
+                "ESPALIER_COORDINATOR_TOKENS",
+                format!(
+                    r#"[{{ name = "t", sha256 = "{}", project = "p", roles = ["read"] }}]"#,
+                    "ab".repeat(32)
+                ),
+            );
+        Process::start(name, command, folder.path())
+    };
+    let mut evicting = start("evicting", "hunter2");
+    assert!(!evicting.wait(DEADLINE).await.success());
+    let said = evicting.log();
+    assert!(
+        said.contains("set `maxmemory-policy` to `noeviction`"),
+        "{said}"
+    );
+    assert!(!said.contains("hunter2"), "{said}");
+
+    let mut locked_out = start("locked-out", "hunter3");
+    assert!(!locked_out.wait(DEADLINE).await.success());
+    let said = locked_out.log();
+    assert!(said.contains("Redis") && !said.contains("hunter"), "{said}");
 }
