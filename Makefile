@@ -14,6 +14,9 @@ NODE_PACKAGE := node-linux-$(if $(filter aarch64,$(shell uname -m)),arm64,x64)@2
 export PATH := $(CURDIR)/$(NODE)/node_modules/.bin:$(PATH)
 NPM_QUIET := --ignore-scripts --no-audit --no-fund --loglevel=error
 PYTHON_READY := $(VENV)/ready
+# Queues that ours is measured against, for `make bench` only.
+BULLMQ := target/bench/bullmq/node_modules/.package-lock.json
+CELERY := target/bench/celery/ready
 PYTHON_NEEDS := examples/python/requirements.txt tests/testbed/requirements.txt
 TEST_BINS := cargo build --locked --workspace --bins
 
@@ -53,6 +56,24 @@ $(PYTHON_READY): $(PYTHON_NEEDS)
 	$(VENV)/bin/pip install --quiet $(PYTHON_NEEDS:%=-r %)
 	@touch $@
 
+setup-bench: setup ## Installs what measuring needs on top: Redis, and the queues that ours is measured against
+	$(call need,redis-server,redis-server)
+	$(call need,python3,python3)
+	@python3 -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update -qq; $(APT) install -y -qq --no-install-recommends python3-venv; }
+	@$(MAKE) --no-print-directory $(BULLMQ) $(CELERY)
+
+$(BULLMQ): $(wildcard examples/bench/bullmq/*)
+	@mkdir -p target/bench/bullmq
+	@cp $^ target/bench/bullmq
+	@# `npm ci` refuses a lock without packages for other systems that the registry does not have.
+	@cd target/bench/bullmq && npm install --no-save $(NPM_QUIET) >&2
+	@touch $@
+
+$(CELERY): examples/bench/celery/requirements.txt
+	python3 -m venv target/bench/celery
+	target/bench/celery/bin/pip install --quiet -r $<
+	@touch $@
+
 # --- what people do ------------------------------------------------------------------------------------------------
 
 demo: setup ## Runs 48 practice tasks in real browsers on this machine and prints what came of them
@@ -71,9 +92,9 @@ check: ## Format, lints, rules of the tree
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-bench: setup ## Measures; JSON lines on standard output
+bench: setup-bench ## Measures; JSON lines on standard output
 	@cargo build --locked --release -p espalier-cli -p espalier-tests -p espalier-coordinator --bin espalier --bin scripted-model --bin toy-mcp --bin espalier-coordinator >&2
-	@examples/practice/bench.sh target/release
+	@examples/practice/bench.sh target/release target/bench
 
 soak: setup-test ## 1,000 rounds of random kill -9
 	$(TEST_BINS)
