@@ -25,6 +25,9 @@ const BATCHES_MAX: usize = 4_096;
 /// A silence that counts as an outage of the server or of all coordinators: each of them asks every second.
 pub const OUTAGE_AFTER: Duration = Duration::from_secs(10);
 
+/// The version of the keys and values that this code writes; the golden file beside the tests shows them.
+pub const LAYOUT: u32 = 1;
+
 /// One shard.
 pub struct Core {
     pub link: Arc<Link>,
@@ -103,32 +106,27 @@ impl Core {
         cmd
     }
 
-    /// Says that a coordinator is here. If none was for a while, leases are prolonged by that time: nobody could renew.
-    pub async fn arrive(&self) -> Result<(), QueueError> {
-        let mut cmd = self.cmd_with(&SCRIPTS.extend_leases, Some(OUTAGE_AFTER));
-        cmd.arg(0);
-        self.link.run(&cmd).await.map(drop)
-    }
-
     /// The full name of a key.
     pub fn key(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
 
-    /// Tells the scripts the shares of projects; under the empty name that of those which are not listed.
-    pub async fn configure(&self, machine: &MachineConfig) -> Result<(), QueueError> {
-        let mut shares = redis::cmd("HSET");
-        shares
-            .arg(self.key("weights"))
-            .arg("")
-            .arg(machine.weight_default);
+    /// Says that a coordinator is here, makes the shard one of `shards`, where it is new, and tells it the shares of
+    /// projects. If no coordinator was here for a while, leases are prolonged by that time: nobody could renew. Answers
+    /// with the number of shards and the version of the layout that it has; where those are others, it stays as it is.
+    pub async fn join(
+        &self,
+        shards: u16,
+        machine: &MachineConfig,
+    ) -> Result<(u16, u32), QueueError> {
+        let mut cmd = self.cmd_with(&SCRIPTS.join, Some(OUTAGE_AFTER));
+        cmd.arg(shards).arg(LAYOUT).arg(machine.weights.len() + 1);
+        cmd.arg("").arg(machine.weight_default);
         for (project, weight) in &machine.weights {
-            shares.arg(project.as_str()).arg(*weight);
+            cmd.arg(project.as_str()).arg(*weight);
         }
-        self.link
-            .run(redis::cmd("DEL").arg(self.key("weights")))
-            .await?;
-        self.link.run(&shares).await.map(drop)
+        let mut found = Reader::of(self.link.run(&cmd).await?)?;
+        Ok((found.number()?, found.number()?))
     }
 
     /// Name and defaults of the batches with these numbers; of one that was purged meanwhile nothing.

@@ -10,8 +10,12 @@ mod commands;
 mod core;
 mod decode;
 mod encode;
+#[cfg(test)]
+mod faults;
 mod gather;
 mod health;
+#[cfg(test)]
+mod layout;
 mod link;
 mod listen;
 mod operate;
@@ -24,6 +28,8 @@ mod server;
 mod submit;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod topologies;
 mod work;
 
 use std::collections::BTreeMap;
@@ -46,7 +52,7 @@ use futures::future::BoxFuture;
 use sha2::{Digest, Sha256};
 use tokio::sync::broadcast;
 
-use self::core::Core;
+use self::core::{Core, LAYOUT};
 use self::gather::{Gather, ITEMS_MAX};
 use self::health::Health;
 use self::link::Link;
@@ -98,9 +104,15 @@ pub enum ConnectError {
     )]
     Shards {
         /// What it has.
-        found: String,
+        found: u16,
         /// What was asked for.
         asked: u16,
+    },
+    /// A later version of this program wrote the queue.
+    #[error("the queue has layout {found}, which a later version wrote; this one reads up to {LAYOUT}")]
+    Newer {
+        /// The layout that it has.
+        found: u32,
     },
 }
 
@@ -164,10 +176,8 @@ impl Redis {
             Arc::new(Core::new(Arc::clone(&link), prefix, config.clock.clone()))
         };
         let cores: Vec<Arc<Core>> = (0..config.shards).map(core).collect();
-        agree_on_shards(&cores, config.shards).await?;
         for core in &cores {
-            core.configure(&config.machine).await?;
-            core.arrive().await?;
+            join(core, config.shards, &config.machine).await?;
         }
         let (events, _) = broadcast::channel(EVENTS_MAX);
         let first = listen::subscribe(&cores).await?;
@@ -270,20 +280,15 @@ fn check(config: &RedisConfig) -> Result<(), FieldError> {
 }
 
 /// The first coordinator of a queue says how many shards it has; the others must say the same.
-async fn agree_on_shards(cores: &[Arc<Core>], asked: u16) -> Result<(), ConnectError> {
-    let Some(first) = cores.first() else {
-        return Ok(());
-    };
-    let key = first.key("shards");
-    first
-        .link
-        .run(redis::cmd("SETNX").arg(&key).arg(asked))
-        .await?;
-    let found = decode::text(first.link.run(redis::cmd("GET").arg(&key)).await?)?;
-    if found == asked.to_string() {
-        return Ok(());
+async fn join(core: &Core, asked: u16, machine: &MachineConfig) -> Result<(), ConnectError> {
+    let (found, layout) = core.join(asked, machine).await?;
+    if found != asked {
+        return Err(ConnectError::Shards { found, asked });
     }
-    Err(ConnectError::Shards { found, asked })
+    if layout > LAYOUT {
+        return Err(ConnectError::Newer { found: layout });
+    }
+    Ok(())
 }
 
 impl Queue for Redis {

@@ -60,6 +60,7 @@ macro_rules! scripts {
 }
 
 scripts! {
+    join: Moves, WRITES, "join.lua";
     open_batch: Adds, WRITES, "open_batch.lua";
     submit: Adds, WRITES, "submit.lua";
     close_batch: Moves, WRITES, "close_batch.lua";

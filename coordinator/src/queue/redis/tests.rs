@@ -14,11 +14,20 @@ use tokio::sync::Mutex;
 
 use super::super::Queue;
 use super::super::conformance::{Ending, Fixture, conformance_tests};
-use super::{Acknowledge, Redis, RedisConfig};
+use super::{Acknowledge, ConnectError, Redis, RedisConfig};
 
-const START: Timestamp = Timestamp(1_700_000_000_000_000);
+pub const START: Timestamp = Timestamp(1_700_000_000_000_000);
 
-async fn open(url: &str, clock: Option<Arc<ManualClock>>, shards: u16) -> Arc<dyn Queue> {
+/// A coordinator of the queue `test`.
+pub async fn open(url: &str, clock: Option<Arc<ManualClock>>, shards: u16) -> Arc<Redis> {
+    Arc::new(try_open(url, clock, shards).await.unwrap())
+}
+
+pub async fn try_open(
+    url: &str,
+    clock: Option<Arc<ManualClock>>,
+    shards: u16,
+) -> Result<Redis, ConnectError> {
     let config = RedisConfig {
         url: Secret::new(url),
         name: "test".to_owned(),
@@ -27,11 +36,7 @@ async fn open(url: &str, clock: Option<Arc<ManualClock>>, shards: u16) -> Arc<dy
         machine: MachineConfig::default(),
         clock: clock.map(|clock| clock as Arc<dyn Clock>),
     };
-    Arc::new(
-        Redis::open(config, &Tasks::new(Shutdown::new()))
-            .await
-            .unwrap(),
-    )
+    Redis::open(config, &Tasks::new(Shutdown::new())).await
 }
 
 /// A queue whose coordinator is killed together with the server. The server syncs each write: with `everysec` it holds
@@ -48,7 +53,7 @@ async fn fixture() -> Fixture {
             if how == Ending::Killed {
                 server.lock().await.restart().await;
             }
-            open(&url, Some(clock), 1).await
+            open(&url, Some(clock), 1).await as Arc<dyn Queue>
         }
         .boxed()
     };
