@@ -107,11 +107,11 @@ pub struct CoordinatorConfig {
     /// How long a drain may take before connections are cut.
     #[serde(default = "default_drain_limit_s")]
     pub drain_limit_s: u64,
-    /// Logs, traces and metrics.
-    #[serde(default)]
     /// Where models are served, for workers that are configured with no endpoint of their own.
     #[serde(default)]
     pub model_endpoints: Vec<ModelEndpoint>,
+    /// Logs, traces and metrics.
+    #[serde(default)]
     pub telemetry: TelemetryConfig,
 }
 
@@ -185,9 +185,9 @@ impl CoordinatorConfig {
             keep_days: default_keep_days(),
             session_max_age_s: default_session_max_age_s(),
             drain_limit_s: default_drain_limit_s(),
+            model_endpoints: Vec::new(),
             telemetry: TelemetryConfig::default(),
         }
-            model_endpoints: Vec::new(),
     }
 
     /// Checks what the types cannot say.
@@ -212,9 +212,9 @@ impl CoordinatorConfig {
             let rule = format!("must have at most {MCP_SERVERS_MAX} names");
             return Err(FieldError::new("mcp_servers", self.mcp_servers.len(), rule));
         }
+        endpoints::validate(&self.model_endpoints)?;
         self.validate_tokens()
     }
-        endpoints::validate(&self.model_endpoints)?;
 
     fn validate_tokens(&self) -> Result<(), FieldError> {
         if self.tokens.is_empty() {

@@ -124,11 +124,12 @@ async fn serve_until_signal(config: CoordinatorConfig) -> anyhow::Result<()> {
         .context("signals cannot be listened to")?;
     // What keeps the queue connected: without it the process is of no use, so that its failure ends the process.
     let tasks = Tasks::new(shutdown.clone());
-    let deps = Deps::open(&config, &tasks).await?;
+    // Boxed: together these states would make the future of `main` too deep for the compiler.
+    let deps = Box::pin(Deps::open(&config, &tasks)).await?;
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
-    espalier_coordinator::run(config, listener, deps, shutdown).await?;
+    Box::pin(espalier_coordinator::run(config, listener, deps, shutdown)).await?;
     match tasks.first_failure() {
         Some(task) => anyhow::bail!("task `{task}` failed; the log has the details"),
         None => Ok(()),
