@@ -4,13 +4,24 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use espalier_proto::v1;
+use espalier_proto::v1::coordinator_message::Message as Heard;
+use espalier_proto::v1::worker_message::Message as Said;
+use espalier_proto::v1::worker_service_client::WorkerServiceClient;
 use espalier_runtime::telemetry::names::{attribute, metric, operation, span};
+use espalier_tests::harness::cluster::Cluster;
 use espalier_tests::harness::model::{self, toy_job};
 use espalier_tests::harness::otlp::{Sink, attribute as value_of};
 use espalier_tests::harness::up::{Up, toy_servers};
+use espalier_tests::harness::wait_for;
+use opentelemetry_proto::tonic::trace::v1::Span;
 use serde_json::json;
 use tempfile::TempDir;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
 
+const DEADLINE: Duration = Duration::from_secs(50);
 const TRACEPARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const SECRET: &str = "the-quick-brown-secret";
 
@@ -19,94 +30,25 @@ async fn one_rollout_is_one_trace_linked_to_its_submission() {
     let (sink, address) = Sink::start().await;
     let environment = [("OTEL_EXPORTER_OTLP_ENDPOINT", address.as_str())];
     let folder = TempDir::new().unwrap();
-    let mut up = Up::start_in(
-        folder,
-        &toy_servers(),
-        &model::start().await,
-        &[],
-        &environment,
-    )
-    .await;
+    let model = model::start().await;
+    let mut up = Up::start_in(folder, &toy_servers(), &model, &[], &environment).await;
     let mut client = up.client().await;
     let token = up.file().token;
     let steps = json!([{"tool": "echo", "arguments": {"text": SECRET}}, {"answer": "{{last}}"}]);
     let mut job = toy_job("j", &steps, SECRET);
     job["traceparent"] = TRACEPARENT.into();
     client.submit("b", &[job]).await;
-    let result = client.wait("b", Duration::from_secs(60)).await;
+    let result = client.wait("b", DEADLINE).await;
     assert_eq!(result.solved(), 1, "{:?}", result.jobs);
     let trace = client.trace("b", "j").await;
-    assert!(
-        up.process
-            .terminate(Duration::from_secs(60))
-            .await
-            .success()
-    );
+    assert!(up.process.terminate(DEADLINE).await.success());
     // The queue is measured when a process starts, and every few seconds after.
     up.restart().await;
-    assert!(
-        up.process
-            .terminate(Duration::from_secs(60))
-            .await
-            .success()
-    );
+    assert!(up.process.terminate(DEADLINE).await.success());
 
-    let spans = sink.spans();
-    let of_operation = |name: &str| {
-        let fits = |s: &&_| {
-            value_of(attributes_of(s), attribute::GEN_AI_OPERATION_NAME).as_deref() == Some(name)
-        };
-        spans.iter().filter(fits).collect::<Vec<_>>()
-    };
-    let rollout = of_operation(operation::INVOKE_AGENT);
-    assert_eq!(rollout.len(), 1, "{:?}", names(&spans));
-    let trace_id = &rollout[0].trace_id;
-    assert_eq!(
-        hex(trace_id),
-        trace
-            .header
-            .otel_trace_id
-            .expect("the trace object names its OpenTelemetry trace")
-    );
-    let (chats, tools) = (
-        of_operation(operation::CHAT),
-        of_operation(operation::EXECUTE_TOOL),
-    );
-    assert_eq!((chats.len(), tools.len()), (2, 1));
-    assert!(
-        chats.iter().chain(&tools).all(|s| s.trace_id == *trace_id),
-        "one rollout is one trace"
-    );
-    assert_eq!(
-        value_of(&tools[0].attributes, attribute::GEN_AI_TOOL_NAME).as_deref(),
-        Some("echo")
-    );
-    assert_eq!(
-        value_of(&chats[0].attributes, attribute::GEN_AI_REQUEST_MODEL).as_deref(),
-        Some("scripted")
-    );
-    for name in [span::VERIFY, span::PUBLISH] {
-        let found = spans
-            .iter()
-            .filter(|s| s.name == name && s.trace_id == *trace_id)
-            .count();
-        assert_eq!(
-            found,
-            1,
-            "{name} is a part of the rollout's trace: {:?}",
-            names(&spans)
-        );
-    }
-    let linked = spans
-        .iter()
-        .filter(|s| s.trace_id == *trace_id)
-        .flat_map(|s| &s.links);
-    let linked: Vec<String> = linked.map(|link| hex(&link.trace_id)).collect();
-    assert!(
-        linked.contains(&TRACEPARENT[3..35].to_owned()),
-        "the lease links to the submission: {linked:?}"
-    );
-
+    let trace_id = trace.header.otel_trace_id;
+    let trace_id = trace_id.expect("the trace object names its OpenTelemetry trace");
+    check_spans(&sink.spans(), &trace_id);
     let found: BTreeSet<String> = sink.metric_names().into_iter().collect();
     let expected = [
         metric::QUEUE_DEPTH,
@@ -122,11 +64,120 @@ async fn one_rollout_is_one_trace_linked_to_its_submission() {
     assert!(!sink.log_texts().is_empty(), "logs are exported too");
     for secret in [SECRET, token.as_str()] {
         assert!(
-            !format!("{spans:?}{:?}", sink.log_texts()).contains(secret),
+            !format!("{:?}{:?}", sink.spans(), sink.log_texts()).contains(secret),
             "what was said is not telemetry"
         );
         assert!(!up.process.log().contains(secret), "nor is it logged");
     }
+}
+
+/// The rollout, its calls and its end are spans of the trace that the trace object names, linked to the submission.
+fn check_spans(spans: &[Span], trace_id: &str) {
+    let of_operation = |name: &str| -> Vec<&Span> {
+        let fits = |span: &&Span| {
+            let operation = value_of(&span.attributes, attribute::GEN_AI_OPERATION_NAME);
+            operation.as_deref() == Some(name)
+        };
+        spans.iter().filter(fits).collect()
+    };
+    let rollout = of_operation(operation::INVOKE_AGENT);
+    assert_eq!(rollout.len(), 1, "{:?}", names(spans));
+    assert_eq!(hex(&rollout[0].trace_id), trace_id);
+    let chats = of_operation(operation::CHAT);
+    let tools = of_operation(operation::EXECUTE_TOOL);
+    assert_eq!((chats.len(), tools.len()), (2, 1));
+    let mut calls = chats.iter().chain(&tools);
+    assert!(
+        calls.all(|span| hex(&span.trace_id) == trace_id),
+        "one rollout is one trace"
+    );
+    let tool = value_of(&tools[0].attributes, attribute::GEN_AI_TOOL_NAME);
+    assert_eq!(tool.as_deref(), Some("echo"));
+    let model = value_of(&chats[0].attributes, attribute::GEN_AI_REQUEST_MODEL);
+    assert_eq!(model.as_deref(), Some("scripted"));
+
+    let own = |span: &&Span| hex(&span.trace_id) == trace_id;
+    for name in [span::VERIFY, span::PUBLISH] {
+        let found = spans.iter().filter(own).filter(|s| s.name == name).count();
+        let all = names(spans);
+        assert_eq!(found, 1, "{name} is a part of the rollout's trace: {all:?}");
+    }
+    let links = spans.iter().filter(own).flat_map(|span| &span.links);
+    let linked: Vec<String> = links.map(|link| hex(&link.trace_id)).collect();
+    assert!(
+        linked.contains(&TRACEPARENT[3..35].to_owned()),
+        "the lease links to the submission: {linked:?}"
+    );
+}
+
+/// Waits until the receiver has seen more than `least` of `name` for the project.
+async fn wait_for_more(sink: &Sink, name: &str, least: f64) {
+    let what = format!("{name} to be more than {least}");
+    wait_for(&what, DEADLINE, || async {
+        let largest = sink.largest(name, attribute::PROJECT, "default");
+        let enough = largest.is_some_and(|value| value > least);
+        enough.then_some(()).ok_or(largest)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_lease_that_ends_a_result_that_comes_late_and_a_job_that_waits_are_seen() {
+    let (sink, address) = Sink::start().await;
+    let cluster = Cluster::start_observed("http://127.0.0.1:1/v1", 500, &address).await;
+    let job = toy_job("j", &json!([{"answer": "done"}]), "done");
+    cluster.client().await.submit("b", &[job]).await;
+
+    // A worker that takes the job and says no more until its lease has ended.
+    let (say, said) = mpsc::channel(4);
+    let tell = async |message| {
+        let message = Some(message);
+        say.send(v1::WorkerMessage { message }).await.unwrap();
+    };
+    let kind = v1::JobKind::Rollout.into();
+    tell(Said::Hello(v1::Hello {
+        worker: "late".to_owned(),
+        tags: vec!["mcp:toy".to_owned()],
+        kinds: vec![kind],
+        capacity: 1,
+        ..v1::Hello::default()
+    }))
+    .await;
+    tell(Said::Credit(v1::Credit { kind, jobs: 1 })).await;
+    let mut worker = WorkerServiceClient::new(cluster.worker_channel());
+    let session = worker.session(ReceiverStream::new(said)).await;
+    let mut heard = session.unwrap().into_inner();
+    let lease = granted(&mut heard).await;
+    for late in [metric::LEASE_EXPIRIES, metric::LEASE_STALE_FENCES] {
+        assert_eq!(sink.largest(late, attribute::PROJECT, "default"), None);
+    }
+    wait_for_more(&sink, metric::LEASE_EXPIRIES, 0.0).await;
+
+    let outcome = v1::result::Outcome::Released(v1::Released::default());
+    let result = v1::Result {
+        lease: Some(lease),
+        outcome: Some(outcome),
+    };
+    let results = vec![result];
+    tell(Said::Results(v1::Results { results })).await;
+    wait_for_more(&sink, metric::LEASE_STALE_FENCES, 0.0).await;
+    // The job is ready again, and nobody takes it.
+    wait_for_more(&sink, metric::QUEUE_OLDEST_READY_AGE, 1.0).await;
+    wait_for_more(&sink, metric::QUEUE_DEPTH, 0.0).await;
+}
+
+/// The lease of the first job that the worker is given.
+async fn granted(heard: &mut Streaming<v1::CoordinatorMessage>) -> v1::Lease {
+    let grant = async {
+        loop {
+            let message = heard.message().await.unwrap().expect("the session goes on");
+            if let Some(Heard::Grants(grants)) = message.message {
+                return grants.grants[0].lease.clone().unwrap();
+            }
+        }
+    };
+    let grant = tokio::time::timeout(DEADLINE, grant).await;
+    grant.expect("the job is granted")
 }
 
 #[tokio::test]
@@ -139,8 +190,8 @@ async fn a_job_without_a_trace_context_links_to_the_call_that_brought_it() {
     let mut client = up.client().await;
     let job = toy_job("j", &json!([{"answer": "done"}]), "done");
     client.submit("b", &[job]).await;
-    assert_eq!(client.wait("b", Duration::from_secs(60)).await.solved(), 1);
-    let ended = up.process.terminate(Duration::from_secs(60)).await;
+    assert_eq!(client.wait("b", DEADLINE).await.solved(), 1);
+    let ended = up.process.terminate(DEADLINE).await;
     assert!(ended.success());
 
     let spans = sink.spans();
@@ -158,13 +209,7 @@ async fn a_job_without_a_trace_context_links_to_the_call_that_brought_it() {
     assert!(linked.contains(&submit[0].span_id.as_slice()), "{linked:?}");
 }
 
-fn attributes_of(
-    span: &opentelemetry_proto::tonic::trace::v1::Span,
-) -> &[opentelemetry_proto::tonic::common::v1::KeyValue] {
-    &span.attributes
-}
-
-fn names(spans: &[opentelemetry_proto::tonic::trace::v1::Span]) -> Vec<&str> {
+fn names(spans: &[Span]) -> Vec<&str> {
     spans.iter().map(|s| s.name.as_str()).collect()
 }
 

@@ -9,6 +9,8 @@ use std::time::Duration;
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::trace::{Manifest, sha256_hex};
+use espalier_runtime::config::Secret;
+use espalier_runtime::net::{self, AuthorizedChannel};
 use tempfile::TempDir;
 
 use super::client::Client;
@@ -60,6 +62,13 @@ impl Cluster {
         Self::start_on("embedded", 1, model_url, lease_ttl_ms).await
     }
 
+    /// The same, and tells the OTLP receiver at `receiver` every second.
+    pub async fn start_observed(model_url: &str, lease_ttl_ms: u64, receiver: &str) -> Self {
+        let telemetry =
+            format!("[telemetry]\notlp_endpoint = {receiver:?}\nmetric_interval_s = 1\n");
+        Self::start_with("embedded", 1, model_url, lease_ttl_ms, &telemetry).await
+    }
+
     /// Starts `coordinators` of them on the queue at `queue`: the URL of a Redis, or of a proxy before one.
     pub async fn start_on(
         queue: &str,
@@ -67,11 +76,22 @@ impl Cluster {
         model_url: &str,
         lease_ttl_ms: u64,
     ) -> Self {
+        Self::start_with(queue, coordinators, model_url, lease_ttl_ms, "").await
+    }
+
+    /// The same, with `more` sections in the configuration of each coordinator.
+    async fn start_with(
+        queue: &str,
+        coordinators: usize,
+        model_url: &str,
+        lease_ttl_ms: u64,
+        more: &str,
+    ) -> Self {
         let folder = TempDir::new().expect("a temporary folder");
         let start = |number| {
             // A restart has to find the same port, so that workers find it again.
             let address = free_address();
-            let config = coordinator_config(folder.path(), address, queue, lease_ttl_ms);
+            let config = coordinator_config(folder.path(), address, queue, lease_ttl_ms) + more;
             std::fs::write(config_file(folder.path(), number), config)
                 .expect("the test's folder is writable");
             let process = spawn_coordinator(folder.path(), number);
@@ -120,12 +140,18 @@ impl Cluster {
         self.spawn_worker(name, slots, &self.addresses(), Some(disk))
     }
 
+    /// A connection for a test that plays a worker of the first coordinator.
+    pub fn worker_channel(&self) -> AuthorizedChannel {
+        let endpoint = format!("http://{}", self.coordinators[0].address);
+        net::channel(&endpoint, None, Some(&Secret::new(WORKER_TOKEN))).expect("an address")
+    }
+
     /// Where the coordinators listen.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.coordinators.iter().map(|c| c.address).collect()
     }
 
-    /// A disk of `bytes` for the data folder of a worker; none where this machine lets nobody mount one.
+    /// A disk of `bytes` for the data folder of a worker; none where [`SmallDisk::mount`] gives none.
     pub fn small_disk(&self, name: &str, bytes: u64) -> Option<SmallDisk> {
         SmallDisk::mount(&self.folder.path().join(name), bytes)
     }
@@ -304,7 +330,7 @@ fn coordinator_config(
         "listen = \"{address}\"\nqueue = {queue:?}\ndata_dir = {data_dir:?}\nstore_url = {store:?}\n\
          mcp_servers = [\"toy\", \"browser\"]\nlease_ttl_ms = {lease_ttl_ms}\n\
          [[tokens]]\nname = \"client\"\nsha256 = \"{client}\"\nproject = \"{PROJECT}\"\n\
-         roles = [\"submit\", \"read\", \"admin\"]\n\
+         roles = [\"submit\", \"read\"]\n\
          [[tokens]]\nname = \"workers\"\nsha256 = \"{worker}\"\nproject = \"*\"\nroles = [\"worker\"]\n",
         data_dir = folder.join("coordinator"),
         store = store_url(folder),

@@ -8,6 +8,7 @@ use opentelemetry_proto::tonic::collector::logs::v1 as logs;
 use opentelemetry_proto::tonic::collector::metrics::v1 as metrics;
 use opentelemetry_proto::tonic::collector::trace::v1 as traces;
 use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue, any_value};
+use opentelemetry_proto::tonic::metrics::v1::{Metric, NumberDataPoint, metric, number_data_point};
 use opentelemetry_proto::tonic::trace::v1::Span;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -17,7 +18,7 @@ use tonic::{Request, Response, Status};
 #[derive(Debug, Default)]
 struct Kept {
     spans: Vec<Span>,
-    metrics: Vec<String>,
+    metrics: Vec<Metric>,
     logs: Vec<String>,
 }
 
@@ -55,10 +56,22 @@ impl Sink {
 
     /// The name of every metric so far, sorted, each once.
     pub fn metric_names(&self) -> Vec<String> {
-        let mut names = self.lock().metrics.clone();
+        let kept = self.lock();
+        let mut names: Vec<String> = kept.metrics.iter().map(|m| m.name.clone()).collect();
         names.sort();
         names.dedup();
         names
+    }
+
+    /// The largest value so far of the gauge or counter `name`, where its attribute `key` is `value`; none before the
+    /// first.
+    pub fn largest(&self, name: &str, key: &str, value: &str) -> Option<f64> {
+        let kept = self.lock();
+        let named = kept.metrics.iter().filter(|metric| metric.name == name);
+        let fits =
+            |point: &&NumberDataPoint| attribute(&point.attributes, key).as_deref() == Some(value);
+        let points = named.flat_map(points).filter(fits);
+        points.filter_map(number).reduce(f64::max)
     }
 
     /// The text of every log record so far.
@@ -68,6 +81,22 @@ impl Sink {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn points(metric: &Metric) -> &[NumberDataPoint] {
+    match &metric.data {
+        Some(metric::Data::Gauge(gauge)) => &gauge.data_points,
+        Some(metric::Data::Sum(sum)) => &sum.data_points,
+        _ => &[],
+    }
+}
+
+fn number(point: &NumberDataPoint) -> Option<f64> {
+    match point.value? {
+        number_data_point::Value::AsDouble(number) => Some(number),
+        #[expect(clippy::cast_precision_loss, reason = "no test counts to 2^53")]
+        number_data_point::Value::AsInt(number) => Some(number as f64),
     }
 }
 
@@ -120,11 +149,9 @@ impl metrics::metrics_service_server::MetricsService for Sink {
             .resource_metrics
             .into_iter()
             .flat_map(|resource| resource.scope_metrics);
-        self.lock().metrics.extend(
-            scopes
-                .flat_map(|scope| scope.metrics)
-                .map(|metric| metric.name),
-        );
+        self.lock()
+            .metrics
+            .extend(scopes.flat_map(|scope| scope.metrics));
         Ok(Response::new(
             metrics::ExportMetricsServiceResponse::default(),
         ))
