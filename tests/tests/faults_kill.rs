@@ -6,10 +6,11 @@
 use std::time::Duration;
 
 use espalier_proto::v1::JobState;
-use espalier_tests::harness::client::BatchResult;
+use espalier_tests::harness::client::{BatchResult, Client};
 use espalier_tests::harness::model::{self, sum_job, toy_job};
 use espalier_tests::harness::process::Signal;
 use espalier_tests::harness::up::{Up, toy_servers};
+use espalier_tests::harness::wait_for;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
@@ -122,6 +123,49 @@ async fn sigterm_drains_and_the_rest_goes_on_after_a_restart() {
     assert_eq!(spent, 0, "a stop in good order spends no attempt");
 }
 
+/// Submits chunk `n` and kills `up` after `delay`, whatever has become of the submission. True if it was acknowledged.
+async fn kill_while_submitting(
+    up: &mut Up,
+    client: &Client,
+    n: u32,
+    chunk: &[Value],
+    delay: Duration,
+) -> bool {
+    let mut sender = client.clone();
+    let mut submission = std::pin::pin!(sender.chunk("b", n, chunk));
+    let mut due = std::pin::pin!(tokio::time::sleep(delay));
+    let answer = tokio::select! {
+        biased;
+        answer = &mut submission => {
+            due.await;
+            up.process.kill();
+            answer
+        }
+        () = &mut due => {
+            up.process.kill();
+            // The answer may be on its way.
+            submission.await
+        }
+    };
+    if let Ok(answer) = &answer {
+        assert_eq!(answer.accepted, 10, "{answer:?}");
+    }
+    answer.is_ok()
+}
+
+/// Sends chunk `n` until it is acknowledged, as a client does.
+async fn submit_until_acknowledged(client: &Client, n: u32, chunk: &[Value]) {
+    let answer = wait_for("a chunk to be acknowledged", DEADLINE, || {
+        let mut client = client.clone();
+        async move { client.chunk("b", n, chunk).await }
+    })
+    .await;
+    assert_eq!(
+        answer.accepted, 10,
+        "sent again, accepted again: {answer:?}"
+    );
+}
+
 /// `ESPALIER_SOAK_ROUNDS` and `ESPALIER_SOAK_SEED` make more of it, or the same again.
 #[tokio::test]
 async fn random_kills_lose_nothing() {
@@ -137,34 +181,28 @@ async fn random_kills_lose_nothing() {
     let mut random = StdRng::seed_from_u64(seed);
     let mut up = Up::start(&toy_servers(), &model::start().await, &SHORT_LEASE).await;
     let count = 10 * usize::try_from(rounds).unwrap();
-    // Sent in pieces between kills, each sent again until it is acknowledged, as a client does.
     let jobs = sums(count);
     let mut client = up.client().await;
     client.open("b").await;
+    let mut interrupted = 0;
     for (n, chunk) in jobs.chunks(10).enumerate() {
+        // At once, within the few milliseconds of a submission, and in the middle of rollouts.
+        let delay_us_max = [1, 5_000, 150_000][n % 3];
+        let delay = Duration::from_micros(random.random_range(0..delay_us_max));
         let n = u32::try_from(n).unwrap();
-        assert_eq!(
-            client
-                .chunk("b", n, chunk)
-                .await
-                .expect("up serves")
-                .accepted,
-            10
-        );
-        tokio::time::sleep(Duration::from_millis(random.random_range(0..150))).await;
-        up.process.kill();
+        if !kill_while_submitting(&mut up, &client, n, chunk, delay).await {
+            interrupted += 1;
+        }
+        up.wait_until_gone(Duration::from_secs(10)).await;
         up.restart().await;
         client = up.client().await;
-        assert_eq!(
-            client
-                .chunk("b", n, chunk)
-                .await
-                .expect("up serves")
-                .accepted,
-            10,
-            "sent again, accepted again"
-        );
+        submit_until_acknowledged(&client, n, chunk).await;
     }
+    println!("{interrupted} of {rounds} kills left a submission without an answer");
+    assert!(
+        interrupted > 0,
+        "no kill came in the middle of a submission"
+    );
     client
         .jobs
         .close_batch(espalier_proto::v1::CloseBatchRequest { batch: "b".into() })
