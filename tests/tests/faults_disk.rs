@@ -1,8 +1,8 @@
 //! A disk that is full: nothing that was acknowledged is lost, what cannot be stored is refused, what is under way
 //! waits, and all of it goes on once there is room.
 //!
-//! Each test mounts a small tmpfs in a namespace of its own. Where the machine does not let it, the test prints
-//! `SKIPPED` and proves nothing.
+//! Each test mounts a small tmpfs in a namespace of its own. Where the machine does not let it, the test fails,
+//! unless a person has set `ESPALIER_TEST_WITHOUT_DISKS`: then it prints `SKIPPED` and proves nothing.
 
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use espalier_core::trace::Manifest;
 use espalier_proto::v1::{self, JobState};
 use espalier_tests::harness::client::{BatchResult, Client};
 use espalier_tests::harness::cluster::Cluster;
+use espalier_tests::harness::disk::OPT_OUT;
 use espalier_tests::harness::model::{self, toy_job};
 use espalier_tests::harness::up::{Up, toy_servers};
 use espalier_tests::harness::wait_for;
@@ -25,7 +26,7 @@ const MIB: u64 = 1 << 20;
 const EARLY: u64 = 16;
 
 fn skipped() {
-    println!("SKIPPED: this machine lets nobody mount a tmpfs in a namespace of their own");
+    println!("SKIPPED: {OPT_OUT} is set, and nobody may mount a tmpfs in a namespace of their own");
 }
 
 /// Jobs that sleep a little and answer; each spec has about `padding` bytes.
