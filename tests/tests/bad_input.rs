@@ -104,7 +104,7 @@ async fn a_job_cannot_be_changed_under_its_id() {
 }
 
 #[tokio::test]
-async fn tokens_roles_and_page_tokens_are_checked() {
+async fn tokens_and_their_roles_are_checked() {
     let up = start().await;
     let file = up.file();
     for token in ["", "wrong", &format!("{}x", file.token)] {
@@ -117,6 +117,45 @@ async fn tokens_roles_and_page_tokens_are_checked() {
             "a token stands in an error"
         );
     }
+    let mut client = up.client().await;
+    let drain = v1::DrainWorkerRequest { worker: "w".into() };
+    let status = client.admin.drain_worker(drain.clone()).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied, "{status:?}");
+    assert!(status.message().contains("`admin`"), "{status:?}");
+    let mut operator = Client::connect(&file.url, &file.admin_token).await;
+    let status = operator.admin.drain_worker(drain).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound, "{status:?}");
+    let request = v1::GetBatchRequest { batch: "b".into() };
+    let status = operator.jobs.get_batch(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied, "{status:?}");
+    assert!(status.message().contains("`read`"), "{status:?}");
+}
+
+#[tokio::test]
+async fn a_job_brings_a_command_only_where_its_owner_alone_submits() {
+    let bringing = |id: &str| {
+        let server = toy_servers()["mcpServers"]["toy"].clone();
+        changed(id, "mcp", json!([{"name": "mine", "server": server}]))
+    };
+    let model = model::start().await;
+    let open = Up::start(&toy_servers(), &model, &["--listen", "0.0.0.0:0"]).await;
+    let answer = open.client().await.submit("b", &[bringing("j")]).await;
+    assert_eq!(answer.accepted, 0, "{answer:?}");
+    let rule = &answer.rejected[0].errors[0].rule;
+    assert!(rule.contains("allow_inline_mcp"), "{rule}");
+    let log = open.process.log();
+    assert!(log.contains("tokens travel unencrypted"), "{log}");
+
+    let own = start().await;
+    let answer = own.client().await.submit("b", &[bringing("j")]).await;
+    assert_eq!(answer.accepted, 1, "{answer:?}");
+    let log = own.process.log();
+    assert!(!log.contains("tokens travel unencrypted"), "{log}");
+}
+
+#[tokio::test]
+async fn page_tokens_stay_with_their_list() {
+    let up = start().await;
     let mut client = up.client().await;
     client
         .submit(

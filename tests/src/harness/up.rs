@@ -22,8 +22,10 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 pub struct UpFile {
     /// Address of the coordinator.
     pub url: String,
-    /// A token with every role.
+    /// A token that submits and looks.
     pub token: String,
+    /// A token that looks after the workers.
+    pub admin_token: String,
     /// Address of the object store.
     pub store: String,
 }
@@ -73,7 +75,7 @@ impl Up {
         up
     }
 
-    /// The same, with all of its data on a disk of `bytes`; none where this machine lets nobody mount one.
+    /// The same, with all of its data on a disk of `bytes`; none where [`SmallDisk::mount`] gives none.
     pub async fn start_on_small_disk(
         bytes: u64,
         mcp: &serde_json::Value,
@@ -99,8 +101,6 @@ impl Up {
         std::fs::write(&mcp_file, mcp.to_string()).expect("the test's folder is writable");
         let mut arguments: Vec<String> = [
             "up",
-            "--listen",
-            "127.0.0.1:0",
             "--model",
             "scripted",
             "--model-url",
@@ -110,6 +110,9 @@ impl Up {
         .map(str::to_owned)
         .into();
         arguments.push(mcp_file.display().to_string());
+        if !more.contains(&"--listen") {
+            arguments.extend(["--listen", "127.0.0.1:0"].map(str::to_owned));
+        }
         arguments.extend(more.iter().map(|&argument| argument.to_owned()));
         let trail = Trail::new(folder.path().join("tmp"));
         let environment: Vec<(String, String)> = environment
