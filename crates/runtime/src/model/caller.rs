@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use espalier_core::chat::Message;
 use espalier_core::error::shorten;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue, RETRY_AFTER};
 
 use super::merge::Merge;
 use super::read::{self, Body};
@@ -94,9 +94,9 @@ impl Caller {
         let status = response.status();
         let headers = response.headers();
         if !status.is_success() {
-            let retry_after = headers
-                .get(RETRY_AFTER)
-                .and_then(|value| retry::read_retry_after(value.to_str().ok()?, self.clock.now()));
+            let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+            let retry_after = text(RETRY_AFTER)
+                .and_then(|asked| retry::read_retry_after(asked, text(DATE), self.clock.now()));
             let body = Body::new(response, idle).read_error().await;
             let body = self.without_key(body);
             let message = read::error_message(&body);

@@ -341,9 +341,9 @@ fn span(request: &ChatRequest<'_>) -> tracing::Span {
         { attribute::GEN_AI_OPERATION_NAME } = operation::CHAT,
         { attribute::GEN_AI_PROVIDER_NAME } = "openai",
         { attribute::GEN_AI_REQUEST_MODEL } = request.model,
+        { attribute::MODEL_ENDPOINT } = Empty,
         { attribute::GEN_AI_RESPONSE_MODEL } = Empty,
         { attribute::GEN_AI_RESPONSE_ID } = Empty,
-        { attribute::GEN_AI_RESPONSE_FINISH_REASONS } = Empty,
         { attribute::GEN_AI_USAGE_INPUT_TOKENS } = Empty,
         { attribute::GEN_AI_USAGE_OUTPUT_TOKENS } = Empty,
         { attribute::ERROR_TYPE } = Empty,
@@ -364,11 +364,12 @@ fn record(
     ];
     match outcome {
         Ok(turn) => {
+            if !turn.endpoint.is_empty() {
+                span.record(attribute::MODEL_ENDPOINT, &*turn.endpoint);
+            }
             span.record(attribute::GEN_AI_RESPONSE_MODEL, &*turn.model);
-            span.record(
-                attribute::GEN_AI_RESPONSE_FINISH_REASONS,
-                &*turn.finish_reason,
-            );
+            let reasons = [&*turn.finish_reason];
+            telemetry::record_texts(span, attribute::GEN_AI_RESPONSE_FINISH_REASONS, &reasons);
             if let Some(id) = &turn.response_id {
                 span.record(attribute::GEN_AI_RESPONSE_ID, &**id);
             }

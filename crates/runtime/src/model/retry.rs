@@ -29,15 +29,26 @@ pub(super) fn wait(
     }
 }
 
-/// The header `Retry-After`: seconds, or a date of HTTP.
-pub(super) fn read_retry_after(header: &str, now: Timestamp) -> Option<Duration> {
+/// The header `Retry-After`: seconds, or a date of HTTP. That is the server's, so `date`, the header `Date` of the same
+/// answer, is what it is held against; `now` only where there is none.
+pub(super) fn read_retry_after(
+    header: &str,
+    date: Option<&str>,
+    now: Timestamp,
+) -> Option<Duration> {
     let header = header.trim();
     if let Ok(seconds) = header.parse::<u64>() {
         return Some(Duration::from_secs(seconds));
     }
-    let date = chrono::DateTime::parse_from_rfc2822(header).ok()?;
-    let at = Timestamp::from_ms(u64::try_from(date.timestamp_millis()).ok()?);
-    Some(at.since(now))
+    let now = date.and_then(read_date).unwrap_or(now);
+    Some(read_date(header)?.since(now))
+}
+
+fn read_date(header: &str) -> Option<Timestamp> {
+    let date = chrono::DateTime::parse_from_rfc2822(header.trim()).ok()?;
+    Some(Timestamp::from_ms(
+        u64::try_from(date.timestamp_millis()).ok()?,
+    ))
 }
 
 #[cfg(test)]
@@ -47,13 +58,26 @@ mod tests {
     #[test]
     fn retry_after_is_seconds_or_a_date() {
         let now = Timestamp::from_ms(784_111_777_000); // Sun, 06 Nov 1994 08:49:37 GMT
-        let read = |header| read_retry_after(header, now).map(|wait| wait.as_secs());
+        let read = |header| read_retry_after(header, None, now).map(|wait| wait.as_secs());
         assert_eq!(read("7"), Some(7));
         assert_eq!(read(" 0 "), Some(0));
         assert_eq!(read("Sun, 06 Nov 1994 08:50:07 GMT"), Some(30));
         assert_eq!(read("Sun, 06 Nov 1994 08:00:00 GMT"), Some(0));
         for bad in ["", "-1", "soon", "1.5"] {
             assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_date_is_held_against_the_clock_that_it_came_from() {
+        let (asked, said) = (
+            "Sun, 06 Nov 1994 08:50:07 GMT",
+            "Sun, 06 Nov 1994 08:49:37 GMT",
+        );
+        let hour_us = 3_600_000_000;
+        for wrong in [784_111_777_000_000 - hour_us, 784_111_777_000_000 + hour_us] {
+            let wait = read_retry_after(asked, Some(said), Timestamp(wrong));
+            assert_eq!(wait, Some(Duration::from_secs(30)));
         }
     }
 

@@ -31,6 +31,8 @@ pub mod attribute {
     pub const GEN_AI_PROVIDER_NAME: &str = "gen_ai.provider.name";
     /// The model that was asked for.
     pub const GEN_AI_REQUEST_MODEL: &str = "gen_ai.request.model";
+    /// The name of the endpoint that answered, of those that a coordinator names.
+    pub const MODEL_ENDPOINT: &str = "espalier.model.endpoint";
     /// The model that answered.
     pub const GEN_AI_RESPONSE_MODEL: &str = "gen_ai.response.model";
     /// The endpoint's id of the answer.
