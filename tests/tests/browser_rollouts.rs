@@ -15,7 +15,7 @@ const DEADLINE: Duration = Duration::from_secs(200);
 /// The version of the machine's browser, as it says itself: `Chromium 140.0.7339.80 built on …`.
 fn chromium_version() -> String {
     let output = Command::new("chromium").arg("--version").output();
-    let text = String::from_utf8(output.expect("chromium is installed").stdout).unwrap();
+    let text = String::from_utf8_lossy(&output.expect("chromium is installed").stdout).into_owned();
     let version = text.split(' ').find(|word| word.matches('.').count() == 3);
     version
         .unwrap_or_else(|| panic!("no version in {text:?}"))

@@ -170,9 +170,10 @@ async fn a_lease_that_ends_a_result_that_comes_late_and_a_job_that_waits_are_see
 async fn granted(heard: &mut Streaming<v1::CoordinatorMessage>) -> v1::Lease {
     let grant = async {
         loop {
-            let message = heard.message().await.unwrap().expect("the session goes on");
+            let message = heard.message().await.expect("the session lives");
+            let message = message.expect("the session goes on");
             if let Some(Heard::Grants(grants)) = message.message {
-                return grants.grants[0].lease.clone().unwrap();
+                return grants.grants[0].lease.clone().expect("a grant has a lease");
             }
         }
     };
