@@ -22,6 +22,8 @@ use espalier_core::spec::McpServer;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::policy::DeniedByServer;
+
 /// Largest file, in bytes: thousands of servers would fit.
 const FILE_BYTES_MAX: usize = 1024 * 1024;
 /// Most characters in the name of a server: it has to leave room for the tool in a name of 64.
@@ -36,6 +38,8 @@ const FOREIGN_KEYS: &[&str] = &[
     "name",
     "type",
 ];
+/// Most browser contexts in one server: with more of them one crash takes too many rollouts along.
+const CONTEXTS_MAX: u64 = 8;
 const OWN_KEYS: &[&str] = &[
     "command", "args", "env", "cwd", "url", "headers", "preset", "espalier",
 ];
@@ -364,7 +368,7 @@ fn parse_own(value: Option<&Value>) -> Result<(ServerOptions, PlaywrightOptions)
     let playwright: PlaywrightOptions =
         serde_json::from_value(Value::Object(rest)).map_err(refuse)?;
     let numbers = [
-        ("contexts_max", u64::from(own.contexts_max), 64),
+        ("contexts_max", u64::from(own.contexts_max), CONTEXTS_MAX),
         ("recycle_after", u64::from(own.recycle_after), 1_000_000),
         ("call_timeout_s", own.call_timeout_s, 3600),
         ("start_timeout_s", own.start_timeout_s, 600),
@@ -376,6 +380,8 @@ fn parse_own(value: Option<&Value>) -> Result<(ServerOptions, PlaywrightOptions)
             return Err(FieldError::new(key, number, rule).under("espalier"));
         }
     }
+    // A glob that only failed in a rollout would pass for the job's fault.
+    DeniedByServer::new(&own.deny_default).map_err(|error| error.under("espalier"))?;
     let options = ServerOptions {
         isolation: own.isolation,
         contexts_max: own.contexts_max,
@@ -495,7 +501,17 @@ mod tests {
             (
                 r#"{"command": "x", "espalier": {"contexts_max": 0}}"#,
                 "mcpServers.x.espalier.contexts_max",
-                "1 to 64",
+                "1 to 8",
+            ),
+            (
+                r#"{"preset": "playwright", "espalier": {"contexts_max": 9}}"#,
+                "mcpServers.x.espalier.contexts_max",
+                "1 to 8",
+            ),
+            (
+                r#"{"command": "x", "espalier": {"deny_default": ["ok", "a}"]}}"#,
+                "mcpServers.x.espalier.deny_default[1]",
+                "must be a glob",
             ),
             (
                 r#"{"command": "x", "espalier": {"contexts": 1}}"#,

@@ -20,7 +20,7 @@ use super::config::{McpConfig, ServerConfig, ServerKind};
 use super::convert::{RawTool, convert};
 use super::error::McpError;
 use super::launcher::Launcher;
-use super::policy::{CompiledPolicy, Verdict};
+use super::policy::{CompiledPolicy, DeniedByServer, Verdict};
 use super::shared::SharedServers;
 use super::toolbox::{Link, Toolbox, Warning, warnings};
 
@@ -186,9 +186,10 @@ impl Inner {
         cancel: CancellationToken,
     ) -> Result<Toolbox, McpError> {
         let resolved = self.resolve(uses)?;
-        let policies = resolved
+        let compiled = CompiledPolicy::new(policy)?;
+        let denied = resolved
             .iter()
-            .map(|server| CompiledPolicy::new(policy, &server.config.options.deny_default))
+            .map(|server| DeniedByServer::new(&server.config.options.deny_default))
             .collect::<Result<Vec<_>, _>>()?;
         let opening = resolved.iter().map(|server| self.open_one(project, server));
         let links = try_join_all(opening).await?;
@@ -202,12 +203,12 @@ impl Inner {
         // Names are given before the policy is asked, so that they do not depend on it.
         let mut tools = convert(listed.raw);
         tools.retain_mut(|tool| {
-            let policy = resolved
+            let server = resolved
                 .iter()
-                .zip(&policies)
+                .zip(&denied)
                 .find(|(server, _)| server.name == tool.server);
-            let verdict = policy.map_or(Verdict::Deny, |(_, policy)| {
-                policy.verdict(tool.name(), &tool.raw_name)
+            let verdict = server.map_or(Verdict::Deny, |(_, denied)| {
+                compiled.verdict(denied, tool.name(), &tool.raw_name)
             });
             tool.needs_approval = verdict == Verdict::Ask;
             verdict != Verdict::Deny

@@ -2,7 +2,7 @@
 
 use espalier_core::error::FieldError;
 use espalier_core::spec::ToolPolicy;
-use globset::{Glob, GlobMatcher};
+use espalier_core::spec::pattern::Glob;
 
 /// Tools that run code or touch files of the worker: denied unless `allow` or `ask` holds exactly their name, because a
 /// glob such as `browser_*` is written by people who do not think of them.
@@ -41,7 +41,7 @@ pub enum Verdict {
     Deny,
 }
 
-/// A policy whose globs are compiled.
+/// A policy whose globs are compiled, once for all servers of a rollout.
 #[derive(Debug)]
 pub(super) struct CompiledPolicy {
     allow: Vec<Rule>,
@@ -49,29 +49,38 @@ pub(super) struct CompiledPolicy {
     deny: Vec<Rule>,
 }
 
+/// What one server's configuration denies to every job, compiled.
+#[derive(Debug)]
+pub(super) struct DeniedByServer(Vec<Rule>);
+
 #[derive(Debug)]
 struct Rule {
     text: String,
-    glob: GlobMatcher,
+    glob: Glob,
+}
+
+impl DeniedByServer {
+    /// Compiles the `deny_default` of a server's configuration.
+    pub(super) fn new(globs: &[String]) -> Result<Self, FieldError> {
+        compile("deny_default", globs).map(Self)
+    }
 }
 
 impl CompiledPolicy {
-    /// Compiles `policy`, with `deny_default` of the server's configuration added to what is denied.
-    pub(super) fn new(policy: &ToolPolicy, deny_default: &[String]) -> Result<Self, FieldError> {
-        let mut deny = compile("tools.deny", &policy.deny)?;
-        deny.extend(compile("deny_default", deny_default)?);
+    /// Compiles `policy`.
+    pub(super) fn new(policy: &ToolPolicy) -> Result<Self, FieldError> {
         Ok(Self {
             allow: compile("tools.allow", &policy.allow)?,
             ask: compile("tools.ask", &policy.ask)?,
-            deny,
+            deny: compile("tools.deny", &policy.deny)?,
         })
     }
 
     /// The verdict about a tool. A rule fits by the name that is offered or by the server's own: a tool whose name was
     /// changed, because another server has it too, must not slip through `deny` and `ask`. Danger is known by `raw`.
-    pub(super) fn verdict(&self, offered: &str, raw: &str) -> Verdict {
+    pub(super) fn verdict(&self, denied: &DeniedByServer, offered: &str, raw: &str) -> Verdict {
         let fits = |rules: &[Rule]| matches(rules, offered) || matches(rules, raw);
-        if fits(&self.deny) {
+        if fits(&self.deny) || fits(&denied.0) {
             return Verdict::Deny;
         }
         let is_dangerous = DANGEROUS_TOOLS.contains(&raw);
@@ -96,16 +105,10 @@ impl CompiledPolicy {
 
 fn compile(field: &str, globs: &[String]) -> Result<Vec<Rule>, FieldError> {
     let rule = |(i, text): (usize, &String)| {
-        let glob = Glob::new(text).map_err(|error| {
-            FieldError::new(
-                format!("{field}[{i}]"),
-                text,
-                format!("must be a glob: {}", error.kind()),
-            )
-        })?;
+        let refused = |rule| FieldError::new(format!("{field}[{i}]"), text, rule);
         Ok(Rule {
             text: text.clone(),
-            glob: glob.compile_matcher(),
+            glob: Glob::new(text).map_err(refused)?,
         })
     };
     globs.iter().enumerate().map(rule).collect()
@@ -130,8 +133,12 @@ mod tests {
             ask: own(ask),
             deny: own(deny),
         };
-        let policy = CompiledPolicy::new(&policy, &[]).unwrap();
-        names.iter().map(|n| policy.verdict(n, n)).collect()
+        let policy = CompiledPolicy::new(&policy).unwrap();
+        let denied = DeniedByServer::new(&[]).unwrap();
+        names
+            .iter()
+            .map(|n| policy.verdict(&denied, n, n))
+            .collect()
     }
 
     use Verdict::{Allow, Ask, Deny};
@@ -164,9 +171,13 @@ mod tests {
 
     #[test]
     fn danger_is_known_by_the_servers_own_name() {
-        let policy = CompiledPolicy::new(&ToolPolicy::default(), &["note_*".into()]).unwrap();
-        assert_eq!(policy.verdict("b__browser_drop", "browser_drop"), Deny);
-        assert_eq!(policy.verdict("note_write", "note_write"), Deny);
+        let policy = CompiledPolicy::new(&ToolPolicy::default()).unwrap();
+        let denied = DeniedByServer::new(&["note_*".into()]).unwrap();
+        assert_eq!(
+            policy.verdict(&denied, "b__browser_drop", "browser_drop"),
+            Deny
+        );
+        assert_eq!(policy.verdict(&denied, "note_write", "note_write"), Deny);
     }
 
     #[test]
@@ -176,11 +187,12 @@ mod tests {
             deny: vec!["drop_*".into()],
             ..ToolPolicy::default()
         };
-        let policy = CompiledPolicy::new(&policy, &["erase".into()]).unwrap();
-        assert_eq!(policy.verdict("b__drop_all", "drop_all"), Deny);
-        assert_eq!(policy.verdict("b__erase", "erase"), Deny);
-        assert_eq!(policy.verdict("b__send", "send"), Ask);
-        assert_eq!(policy.verdict("b__list", "list"), Allow);
+        let policy = CompiledPolicy::new(&policy).unwrap();
+        let denied = DeniedByServer::new(&["erase".into()]).unwrap();
+        assert_eq!(policy.verdict(&denied, "b__drop_all", "drop_all"), Deny);
+        assert_eq!(policy.verdict(&denied, "b__erase", "erase"), Deny);
+        assert_eq!(policy.verdict(&denied, "b__send", "send"), Ask);
+        assert_eq!(policy.verdict(&denied, "b__list", "list"), Allow);
     }
 
     #[test]
@@ -190,8 +202,13 @@ mod tests {
             ..ToolPolicy::default()
         };
         assert_eq!(
-            CompiledPolicy::new(&policy, &[]).unwrap_err().field,
+            CompiledPolicy::new(&policy).unwrap_err().field,
             "tools.ask[1]"
+        );
+        let globs = ["ok".to_owned(), "{".repeat(300) + &"}".repeat(300)];
+        assert_eq!(
+            DeniedByServer::new(&globs).unwrap_err().field,
+            "deny_default[1]"
         );
     }
 }

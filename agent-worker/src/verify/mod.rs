@@ -5,11 +5,13 @@
 //! `espalier traces reverify` answers with "not without a live rollout". Called by the rollout loop, before it gives up
 //! its browser, and by the CLI.
 
+mod json;
 mod rules;
 
 use std::future::Future;
 
 use espalier_core::error::ErrorClass;
+use espalier_core::spec::pattern::Glob;
 use espalier_core::spec::{AnswerRule, McpCheck, TextRule, ToolCalled, Verify};
 use espalier_core::trace::{CheckResult, ToolCallRecord, Trace, Verdict};
 use serde_json::{Map, Value, json};
@@ -146,7 +148,7 @@ fn score<'a, P: Probes + Sync>(
                 let weights = list.iter().map(|(weight, _)| *weight);
                 return Ok(weighted_mean(weights, &scores));
             }
-            Verify::Answer(rule) => ("answer", Ok(answer(rule, evidence.answer))),
+            Verify::Answer(rule) => ("answer", answer(rule, evidence.answer).await),
             Verify::Url(rule) => ("url", Ok(url(rule, evidence.final_url))),
             Verify::ToolCalled(call) => ("tool_called", Ok(tool_called(call, evidence.tool_calls))),
             Verify::Page { script } => ("page", page(script, probes).await),
@@ -202,11 +204,11 @@ fn join(path: &str, name: &str) -> String {
 
 type Scored = Result<(f64, String), ProbeError>;
 
-fn answer(rule: &AnswerRule, answer: &str) -> (f64, String) {
+async fn answer(rule: &AnswerRule, answer: &str) -> Scored {
     match rule {
-        AnswerRule::Text(rule) => rules::text(rule, answer, "the answer"),
-        AnswerRule::Number { value, tolerance } => rules::number(*value, *tolerance, answer),
-        AnswerRule::Json { path, equals } => rules::json(path, equals.as_ref(), answer),
+        AnswerRule::Text(rule) => Ok(rules::text(rule, answer, "the answer")),
+        AnswerRule::Number { value, tolerance } => Ok(rules::number(*value, *tolerance, answer)),
+        AnswerRule::Json { path, equals } => json::score(path, equals.as_ref(), answer).await,
     }
 }
 
@@ -218,10 +220,13 @@ fn url(rule: &TextRule, final_url: Option<&str>) -> (f64, String) {
 }
 
 fn tool_called(call: &ToolCalled, made: &[ToolCallRecord]) -> (f64, String) {
-    match made
-        .iter()
-        .position(|record| rules::call_matches(call, record))
-    {
+    // The glob was compiled once at the door; one that fails here fits nothing.
+    let name = Glob::new(&call.name).ok();
+    let fits = |record| {
+        name.as_ref()
+            .is_some_and(|name| rules::call_matches(call, name, record))
+    };
+    match made.iter().position(fits) {
         Some(i) => (1.0, format!("tool call {} is `{}`", i + 1, made[i].name)),
         None => (
             0.0,
