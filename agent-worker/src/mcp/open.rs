@@ -1,6 +1,7 @@
 //! Opens one server for one rollout, of whichever kind it is: process or address, shared browser or one of its own.
 //! What comes of it is a [`Link`], which holds everything that goes with the rollout. Used by `host` alone.
 
+use std::io;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use espalier_core::error::FieldError;
 use espalier_core::id::ProjectId;
 use espalier_runtime::tasks::with_deadline;
+use rustix::io::Errno;
 
 use super::browser;
 use super::child::{Launch, find_program, inherited};
@@ -64,12 +66,7 @@ impl Inner {
             secrets: Secrets::of_command(&stdio.args, stdio.env.values()),
         };
         let started = self.launcher.start(&launch, true);
-        let (process, pipes) = started.map_err(|error| match server.is_inline {
-            true => FieldError::new("command", &stdio.command, format!("must start: {error}"))
-                .under(name)
-                .into(),
-            false => start_failed(name, &error),
-        })?;
+        let (process, pipes) = started.map_err(|error| not_started(server, stdio, &error))?;
         let pipes =
             pipes.ok_or_else(|| start_failed(name, &std::io::Error::other("it has no pipes")))?;
         let reach = Reach::Pipes(pipes);
@@ -249,6 +246,21 @@ async fn open_http(
     })
 }
 
+/// A job's own server that is no program here never will be one. All else (too many open files or processes, too little
+/// memory, a guardian that is gone) is about this worker and this moment.
+fn not_started(server: &Resolved, stdio: &StdioServer, error: &io::Error) -> McpError {
+    let is_the_jobs = matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
+    ) || error.raw_os_error() == Some(Errno::NOEXEC.raw_os_error());
+    if server.is_inline && is_the_jobs {
+        let rule = format!("must start: {error}");
+        let refused = FieldError::new("command", &stdio.command, rule);
+        return refused.under(&server.name).into();
+    }
+    start_failed(&server.name, error)
+}
+
 fn start_failed(server: &str, error: &std::io::Error) -> McpError {
     McpError::Start {
         server: server.to_owned(),
@@ -272,5 +284,47 @@ fn info(connection: &Connection) -> ServerInfo {
             .unwrap_or_default(),
         package_version: None,
         browser: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::ServerConfig;
+    use super::*;
+    use espalier_core::error::ErrorClass;
+    use espalier_core::spec::McpServer;
+
+    fn class(is_inline: bool, errno: Errno) -> ErrorClass {
+        let entry = McpServer {
+            command: Some("tool".into()),
+            ..McpServer::default()
+        };
+        let server = Resolved {
+            name: "own".to_owned(),
+            config: ServerConfig::inline(&entry).unwrap(),
+            is_inline,
+        };
+        let ServerKind::Stdio(stdio) = &server.config.kind else {
+            panic!("stdio expected");
+        };
+        not_started(&server, stdio, &errno.into()).class()
+    }
+
+    #[test]
+    fn only_what_is_no_program_is_the_fault_of_the_job() {
+        for errno in [Errno::NOENT, Errno::ACCESS, Errno::NOEXEC] {
+            assert_eq!(class(true, errno), ErrorClass::Invalid, "{errno}");
+            assert_eq!(class(false, errno), ErrorClass::Infra, "{errno}");
+        }
+        for errno in [
+            Errno::MFILE,
+            Errno::NFILE,
+            Errno::AGAIN,
+            Errno::NOMEM,
+            Errno::PIPE,
+            Errno::TXTBSY,
+        ] {
+            assert_eq!(class(true, errno), ErrorClass::Infra, "{errno}");
+        }
     }
 }
