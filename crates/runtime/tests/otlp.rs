@@ -136,6 +136,8 @@ async fn spans_metrics_and_logs_arrive() {
     telemetry::link_to(&attempt, cause);
     let child = tracing::info_span!("chat");
     telemetry::continue_from(&child, cause);
+    let reasons = names::attribute::GEN_AI_RESPONSE_FINISH_REASONS;
+    telemetry::record_texts(&child, reasons, &["stop"]);
     async { tracing::warn!(job_id = "j1", "lease expired") }
         .instrument(attempt.clone())
         .await;
@@ -163,6 +165,14 @@ fn assert_all_arrived(received: &Received, trace_id: &str) {
     assert_eq!(text(&attempt.attributes, names::attribute::JOB), Some("j1"));
     let child = span(names::span::CHAT);
     assert_eq!(child.parent_span_id, submission.span_id);
+    let is_reasons =
+        |pair: &&KeyValue| pair.key == names::attribute::GEN_AI_RESPONSE_FINISH_REASONS;
+    let reasons = child.attributes.iter().find(is_reasons);
+    let reasons = format!("{:?}", reasons.and_then(|pair| pair.value.as_ref()));
+    assert!(
+        reasons.contains("ArrayValue") && reasons.contains("stop"),
+        "{reasons}"
+    );
 
     let resource = &received.resources[0];
     assert_eq!(

@@ -16,6 +16,7 @@ use std::time::Duration;
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::MeterProvider;
 use opentelemetry::trace::TracerProvider;
+use opentelemetry::{Array, StringValue, Value};
 use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
 use opentelemetry_otlp::{
     ExporterBuildError, LogExporter, MetricExporter, SpanExporter, WithExportConfig,
@@ -27,6 +28,7 @@ use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use serde::Deserialize;
 use tracing::{Level, Metadata, Subscriber};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::filter::{EnvFilter, FilterExt, filter_fn};
 use tracing_subscriber::layer::{Filter, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
@@ -380,6 +382,12 @@ fn report(signal: &'static str, outcome: Result<OTelSdkResult, BlockingFailed>) 
         Ok(Err(error)) => tracing::warn!(signal, error = %error, "telemetry could not be sent"),
         Err(error) => tracing::warn!(signal, error = %error, "telemetry could not be sent"),
     }
+}
+
+/// Sets an attribute that the conventions define as a list of texts, which `tracing`'s fields cannot hold.
+pub fn record_texts(span: &tracing::Span, name: &'static str, texts: &[&str]) {
+    let texts: Vec<StringValue> = texts.iter().map(|text| (*text).to_owned().into()).collect();
+    span.set_attribute(name, Value::Array(Array::String(texts)));
 }
 
 /// An error and everything beneath it in one line, for the one place that logs it.
