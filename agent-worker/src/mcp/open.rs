@@ -204,13 +204,14 @@ impl Inner {
             .map_err(|error| start_failed(name, &error))
     }
 
-    /// What the browser says about its version; asked once.
+    /// What the browser says about its version; asked until it has answered once. One that is slow to answer on a busy
+    /// machine may do better for the next rollout, and no rollout waits for another's question.
     async fn browser_build(&self, installation: &Installation) -> Option<String> {
-        let mut builds = self.browser_builds.lock().await;
-        if let Some(build) = builds.get(installation.chromium()) {
+        let program = installation.chromium();
+        if let Some(build) = self.browser_builds.lock().await.get(program) {
             return build.clone();
         }
-        let mut command = tokio::process::Command::new(installation.chromium());
+        let mut command = tokio::process::Command::new(program);
         command
             .arg("--version")
             .env_clear()
@@ -218,13 +219,12 @@ impl Inner {
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .kill_on_drop(true);
-        let output = with_deadline("mcp_browser_version", VERSION_TIMEOUT, command.output()).await;
-        let build = match output {
-            Ok(Ok(output)) => Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
-            _ => None,
-        };
+        let asked = with_deadline("mcp_browser_version", VERSION_TIMEOUT, command.output()).await;
+        let output = asked.ok()?.ok();
+        let build = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
         let build = build.filter(|build| !build.is_empty());
-        builds.insert(installation.chromium().to_owned(), build.clone());
+        let mut builds = self.browser_builds.lock().await;
+        builds.insert(program.to_owned(), build.clone());
         build
     }
 }

@@ -16,6 +16,10 @@ use crate::observe::strip;
 /// everything else on the thread.
 const INLINE_BYTES_MAX: usize = 256 << 10;
 
+/// Most images of one answer that are kept as such, more than any model is shown at once: each becomes a file, an
+/// object and an entry of the manifest, and an answer may be made of very many empty ones.
+const IMAGES_MAX: usize = 32;
+
 /// What a part counts beside its text: an answer may be made of very many empty ones.
 const PART_BYTES: usize = 64;
 
@@ -66,9 +70,11 @@ impl ToolOutcome {
     fn new(result: &CallToolResult, latency: Duration) -> Self {
         let mut texts = Vec::new();
         let mut images = Vec::new();
+        let mut left_out = 0_u32;
         for block in &result.content {
             match block {
                 ContentBlock::Text(part) => texts.push(strip(&part.text).into_owned()),
+                ContentBlock::Image(_) if images.len() >= IMAGES_MAX => left_out += 1,
                 ContentBlock::Image(part) => match BASE64_STANDARD.decode(&part.data) {
                     Ok(data) => images.push((part.mime_type.clone(), data.into())),
                     Err(_) => texts.push("[an image that is not base64]".to_owned()),
@@ -80,6 +86,11 @@ impl ToolOutcome {
                 }
                 _ => texts.push("[content of an unknown kind]".to_owned()),
             }
+        }
+        if left_out > 0 {
+            texts.push(format!(
+                "[{left_out} images more than {IMAGES_MAX} were left out]"
+            ));
         }
         if texts.is_empty()
             && let Some(structured) = &result.structured_content
@@ -161,6 +172,16 @@ mod tests {
 
     fn outcome(result: Value) -> ToolOutcome {
         ToolOutcome::new(&serde_json::from_value(result).unwrap(), Duration::ZERO)
+    }
+
+    #[test]
+    fn no_more_images_than_a_few_are_kept_of_one_answer() {
+        let image = json!({"type": "image", "data": "aGk=", "mimeType": "image/png"});
+        let result: CallToolResult =
+            serde_json::from_value(json!({"content": vec![image; 40]})).unwrap();
+        let got = ToolOutcome::new(&result, Duration::ZERO);
+        assert_eq!(got.images.len(), IMAGES_MAX);
+        assert_eq!(got.text, "[8 images more than 32 were left out]");
     }
 
     #[test]

@@ -149,6 +149,7 @@ fn agent_span(services: &Services, order: Order<'_>, recorder: &Recorder) -> tra
         span::INVOKE_AGENT,
         "otel.name" = format!("{} {agent}", span::INVOKE_AGENT),
         { attribute::GEN_AI_OPERATION_NAME } = operation::INVOKE_AGENT,
+        { attribute::GEN_AI_PROVIDER_NAME } = "openai",
         { attribute::GEN_AI_AGENT_NAME } = agent,
         { attribute::GEN_AI_CONVERSATION_ID } = trace_id(recorder),
         { attribute::GEN_AI_REQUEST_MODEL } = model_name(services, order.spec),

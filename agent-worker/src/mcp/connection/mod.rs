@@ -15,6 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use espalier_runtime::tasks::{self, with_deadline};
+use espalier_runtime::telemetry::names::attribute;
+use espalier_runtime::telemetry::{Metrics, metrics};
+use opentelemetry::KeyValue;
 use rmcp::ErrorData;
 use rmcp::model::{
     CallToolRequest, CallToolRequestParams, CallToolResult, ClientRequest, PaginatedRequestParams,
@@ -22,6 +25,7 @@ use rmcp::model::{
 };
 use rmcp::service::{Peer, PeerRequestOptions, RoleClient, RunningService, ServiceError};
 use serde_json::{Map, Value};
+use tokio::time::Instant;
 
 use super::browser;
 use super::child::ServerProcess;
@@ -148,8 +152,11 @@ impl Connection {
 
     /// Every tool of the server.
     pub(super) async fn list_tools(&self, timeout: Duration) -> Result<Vec<Tool>, McpError> {
+        let began = Instant::now();
         let listed = with_deadline("mcp_list_tools", timeout, self.list_pages()).await;
-        listed.unwrap_or_else(|_| Err(self.late("tools/list", timeout)))
+        let listed = listed.unwrap_or_else(|_| Err(self.late("tools/list", timeout)));
+        measure("tools/list", began, listed.as_ref().err());
+        listed
     }
 
     /// Follows the pages of the list, as far as a list may go.
@@ -233,6 +240,17 @@ impl Connection {
         uri: &str,
         timeout: Duration,
     ) -> Result<Result<ReadResourceResult, ErrorData>, McpError> {
+        let began = Instant::now();
+        let read = self.read_once(uri, timeout).await;
+        measure("resources/read", began, read.as_ref().err());
+        read
+    }
+
+    async fn read_once(
+        &self,
+        uri: &str,
+        timeout: Duration,
+    ) -> Result<Result<ReadResourceResult, ErrorData>, McpError> {
         if let Some(meter) = &self.meter {
             meter.reset();
         }
@@ -267,6 +285,18 @@ impl Connection {
     }
 
     async fn call_once(
+        &self,
+        tool: &str,
+        arguments: Map<String, Value>,
+        timeout: Duration,
+    ) -> Result<Result<CallToolResult, ErrorData>, McpError> {
+        let began = Instant::now();
+        let answer = self.request_call(tool, arguments, timeout).await;
+        measure("tools/call", began, answer.as_ref().err());
+        answer
+    }
+
+    async fn request_call(
         &self,
         tool: &str,
         arguments: Map<String, Value>,
@@ -374,6 +404,14 @@ impl Connection {
         }
         McpError::ContextLost { server, reason }
     }
+}
+
+/// Counts one request by its method, with the class of the error that ended the connection or the wait.
+fn measure(method: &'static str, began: Instant, error: Option<&McpError>) {
+    let mut labels = vec![KeyValue::new(attribute::MCP_METHOD_NAME, method)];
+    let class = error.map(|error| error.class().as_str());
+    labels.extend(class.map(|class| KeyValue::new(attribute::ERROR_TYPE, class)));
+    Metrics::record(&metrics().mcp_operation_duration, began.elapsed(), &labels);
 }
 
 /// Errors of a transport quote whole addresses, headers and answers: only their kind is kept.
