@@ -13,14 +13,16 @@ use espalier_runtime::config::Environment;
 use espalier_runtime::model::{ModelClient, ModelError};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
-use espalier_runtime::tasks::{self, BlockingFailed, Tasks};
+use espalier_runtime::tasks::{self, BlockingFailed, OnFailure, Tasks};
 use espalier_runtime::worker::{self, WorkerConfig, WorkerDeps, WorkerError};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentWorkerConfig, McpSettingsError};
 use crate::handler::RolloutHandler;
 use crate::mcp::{McpConfig, McpHost, McpHostConfig};
-use crate::record::{NoLease, Published, RecordContext, RecordError, Recorder, Spool};
+use crate::record::{
+    NoLease, Published, RecordContext, RecordError, Recorder, Spool, ship_leftovers,
+};
 use crate::rollout::{self, Conversation, Hooks, Order, RolloutError, Services};
 
 /// How long servers may take to end, browsers included.
@@ -138,6 +140,8 @@ impl Agent {
             clock: Arc::clone(&deps.clock),
             tasks: tasks.clone(),
         };
+        let leftovers = ship_leftovers(record.clone(), shutdown.drain_token());
+        tasks.spawn_apart("record.leftovers", OnFailure::Log, leftovers);
         let tokenizer = tasks::blocking("tokenizer.load", || Tokenizer::shared().cloned()).await?;
         let tokenizer = tokenizer.map_err(|error| RunError::Tokenizer {
             reason: error.to_string(),

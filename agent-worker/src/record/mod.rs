@@ -6,10 +6,12 @@
 //! manifest, created once and written last, makes anything visible ([`publish`](Recorder::publish)).
 //!
 //! It does not decide what is recorded (that is the rollout loop) and never removes an object. When a recorder is
-//! dropped its files of this machine go away, after one try to bring the last steps to the store.
+//! dropped its files of this machine go away, after one try to bring the last steps to the store. After a kill the next
+//! process that takes the data folder brings what is left there to the store ([`ship_leftovers`]).
 
 mod adopt;
 mod error;
+mod leftovers;
 mod log;
 mod publish;
 mod ship;
@@ -35,6 +37,7 @@ use espalier_runtime::tasks::{self, OnFailure, Tasks};
 
 pub use adopt::{Claim, Found, find_at_start, find_published};
 pub use error::RecordError;
+pub(crate) use leftovers::ship_leftovers;
 pub use publish::{Gate, NoLease, Published};
 pub use spool::Spool;
 
@@ -44,6 +47,10 @@ use ship::Shipment;
 /// Most bytes of raw results and pictures that one rollout keeps: sixty screenshots and as many large pages. What
 /// comes after is shown to the model but not kept.
 const BLOB_BYTES_MAX: u64 = 256 << 20;
+
+/// Most blobs of one rollout: the results of some hundred calls and a few pictures of each. Each is a file of this
+/// machine, an object and an entry of the manifest, however small it is.
+const BLOBS_MAX: usize = 2048;
 
 /// Up to this size a blob is hashed where it is: a tenth of a millisecond, less than the way to another thread.
 const HASH_INLINE_BYTES_MAX: usize = 32 << 10;
@@ -237,7 +244,7 @@ impl Recorder {
         let sha256 = digest(&content).await?;
         let path = layout::blob(&self.key.project, &sha256);
         if !self.blobs.contains_key(&path) {
-            if self.blob_bytes + size > BLOB_BYTES_MAX {
+            if self.blob_bytes + size > BLOB_BYTES_MAX || self.blobs.len() >= BLOBS_MAX {
                 tracing::warn!(job = %self.key, size, "raw result not kept: the rollout's blobs are at their limit");
                 return Ok(None);
             }

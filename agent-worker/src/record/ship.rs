@@ -24,6 +24,9 @@ const SEGMENT_EVERY: Duration = Duration::from_secs(10);
 const SEGMENT_BYTES: u64 = 1 << 20;
 /// How long the last steps of an attempt that publishes nothing are tried to be brought to the store.
 const LAST_SEGMENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Blobs that are uploaded at once: hides the latency of a remote store, and bounds memory by as many answers.
+const UPLOADS_MAX: usize = 8;
+
 /// What one attempt has to bring to the store.
 pub(super) struct Shipment {
     store: Store,
@@ -47,7 +50,7 @@ struct State {
 /// What is due now.
 #[derive(Debug, PartialEq, Eq)]
 enum Due {
-    Blob(String),
+    Blobs,
     Segment { n: u32, from: u64 },
     Wait(Option<Instant>),
 }
@@ -119,10 +122,15 @@ impl Shipment {
     /// Uploads the blobs that still wait. Called before publication, by the publisher, until it succeeds.
     pub(super) async fn ship_blobs(&self) -> Result<(), RecordError> {
         loop {
-            let Some(next) = self.lock().blobs.front().cloned() else {
-                return Ok(());
+            let waiting: Vec<String> = {
+                let state = self.lock();
+                state.blobs.iter().take(UPLOADS_MAX).cloned().collect()
             };
-            self.ship_blob(&next).await?;
+            if waiting.is_empty() {
+                return Ok(());
+            }
+            let uploads = waiting.iter().map(|sha256| self.ship_blob(sha256));
+            futures::future::try_join_all(uploads).await?;
         }
     }
 
@@ -130,7 +138,7 @@ impl Shipment {
         let mut failures = 0;
         loop {
             let done = match self.due(Instant::now()) {
-                Due::Blob(sha256) => self.ship_blob(&sha256).await,
+                Due::Blobs => self.ship_blobs().await,
                 Due::Segment { n, from } => self.ship_segment(n, from).await,
                 Due::Wait(until) => {
                     self.wait(until).await;
@@ -161,8 +169,8 @@ impl Shipment {
 
     fn due(&self, now: Instant) -> Due {
         let state = self.lock();
-        if let Some(blob) = state.blobs.front() {
-            return Due::Blob(blob.clone());
+        if !state.blobs.is_empty() {
+            return Due::Blobs;
         }
         let Some(oldest) = state.oldest else {
             return Due::Wait(None);

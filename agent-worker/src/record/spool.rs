@@ -3,7 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::trace::sha256_hex;
@@ -11,19 +11,21 @@ use espalier_runtime::tasks;
 
 use super::RecordError;
 
-/// Most folders of killed attempts that one start removes; the next start goes on. Far above any number of slots.
+/// Most folders of killed attempts that one start looks at; the next start goes on. Far above any number of slots.
 const LEFTOVERS_MAX: usize = 10_000;
 
 /// The folder. Clones share it; it is given up with the last one.
 #[derive(Clone, Debug)]
 pub struct Spool {
     attempts: PathBuf,
+    /// What killed attempts left, until somebody takes it.
+    leftovers: Arc<Mutex<Vec<PathBuf>>>,
     // Held for as long as the process uses the folder; the system lets go of it however the process ends.
     _lock: Arc<File>,
 }
 
 impl Spool {
-    /// Takes `data_dir` for this process and removes what killed attempts left there.
+    /// Takes `data_dir` for this process, and notes what killed attempts left there.
     pub async fn open(data_dir: &Path) -> Result<Self, RecordError> {
         let data_dir = data_dir.to_owned();
         let refused = data_dir.clone();
@@ -46,18 +48,23 @@ impl Spool {
             }
             TryLockError::Error(error) => error,
         })?;
-        let mut removed = 0_usize;
-        for entry in fs::read_dir(&attempts)?.take(LEFTOVERS_MAX) {
-            fs::remove_dir_all(entry?.path())?;
-            removed += 1;
-        }
-        if removed > 0 {
-            tracing::info!(removed, "removed the steps of attempts that were killed");
-        }
+        let entries = fs::read_dir(&attempts)?.take(LEFTOVERS_MAX);
+        let leftovers: io::Result<Vec<PathBuf>> = entries.map(|entry| Ok(entry?.path())).collect();
         Ok(Self {
             attempts,
+            leftovers: Arc::new(Mutex::new(leftovers?)),
             _lock: Arc::new(lock),
         })
+    }
+
+    /// The folders of attempts that were killed with an earlier process. Given once.
+    pub(super) fn take_leftovers(&self) -> Vec<PathBuf> {
+        // No code that may panic runs under the lock.
+        let mut leftovers = self
+            .leftovers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut leftovers)
     }
 
     /// The folder of an attempt. Its name is short however long the job's is.

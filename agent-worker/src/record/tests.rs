@@ -1,6 +1,5 @@
 //! Recordings that end well, badly, twice, and on stores that misbehave.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -582,15 +581,99 @@ async fn segments_bring_the_steps_to_the_store_while_the_rollout_runs() {
 }
 
 #[tokio::test]
-async fn a_data_folder_belongs_to_one_process_and_is_cleaned_at_its_start() {
+async fn a_data_folder_belongs_to_one_process() {
     let dir = TempDir::new().unwrap();
-    let left = dir.path().join("attempts/9-abc/blobs");
-    std::fs::create_dir_all(&left).unwrap();
     let spool = Spool::open(dir.path()).await.unwrap();
-    assert!(!Path::new(&left).exists());
     let error = Spool::open(dir.path()).await.unwrap_err();
     let text = espalier_runtime::telemetry::error_chain(&error);
     assert!(text.contains("another agent worker uses it"), "{text}");
     drop(spool);
     Spool::open(dir.path()).await.unwrap();
+}
+
+/// The data folder of `world` as a kill of its process would leave it, with half a step at its end.
+fn killed(world: &World) -> TempDir {
+    let left = TempDir::new().unwrap();
+    for attempt in std::fs::read_dir(world.dir.path().join("attempts")).unwrap() {
+        let attempt = attempt.unwrap();
+        let to = left.path().join("attempts").join(attempt.file_name());
+        std::fs::create_dir_all(to.join("blobs")).unwrap();
+        let mut steps = std::fs::read(attempt.path().join("steps.jsonl")).unwrap();
+        steps.extend(br#"{"message":{"role":"as"#);
+        std::fs::write(to.join("steps.jsonl"), steps).unwrap();
+        std::fs::write(to.join("blobs").join(sha256_hex(b"raw")), "raw").unwrap();
+        std::fs::write(to.join("blobs").join(sha256_hex(b"whole")), "who").unwrap();
+    }
+    left
+}
+
+async fn ship(world: &World, left: &TempDir) {
+    let context = RecordContext {
+        spool: Spool::open(left.path()).await.unwrap(),
+        ..world.context.clone()
+    };
+    ship_leftovers(context, Shutdown::new().drain_token()).await;
+}
+
+fn folders(left: &TempDir) -> usize {
+    std::fs::read_dir(left.path().join("attempts"))
+        .unwrap()
+        .count()
+}
+
+#[tokio::test]
+async fn the_steps_of_a_killed_attempt_reach_the_store_before_they_are_removed() {
+    let world = World::new().await;
+    let _recorder = world.recorder(7).await;
+    let left = killed(&world);
+    ship(&world, &left).await;
+    let lines = world.lines(7, 0).await.unwrap();
+    let error = Trace::from_lines(&lines).unwrap_err();
+    assert_eq!(error, TraceError::NoOutcome { messages: 1 });
+    let blob = |content: &[u8]| layout::blob(&key().project, &sha256_hex(content));
+    let store = &world.context.store;
+    assert_eq!(store.get(&blob(b"raw")).await.unwrap(), "raw");
+    assert!(
+        store.get(&blob(b"whole")).await.is_err(),
+        "it is half of one"
+    );
+    assert_eq!(folders(&left), 0);
+    // Nothing of it is a result.
+    assert!(world.manifest().await.is_none());
+}
+
+#[tokio::test]
+async fn steps_that_are_stored_already_are_not_stored_twice() {
+    let world = World::new().await;
+    let mut recorder = world.recorder(7).await;
+    ship(&world, &killed(&world)).await;
+    let content = "more".to_owned();
+    recorder.message(Message::User { content }).await.unwrap();
+    ship(&world, &killed(&world)).await;
+    let second = world.lines(7, 1).await.unwrap();
+    assert!(
+        second.lines().count() == 1 && second.contains("more"),
+        "{second}"
+    );
+    ship(&world, &killed(&world)).await;
+    assert!(world.lines(7, 2).await.is_none());
+    let (store, key) = (&world.context.store, key());
+    let steps = espalier_runtime::traces::read_steps(store, &key, Fence(7)).await;
+    let error = Trace::from_lines(&steps.unwrap().text).unwrap_err();
+    assert_eq!(error, TraceError::NoOutcome { messages: 2 });
+}
+
+#[tokio::test]
+async fn steps_that_cannot_be_stored_stay_for_the_next_start() {
+    let world = World::new().await;
+    let _recorder = world.recorder(7).await;
+    let left = killed(&world);
+    let stop = Shutdown::new();
+    stop.drain();
+    let context = RecordContext {
+        spool: Spool::open(left.path()).await.unwrap(),
+        ..world.context.clone()
+    };
+    ship_leftovers(context, stop.drain_token()).await;
+    assert_eq!(folders(&left), 1);
 }

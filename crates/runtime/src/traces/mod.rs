@@ -1,13 +1,14 @@
 //! Published traces: listing, reading with proof of wholeness, correcting, and writing ones that came from elsewhere.
 //!
-//! A trace is visible once its manifest is; what an attempt left without one is not seen here. Corrections are
-//! patches beside the manifest, and the newest one counts. The worker that records a trace publishes it itself:
+//! A trace is visible once its manifest is; of what an attempt left without one only its [`steps`](Traces::steps) can be
+//! read, by whoever asks for them. Corrections are patches beside the manifest, and the newest one counts. The worker that records a trace publishes it itself:
 //! nothing here knows of leases. Read by the command line and by whatever makes data sets.
 
 mod patch;
+mod steps;
 pub mod workshop;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 
 use espalier_core::error::FieldError;
@@ -20,6 +21,7 @@ use crate::store::{Created, LIST_MAX, Store, StoreError};
 use crate::tasks::{BlockingFailed, blocking};
 
 pub use patch::{Change, Patch};
+pub use steps::{Steps, read_steps};
 
 /// Largest trace as text, in bytes: a zstd frame of a few kilobytes can claim to hold terabytes.
 pub const TRACE_BYTES_MAX: u64 = 512 << 20;
@@ -177,6 +179,20 @@ impl Traces {
             job: job.clone(),
             newest_patch: patches.iter().filter_map(number).map(|(_, n)| n).max(),
         })
+    }
+
+    /// The steps of one attempt, as far as they reached the store.
+    pub async fn steps(&self, job: &JobKey, fence: Fence) -> Result<Steps, TracesError> {
+        read_steps(&self.store, job, fence).await
+    }
+
+    /// The fences of the attempts at `job` that left anything in the store, as far as one listing tells.
+    pub async fn attempts(&self, job: &JobKey) -> Result<BTreeSet<Fence>, TracesError> {
+        let prefix = layout::job(job);
+        let prefix = prefix.trim_end_matches('/');
+        let objects = self.store.list(prefix, None, LIST_MAX).await?;
+        let owners = objects.iter().filter_map(|object| layout::attempt_of(&object.path));
+        Ok(owners.map(|(_, fence)| fence).collect())
     }
 
     /// What tables show of a trace, without reading the trace.
