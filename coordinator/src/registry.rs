@@ -280,7 +280,7 @@ mod tests {
         assert_eq!(registry.mcp_servers(), ["browser".to_owned()].into());
         registry.leave(&newer);
         assert!(registry.list().is_empty());
-        assert_eq!(registry.drained(), [newer.worker.clone()]);
+        assert_eq!(registry.drained(), vec![newer.worker.clone()]);
     }
 
     #[test]

@@ -104,7 +104,7 @@ async fn a_cancel_reaches_the_worker_of_another_coordinator_at_once() {
         let asked = Instant::now();
         shop.cancel(request).await.unwrap();
         match worker.hear().await {
-            Heard::Cancels(cancels) => assert_eq!(&cancels.leases[..], &[lease.clone()]),
+            Heard::Cancels(cancels) => assert_eq!(cancels.leases, std::slice::from_ref(lease)),
             other => panic!("expected a cancel, heard {other:?}"),
         }
         fastest = fastest.min(asked.elapsed());

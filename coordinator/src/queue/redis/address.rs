@@ -26,7 +26,7 @@ pub enum Address {
     /// Whichever server the Sentinels call the primary.
     Sentinel(Box<Mutex<SentinelClient>>),
     /// The nodes of a Cluster, and the first of them by itself.
-    Cluster(ClusterClient, Client),
+    Cluster(Box<ClusterClient>, Client),
 }
 
 /// A connection that many may use at once.
@@ -132,7 +132,7 @@ fn cluster(scheme: &str, rest: &str) -> RedisResult<Address> {
         .response_timeout(RESPONSE_LIMIT)
         .tcp_settings(TcpSettings::default().set_nodelay(true))
         .build()?;
-    Ok(Address::Cluster(client, first))
+    Ok(Address::Cluster(Box::new(client), first))
 }
 
 #[cfg(test)]

@@ -302,10 +302,18 @@ mod tests {
         Server::parse([info(changes).as_str()], appendfsync)
     }
 
+    /// What differs from a good server, when it syncs, how the queue acknowledges, and what the refusal says.
+    type Case = (
+        &'static [(&'static str, &'static str)],
+        &'static str,
+        Acknowledge,
+        &'static str,
+    );
+
     #[test]
     fn a_server_that_may_lose_jobs_is_refused_with_what_to_change() {
         let durable = Acknowledge::Durable;
-        let cases: [(&[(&str, &str)], &str, Acknowledge, &str); 6] = [
+        let cases: [Case; 6] = [
             (&[("redis_version", "6.2.14")], "", Acknowledge::Fast, "6.2"),
             (
                 &[("maxmemory_policy", "allkeys-lru")],
