@@ -5,6 +5,8 @@
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use espalier_proto::v1;
@@ -12,13 +14,15 @@ use espalier_proto::v1::admin_service_client::AdminServiceClient;
 use espalier_proto::v1::job_service_client::JobServiceClient;
 use espalier_proto::v1::worker_service_client::WorkerServiceClient;
 use espalier_runtime::config::{Environment, Secret};
-use espalier_runtime::net::{self, AuthorizedChannel, ClientTls, MESSAGE_BYTES_MAX};
+use espalier_runtime::net::{
+    self, Addresses, AuthorizedChannel, ClientTls, MESSAGE_BYTES_MAX, NetError,
+};
 use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry::error_chain;
 use serde::{Deserialize, Serialize};
 use tonic::Code;
 
-use crate::exit::Problem;
+use crate::exit::{Exit, Problem};
 
 /// How long the first call may take: a person is waiting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -95,7 +99,7 @@ pub fn data_dir(given: Option<&Path>, environment: &Environment) -> Result<PathB
 /// Where a coordinator is, and by what right we speak to it.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// `http://host:port`.
+    /// `http://host:port`; several coordinators with commas between them.
     pub url: String,
     /// Sent with each call.
     pub token: Option<Secret>,
@@ -143,25 +147,66 @@ impl Target {
     }
 }
 
-/// A connection to a coordinator. Clones share it.
+/// A connection to one of the coordinators that are named. Clones share it.
 #[derive(Clone)]
 pub struct Client {
-    link: AuthorizedChannel,
-    /// Where it leads.
+    links: Arc<Vec<AuthorizedChannel>>,
+    /// Which of them is used.
+    at: Arc<AtomicUsize>,
+    /// Where they lead, with commas between them.
     pub url: String,
 }
 
 impl Client {
-    /// A connection that a first, cheap call has proven: the other side speaks our protocol and takes the token.
+    /// A connection that a first, cheap call has proven: the other side speaks our protocol and takes the token. Several
+    /// coordinators are tried in turn, from any of them on.
     pub async fn connect(target: &Target, tls: Option<&ClientTls>) -> Result<Self, Problem> {
-        let link = net::channel(&target.url, tls, target.token.as_ref())
-            .map_err(|error| Problem::refused(error_chain(&error)))?;
-        let client = Self {
-            link,
+        let client = Self::lazy(target, tls)?;
+        let mut last = Ok(());
+        for _ in client.links.iter() {
+            let used = client.at();
+            last = client.greet(target).await;
+            match &last {
+                Err(problem) if problem.exit == Exit::Unreachable => client.leave(used),
+                _ => break,
+            }
+        }
+        last.map(|()| client)
+    }
+
+    /// A client that has not connected yet.
+    pub fn lazy(target: &Target, tls: Option<&ClientTls>) -> Result<Self, Problem> {
+        let refused = |error: NetError| Problem::refused(error_chain(&error));
+        let addresses = Addresses::parse(&target.url).map_err(refused)?;
+        let links = addresses
+            .iter()
+            .map(|address| net::channel(address, tls, target.token.as_ref()))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(refused)?;
+        let first = rand::random_range(0..links.len());
+        Ok(Self {
+            links: Arc::new(links),
+            at: Arc::new(AtomicUsize::new(first)),
             url: target.url.clone(),
-        };
-        client.greet(target).await?;
-        Ok(client)
+        })
+    }
+
+    /// The coordinator that is used: a number for [`leave`](Self::leave).
+    pub fn at(&self) -> usize {
+        self.at.load(Ordering::Relaxed)
+    }
+
+    /// Lets the calls that follow go to the next coordinator, as the one that was used did not answer. Of several calls
+    /// that failed there together the first decides.
+    pub fn leave(&self, used: usize) {
+        let next = used.wrapping_add(1);
+        let _ = self
+            .at
+            .compare_exchange(used, next, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    fn link(&self) -> AuthorizedChannel {
+        self.links[self.at() % self.links.len()].clone()
     }
 
     async fn greet(&self, target: &Target) -> Result<(), Problem> {
@@ -190,19 +235,19 @@ impl Client {
 
     /// Submitting, watching and steering jobs.
     pub fn jobs(&self) -> JobServiceClient<AuthorizedChannel> {
-        JobServiceClient::new(self.link.clone())
+        JobServiceClient::new(self.link())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Looking after the system.
     pub fn admin(&self) -> AdminServiceClient<AuthorizedChannel> {
-        AdminServiceClient::new(self.link.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+        AdminServiceClient::new(self.link()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Playing a worker, for measurements.
     pub fn worker(&self) -> WorkerServiceClient<AuthorizedChannel> {
-        WorkerServiceClient::new(self.link.clone())
+        WorkerServiceClient::new(self.link())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
@@ -223,7 +268,6 @@ fn root_cause(error: &(dyn Error + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exit::Exit;
 
     fn environment(pairs: &[(&str, &str)]) -> Environment {
         let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
@@ -258,6 +302,19 @@ mod tests {
             (named.url.as_str(), named.token.unwrap().expose()),
             ("http://h:2", "u")
         );
+    }
+
+    #[tokio::test]
+    async fn calls_that_fail_together_move_on_by_one() {
+        let target = Target::named("http://127.0.0.1:1,http://127.0.0.1:2", &environment(&[]));
+        let client = Client::lazy(&target, None).unwrap();
+        let used = client.at();
+        client.leave(used);
+        client.leave(used);
+        assert_eq!(client.at(), used + 1);
+        let problem = Client::connect(&target, None).await.err().unwrap();
+        assert_eq!(problem.exit, Exit::Unreachable);
+        assert!(Client::lazy(&Target::named("nowhere", &environment(&[])), None).is_err());
     }
 
     #[test]

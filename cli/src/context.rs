@@ -24,7 +24,8 @@ pub struct Global {
     /// Folder of `espalier up` [default: ~/.local/share/espalier]
     #[arg(long, global = true, value_name = "DIR", env = "ESPALIER_DATA_DIR")]
     pub data_dir: Option<PathBuf>,
-    /// Coordinator, such as http://127.0.0.1:7411; the token goes in ESPALIER_TOKEN [default: the running `up`]
+    /// Coordinator, such as http://127.0.0.1:7411, or several with commas between them; the token goes in
+    /// ESPALIER_TOKEN [default: the running `up`]
     #[arg(long, global = true, value_name = "URL", env = "ESPALIER_URL")]
     pub url: Option<String>,
     /// PEM file of trusted authorities, for an https:// coordinator

@@ -98,7 +98,7 @@ pub fn job(n: usize) -> v1::JobSpec {
 /// Sends chunks, a few at once. Every job must be accepted.
 pub async fn send(client: &Client, chunks: Vec<v1::SubmitChunkRequest>) -> Result<(), Problem> {
     let send_one = |chunk: v1::SubmitChunkRequest| async move {
-        let response = again(|| {
+        let response = again(client, || {
             let (mut jobs, chunk) = (client.jobs(), chunk.clone());
             async move { jobs.submit_chunk(chunk).await }
         });

@@ -125,7 +125,7 @@ async fn answer(client: &Client, batch: &BatchId, piece: Piece) -> Result<Answer
                 chunk: chunk.number,
                 jobs: std::mem::take(&mut chunk.jobs),
             };
-            let response = again(|| {
+            let response = again(client, || {
                 let (mut jobs, request) = (client.jobs(), request.clone());
                 async move { jobs.submit_chunk(request).await }
             })
@@ -167,7 +167,7 @@ pub async fn open(client: &Client, batch: &BatchId, defaults: v1::JobSpec) -> Re
         batch: batch.to_string(),
         defaults: Some(defaults),
     };
-    let opened = again(|| {
+    let opened = again(client, || {
         let (mut jobs, request) = (client.jobs(), request.clone());
         async move { jobs.open_batch(request).await }
     });
@@ -177,7 +177,7 @@ pub async fn open(client: &Client, batch: &BatchId, defaults: v1::JobSpec) -> Re
 /// Says that no more chunks come.
 pub async fn close_batch(client: &Client, batch: &BatchId) -> Result<(), Problem> {
     let batch = batch.to_string();
-    let closed = again(|| {
+    let closed = again(client, || {
         let mut jobs = client.jobs();
         let request = v1::CloseBatchRequest {
             batch: batch.clone(),
@@ -187,13 +187,15 @@ pub async fn close_batch(client: &Client, batch: &BatchId) -> Result<(), Problem
     closed.await.map(drop)
 }
 
-/// Makes a call, again while nobody answers. For idempotent calls only.
-pub async fn again<T, F>(call: impl Fn() -> F) -> Result<T, Problem>
+/// Makes a call of `client`, again while nobody answers, at another coordinator where there is one. For idempotent calls
+/// only.
+pub async fn again<T, F>(client: &Client, call: impl Fn() -> F) -> Result<T, Problem>
 where
     F: Future<Output = Result<tonic::Response<T>, Status>>,
 {
     let mut failures = 0;
     loop {
+        let used = client.at();
         let status = match with_deadline("cli.answer", ANSWER_TIMEOUT, Box::pin(call())).await {
             Ok(Ok(response)) => return Ok(response.into_inner()),
             Ok(Err(status)) => status,
@@ -204,6 +206,7 @@ where
         if !may_pass || failures >= TRIES_MAX {
             return Err(status.into());
         }
+        client.leave(used);
         tokio::time::sleep(BACKOFF.jittered(failures)).await;
     }
 }
@@ -211,12 +214,19 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::Target;
+    use espalier_runtime::config::Environment;
     use std::sync::atomic::{AtomicU32, Ordering};
+
+    fn nobody() -> Client {
+        let target = Target::named("http://127.0.0.1:1", &Environment::new());
+        Client::lazy(&target, None).unwrap()
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_call_is_made_again_while_nobody_answers() {
-        let calls = AtomicU32::new(0);
-        let answer = again(|| {
+        let (calls, nobody) = (AtomicU32::new(0), nobody());
+        let answer = again(&nobody, || {
             let call = calls.fetch_add(1, Ordering::SeqCst);
             async move {
                 match call {
@@ -230,14 +240,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_refusal_is_final_and_tries_end() {
-        let calls = AtomicU32::new(0);
-        let refused = again::<(), _>(|| {
+        let (calls, nobody) = (AtomicU32::new(0), nobody());
+        let refused = again::<(), _>(&nobody, || {
             calls.fetch_add(1, Ordering::SeqCst);
             async { Err(Status::failed_precondition("closed")) }
         });
         assert!(refused.await.is_err());
         assert_eq!(calls.swap(0, Ordering::SeqCst), 1);
-        let away = again::<(), _>(|| {
+        let away = again::<(), _>(&nobody, || {
             calls.fetch_add(1, Ordering::SeqCst);
             async { Err(Status::unavailable("away")) }
         });
