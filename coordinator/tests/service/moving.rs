@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use espalier_coordinator::endpoints::ModelEndpoint;
 use espalier_core::layout;
 use espalier_core::time::Timestamp;
 use espalier_core::trace::{RolloutSummary, StopReason, Totals};
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::Secret;
+use espalier_runtime::model::Served;
 use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::{OnFailure, Tasks};
@@ -31,6 +33,7 @@ struct Work {
     /// How often each job was begun.
     begun: Mutex<BTreeMap<String, u32>>,
     running: Mutex<(u32, u32)>,
+    served: Mutex<Vec<Served>>,
 }
 
 impl Work {
@@ -61,6 +64,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 impl Handler for Work {
     fn kind(&self) -> v1::JobKind {
         v1::JobKind::Rollout
+    }
+
+    fn endpoints(&self, served: Vec<Served>) {
+        *lock(&self.served) = served;
     }
 
     async fn run(&self, grant: Grant, context: JobContext) -> JobOutcome {
@@ -190,6 +197,35 @@ async fn a_coordinator_that_shuts_down_hands_its_workers_over() {
     work.gate.cancel();
     until(&mut jobs, "b1", |counts| counts.succeeded == 253).await;
     work.check(253);
+}
+
+#[tokio::test]
+async fn workers_are_told_where_models_are_served_before_they_get_jobs() {
+    let coordinator = Coordinator::start_with(|config| {
+        config.model_endpoints.push(ModelEndpoint {
+            name: "pod-a".to_owned(),
+            model: "qwen3".to_owned(),
+            url: "http://10.0.0.7:8000/v1".to_owned(),
+            api_key_name: "pods".to_owned(),
+            weight: 2,
+            vllm_extensions: true,
+        });
+    })
+    .await;
+    let mut jobs = coordinator.jobs(SHOP);
+    submit_all(&mut jobs, 0, 1).await;
+    let (work, _tasks) = start(&[&coordinator]);
+    until(&mut jobs, "b1", |counts| counts.succeeded == 1).await;
+    let told = Served {
+        name: "pod-a".to_owned(),
+        model: "qwen3".to_owned(),
+        base_url: "http://10.0.0.7:8000/v1".to_owned(),
+        api_key_name: Some("pods".to_owned()),
+        weight: 2,
+        healthy: true,
+        vllm_extensions: true,
+    };
+    assert_eq!(*lock(&work.served), [told]);
 }
 
 /// The machine's clock, wrong by an hour.
