@@ -86,6 +86,9 @@ pub struct Show {
     /// The job that made it
     #[arg(value_name = "BATCH/JOB")]
     pub job: JobName,
+    /// The steps of one attempt, as far as they reached the store, in place of what was published
+    #[arg(long, value_name = "FENCE")]
+    pub attempt: Option<u64>,
     /// Tool results as a whole, not only their first lines
     #[arg(long)]
     pub full: bool,

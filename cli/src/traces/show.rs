@@ -3,34 +3,80 @@
 use std::fmt::Write;
 
 use espalier_core::chat::Message;
-use espalier_core::trace::Trace;
-use serde_json::json;
+use espalier_core::id::Fence;
+use espalier_core::time::Timestamp;
+use espalier_core::trace::{Outcome, Step, StopReason, Totals, Trace, TraceError};
+use serde_json::{Value, json};
 
 use super::{Show, Source};
 use crate::context::Context;
-use crate::exit::{Exit, Outcome};
+use crate::exit::{self, Exit, Problem};
 use crate::output::{count, duration, plain};
 use crate::render::{BOLD, GREEN, MAGENTA, RED, Style, assistant, section, tool};
 
 /// How to see the whole of a result.
 const FULL: &str = " (--full)";
 
+/// Stands where the end of an attempt would.
+const BROKE_OFF: &str = "\nthe steps break off here: the attempt has no outcome";
+
 /// Runs the command.
-pub async fn run(context: &Context, args: &Show) -> Outcome {
+pub async fn run(context: &Context, args: &Show) -> exit::Outcome {
     let source = Source::open(context, &args.place).await?;
-    let trace = source.find(&args.job.key(context.project()?)).await?;
+    let job = args.job.key(context.project()?);
+    let (trace, has_ended) = match args.attempt {
+        None => (source.find(&job).await?, true),
+        Some(fence) => read_steps(&source.steps(&job, Fence(fence)).await?)?,
+    };
     let style = Style {
         color: context.out.color,
         lines: (!args.full).then_some(args.lines),
         rest: FULL,
     };
-    context
-        .out
-        .show(|| json!(trace), || render(&trace, style))?;
+    context.out.show(
+        || as_json(&trace, has_ended),
+        || match has_ended {
+            true => render(&trace, style),
+            false => conversation(&trace, style) + BROKE_OFF,
+        },
+    )?;
     Ok(Exit::Ok)
 }
 
+/// What the steps of an attempt add up to, and whether they hold its end.
+fn read_steps(lines: &str) -> Result<(Trace, bool), Problem> {
+    let refuse = |error: TraceError| Problem::failed(format!("the steps cannot be read: {error}"));
+    match Trace::from_lines(lines) {
+        Ok(trace) => Ok((trace, true)),
+        Err(TraceError::NoOutcome { .. }) => {
+            // A trace has an outcome; this one is not shown.
+            let end = Step::Outcome(Box::new(Outcome {
+                stop: StopReason::UserExit,
+                ended_at_us: Timestamp(0),
+                final_url: None,
+                verdict: None,
+                totals: Totals::default(),
+            }));
+            let trace = Trace::from_lines(&format!("{lines}{}", json!(end)));
+            Ok((trace.map_err(refuse)?, false))
+        }
+        Err(error) => Err(refuse(error)),
+    }
+}
+
+fn as_json(trace: &Trace, has_ended: bool) -> Value {
+    let mut value = json!(trace);
+    if let (false, Some(fields)) = (has_ended, value.as_object_mut()) {
+        fields.remove("outcome");
+    }
+    value
+}
+
 fn render(trace: &Trace, style: Style) -> String {
+    conversation(trace, style) + &verdict(trace, style)
+}
+
+fn conversation(trace: &Trace, style: Style) -> String {
     let mut text = head(trace, style);
     for (index, message) in trace.messages.iter().enumerate() {
         text.push('\n');
@@ -67,7 +113,6 @@ fn render(trace: &Trace, style: Style) -> String {
             }
         }
     }
-    text.push_str(&verdict(trace, style));
     text
 }
 
@@ -190,6 +235,26 @@ answered: 2 turns, 1 tool calls (0 errors), 0 tokens in, 0 out, 0 ms
 reward 0.000
   ✗ answer 0.00: not 7";
         assert_eq!(render(&trace(), style), expected);
+    }
+
+    #[test]
+    fn the_steps_of_a_killed_attempt_are_shown_without_an_end() {
+        let whole = trace();
+        let lines = |steps: &[Step]| -> String {
+            steps
+                .iter()
+                .map(|step| format!("{}\n", json!(step)))
+                .collect()
+        };
+        let mut steps = vec![Step::Header(Box::new(whole.header.clone()))];
+        let messages = whole.messages.iter().take(2).cloned();
+        steps.extend(messages.map(|message| Step::Message { message }));
+        let (killed, has_ended) = read_steps(&lines(&steps)).unwrap();
+        assert!(!has_ended && killed.messages.len() == 2, "{killed:?}");
+        assert!(as_json(&killed, has_ended).get("outcome").is_none());
+        steps.push(Step::Outcome(Box::new(whole.outcome)));
+        assert!(read_steps(&lines(&steps)).unwrap().1);
+        assert!(read_steps("").is_err());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Where traces come from: the object store itself, or the coordinator's API.
 
-use espalier_core::id::{BatchId, JobKey, ProjectId};
+use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
 use espalier_core::time::Timestamp;
 use espalier_core::trace::{RolloutSummary, Trace};
 use espalier_proto::convert::summary_from_wire;
@@ -99,6 +99,27 @@ impl Source {
             Self::Store(traces) => Ok(traces.load(&traces.find(job).await?).await?.trace),
             Self::Api(client, _) => fetch(client, job).await,
         }
+    }
+
+    /// The steps of one attempt, as lines of JSON.
+    pub async fn steps(&self, job: &JobKey, fence: Fence) -> Result<String, Problem> {
+        let Self::Store(traces) = self else {
+            return Err(Problem::refused(
+                "the steps of an attempt are read from the store, not the API",
+            )
+            .fix("name it with --store URL"));
+        };
+        let steps = traces.steps(job, fence).await?;
+        if steps.segments == 0 {
+            let what = format!("no steps of {job} are stored for an attempt under fence {fence}");
+            let attempts = traces.attempts(job).await?;
+            let fences: Vec<String> = attempts.iter().map(ToString::to_string).collect();
+            return Err(Problem::refused(what).fix(match fences.is_empty() {
+                true => "no attempt at it left anything there".to_owned(),
+                false => format!("attempts that left something there: {}", fences.join(", ")),
+            }));
+        }
+        Ok(steps.text)
     }
 
     /// The traces of `entries`, in order, a few read ahead.
