@@ -232,50 +232,61 @@ async fn a_chunk_has_bounds_and_a_project_too() {
 }
 
 #[tokio::test]
-async fn pages_add_up_and_their_tokens_stay_at_home() {
+async fn pages_of_batches_add_up() {
     let coordinator = Coordinator::start().await;
     let mut jobs = coordinator.jobs(SHOP);
     for batch in ["z", "a", "m"] {
         open(&mut jobs, batch).await;
     }
-    let page = |page_token: String| v1::ListBatchesRequest {
-        page_size: 2,
-        page_token,
-    };
-    let first = jobs
-        .list_batches(page(String::new()))
-        .await
-        .unwrap()
-        .into_inner();
-    let second = jobs.list_batches(page(first.next_page_token.clone())).await;
+    let first = jobs.list_batches(batches_after(String::new())).await;
+    let first = first.unwrap().into_inner();
+    let second = jobs.list_batches(batches_after(first.next_page_token)).await;
     let second = second.unwrap().into_inner();
     let names = [first.batches, second.batches].concat();
     let names: Vec<&str> = names.iter().map(|b| b.batch.as_str()).collect();
     assert_eq!(names, ["m", "a", "z"], "newest first");
     assert!(second.next_page_token.is_empty());
+}
 
-    let specs: Vec<v1::JobSpec> = (0..5)
-        .map(|i| {
-            job(&format!(
-                r#"{{"id":"j{i}","prompt":"x","labels":{{"even":"{}"}}}}"#,
-                i % 2 == 0
-            ))
-        })
-        .collect();
-    submit(&mut jobs, "a", 0, specs).await;
-    let list = |page_token: &str| v1::ListJobsRequest {
+fn batches_after(page_token: String) -> v1::ListBatchesRequest {
+    v1::ListBatchesRequest {
+        page_size: 2,
+        page_token,
+    }
+}
+
+/// Opens batch `a` with five jobs, of which every other one is even.
+async fn open_with_five(jobs: &mut Jobs) {
+    open(jobs, "a").await;
+    let line = |i| {
+        let even = i % 2 == 0;
+        format!(r#"{{"id":"j{i}","prompt":"x","labels":{{"even":"{even}"}}}}"#)
+    };
+    let specs: Vec<v1::JobSpec> = (0..5).map(|i| job(&line(i))).collect();
+    submit(jobs, "a", 0, specs).await;
+}
+
+fn even_ready_jobs_after(page_token: &str) -> v1::ListJobsRequest {
+    v1::ListJobsRequest {
         batch: "a".to_owned(),
         states: vec![v1::JobState::Ready.into()],
         labels: [("even".to_owned(), "true".to_owned())].into(),
         page_size: 2,
         page_token: page_token.to_owned(),
-    };
+    }
+}
+
+#[tokio::test]
+async fn pages_of_jobs_add_up_and_their_tokens_stay_at_home() {
+    let coordinator = Coordinator::start().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    open_with_five(&mut jobs).await;
+    open(&mut jobs, "m").await;
+    open(&mut jobs, "z").await;
+    let list = even_ready_jobs_after;
     let one = jobs.list_jobs(list("")).await.unwrap().into_inner();
-    let two = jobs
-        .list_jobs(list(&one.next_page_token))
-        .await
-        .unwrap()
-        .into_inner();
+    let two = jobs.list_jobs(list(&one.next_page_token)).await;
+    let two = two.unwrap().into_inner();
     let ids: Vec<&str> = one
         .jobs
         .iter()
@@ -285,38 +296,36 @@ async fn pages_add_up_and_their_tokens_stay_at_home() {
     assert_eq!(ids, ["j0", "j2", "j4"]);
 
     let token = one.next_page_token;
+    let of_batches = jobs.list_batches(batches_after(String::new())).await;
+    let of_batches = of_batches.unwrap().into_inner().next_page_token;
     let mut other_filter = list(&token);
     other_filter.labels.clear();
     let mut other_batch = list(&token);
     other_batch.batch = "m".to_owned();
     let tampered = list(&format!("{token}0"));
-    for request in [
-        other_filter,
-        other_batch,
-        tampered,
-        list(&first.next_page_token),
-    ] {
+    for request in [other_filter, other_batch, tampered, list(&of_batches)] {
         let status = jobs.list_jobs(request).await.unwrap_err();
         assert_eq!(field(&status), "page_token");
     }
     let mut bank = coordinator.jobs(BANK);
     open(&mut bank, "a").await;
-    assert_eq!(
-        field(&bank.list_jobs(list(&token)).await.unwrap_err()),
-        "page_token"
-    );
-    let mut unknown_state = list("");
+    let status = bank.list_jobs(list(&token)).await.unwrap_err();
+    assert_eq!(field(&status), "page_token");
+}
+
+#[tokio::test]
+async fn lists_of_unknown_states_and_of_too_many_are_refused() {
+    let coordinator = Coordinator::start().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    open(&mut jobs, "a").await;
+    let mut unknown_state = even_ready_jobs_after("");
     unknown_state.states = vec![99];
-    assert_eq!(
-        field(&jobs.list_jobs(unknown_state).await.unwrap_err()),
-        "states[0]"
-    );
-    let mut too_many = list("");
+    let status = jobs.list_jobs(unknown_state).await.unwrap_err();
+    assert_eq!(field(&status), "states[0]");
+    let mut too_many = even_ready_jobs_after("");
     too_many.page_size = 1_001;
-    assert_eq!(
-        field(&jobs.list_jobs(too_many).await.unwrap_err()),
-        "page_size"
-    );
+    let status = jobs.list_jobs(too_many).await.unwrap_err();
+    assert_eq!(field(&status), "page_size");
 }
 
 #[tokio::test]
