@@ -89,6 +89,9 @@ pub fn queue_error(error: QueueError) -> ApiError {
         QueueError::Refused(Refusal::BatchClosed { batch, .. }) => ApiError::Conflict(format!(
             "batch `{batch}` is closed and takes no more jobs; open another one"
         )),
+        QueueError::Refused(refusal @ Refusal::TooManyOpenBatches { .. }) => ApiError::Exhausted(
+            format!("{refusal}; close some, or raise `open_batches_max` of the coordinator"),
+        ),
         QueueError::Refused(Refusal::Field(field)) => ApiError::Field(field),
         QueueError::Unavailable {
             reason,

@@ -68,6 +68,8 @@ pub(super) struct Batch {
     pub closed: bool,
     pub cancelled: bool,
     pub completed_at: Option<Timestamp>,
+    /// Nobody finds it by its name any more, and its jobs are being removed.
+    pub purging: bool,
     pub counters: Counters,
     pub jobs: BTreeMap<JobId, JobSeq>,
     /// End number → job.

@@ -28,7 +28,7 @@ pub use event::{Event, RevokeReason};
 pub use job::{
     AttemptError, Budgets, DeadReason, End, JobKind, JobState, Lease, NewJob, StateName,
 };
-pub use machine::{Loading, Machine, MachineConfig};
+pub use machine::{Cursor, Loading, Machine, MachineConfig};
 pub use plan::{Dep, Known, Plan, name_taken, plan, too_many_lanes, unknown_dep};
 pub use record::{BatchRow, Change, Changes, ChunkRow, JobRow, MetaRow, RecordError, RingRow};
 pub use request::{

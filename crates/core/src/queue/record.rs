@@ -92,6 +92,14 @@ fn is_zero(n: &u64) -> bool {
     *n == 0
 }
 
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature that serde calls"
+)]
+fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+
 /// A row of the batch table, under its [`BatchSeq`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BatchRow {
@@ -105,6 +113,8 @@ pub struct BatchRow {
     pub(super) closed: bool,
     pub(super) cancelled: bool,
     pub(super) completed_at: Option<Timestamp>,
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub(super) purging: bool,
 }
 
 /// A chunk that was taken, under its batch and number. What became of its jobs is seen at the jobs.

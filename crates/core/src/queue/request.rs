@@ -34,6 +34,14 @@ pub enum Refusal {
         /// The batch.
         batch: BatchId,
     },
+    /// The project has to close batches before it opens others.
+    #[error("project {project} has {max} batches that are not closed, and may have no more")]
+    TooManyOpenBatches {
+        /// The tenant.
+        project: ProjectId,
+        /// How many it may have.
+        max: usize,
+    },
     /// A field of the request breaks its rule.
     #[error(transparent)]
     Field(#[from] FieldError),

@@ -1,20 +1,34 @@
 //! Operators' commands: cancel what is not done, requeue what is dead.
 
-use std::collections::VecDeque;
-
 use super::super::{BatchSeq, Cancelled, Event, JobSeq, JobState, Refusal, Selector, StateName};
 use super::Machine;
-use crate::id::ProjectId;
+use super::pages::{Cursor, Place};
 use crate::time::Timestamp;
 
 impl Machine {
     /// Cancels what waits; asks the workers of what runs to stop. A batch that is cancelled is closed as well, and
     /// what its running jobs spawn is cancelled on arrival.
     pub fn cancel(&mut self, now: Timestamp, which: &Selector) -> Result<Cancelled, Refusal> {
+        self.cancel_some(now, which, &mut Cursor::default(), usize::MAX)
+    }
+
+    /// The same, looking at `rows_max` jobs at most. The batch is closed before any of its jobs is looked at.
+    pub fn cancel_some(
+        &mut self,
+        now: Timestamp,
+        which: &Selector,
+        cursor: &mut Cursor,
+        rows_max: usize,
+    ) -> Result<Cancelled, Refusal> {
         self.advance(now);
-        let jobs = self.select(which, |state| !state.is_terminal())?;
-        if let Selector::Batch(project, batch) = which {
-            let seq = self.find_batch(project, batch)?;
+        let first = cursor.place == Place::Start;
+        let mut jobs = self.select(which, &mut cursor.place, rows_max)?;
+        jobs.retain(|seq| !self.jobs[seq].state.name().is_terminal());
+        let whole = match which {
+            Selector::Batch(project, batch) => Some(self.find_batch(project, batch)?),
+            _ => None,
+        };
+        if let Some(seq) = whole.filter(|_| first) {
             if let Some(batch) = self.batches.get_mut(&seq) {
                 batch.cancelled = true;
                 self.dirty.batches.insert(seq);
@@ -31,21 +45,44 @@ impl Machine {
                 done.requested += 1;
             }
         }
+        let before = self.cancelled_of(whole);
         self.settle_dependents();
+        // What of the batch waited for these is cancelled with them, before its own page.
+        done.cancelled += self.cancelled_of(whole) - before;
         Ok(done)
+    }
+
+    fn cancelled_of(&self, batch: Option<BatchSeq>) -> u64 {
+        let batch = batch.and_then(|seq| self.batches.get(&seq));
+        batch.map_or(0, |batch| batch.counters.get(StateName::Cancelled))
     }
 
     /// Puts dead jobs back with fresh budgets, and with them those that died only because of them. A job stays dead
     /// as long as something that it depends on does, or was cancelled. Returns how many are back.
     pub fn requeue_dead(&mut self, now: Timestamp, which: &Selector) -> Result<u64, Refusal> {
+        self.requeue_some(now, which, &mut Cursor::default(), usize::MAX)
+    }
+
+    /// The same, looking at `rows_max` jobs at most; those that come back with others may come in a later page.
+    pub fn requeue_some(
+        &mut self,
+        now: Timestamp,
+        which: &Selector,
+        cursor: &mut Cursor,
+        rows_max: usize,
+    ) -> Result<u64, Refusal> {
         self.advance(now);
-        let dead = self.select(which, |state| state == StateName::Dead)?;
-        let mut queue = VecDeque::from(dead);
+        if cursor.left.is_empty() {
+            cursor
+                .left
+                .extend(self.select(which, &mut cursor.place, rows_max)?);
+        }
         let mut back = 0;
-        while let Some(seq) = queue.pop_front() {
-            let job = &self.jobs[&seq];
-            let is_dead = matches!(job.state, JobState::Dead { .. });
-            if !is_dead || job.deps().iter().any(|dep| self.ended_badly(*dep)) {
+        for _ in 0..rows_max {
+            let Some(seq) = cursor.left.pop_front() else {
+                break;
+            };
+            if !self.may_come_back(seq) {
                 continue;
             }
             if let Some(job) = self.jobs.get_mut(&seq) {
@@ -55,9 +92,20 @@ impl Machine {
             self.set_waiting(seq);
             back += 1;
             let dependents = self.dependents.get(&seq).into_iter().flatten().copied();
-            queue.extend(dependents.filter(|dependent| self.died_of_dependency(*dependent)));
+            let behind = dependents.filter(|dependent| self.died_of_dependency(*dependent));
+            cursor.left.extend(behind);
         }
         Ok(back)
+    }
+
+    /// Whether a job is dead and nothing that it depends on keeps it so. One whose batch is being forgotten, or that
+    /// went with it since it was selected, stays as it is.
+    fn may_come_back(&self, seq: JobSeq) -> bool {
+        self.jobs.get(&seq).is_some_and(|job| {
+            matches!(job.state, JobState::Dead { .. })
+                && !self.batches[&job.batch].purging
+                && !job.deps().iter().any(|dep| self.ended_badly(*dep))
+        })
     }
 
     fn request_cancel(&mut self, seq: JobSeq) {
@@ -75,45 +123,5 @@ impl Machine {
         let key = self.key_of(&self.jobs[&seq]);
         self.events
             .push(Event::CancelRequested { worker, key, fence });
-    }
-
-    /// The jobs that `which` means and whose state `wanted` lets through, in the order of their submission.
-    fn select(
-        &self,
-        which: &Selector,
-        wanted: impl Fn(StateName) -> bool,
-    ) -> Result<Vec<JobSeq>, Refusal> {
-        let mut found = match which {
-            Selector::Job(key) => {
-                let unknown = || Refusal::UnknownJob(key.clone());
-                vec![self.find_job(key).ok_or_else(unknown)?]
-            }
-            Selector::Batch(project, batch) => self.jobs_of(self.find_batch(project, batch)?),
-            Selector::Label {
-                project,
-                key,
-                value,
-            } => {
-                let of_project = self.batches_of(project);
-                let mut jobs: Vec<_> = of_project.flat_map(|b| self.jobs_of(b)).collect();
-                jobs.retain(|seq| self.jobs[seq].has_label(key, value));
-                jobs
-            }
-        };
-        found.retain(|seq| wanted(self.jobs[seq].state.name()));
-        found.sort_unstable();
-        Ok(found)
-    }
-
-    fn jobs_of(&self, batch: BatchSeq) -> Vec<JobSeq> {
-        self.batches[&batch].jobs.values().copied().collect()
-    }
-
-    fn batches_of(&self, project: &ProjectId) -> impl Iterator<Item = BatchSeq> + '_ {
-        let project = self.project_by_id.get(project);
-        let project = project.and_then(|seq| self.projects.get(seq));
-        project
-            .into_iter()
-            .flat_map(|project| project.batches.values().copied())
     }
 }

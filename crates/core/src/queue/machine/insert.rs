@@ -108,7 +108,7 @@ impl Machine {
 
     fn insert_one(&mut self, batch_seq: BatchSeq, seq: JobSeq, new: NewJob, deps: Vec<JobSeq>) {
         for dep in &deps {
-            self.dependents.entry(*dep).or_default().push(seq);
+            self.dependents.entry(*dep).or_default().insert(seq);
         }
         let lane = Lane {
             kind: new.kind,

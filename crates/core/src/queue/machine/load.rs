@@ -80,8 +80,10 @@ impl Machine {
         if !self.projects.contains_key(&row.project_seq) {
             self.add_project(row.project_seq, row.project);
         }
-        if let Some(project) = self.projects.get_mut(&row.project_seq) {
-            project.batches.insert(row.batch.clone(), seq);
+        if row.purging {
+            self.purging.insert(seq);
+        } else if let Some(project) = self.projects.get_mut(&row.project_seq) {
+            project.add_batch(row.batch.clone(), seq, row.closed);
         }
         let batch = Batch {
             seq,
@@ -92,6 +94,7 @@ impl Machine {
             closed: row.closed,
             cancelled: row.cancelled,
             completed_at: row.completed_at,
+            purging: row.purging,
             counters: Counters::default(),
             jobs: BTreeMap::new(),
             ended: BTreeMap::new(),
@@ -138,7 +141,7 @@ impl Machine {
             }
         }
         for dep in job.deps() {
-            self.dependents.entry(*dep).or_default().push(seq);
+            self.dependents.entry(*dep).or_default().insert(seq);
         }
         self.now = self.now.max(job.changed_at);
         self.jobs.insert(seq, Box::new(job));

@@ -12,8 +12,10 @@ mod finish;
 mod insert;
 mod lease;
 mod load;
+mod pages;
 #[cfg(test)]
 mod property;
+mod purge;
 mod read;
 mod step;
 mod submit;
@@ -33,6 +35,7 @@ use crate::time::Timestamp;
 use lease::Repeats;
 
 pub use load::Loading;
+pub use pages::Cursor;
 
 /// What an operator may set. Not stored: it comes with the process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +44,13 @@ pub struct MachineConfig {
     pub weights: BTreeMap<ProjectId, u32>,
     /// The weight of a project that is not listed.
     pub weight_default: u32,
+    /// Most batches of a project that are not closed: such a batch is never complete, and so never forgotten.
+    pub open_batches_max: usize,
+}
+
+impl MachineConfig {
+    /// A batch for every step of many pipelines at once.
+    pub const OPEN_BATCHES_MAX_DEFAULT: usize = 1_000;
 }
 
 impl Default for MachineConfig {
@@ -48,6 +58,7 @@ impl Default for MachineConfig {
         Self {
             weights: BTreeMap::new(),
             weight_default: 100,
+            open_batches_max: Self::OPEN_BATCHES_MAX_DEFAULT,
         }
     }
 }
@@ -79,7 +90,19 @@ type BySeq<T> = HashMap<JobSeq, T, BuildHasherDefault<SeqHasher>>;
 struct Project {
     id: ProjectId,
     batches: BTreeMap<BatchId, BatchSeq>,
+    /// The same in the order in which they were opened.
+    in_order: BTreeSet<BatchSeq>,
+    /// How many of them are not closed.
+    open: usize,
     counters: [Counters; JobKind::ALL.len()],
+}
+
+impl Project {
+    fn add_batch(&mut self, id: BatchId, seq: BatchSeq, closed: bool) {
+        self.batches.insert(id, seq);
+        self.in_order.insert(seq);
+        self.open += usize::from(!closed);
+    }
 }
 
 /// Rows that changed since they were last taken.
@@ -101,6 +124,8 @@ pub struct Machine {
     now: Timestamp,
     jobs: BySeq<Box<Job>>,
     batches: BTreeMap<BatchSeq, Batch>,
+    /// Those that are being removed, page by page.
+    purging: BTreeSet<BatchSeq>,
     projects: BTreeMap<ProjectSeq, Project>,
     project_by_id: BTreeMap<ProjectId, ProjectSeq>,
     lanes: Lanes,
@@ -108,7 +133,7 @@ pub struct Machine {
     delayed: BTreeSet<(Timestamp, JobSeq)>,
     deadlines: BTreeSet<(Timestamp, JobSeq)>,
     /// Job → jobs that name it as a dependency, in the order of their numbers.
-    dependents: BySeq<Vec<JobSeq>>,
+    dependents: BySeq<BTreeSet<JobSeq>>,
     /// Jobs that ended in the present command and whose dependents have not been looked at.
     just_ended: Vec<JobSeq>,
     repeats: Repeats,
@@ -149,13 +174,21 @@ impl Machine {
             }
             return Ok(view);
         }
+        let known = self.project_by_id.get(&new.project);
+        let open = known.map_or(0, |seq| self.projects[seq].open);
+        if open >= self.config.open_batches_max {
+            return Err(Refusal::TooManyOpenBatches {
+                project: new.project.clone(),
+                max: self.config.open_batches_max,
+            });
+        }
         let project = self.project_of(&new.project);
         let seq = BatchSeq(self.next_batch);
         self.next_batch += 1;
         self.dirty.meta = true;
         self.dirty.batches.insert(seq);
         if let Some(project) = self.projects.get_mut(&project) {
-            project.batches.insert(new.batch.clone(), seq);
+            project.add_batch(new.batch.clone(), seq, false);
         }
         let batch = Batch {
             seq,
@@ -166,6 +199,7 @@ impl Machine {
             closed: false,
             cancelled: false,
             completed_at: None,
+            purging: false,
             counters: Counters::default(),
             jobs: BTreeMap::new(),
             ended: BTreeMap::new(),
@@ -187,21 +221,6 @@ impl Machine {
         let seq = self.find_batch(project, batch)?;
         self.close(seq);
         Ok(self.view_of_batch(&self.batches[&seq]))
-    }
-
-    /// Batches that have been complete since `before` or longer, oldest first, at most `limit`.
-    pub fn purgeable(&self, before: Timestamp, limit: usize) -> Vec<(ProjectId, BatchId)> {
-        let mut due: Vec<_> = self
-            .batches
-            .values()
-            .filter_map(|batch| Some((batch.completed_at?, batch)))
-            .filter(|(completed_at, _)| *completed_at <= before)
-            .collect();
-        due.sort_by_key(|(completed_at, batch)| (*completed_at, batch.seq));
-        due.truncate(limit);
-        due.into_iter()
-            .map(|(_, batch)| (self.projects[&batch.project].id.clone(), batch.id.clone()))
-            .collect()
     }
 
     /// Rows that changed since the last call. Until they are stored, no answer may leave the process.
@@ -275,6 +294,7 @@ impl Machine {
             closed: batch.closed,
             cancelled: batch.cancelled,
             completed_at: batch.completed_at,
+            purging: batch.purging,
         }
     }
 
@@ -305,6 +325,8 @@ impl Machine {
         let project = Project {
             id,
             batches: BTreeMap::new(),
+            in_order: BTreeSet::new(),
+            open: 0,
             counters: Default::default(),
         };
         self.projects.insert(seq, project);
@@ -358,6 +380,9 @@ impl Machine {
         {
             batch.closed = true;
             self.dirty.batches.insert(seq);
+            if let Some(project) = self.projects.get_mut(&batch.project) {
+                project.open -= 1;
+            }
         }
         self.complete_if_done(seq);
     }

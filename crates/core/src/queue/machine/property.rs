@@ -13,7 +13,7 @@ use super::super::{
     Selector, StateName,
 };
 use super::check::{Rows, check, load, same, store, visible};
-use super::{Machine, MachineConfig};
+use super::{Cursor, Machine, MachineConfig};
 use crate::error::ErrorClass;
 use crate::id::{BatchId, Fence, JobId, JobKey, ProjectId, WorkerId};
 use crate::time::Timestamp;
@@ -207,11 +207,25 @@ impl World {
             Command::Finish { grant, how } => self.finish(grant, how),
             Command::Cancel(batch, job) => {
                 let which = selector(batch, job);
-                let _ = self.machine.cancel(self.now, &which);
+                let mut cursor = Cursor::default();
+                while !cursor.is_at_end() {
+                    let page = self.machine.cancel_some(self.now, &which, &mut cursor, 3);
+                    check(&self.machine);
+                    if page.is_err() {
+                        break;
+                    }
+                }
             }
             Command::Requeue(batch, job) => {
                 let which = selector(batch, job);
-                let _ = self.machine.requeue_dead(self.now, &which);
+                let mut cursor = Cursor::default();
+                while !cursor.is_at_end() {
+                    let page = self.machine.requeue_some(self.now, &which, &mut cursor, 3);
+                    check(&self.machine);
+                    if page.is_err() {
+                        break;
+                    }
+                }
             }
             Command::Tick(limit) => {
                 self.machine.tick(self.now, limit);
@@ -333,9 +347,18 @@ impl World {
     fn purge(&mut self, age_ms: u64) {
         let before = Timestamp(self.now.0.saturating_sub(age_ms * 1_000));
         for (project, batch) in self.machine.purgeable(before, 2) {
-            self.machine
-                .purge_batch(self.now, &project, &batch)
-                .unwrap();
+            // Most are forgotten job by job, with other commands in between.
+            let purged = match age_ms % 4 {
+                0 => self
+                    .machine
+                    .purge_batch(self.now, &project, &batch)
+                    .map(drop),
+                _ => self
+                    .machine
+                    .forget_name(self.now, &project, &batch)
+                    .map(drop),
+            };
+            purged.unwrap();
             let kept = |key: &JobKey| key.project != project || key.batch != batch;
             self.acknowledged.retain(kept);
             self.succeeded.retain(kept);
@@ -354,6 +377,7 @@ impl World {
     }
 
     fn check(&mut self) {
+        self.machine.purge_some(1);
         check(&self.machine);
         for key in &self.acknowledged {
             assert!(self.machine.job(key).is_some(), "{key} is lost");

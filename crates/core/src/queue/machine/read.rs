@@ -49,6 +49,25 @@ impl Machine {
             .collect()
     }
 
+    /// Batches of a project opened before `before`, the newest first.
+    pub fn batches_newest(
+        &self,
+        project: &ProjectId,
+        before: Option<BatchSeq>,
+        limit: usize,
+    ) -> Vec<BatchView> {
+        let Some(seq) = self.project_by_id.get(project) else {
+            return Vec::new();
+        };
+        let to = before.map_or(Bound::Unbounded, Bound::Excluded);
+        let batches = self.projects[seq].in_order.range((Bound::Unbounded, to));
+        batches
+            .rev()
+            .take(limit)
+            .map(|seq| self.view_of_batch(&self.batches[seq]))
+            .collect()
+    }
+
     /// Jobs of a batch that pass `filter`, by name, after `after`.
     pub fn jobs(
         &self,
@@ -58,15 +77,8 @@ impl Machine {
         after: Option<&JobId>,
         limit: usize,
     ) -> Result<Vec<JobView>, Refusal> {
-        let seq = self.find_batch(project, batch)?;
-        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        let range = (from, Bound::Unbounded);
-        let jobs = self.batches[&seq].jobs.range::<JobId, _>(range);
-        Ok(jobs
-            .filter(|(_, seq)| self.passes(**seq, filter))
-            .filter_map(|(_, seq)| self.view_of_job(*seq))
-            .take(limit)
-            .collect())
+        let (jobs, _) = self.jobs_among((project, batch), filter, after, limit, usize::MAX)?;
+        Ok(jobs)
     }
 
     /// Jobs of a batch that ended after the end number `after`, in the order of their ends.
@@ -123,7 +135,7 @@ impl Machine {
         }
     }
 
-    fn passes(&self, seq: JobSeq, filter: &JobFilter) -> bool {
+    pub(super) fn passes(&self, seq: JobSeq, filter: &JobFilter) -> bool {
         let job = &self.jobs[&seq];
         (filter.states.is_empty() || filter.states.contains(&job.state.name()))
             && (filter.kinds.is_empty() || filter.kinds.contains(&job.kind))

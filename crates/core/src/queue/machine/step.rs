@@ -79,9 +79,10 @@ impl Machine {
     /// Lets what ended in this command show its effect: dependents become ready, or die with it, and so on.
     pub(super) fn settle_dependents(&mut self) {
         while let Some(ended) = self.just_ended.pop() {
-            let Some(list) = self.dependents.get(&ended).cloned() else {
+            let Some(list) = self.dependents.get(&ended) else {
                 continue;
             };
+            let list: Vec<JobSeq> = list.iter().copied().collect();
             let succeeded = matches!(self.jobs[&ended].state, JobState::Succeeded(_));
             for seq in list {
                 let Some(job) = self.jobs.get_mut(&seq) else {
@@ -91,7 +92,11 @@ impl Machine {
                 if !matches!(job.state, JobState::Blocked) {
                     continue;
                 }
-                if !succeeded {
+                // A batch that was cancelled as a whole is cancelled page by page.
+                let cancelled = self.batches[&job.batch].cancelled;
+                if !succeeded && cancelled {
+                    self.end(seq, JobState::Cancelled);
+                } else if !succeeded {
                     self.end(seq, |end| JobState::Dead {
                         end,
                         reason: DeadReason::Dependency,
