@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use espalier_core::error::FieldError;
 use espalier_core::id::ProjectId;
+use espalier_core::queue::MachineConfig;
 use espalier_runtime::config::Secret;
 use espalier_runtime::net::ServerTls;
 use espalier_runtime::telemetry::TelemetryConfig;
@@ -101,6 +102,9 @@ pub struct CoordinatorConfig {
     /// Days for which a complete batch is kept in the queue, and the files of attempts that lost.
     #[serde(default = "default_keep_days")]
     pub keep_days: u32,
+    /// Most batches of one project that are not closed: such a batch is never complete, and so never forgotten.
+    #[serde(default = "default_open_batches_max")]
+    pub open_batches_max: usize,
     /// Age at which a worker is asked to move to another stream, a fifth more or less, so that new coordinators get load.
     #[serde(default = "default_session_max_age_s")]
     pub session_max_age_s: u64,
@@ -147,6 +151,10 @@ fn default_watches_max() -> u32 {
     64
 }
 
+fn default_open_batches_max() -> usize {
+    MachineConfig::OPEN_BATCHES_MAX_DEFAULT
+}
+
 fn default_keep_days() -> u32 {
     30
 }
@@ -183,6 +191,7 @@ impl CoordinatorConfig {
             watches_max: default_watches_max(),
             lease_ttl_ms: None,
             keep_days: default_keep_days(),
+            open_batches_max: default_open_batches_max(),
             session_max_age_s: default_session_max_age_s(),
             drain_limit_s: default_drain_limit_s(),
             model_endpoints: Vec::new(),
@@ -199,6 +208,12 @@ impl CoordinatorConfig {
         check_range("jobs_waiting_max", self.jobs_waiting_max, 1, 100_000_000)?;
         check_range("watches_max", u64::from(self.watches_max), 1, 10_000)?;
         check_range("keep_days", u64::from(self.keep_days), 1, 3_650)?;
+        check_range(
+            "open_batches_max",
+            self.open_batches_max as u64,
+            1,
+            1_000_000,
+        )?;
         check_range("session_max_age_s", self.session_max_age_s, 1, 86_400)?;
         check_range("drain_limit_s", self.drain_limit_s, 1, 600)?;
         if let Some(ttl) = self.lease_ttl_ms {
@@ -319,6 +334,10 @@ mod tests {
         let cases = [
             ("keep_day = 3", "keep_day"),
             ("keep_days = 0", "`keep_days` must be in 1..=3650"),
+            (
+                "open_batches_max = 0",
+                "`open_batches_max` must be in 1..=1000000",
+            ),
             ("queue_acknowledge = \"never\"", "queue_acknowledge"),
             ("watches_max = 0", "`watches_max` must be in 1..=10000"),
             (

@@ -102,7 +102,10 @@ impl Deps {
 
 /// The shares of projects, as the queue's rules take them.
 fn machine(config: &CoordinatorConfig) -> MachineConfig {
-    let mut machine = MachineConfig::default();
+    let mut machine = MachineConfig {
+        open_batches_max: config.open_batches_max,
+        ..MachineConfig::default()
+    };
     for (project, settings) in &config.projects {
         machine.weights.insert(project.clone(), settings.weight);
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
-use espalier_core::queue::{BatchView, JobFilter, Selector};
+use espalier_core::queue::{BatchSeq, JobFilter, Selector};
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
 use espalier_runtime::tasks::{OnFailure, with_deadline};
@@ -20,7 +20,6 @@ use super::page::{self, List};
 use super::watch::{self, Watch};
 use super::{Shared, find_batch, job_key, no_job, questions, queue_error, submit, trace, view};
 use crate::auth::Call;
-use crate::queue::PAGE_MAX;
 
 /// Most labels of a filter.
 const FILTER_LABELS_MAX: usize = 64;
@@ -219,12 +218,16 @@ impl JobApi {
         let size = page::size(request.page_size)?;
         let list = List::of("ListBatches").with(project.as_str());
         let before = match list.after(&request.page_token)? {
-            Some(seq) => seq
-                .parse()
-                .map_err(|_| FieldError::new("page_token", seq, "must end with a number"))?,
-            None => u32::MAX,
+            Some(seq) => {
+                let number = seq
+                    .parse()
+                    .map_err(|_| FieldError::new("page_token", seq, "must end with a number"))?;
+                Some(BatchSeq(number))
+            }
+            None => None,
         };
-        let mut newest = self.newest_batches(&project, before, size + 1).await?;
+        let newest = self.0.queue.batches_newest(project, before, size + 1).await;
+        let mut newest = newest.map_err(queue_error)?;
         let more = newest.len() > size;
         newest.truncate(size);
         let last = newest.last().filter(|_| more);
@@ -234,30 +237,6 @@ impl JobApi {
                 .unwrap_or_default(),
             batches: newest.iter().map(view::batch).collect(),
         })
-    }
-
-    /// The newest batches below the number `before`, newest first. The queue has batches by name, so that all of the
-    /// project are looked at, however many; only those of the answer are kept.
-    async fn newest_batches(
-        &self,
-        project: &ProjectId,
-        before: u32,
-        limit: usize,
-    ) -> Result<Vec<BatchView>, ApiError> {
-        let mut newest: Vec<BatchView> = Vec::new();
-        let mut after = None;
-        loop {
-            let page = self.0.queue.batches(project.clone(), after, PAGE_MAX).await;
-            let page = page.map_err(queue_error)?;
-            let whole = page.len() == PAGE_MAX;
-            after = page.last().map(|batch| batch.batch.clone());
-            newest.extend(page.into_iter().filter(|batch| batch.seq.0 < before));
-            newest.sort_unstable_by_key(|batch| std::cmp::Reverse(batch.seq));
-            newest.truncate(limit);
-            if !whole {
-                return Ok(newest);
-            }
-        }
     }
 
     async fn jobs(
@@ -320,19 +299,22 @@ impl JobApi {
             let which = Selector::Batch(project, batch);
             return self.0.queue.requeue_dead(which).await.map_err(queue_error);
         }
-        let mut requeued = 0;
+        let mut keys = Vec::with_capacity(request.ids.len());
         for (i, id) in request.ids.iter().enumerate() {
             let id = JobId::new(id).map_err(|mut error| {
                 error.field = format!("ids[{i}]");
                 error
             })?;
-            let which = Selector::Job(JobKey::new(project.clone(), batch.clone(), id));
-            requeued += self
-                .0
-                .queue
-                .requeue_dead(which)
-                .await
-                .map_err(queue_error)?;
+            let key = JobKey::new(project.clone(), batch.clone(), id);
+            // All of them first: a list with a mistake in it changes nothing.
+            let found = self.0.queue.job(key.clone()).await.map_err(queue_error)?;
+            found.ok_or_else(|| no_job(&key))?;
+            keys.push(key);
+        }
+        let mut requeued = 0;
+        for key in keys {
+            let done = self.0.queue.requeue_dead(Selector::Job(key)).await;
+            requeued += done.map_err(queue_error)?;
         }
         Ok(requeued)
     }

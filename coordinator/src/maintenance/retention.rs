@@ -1,4 +1,5 @@
-//! Forgets what is old: the private objects of attempts that lost, then the batch's rows in the queue.
+//! Forgets what is old: the private objects of attempts that lost, then the batch's rows in the queue. A batch that was
+//! left open, with all its jobs ended for as long as is kept, is closed first.
 //!
 //! Objects go first, so that a break in between leaves rows that name the work still to be done. Meanwhile a batch may
 //! be retried, or purged and opened again under its name: objects are told by the fence of their attempt, which grows
@@ -79,6 +80,10 @@ async fn round(shared: &Shared, keep: Duration) -> Result<usize, RetentionError>
             clean(&shared.store, &batch.project, &batch.batch, before).await?;
             cleaned.insert((batch.project, batch.batch));
         }
+    }
+    // A client that went away never closes its batches. What it submitted has ended, and stays for as long again.
+    for (project, batch) in shared.queue.close_idle(keep, BATCHES_MAX).await? {
+        tracing::info!(%project, %batch, "an idle batch was closed");
     }
     let purged = shared.queue.purge(keep, BATCHES_MAX).await?;
     // In place of one that was retried, the queue forgot another. Nothing names its objects but this answer.

@@ -22,8 +22,8 @@ use bytes::Bytes;
 use espalier_core::error::{ErrorClass, FieldError};
 use espalier_core::id::{BatchId, CoordinatorId, Fence, JobKey, ProjectId};
 use espalier_core::queue::{
-    BatchView, Cancelled, Event, Grant, ItemResult, JobFilter, JobView, LeaseRequest, NewBatch,
-    NewJob, QueueStats, Refusal, RenewReply, Selector, Ticked,
+    BatchSeq, BatchView, Cancelled, Event, Grant, ItemResult, JobFilter, JobView, LeaseRequest,
+    NewBatch, NewJob, QueueStats, Refusal, RenewReply, Selector, Ticked,
 };
 use futures::future::BoxFuture;
 use tokio::sync::broadcast;
@@ -310,7 +310,7 @@ pub struct EndedPage {
 ///   pages are cut to [`PAGE_MAX`].
 pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
     /// Opens a batch. The same id with the same digest answers with the batch as it is; with another digest it is
-    /// refused.
+    /// refused. So is a new one of a project that has as many open ones as it may have.
     fn open_batch(&self, request: OpenBatch) -> Answer<'_, BatchView>;
 
     /// Adds jobs to an open batch: each is accepted, found there already, or rejected by itself. The same number with
@@ -349,6 +349,11 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
     /// their names, so that the caller can remove their objects.
     fn purge(&self, older_than: Duration, limit: usize) -> Answer<'_, Vec<(ProjectId, BatchId)>>;
 
+    /// Closes batches that are open, have no active job and in which nothing has ended or begun for `idle_for`, at most
+    /// `limit` of them. Returns their names.
+    fn close_idle(&self, idle_for: Duration, limit: usize)
+    -> Answer<'_, Vec<(ProjectId, BatchId)>>;
+
     /// One job.
     fn job(&self, key: JobKey) -> Answer<'_, Option<JobDetail>>;
 
@@ -374,6 +379,14 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
         &self,
         project: ProjectId,
         after: Option<BatchId>,
+        limit: usize,
+    ) -> Answer<'_, Vec<BatchView>>;
+
+    /// Batches of a project with a number below `before`, the newest first.
+    fn batches_newest(
+        &self,
+        project: ProjectId,
+        before: Option<BatchSeq>,
         limit: usize,
     ) -> Answer<'_, Vec<BatchView>>;
 

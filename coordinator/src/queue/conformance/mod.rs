@@ -109,6 +109,8 @@ macro_rules! conformance_tests {
             read: complete_batches_are_purged_and_no_others,
             read: statistics_count_by_project_and_kind,
             read: what_is_unknown_is_none,
+            read: the_newest_batches_come_first_and_page_by_number,
+            submit: a_project_has_so_many_open_batches_until_idle_ones_are_closed,
             submit: a_chunk_again_has_no_second_effect,
             submit: a_chunk_again_is_judged_by_what_the_caller_lets_through,
             submit: what_was_rejected_may_come_in_when_the_reason_has_gone,

@@ -1,7 +1,7 @@
 //! Lists, watching, retention, statistics.
 
 use super::*;
-use espalier_core::queue::JobFilter;
+use espalier_core::queue::{BatchSeq, JobFilter};
 
 pub async fn lists_page_by_name(f: Fixture) {
     let ids: Vec<String> = (0..25).map(|n| format!("j{n:02}")).collect();
@@ -173,4 +173,33 @@ pub async fn what_is_unknown_is_none(f: Fixture) {
     assert_eq!(list.unwrap_err().to_string(), "batch p/b is not known");
     let batches = f.queue.batches(project("p"), None, 10).await.unwrap();
     assert_eq!(batches, []);
+}
+
+pub async fn the_newest_batches_come_first_and_page_by_number(f: Fixture) {
+    for name in ["m", "a", "z", "k"] {
+        f.open("p", name).await;
+    }
+    f.open("other", "o").await;
+    let page = async |before: Option<BatchSeq>, limit: usize| {
+        let found = f.queue.batches_newest(project("p"), before, limit).await;
+        let found = found.unwrap();
+        let names = found.iter().map(|batch| batch.batch.to_string());
+        (
+            names.collect::<Vec<_>>(),
+            found.last().map(|batch| batch.seq),
+        )
+    };
+    let (first, last) = page(None, 2).await;
+    assert_eq!(first, ["k", "z"]);
+    let (second, last) = page(last, 2).await;
+    assert_eq!(second, ["a", "m"]);
+    assert_eq!(page(last, 2).await, (Vec::new(), None));
+
+    f.close("p", "z").await;
+    f.advance(10 * SECOND);
+    f.queue.purge(SECOND, 10).await.unwrap();
+    let (left, _) = page(None, 10).await;
+    assert_eq!(left, ["k", "a", "m"], "what was forgotten is not there");
+    let nobody = f.queue.batches_newest(project("nobody"), None, 10).await;
+    assert!(nobody.unwrap().is_empty());
 }

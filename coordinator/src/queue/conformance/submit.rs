@@ -1,7 +1,7 @@
 //! Batches and chunks.
 
 use super::*;
-use espalier_core::queue::{NEEDS_MAX, PROJECT_LANES_MAX, Selector};
+use espalier_core::queue::{MachineConfig, NEEDS_MAX, PROJECT_LANES_MAX, Refusal, Selector};
 
 pub async fn a_chunk_again_has_no_second_effect(f: Fixture) {
     f.open("p", "b").await;
@@ -231,4 +231,50 @@ pub async fn needs_that_one_project_makes_up_take_no_room_of_others(f: Fixture) 
     let later = vec![needing(PROJECT_LANES_MAX), needing(0)];
     let reply = f.try_submit("p", "next", 0, later).await.unwrap();
     assert_eq!(verdicts(&reply), ["accepted", "accepted"]);
+}
+
+pub async fn a_project_has_so_many_open_batches_until_idle_ones_are_closed(f: Fixture) {
+    let most = MachineConfig::OPEN_BATCHES_MAX_DEFAULT;
+    let request = |project_name: &str, n: usize| OpenBatch {
+        batch: NewBatch {
+            project: project(project_name),
+            batch: batch_id(&format!("b{n}")),
+            params_digest: [9; 32],
+        },
+        defaults: Bytes::new(),
+    };
+    for n in 0..most {
+        f.queue.open_batch(request("p", n)).await.unwrap();
+    }
+    let jobs = vec![new_job("waits")];
+    f.try_submit("p", "b0", 0, jobs).await.unwrap();
+    let full = f.queue.open_batch(request("p", most)).await.unwrap_err();
+    let expected = QueueError::Refused(Refusal::TooManyOpenBatches {
+        project: project("p"),
+        max: most,
+    });
+    assert_eq!(full.to_string(), expected.to_string());
+    f.queue.open_batch(request("p", 3)).await.unwrap();
+    f.queue.open_batch(request("other", 0)).await.unwrap();
+    f.close("p", "b1").await;
+    f.close("p", "b1").await;
+    f.queue.open_batch(request("p", most)).await.unwrap();
+    f.queue
+        .open_batch(request("p", most + 1))
+        .await
+        .unwrap_err();
+
+    f.advance(10 * SECOND);
+    let none = f.queue.close_idle(20 * SECOND, 10).await.unwrap();
+    assert_eq!(none, []);
+    let some = f.queue.close_idle(5 * SECOND, 2).await.unwrap();
+    let names = ["b2", "b3"].map(|name| (project("p"), batch_id(name)));
+    assert_eq!(some, names, "b0 has a job that waits");
+    f.queue.close_idle(5 * SECOND, 1_000).await.unwrap();
+    let found = f.queue.batch(project("p"), batch_id("b0")).await.unwrap();
+    assert!(!found.unwrap().closed);
+    let found = f.queue.batch(project("p"), batch_id("b5")).await.unwrap();
+    let found = found.unwrap();
+    assert!(found.closed && !found.cancelled && found.completed_at.is_some());
+    f.queue.open_batch(request("p", most + 1)).await.unwrap();
 }

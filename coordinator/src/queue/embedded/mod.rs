@@ -20,9 +20,9 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, CoordinatorId, JobId, JobKey, ProjectId};
 use espalier_core::queue::{
-    BatchSeq, BatchView, Cancelled, EndedJob, Event, FinishReply, Grant, JobFilter, JobSeq,
-    JobView, LeaseRequest, Machine, MachineConfig, Outcome as Bare, QueueStats, RenewReply,
-    Selector, Ticked,
+    BatchSeq, BatchView, Cancelled, Cursor, EndedJob, Event, FinishReply, Grant, JobFilter, JobSeq,
+    JobView, LeaseRequest, Machine, MachineConfig, Outcome as Bare, QueueStats, Refusal,
+    RenewReply, Selector, Ticked,
 };
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::Clock;
@@ -41,6 +41,9 @@ use store::{OpenDatabase, Reader, StoreError};
 
 /// Calls that wait for the thread. A full channel makes callers wait, which is the back pressure that they pass on.
 const CALLS_MAX: usize = 1_024;
+/// Jobs that one call looks at, cancels, puts back or forgets, whatever it was asked for: some milliseconds of the only
+/// thread. The rest follows in further calls, so that others get their turn in between.
+const PAGE_JOBS_MAX: usize = 2_000;
 /// Events that a slow listener may lag behind before it loses some.
 const EVENTS_MAX: usize = 1_024;
 
@@ -219,6 +222,35 @@ impl Embedded {
     }
 }
 
+impl Embedded {
+    /// Does page after page of a command on many jobs, each in a call of its own.
+    async fn in_pages<T: Send + 'static>(
+        &self,
+        which: Selector,
+        page: fn(&mut Machine, Timestamp, &mut Cursor, &Selector) -> Result<T, Refusal>,
+        mut add: impl FnMut(T) + Send,
+    ) -> Result<(), QueueError> {
+        let which = Arc::new(which);
+        let mut cursor = Cursor::default();
+        while !cursor.is_at_end() {
+            let (which, mut at) = (Arc::clone(&which), cursor);
+            let done = self.ask(move |machine, now| {
+                let done = page(machine, now, &mut at, &which)?;
+                Ok((done, at))
+            });
+            let (done, at) = done.await?;
+            add(done);
+            cursor = at;
+        }
+        Ok(())
+    }
+}
+
+fn ago(now: Timestamp, age: Duration) -> Timestamp {
+    let age_us = u64::try_from(age.as_micros()).unwrap_or(u64::MAX);
+    Timestamp(now.0.saturating_sub(age_us))
+}
+
 impl Drop for Embedded {
     fn drop(&mut self) {
         lock(&self.calls).take();
@@ -307,11 +339,31 @@ impl Queue for Embedded {
     }
 
     fn cancel(&self, which: Selector) -> Answer<'_, Cancelled> {
-        self.ask(move |machine, now| Ok(machine.cancel(now, &which)?))
+        async move {
+            let mut done = Cancelled::default();
+            let page = |machine: &mut Machine, now, cursor: &mut Cursor, which: &Selector| {
+                machine.cancel_some(now, which, cursor, PAGE_JOBS_MAX)
+            };
+            let add = |page: Cancelled| {
+                done.cancelled += page.cancelled;
+                done.requested += page.requested;
+            };
+            self.in_pages(which, page, add).await?;
+            Ok(done)
+        }
+        .boxed()
     }
 
     fn requeue_dead(&self, which: Selector) -> Answer<'_, u64> {
-        self.ask(move |machine, now| Ok(machine.requeue_dead(now, &which)?))
+        async move {
+            let mut back = 0;
+            let page = |machine: &mut Machine, now, cursor: &mut Cursor, which: &Selector| {
+                machine.requeue_some(now, which, cursor, PAGE_JOBS_MAX)
+            };
+            self.in_pages(which, page, |page: u64| back += page).await?;
+            Ok(back)
+        }
+        .boxed()
     }
 
     fn tick(&self, limit: usize) -> Answer<'_, Ticked> {
@@ -326,15 +378,32 @@ impl Queue for Embedded {
     }
 
     fn purge(&self, older_than: Duration, limit: usize) -> Answer<'_, Vec<(ProjectId, BatchId)>> {
-        self.ask(move |machine, now| {
-            let age_us = u64::try_from(older_than.as_micros()).unwrap_or(u64::MAX);
-            let before = Timestamp(now.0.saturating_sub(age_us));
-            let due = machine.purgeable(before, limit.min(PAGE_MAX));
-            for (project, batch) in &due {
-                machine.purge_batch(now, project, batch)?;
-            }
-            Ok(due)
-        })
+        async move {
+            let names = self.ask(move |machine, now| {
+                let due = machine.purgeable(ago(now, older_than), limit.min(PAGE_MAX));
+                for (project, batch) in &due {
+                    machine.forget_name(now, project, batch)?;
+                }
+                Ok(due)
+            });
+            let names = names.await?;
+            // What a call that was broken off has left goes with the rest.
+            while self
+                .ask(|machine, _| Ok(machine.purge_some(PAGE_JOBS_MAX)))
+                .await?
+            {}
+            Ok(names)
+        }
+        .boxed()
+    }
+
+    fn close_idle(
+        &self,
+        idle_for: Duration,
+        limit: usize,
+    ) -> Answer<'_, Vec<(ProjectId, BatchId)>> {
+        let limit = limit.min(PAGE_MAX);
+        self.ask(move |machine, now| Ok(machine.close_idle(now, ago(now, idle_for), limit)))
     }
 
     fn job(&self, key: JobKey) -> Answer<'_, Option<JobDetail>> {
@@ -392,6 +461,16 @@ impl Queue for Embedded {
         self.ask(move |machine, _| Ok(machine.batches(&project, after.as_ref(), limit)))
     }
 
+    fn batches_newest(
+        &self,
+        project: ProjectId,
+        before: Option<BatchSeq>,
+        limit: usize,
+    ) -> Answer<'_, Vec<BatchView>> {
+        let limit = limit.min(PAGE_MAX);
+        self.ask(move |machine, _| Ok(machine.batches_newest(&project, before, limit)))
+    }
+
     fn jobs(
         &self,
         project: ProjectId,
@@ -401,11 +480,31 @@ impl Queue for Embedded {
         limit: usize,
     ) -> Answer<'_, Vec<JobDetail>> {
         let limit = limit.min(PAGE_MAX);
-        let apply = move |turn: &mut Turn<'_>| {
-            let machine = &turn.machine;
-            Ok(machine.jobs(&project, &batch, &filter, after.as_ref(), limit)?)
-        };
-        self.call(false, 0, apply, with_results).boxed()
+        let of = Arc::new((project, batch, filter));
+        async move {
+            let (mut found, mut after) = (Vec::new(), after);
+            loop {
+                let (of, from) = (Arc::clone(&of), after);
+                let left = limit - found.len();
+                let apply = move |turn: &mut Turn<'_>| {
+                    let (project, batch, filter) = &*of;
+                    let (of, from) = ((project, batch), from.as_ref());
+                    Ok(turn
+                        .machine
+                        .jobs_among(of, filter, from, left, PAGE_JOBS_MAX)?)
+                };
+                let finish = |(jobs, next): (Vec<JobView>, Option<JobId>), reader: &Reader| {
+                    Ok((with_results(jobs, reader)?, next))
+                };
+                let (jobs, next) = self.call(false, 0, apply, finish).await?;
+                found.extend(jobs);
+                after = next;
+                if after.is_none() || found.len() == limit {
+                    return Ok(found);
+                }
+            }
+        }
+        .boxed()
     }
 
     fn ended_after(

@@ -41,8 +41,8 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, CoordinatorId, JobId, JobKey, ProjectId};
 use espalier_core::queue::{
-    BatchView, Cancelled, Event, JobFilter, LeaseRequest, MachineConfig, QueueStats, RenewReply,
-    Selector, Ticked,
+    BatchSeq, BatchView, Cancelled, Event, JobFilter, LeaseRequest, MachineConfig, QueueStats,
+    RenewReply, Selector, Ticked,
 };
 use espalier_runtime::clock::Clock;
 use espalier_runtime::config::Secret;
@@ -124,6 +124,8 @@ pub struct Redis {
     events: broadcast::Sender<Event>,
     health: Arc<Health>,
     peers: Peers,
+    /// Most batches of a project that are not closed.
+    open_batches_max: usize,
     background: [TaskHandle; 2],
     closed: AtomicBool,
 }
@@ -207,6 +209,7 @@ impl Redis {
             events,
             closed: AtomicBool::new(false),
         })
+            open_batches_max: config.machine.open_batches_max,
     }
 
     /// The server's time, by which leases end and jobs come due.
@@ -296,7 +299,7 @@ impl Queue for Redis {
         async move {
             self.health.admit()?;
             self.core(&request.batch.project)?
-                .open_batch(request.clone())
+                .open_batch(request.clone(), self.open_batches_max)
                 .await
         }
         .boxed()
@@ -490,6 +493,20 @@ impl Queue for Redis {
         &self,
         project: ProjectId,
         batch: BatchId,
+    fn batches_newest(
+        &self,
+        project: ProjectId,
+        before: Option<BatchSeq>,
+        limit: usize,
+    ) -> Answer<'_, Vec<BatchView>> {
+        async move {
+            self.core(&project)?
+                .batches_newest(&project, before, limit)
+                .await
+        }
+        .boxed()
+    }
+
         after: u64,
         limit: usize,
     ) -> Answer<'_, EndedPage> {

@@ -100,6 +100,35 @@ impl Core {
         Ok(gone)
     }
 
+    /// Looks at all open batches, some in each call.
+    pub async fn close_idle(
+        &self,
+        idle_for: Duration,
+        limit: usize,
+    ) -> Result<Vec<(ProjectId, BatchId)>, QueueError> {
+        let idle_us = u64::try_from(idle_for.as_micros()).unwrap_or(u64::MAX);
+        let before = self.now().await?.0.saturating_sub(idle_us);
+        let mut closed = Vec::new();
+        let mut after = "-inf".to_owned();
+        loop {
+            let many = (limit - closed.len()).min(CALL_JOBS_MAX);
+            if many == 0 {
+                return Ok(closed);
+            }
+            let mut cmd = self.cmd(&SCRIPTS.close_idle);
+            cmd.arg(before).arg(&after).arg(many);
+            let mut answer = Reader::of(self.link.write(&cmd).await?)?;
+            after = answer.text()?;
+            let mut names = answer.list()?;
+            while !names.is_empty() {
+                closed.push(decode::batch_name(&names.text()?)?);
+            }
+            if after.is_empty() {
+                return Ok(closed);
+            }
+        }
+    }
+
     fn purge_step(&self, step: &str, before: Timestamp, limit: usize) -> Cmd {
         let mut cmd = self.cmd(&SCRIPTS.purge);
         cmd.arg(step).arg(before.0).arg(limit.min(PAGE_MAX));

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
-use espalier_core::queue::{BatchView, JobFilter, JobKind, QueueStats, Refusal, StatLine};
+use espalier_core::queue::{
+    BatchSeq, BatchView, JobFilter, JobKind, QueueStats, Refusal, StatLine,
+};
 use espalier_core::time::Timestamp;
 use redis::{Cmd, Value};
 
@@ -73,6 +75,24 @@ impl Core {
         let mut cmd = self.cmd(&SCRIPTS.read_batches);
         cmd.arg(project.as_str());
         cmd.arg(after.map_or("", BatchId::as_str))
+            .arg(limit.min(PAGE_MAX));
+        let mut answer = Reader::of(self.link.run(&cmd).await?)?;
+        let mut batches = Vec::with_capacity(answer.len());
+        while !answer.is_empty() {
+            batches.push(decode::batch(answer.list()?)?);
+        }
+        Ok(batches)
+    }
+
+    pub async fn batches_newest(
+        &self,
+        project: &ProjectId,
+        before: Option<BatchSeq>,
+        limit: usize,
+    ) -> Result<Vec<BatchView>, QueueError> {
+        let mut cmd = self.cmd(&SCRIPTS.read_newest);
+        cmd.arg(project.as_str())
+            .arg(before.map_or("+inf".to_owned(), |before| format!("({}", before.0)))
             .arg(limit.min(PAGE_MAX));
         let mut answer = Reader::of(self.link.run(&cmd).await?)?;
         let mut batches = Vec::with_capacity(answer.len());

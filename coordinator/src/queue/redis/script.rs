@@ -72,9 +72,11 @@ scripts! {
     tick: Moves, WRITES, "tick.lua";
     extend_leases: Moves, WRITES, "extend_leases.lua";
     purge: Moves, WRITES, "purge.lua";
+    close_idle: Moves, WRITES, "close_idle.lua";
     read_jobs: Reads, READS, "read_jobs.lua";
     read_specs: Reads, READS, "read_specs.lua";
     read_batches: Reads, READS, "read_batches.lua";
+    read_newest: Reads, READS, "read_newest.lua";
     read_digests: Reads, READS, "read_digests.lua";
     read_stats: Reads, READS, "read_stats.lua";
     announce: Moves, BARE, "announce.lua";

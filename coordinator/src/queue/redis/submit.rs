@@ -51,17 +51,30 @@ impl Known for Facts {
 }
 
 impl Core {
-    pub async fn open_batch(&self, request: OpenBatch) -> Result<BatchView, QueueError> {
+    pub async fn open_batch(
+        &self,
+        request: OpenBatch,
+        open_max: usize,
+    ) -> Result<BatchView, QueueError> {
         check_defaults(&request.defaults)?;
         let batch = &request.batch;
         let mut cmd = self.cmd(&SCRIPTS.open_batch);
         cmd.arg(batch.project.as_str())
             .arg(batch.batch.as_str())
             .arg(batch.params_digest.as_slice())
-            .arg(request.defaults.as_ref());
-        if number::<i64>(self.link.write(&cmd).await?)? < 0 {
-            let rule = "is open already with other parameters";
-            return Err(FieldError::new("batch", &batch.batch, rule).into());
+            .arg(request.defaults.as_ref())
+            .arg(open_max);
+        match number::<i64>(self.link.write(&cmd).await?)? {
+            -1 => {
+                let rule = "is open already with other parameters";
+                return Err(FieldError::new("batch", &batch.batch, rule).into());
+            }
+            -2 => {
+                let project = batch.project.clone();
+                let max = open_max;
+                return Err(Refusal::TooManyOpenBatches { project, max }.into());
+            }
+            _ => {}
         }
         self.batch_or_unknown(&batch.project, &batch.batch).await
     }

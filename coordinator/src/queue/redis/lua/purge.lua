@@ -8,6 +8,7 @@ local function forget_name(b)
   call('ZREM', prefix .. 'done', string.format('%010d', b))
   call('HDEL', prefix .. 'bn', known[1])
   call('ZREM', prefix .. 'pb:' .. known[2], name)
+  call('ZREM', prefix .. 'pn:' .. known[2], b)
   call('SADD', prefix .. 'purging', b)
   if call('EXISTS', prefix .. 'pb:' .. known[2]) == 0 then
     for _, kind in ipairs({'0', '1', '2', '3', '4', '5'}) do call('HDEL', prefix .. 'v:' .. kind, known[2]) end

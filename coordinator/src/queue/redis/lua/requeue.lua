@@ -32,7 +32,9 @@ while queue[at] and at <= LOOKED_MAX do
     local behind = job.dp and call('ZRANGE', prefix .. 'dep:' .. job.ref, 0, LOOKED_MAX) or {}
     for _, ref in ipairs(behind) do
       local dependent = load(ref)
-      if dependent and dependent.s == 'X' and dependent.dr == 'dependency' then queue[#queue + 1] = dependent end
+      local died = dependent and dependent.s == 'X' and dependent.dr == 'dependency'
+      -- One whose batch is being forgotten goes with it.
+      if died and call('SISMEMBER', prefix .. 'purging', dependent.b) == 0 then queue[#queue + 1] = dependent end
     end
   end
 end

@@ -21,6 +21,16 @@ local function batch(b)
   return known
 end
 
+-- Lets batch `b` take no more chunks.
+local function close(b)
+  local known = batch(b)
+  if known.closed then return end
+  known.closed = '1'
+  call('HSET', prefix .. 'b:' .. b, 'closed', 1)
+  call('ZREM', prefix .. 'open', b)
+  call('HINCRBY', prefix .. 'p:' .. known.project, 'open', -1)
+end
+
 -- A job of batch `b` and kind `kind` leaves state `from` and enters state `to`; either may be nil.
 local function count(b, kind, from, to)
   local moved = batch(b).moved
