@@ -11,7 +11,7 @@ use espalier_agent_worker::{AgentWorkerConfig, Deps};
 use espalier_runtime::config::{self, Environment};
 use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
-use espalier_runtime::telemetry;
+use espalier_runtime::{tasks, telemetry};
 
 /// A configuration that cannot be used, as `sysexits.h` numbers it.
 const EXIT_USAGE: u8 = 64;
@@ -53,8 +53,7 @@ struct Arguments {
     coordinator: Option<Addresses>,
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let (config, environment) = match load(&arguments) {
         Ok(loaded) => loaded,
@@ -63,7 +62,8 @@ async fn main() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    match serve(config, environment).await {
+    let served = tasks::block_on(Box::pin(serve(config, environment)));
+    match served.map_err(anyhow::Error::from).flatten() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("espalier-agent-worker: {error:#}");

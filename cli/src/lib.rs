@@ -66,11 +66,8 @@ pub fn main() -> ExitCode {
 fn start(cli: Cli) -> Outcome {
     let environment = config::environment()?;
     let context = Context::new(cli.global, environment);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Problem::failed(format!("cannot start: {error}")))?;
-    runtime.block_on(Box::pin(run(&context, &cli.command)))
+    let ran = espalier_runtime::tasks::block_on(Box::pin(run(&context, &cli.command)));
+    ran.map_err(|error| Problem::failed(format!("cannot start: {error}")))?
 }
 
 async fn run(context: &Context, command: &Command) -> Outcome {

@@ -325,6 +325,24 @@ where
         })
 }
 
+/// How long [`block_on`] waits at the end for work off the async threads. What has a result that counts was waited for
+/// before; what is left is work that somebody gave up on.
+const BLOCKING_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs the one future that a process is made of, on threads of its own. Blocking work that comes to no end cannot be
+/// stopped, so it is left behind: the process must be able to end.
+///
+/// # Errors
+/// The threads cannot be started.
+pub fn block_on<F: Future>(future: F) -> std::io::Result<F::Output> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let output = runtime.block_on(future);
+    runtime.shutdown_timeout(BLOCKING_GRACE);
+    Ok(output)
+}
+
 /// Runs `future` without a set to belong to, for the few tasks that live as long as the process.
 pub(crate) fn detached(name: &'static str, future: impl Future<Output = ()> + Send + 'static) {
     raw_spawn(async move {
@@ -462,5 +480,18 @@ mod tests {
             error.to_string(),
             "blocking work `bad` failed: panicked: no way"
         );
+    }
+
+    #[test]
+    fn a_process_ends_though_blocking_work_does_not() {
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let began = std::time::Instant::now();
+        let left = block_on(async {
+            let work = blocking("endless", move || ended.recv().is_ok());
+            with_deadline("endless", Duration::from_millis(10), work).await
+        });
+        assert!(left.unwrap().is_err());
+        assert!(began.elapsed() >= BLOCKING_GRACE, "it was waited for");
+        drop(end);
     }
 }
