@@ -12,6 +12,8 @@ mod decode;
 mod encode;
 #[cfg(test)]
 mod faults;
+#[cfg(test)]
+mod figures;
 mod gather;
 mod health;
 #[cfg(test)]
@@ -109,7 +111,9 @@ pub enum ConnectError {
         asked: u16,
     },
     /// A later version of this program wrote the queue.
-    #[error("the queue has layout {found}, which a later version wrote; this one reads up to {LAYOUT}")]
+    #[error(
+        "the queue has layout {found}, which a later version wrote; this one reads up to {LAYOUT}"
+    )]
     Newer {
         /// The layout that it has.
         found: u32,
@@ -120,12 +124,12 @@ pub enum ConnectError {
 #[derive(Debug)]
 pub struct Redis {
     shards: Vec<Shard>,
+    /// Most batches of a project that are not closed.
+    open_batches_max: usize,
     next_shard: AtomicUsize,
     events: broadcast::Sender<Event>,
     health: Arc<Health>,
     peers: Peers,
-    /// Most batches of a project that are not closed.
-    open_batches_max: usize,
     background: [TaskHandle; 2],
     closed: AtomicBool,
 }
@@ -205,11 +209,11 @@ impl Redis {
                 .into_iter()
                 .map(|core| Shard::start(core, tasks))
                 .collect(),
+            open_batches_max: config.machine.open_batches_max,
             next_shard: AtomicUsize::new(0),
             events,
             closed: AtomicBool::new(false),
         })
-            open_batches_max: config.machine.open_batches_max,
     }
 
     /// The server's time, by which leases end and jobs come due.
@@ -434,6 +438,22 @@ impl Queue for Redis {
         .boxed()
     }
 
+    fn close_idle(
+        &self,
+        idle_for: Duration,
+        limit: usize,
+    ) -> Answer<'_, Vec<(ProjectId, BatchId)>> {
+        async move {
+            let mut closed = Vec::new();
+            for shard in self.open_shards()? {
+                let left = limit.saturating_sub(closed.len());
+                closed.extend(shard.core.close_idle(idle_for, left).await?);
+            }
+            Ok(closed)
+        }
+        .boxed()
+    }
+
     fn job(&self, key: JobKey) -> Answer<'_, Option<JobDetail>> {
         async move { self.core(&key.project)?.job(&key).await }.boxed()
     }
@@ -473,6 +493,20 @@ impl Queue for Redis {
         .boxed()
     }
 
+    fn batches_newest(
+        &self,
+        project: ProjectId,
+        before: Option<BatchSeq>,
+        limit: usize,
+    ) -> Answer<'_, Vec<BatchView>> {
+        async move {
+            self.core(&project)?
+                .batches_newest(&project, before, limit)
+                .await
+        }
+        .boxed()
+    }
+
     fn jobs(
         &self,
         project: ProjectId,
@@ -493,20 +527,6 @@ impl Queue for Redis {
         &self,
         project: ProjectId,
         batch: BatchId,
-    fn batches_newest(
-        &self,
-        project: ProjectId,
-        before: Option<BatchSeq>,
-        limit: usize,
-    ) -> Answer<'_, Vec<BatchView>> {
-        async move {
-            self.core(&project)?
-                .batches_newest(&project, before, limit)
-                .await
-        }
-        .boxed()
-    }
-
         after: u64,
         limit: usize,
     ) -> Answer<'_, EndedPage> {

@@ -511,6 +511,9 @@ fn redis_decides_as_the_machine_does() {
         let flush = redis::cmd("FLUSHDB").take();
         let link = &world.coordinators[0].shards[0].core.link;
         link.run(&flush).await.unwrap();
+        for coordinator in &world.coordinators {
+            coordinator.close().await;
+        }
     };
     let config = Config {
         failure_persistence: None,

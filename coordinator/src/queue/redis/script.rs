@@ -35,10 +35,10 @@ const READS: &[&str] = &parts!("begin", "batch", "view");
 /// What has nothing to do with jobs.
 const BARE: &[&str] = &parts!("begin");
 const WRITES: &[&str] = &parts!(
-    "begin", "batch", "ready", "state", "settle", "time", "insert", "done"
+    "begin", "batch", "index", "ready", "state", "settle", "time", "insert", "done"
 );
 const GRANTS: &[&str] = &parts!(
-    "begin", "batch", "ready", "state", "settle", "time", "grant", "done"
+    "begin", "batch", "index", "ready", "state", "settle", "time", "grant", "done"
 );
 
 macro_rules! scripts {

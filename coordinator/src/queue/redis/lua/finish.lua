@@ -9,7 +9,7 @@ local function ending_of(b, job, outcome)
     end
     -- One of them may wait for this very job.
     if #outcome.spawn > 0 then job.dp = '1' end
-    if outcome.result ~= '' then call('SET', prefix .. 'o:' .. job.ref, outcome.result) end
+    if outcome.result ~= '' then put_string(prefix .. 'o:' .. job.ref, outcome.result) end
     return end_job(job, 'S')
   end
   local class = outcome.how == 'released' and 'preempted' or outcome.how
@@ -33,7 +33,7 @@ local function finish(b, id, fence, outcome)
   if outcome.how == 'refused' then return -2 end
   local reason = refused(b, outcome.spawn)
   if reason then return reason end
-  call('HSET', prefix .. 'j:' .. job.ref, 'sf', fence)
+  job.also = {'sf', fence}
   ending_of(b, job, outcome)
   settle()
   return 1

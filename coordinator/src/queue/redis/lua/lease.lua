@@ -5,19 +5,26 @@ local lanes = {}
 for n = 1, tonumber(take()) do lanes[n] = take() end
 local memory = prefix .. 'asked:' .. worker .. ':' .. request
 
-local function grant_of(job)
-  local ends = job.ru and tonumber(job.ru) + outage or ''
-  return {job.b, job.k, job.id, job.n, job.f, job.st, tonumber(job.dl) + outage, ends, job.t, job.rs, job.L or '', job.T or '',
-    call('GET', prefix .. 's:' .. job.ref)}
+-- What the caller is told of leased jobs.
+local function told(jobs)
+  local keys, grants = {}, {}
+  for n, job in ipairs(jobs) do keys[n] = prefix .. 's:' .. job.ref end
+  local specs = #keys > 0 and call('MGET', unpack(keys))
+  for n, job in ipairs(jobs) do
+    local ends = job.ru and tonumber(job.ru) + outage or ''
+    grants[n] = {job.b, job.k, job.id, job.n, job.f, job.st, tonumber(job.dl) + outage, ends, job.t, job.rs,
+      job.L or '', job.T or '', specs[n]}
+  end
+  return grants
 end
 
 local function repeated(asked)
-  local grants = {}
+  local jobs = {}
   for ref, fence in asked:gmatch(' (%S+) (%d+)') do
     local job = load(ref)
-    if job and job.s == 'L' and job.f == fence then grants[#grants + 1] = grant_of(job) end
+    if job and job.s == 'L' and job.f == fence then jobs[#jobs + 1] = job end
   end
-  return grants
+  return told(jobs)
 end
 
 local asked = request ~= '' and call('GET', memory)
@@ -27,17 +34,25 @@ local current = call('HGET', meta, 'lanes') or '0'
 if current ~= version then return {current, {}} end
 reap(64)
 promote(64)
-write_ready()
-local grants, remembered = {}, {string.format('%.0f', now)}
-while #grants < most do
-  local ref, project = next_ready(lanes)
-  if not ref then break end
-  charge(kind, project)
+write_indexes()
+local rings, jobs, remembered = {}, {}, {string.format('%.0f', now)}
+for n, lane in ipairs(most > 0 and lanes or {}) do rings[n] = read_ring(lane, most) end
+while #jobs < most do
+  local line = next_line(rings)
+  if not line then break end
+  local ref = line.turns[line.at]
   local job = load(ref)
-  local fields = grant(job, worker, ttl)
-  set_state(job, 'L', fields)
-  grants[#grants + 1] = grant_of(job)
-  remembered[#remembered + 1] = string.format('%s %.0f', ref, job.f)
+  line.at = line.at + 2
+  if job then
+    charge(kind, line.project)
+    set_state(job, 'L', grant(job, worker, ttl))
+    jobs[#jobs + 1] = job
+    remembered[#remembered + 1] = string.format('%s %.0f', ref, job.f)
+  else
+    call('ZREM', line.queue, ref)
+    line.from = line.from - 1
+  end
 end
-if request ~= '' and #grants > 0 then call('SET', memory, table.concat(remembered, ' '), 'PX', 31000) end
-return done({current, grants})
+write_vtimes(kind)
+if request ~= '' and #jobs > 0 then call('SET', memory, table.concat(remembered, ' '), 'PX', 31000) end
+return done({current, told(jobs)})

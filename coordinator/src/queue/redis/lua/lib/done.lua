@@ -8,7 +8,8 @@ local function name_of(ref)
 end
 
 local function done(reply)
-  write_ready()
+  write_indexes()
+  write_strings()
   write_batches()
   call('HSET', meta, 'now', now, 'fence', last_fence, 'end', next_end, 'job', next_job, 'outage', outage,
     'skew', skew)

@@ -1,22 +1,43 @@
 -- Which job goes next, what that costs its project, and the lease that it gets.
-local weights, clocks = {}, {}
+local weights, vtimes, charged = {}, {}, {}
+local clock
+local PAGE = 100
 
--- The head of the least project among `lanes`: by virtual time, then number of the project, then its turn.
-local function next_ready(lanes)
-  local best
-  for _, lane in ipairs(lanes) do
-    local head = call('ZRANGE', prefix .. 'g:' .. lane, 0, 0, 'WITHSCORES')
-    local project, vtime = head[1], tonumber(head[2])
-    if project and (not best or vtime < best.vtime or (vtime == best.vtime and project <= best.project)) then
-      local first = call('ZRANGE', prefix .. 'q:' .. lane .. ':' .. project, 0, 0, 'WITHSCORES')
-      local turn = tonumber(first[2])
-      local same = best and vtime == best.vtime and project == best.project
-      if not same or turn < best.turn then
-        best = {vtime = vtime, project = project, turn = turn, ref = first[1]}
+-- The projects with ready jobs in `lane`, as many as `most` grants can reach, with the turns of each.
+local function read_ring(lane, most)
+  local ring = {}
+  local listed = call('ZRANGE', prefix .. 'g:' .. lane, 0, most - 1, 'WITHSCORES')
+  for n = 1, #listed, 2 do
+    local project = listed[n]
+    vtimes[project] = tonumber(listed[n + 1])
+    ring[#ring + 1] = {project = project, queue = prefix .. 'q:' .. lane .. ':' .. project, from = 0, at = 1, turns = {}}
+  end
+  return ring
+end
+
+-- The first turn of `line` that is not granted yet, and its job; read some at a time, and taken out at the end.
+local function head_of(line)
+  if line.at > #line.turns and not line.is_read then
+    line.turns, line.at = call('ZRANGE', line.queue, line.from, line.from + PAGE - 1, 'WITHSCORES'), 1
+    line.from, line.is_read = line.from + PAGE, #line.turns < 2 * PAGE
+  end
+  return tonumber(line.turns[line.at + 1]), line.turns[line.at]
+end
+
+-- The line whose head goes next: by virtual time, then number of the project, then its turn.
+local function next_line(rings)
+  local best, best_turn
+  for _, ring in ipairs(rings) do
+    for _, line in ipairs(ring) do
+      local vtime, best_vtime = vtimes[line.project], best and vtimes[best.project]
+      local turn = head_of(line)
+      if turn and (not best or vtime < best_vtime or (vtime == best_vtime and (line.project < best.project
+          or (line.project == best.project and turn < best_turn)))) then
+        best, best_turn = line, turn
       end
     end
   end
-  if best then return best.ref, best.project end
+  return best
 end
 
 local function weight_of(project)
@@ -31,12 +52,17 @@ end
 -- Moves a project on by one grant. It may lag behind the clock, where no worker drew from its lanes; it catches up
 -- by one stride at most, lest it take a long turn alone.
 local function charge(kind, project)
-  local v = call('HMGET', prefix .. 'v:' .. kind, '', project)
-  local clock, vtime = tonumber(v[1]) or 0, tonumber(v[2]) or 0
+  clock = clock or tonumber(call('HGET', prefix .. 'v:' .. kind, '')) or 0
   local stride = floor(STRIDE / math.max(1, math.min(1000, weight_of(project))))
-  local start = math.max(vtime, clock - stride, 0)
-  if start > clock then call('HSET', prefix .. 'v:' .. kind, '', start) end
-  move(kind, project, start + stride)
+  local start = math.max(vtimes[project], clock - stride, 0)
+  clock = math.max(clock, start)
+  vtimes[project] = start + stride
+  charged[project] = true
+end
+
+local function write_vtimes(kind)
+  for project in pairs(charged) do move(kind, project, vtimes[project]) end
+  if clock then call('HSET', prefix .. 'v:' .. kind, '', clock) end
 end
 
 -- The fields of a new lease on `job`, with a fence above all others.

@@ -94,7 +94,7 @@ local OPTIONAL = {'ma', 'mi', 'nb', 'mr', 'L', 'T'}
 
 local function enter_job(b, new, deps)
   local ref = b .. ':' .. new.id
-  local job = {ref = ref, b = b, id = new.id, n = new.n, k = new.k, p = new.p, l = lane_of(b, new, true)}
+  local job = {ref = ref, b = b, id = new.id, n = new.n, k = new.k, p = new.p, l = lane_of(b, new, true), free = #deps == 0}
   local row = {'n', new.n, 'k', new.k, 'p', new.p, 'l', job.l, 'd', new.d, 't', now}
   for _, name in ipairs(OPTIONAL) do
     if new[name] ~= '' then
@@ -102,9 +102,9 @@ local function enter_job(b, new, deps)
       job[name] = new[name]
     end
   end
-  call('HSET', prefix .. 'j:' .. ref, unpack(row))
-  call('SET', prefix .. 's:' .. ref, new.spec)
-  call('ZADD', prefix .. 'bj:' .. b, 0, new.id)
+  job.also = row
+  put_string(prefix .. 's:' .. ref, new.spec)
+  put(prefix .. 'bj:' .. b, new.id, 0)
   lane_jobs[job.l] = (lane_jobs[job.l] or 0) + 1
   if new.needs ~= '' then
     local of_project = project_jobs[batch(b).project] or {}

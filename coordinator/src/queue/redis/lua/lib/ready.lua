@@ -4,10 +4,13 @@
 -- q:<lane>:<project> holds the turns, g:<lane> the projects by virtual time, v:<kind> the virtual times with the
 -- kind's clock under the empty name, in:<kind>:<project> the lanes in which a project has ready jobs.
 local STRIDE, TURNS = 1048576, 562949953421312
-local pushed, pushed_names, woken = {}, {}, {}
+local queues, woken = {}, {}
 
 local function queue_of(job)
-  return prefix .. 'q:' .. job.l .. ':' .. batch(job.b).project
+  local project = batch(job.b).project
+  local queue = prefix .. 'q:' .. job.l .. ':' .. project
+  queues[queue] = queues[queue] or {kind = job.k, lane = job.l, project = project}
+  return queue
 end
 
 local function move(kind, project, vtime)
@@ -26,37 +29,29 @@ local function enter_ring(kind, lane, project)
   call('ZADD', prefix .. 'g:' .. lane, vtime, project)
 end
 
--- Jobs that became ready are added together; whoever reads the queues calls this first.
-local function write_ready()
-  for _, queue in ipairs(pushed_names) do
-    local many = pushed[queue]
-    if call('EXISTS', queue) == 0 then enter_ring(many.kind, many.lane, many.project) end
-    for from = 1, #many, 2000 do
-      call('ZADD', queue, unpack(many, from, math.min(from + 1999, #many)))
-    end
+local function leave_ring(kind, lane, project)
+  call('ZREM', prefix .. 'g:' .. lane, project)
+  call('SREM', prefix .. 'in:' .. kind .. ':' .. project, lane)
+end
+
+-- Writes what was gathered; whoever reads an index calls this first.
+local function write_indexes()
+  for _, key in ipairs(changed_keys) do
+    local queue = queues[key]
+    local had = queue and call('EXISTS', key)
+    write_index(key)
+    local has = queue and call('EXISTS', key)
+    if queue and had < has then enter_ring(queue.kind, queue.lane, queue.project) end
+    if queue and had > has then leave_ring(queue.kind, queue.lane, queue.project) end
   end
-  pushed, pushed_names = {}, {}
+  changed, changed_keys = {}, {}
 end
 
 local function push_ready(job)
-  local queue = queue_of(job)
-  local many = pushed[queue]
-  if not many then
-    many = {kind = job.k, lane = job.l, project = batch(job.b).project}
-    pushed[queue] = many
-    pushed_names[#pushed_names + 1] = queue
-  end
-  many[#many + 1] = (9 - job.p) * TURNS + job.n
-  many[#many + 1] = job.ref
+  put(queue_of(job), job.ref, (9 - job.p) * TURNS + job.n)
   woken[job.l] = true
 end
 
 local function remove_ready(job)
-  write_ready()
-  local queue, project = queue_of(job), batch(job.b).project
-  call('ZREM', queue, job.ref)
-  if call('EXISTS', queue) == 0 then
-    call('ZREM', prefix .. 'g:' .. job.l, project)
-    call('SREM', prefix .. 'in:' .. job.k .. ':' .. project, job.l)
-  end
+  put(queue_of(job), job.ref, false)
 end

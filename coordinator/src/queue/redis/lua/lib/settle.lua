@@ -4,7 +4,7 @@
 local settle_left = 2000
 
 local function set_waiting(job)
-  if call('EXISTS', prefix .. 'need:' .. job.ref) == 1 then
+  if not job.free and call('EXISTS', prefix .. 'need:' .. job.ref) == 1 then
     set_state(job, 'B', {})
   elseif job.nb and tonumber(job.nb) > now then
     set_state(job, 'D', {'un', job.nb})

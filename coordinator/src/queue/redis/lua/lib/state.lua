@@ -27,12 +27,12 @@ local function leave(job)
   if state == 'R' then
     remove_ready(job)
   elseif state == 'D' then
-    call('ZREM', prefix .. 'delayed', in_order(job))
+    put(prefix .. 'delayed', in_order(job), false)
   elseif state == 'L' then
-    call('ZREM', prefix .. 'leased', in_order(job))
-    call('HDEL', prefix .. 'progress', job.ref)
+    put(prefix .. 'leased', in_order(job), false)
+    progress_gone[#progress_gone + 1] = job.ref
   elseif ENDED[state] then
-    call('ZREM', prefix .. 'be:' .. job.b, job.id)
+    put(prefix .. 'be:' .. job.b, job.id, false)
   end
 end
 
@@ -41,15 +41,16 @@ local function enter(job)
   if state == 'R' then
     push_ready(job)
   elseif state == 'D' then
-    call('ZADD', prefix .. 'delayed', job.un, in_order(job))
+    put(prefix .. 'delayed', in_order(job), job.un)
   elseif state == 'L' then
-    call('ZADD', prefix .. 'leased', job.dl, in_order(job))
+    put(prefix .. 'leased', in_order(job), job.dl)
   elseif ENDED[state] then
-    call('ZADD', prefix .. 'be:' .. job.b, job.en, job.id)
+    put(prefix .. 'be:' .. job.b, job.id, job.en)
   end
 end
 
--- Moves `job` to `to`; `fields` are names and values that the state, or the move, sets.
+-- Moves `job` to `to`; `fields` are names and values that the state, or the move, sets. Those of `job.also` go with
+-- them, so that a row is written once.
 local function set_state(job, to, fields)
   leave(job)
   count(job.b, job.k, job.s, to)
@@ -60,6 +61,8 @@ local function set_state(job, to, fields)
   end
   job.s, job.c = to, now
   for n = 1, #fields, 2 do job[fields[n]] = fields[n + 1] end
+  for _, field in ipairs(job.also or {}) do fields[#fields + 1] = field end
+  job.also = nil
   call('HSET', key, 's', to, 'c', now, unpack(fields))
   enter(job)
 end

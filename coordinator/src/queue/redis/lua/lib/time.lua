@@ -13,6 +13,7 @@ local function revoke(job)
 end
 
 local function due(index, moment, limit)
+  write_indexes()
   local members = call('ZRANGE', prefix .. index, '-inf', moment, 'BYSCORE', 'LIMIT', 0, limit)
   local jobs = {}
   for _, member in ipairs(members) do

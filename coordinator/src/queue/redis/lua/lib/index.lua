@@ -1,0 +1,47 @@
+-- What many jobs of a script change in one key is gathered and written once: sorted sets and strings.
+local changed, changed_keys, strings, progress_gone = {}, {}, {}, {}
+
+-- `member` of the sorted set `key` gets `score`; false takes it out. The last word counts.
+local function put(key, member, score)
+  local members = changed[key]
+  if not members then
+    members = {}
+    changed[key] = members
+    changed_keys[#changed_keys + 1] = key
+  end
+  members[member] = score
+end
+
+local function put_string(key, value)
+  strings[#strings + 1] = key
+  strings[#strings + 1] = value
+end
+
+-- Calls `command` with `values`, some at a time: a call takes some thousand at most.
+local function in_pages(values, command, ...)
+  for from = 1, #values, 2000 do
+    local call_args = {command, ...}
+    for n = from, math.min(from + 1999, #values) do call_args[#call_args + 1] = values[n] end
+    call(unpack(call_args))
+  end
+end
+
+local function write_index(key)
+  local added, gone = {}, {}
+  for member, score in pairs(changed[key]) do
+    if score then
+      added[#added + 1] = score
+      added[#added + 1] = member
+    else
+      gone[#gone + 1] = member
+    end
+  end
+  in_pages(gone, 'ZREM', key)
+  in_pages(added, 'ZADD', key)
+end
+
+local function write_strings()
+  in_pages(strings, 'MSET')
+  in_pages(progress_gone, 'HDEL', prefix .. 'progress')
+  strings, progress_gone = {}, {}
+end
