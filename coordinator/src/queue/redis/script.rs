@@ -35,7 +35,7 @@ const READS: &[&str] = &parts!("begin", "batch", "view");
 /// What has nothing to do with jobs.
 const BARE: &[&str] = &parts!("begin");
 const WRITES: &[&str] = &parts!(
-    "begin", "batch", "index", "ready", "state", "settle", "time", "insert", "done"
+    "begin", "batch", "index", "ready", "state", "settle", "time", "lane", "insert", "done"
 );
 const GRANTS: &[&str] = &parts!(
     "begin", "batch", "index", "ready", "state", "settle", "time", "grant", "done"

@@ -1,9 +1,4 @@
--- New jobs enter a batch. They come each after those that it depends on; `JOB_ARGS` in `wire.rs` is the same list.
---
--- pl:<project> counts a project's jobs by lane, for lanes with needs: a project has few of those, lest it take the
--- room of all others. The limits are those of `espalier_core::queue`.
-local LANES_MAX, PROJECT_LANES_MAX = 16384, 256
-local lanes_known, lane_jobs, project_lanes, project_jobs = {}, {}, {}, {}
+-- New jobs enter a batch. They come each after those that it depends on; `push_job` in `encode.rs` gives the same list.
 
 local function take_job(base)
   local new = {
@@ -14,39 +9,6 @@ local function take_job(base)
     new.deps[n] = {batch = take(), id = take(), here = take() == '1'}
   end
   return new
-end
-
--- Whether `project` has jobs in the lane `value`, whose number is `lane` where it has one, or may have them there.
-local function may_use(project, value, lane)
-  local used = project_lanes[project]
-  if not used then
-    used = {many = call('HLEN', prefix .. 'pl:' .. project), values = {}}
-    project_lanes[project] = used
-  end
-  if used.values[value] then return true end
-  if not lane or call('HEXISTS', prefix .. 'pl:' .. project, lane) == 0 then
-    if used.many >= PROJECT_LANES_MAX then return false end
-    used.many = used.many + 1
-  end
-  used.values[value] = true
-  return true
-end
-
--- The number of the lane of `new` in batch `b`; nil: the project has no room for one more, or the queue has none.
-local function lane_of(b, new, may_add)
-  local value = new.k .. '\n' .. new.needs
-  local lane = lanes_known[value] or call('HGET', prefix .. 'lane_of', value)
-  if new.needs ~= '' and not may_use(batch(b).project, value, lane) then return nil end
-  if not lane then
-    if new.needs ~= '' and call('HLEN', prefix .. 'lanes') >= LANES_MAX then return nil end
-    if not may_add then return '' end
-    lane = string.format('%d', call('HINCRBY', meta, 'last_lane', 1))
-    call('HSET', prefix .. 'lane_of', value, lane)
-    call('HSET', prefix .. 'lanes', lane, value)
-    call('HINCRBY', meta, 'lanes', 1)
-  end
-  lanes_known[value] = lane
-  return lane
 end
 
 -- The number and state of each dependency; or nil and the position of one that is not there.
@@ -118,12 +80,5 @@ local function enter_job(b, new, deps)
     end_job(job, 'X', 'dependency')
   else
     set_waiting(job)
-  end
-end
-
-local function write_lanes()
-  for lane, by in pairs(lane_jobs) do call('HINCRBY', prefix .. 'lane_jobs', lane, by) end
-  for project, of_project in pairs(project_jobs) do
-    for lane, by in pairs(of_project) do call('HINCRBY', prefix .. 'pl:' .. project, lane, by) end
   end
 end
