@@ -66,6 +66,10 @@ impl Deps {
         store: Store,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, RunError> {
+        if !config.is_embedded() {
+            let rule = "must be `embedded` where this process brings the queue";
+            return Err(FieldError::new("queue", "an address", rule).into());
+        }
         let mut embedded = EmbeddedConfig::new(config.queue_file(), clock);
         embedded.machine = machine(config);
         let opened = tasks::blocking("queue.open", move || Embedded::open(embedded)).await?;
