@@ -87,6 +87,9 @@ impl BatchResult {
     }
 }
 
+/// Time between two tries to watch a batch.
+const AGAIN: Duration = Duration::from_millis(50);
+
 impl Client {
     /// Connects to `url` with `token`.
     pub async fn connect(url: &str, token: &str) -> Self {
@@ -110,31 +113,37 @@ impl Client {
 
     /// Opens `batch`, submits the lines as one chunk and closes it. The lines are in the form of `tasks.jsonl`.
     pub async fn submit(&mut self, batch: &str, lines: &[Value]) -> v1::SubmitChunkResponse {
-        self.open(batch).await;
-        let answer = self
-            .chunk(batch, 0, lines)
-            .await
-            .expect("the chunk is accepted");
+        let submitted = self.try_submit(batch, lines).await;
+        submitted.expect("the chunk is accepted")
+    }
+
+    /// The same, where it may be refused. May be repeated.
+    pub async fn try_submit(
+        &mut self,
+        batch: &str,
+        lines: &[Value],
+    ) -> Result<v1::SubmitChunkResponse, Status> {
+        self.try_open(batch).await?;
+        let answer = self.chunk(batch, 0, lines).await?;
         let close = v1::CloseBatchRequest {
             batch: batch.to_owned(),
         };
-        self.jobs
-            .close_batch(close)
-            .await
-            .expect("the batch can be closed");
-        answer
+        self.jobs.close_batch(close).await?;
+        Ok(answer)
     }
 
     /// Opens `batch`.
     pub async fn open(&mut self, batch: &str) {
+        let opened = self.try_open(batch).await;
+        opened.expect("the batch can be opened");
+    }
+
+    async fn try_open(&mut self, batch: &str) -> Result<(), Status> {
         let open = v1::OpenBatchRequest {
             batch: batch.to_owned(),
             defaults: None,
         };
-        self.jobs
-            .open_batch(open)
-            .await
-            .expect("the batch can be opened");
+        self.jobs.open_batch(open).await.map(drop)
     }
 
     /// Submits one chunk.
@@ -179,22 +188,23 @@ impl Client {
 
     /// The counters of `batch` as they are now.
     pub async fn counts(&self, batch: &str) -> v1::Counts {
+        self.try_counts(batch).await.expect("the batch is there")
+    }
+
+    async fn try_counts(&self, batch: &str) -> Result<v1::Counts, Status> {
         let request = v1::GetBatchRequest {
             batch: batch.to_owned(),
         };
-        let answer = self.jobs.clone().get_batch(request).await;
-        let batch = answer.expect("the batch is there").into_inner();
-        batch.counts.expect("a batch has counters")
+        let batch = self.jobs.clone().get_batch(request).await?.into_inner();
+        Ok(batch.counts.expect("a batch has counters"))
     }
 
-    /// Waits until `at_least` jobs of `batch` have succeeded.
+    /// Waits until `at_least` jobs of `batch` have succeeded, over times at which nobody can tell.
     pub async fn wait_until_succeeded(&self, batch: &str, at_least: u64, deadline: Duration) {
         wait_for("some jobs to succeed", deadline, || async {
-            let counts = self.counts(batch).await;
-            if counts.succeeded >= at_least {
-                Ok(())
-            } else {
-                Err(counts)
+            match self.try_counts(batch).await {
+                Ok(counts) if counts.succeeded >= at_least => Ok(()),
+                other => Err(other),
             }
         })
         .await;
@@ -207,7 +217,9 @@ impl Client {
         let watch = async {
             while !seen.complete() {
                 // A stream that breaks is taken up again where it stopped.
-                let _ = self.watch_once(batch, &mut seen).await;
+                if self.watch_once(batch, &mut seen).await.is_err() {
+                    tokio::time::sleep(AGAIN).await;
+                }
             }
         };
         let ended = tokio::time::timeout(deadline, watch).await;
