@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use axum::http::StatusCode;
 use axum::http::header::LOCATION;
 use axum::response::IntoResponse;
+use espalier_agent_worker::mcp::Toolbox;
 use serde_json::json;
 use tokio::sync::Barrier;
 
@@ -91,38 +92,37 @@ async fn the_model_is_offered_what_a_user_can_do() {
     );
 
     open(&toolbox, &format!("{site}/put/x")).await;
-    let refused = call(
-        &toolbox,
-        "browser_navigate",
-        json!({"url": "chrome://quit"}),
-    )
-    .await
-    .unwrap();
-    assert!(refused.is_error, "{}", refused.text);
-    let refused = call(
-        &toolbox,
-        "browser_navigate",
-        json!({"url": "file:///etc/passwd"}),
-    )
-    .await
-    .unwrap();
-    assert!(
-        refused.is_error && !refused.text.contains("root:"),
-        "{}",
-        refused.text
-    );
-    let failed = call(&toolbox, "browser_click", json!({"target": "#nothing"}))
-        .await
-        .unwrap();
+    check_refusals(&toolbox).await;
+    check_sights(&toolbox).await;
+    toolbox.close().await;
+    assert!(host.process_ids().is_empty());
+    assert!(host.shutdown(LONG).await);
+}
+
+/// Addresses that are no web pages and elements that are not there are refused, in words for a model.
+async fn check_refusals(toolbox: &Toolbox) {
+    for url in ["chrome://quit", "file:///etc/passwd"] {
+        let refused = call(toolbox, "browser_navigate", json!({"url": url})).await;
+        let refused = refused.unwrap();
+        assert!(
+            refused.is_error && !refused.text.contains("root:"),
+            "{url}: {}",
+            refused.text
+        );
+    }
+    let failed = call(toolbox, "browser_click", json!({"target": "#nothing"})).await;
+    let failed = failed.unwrap();
     assert!(
         failed.is_error && !failed.text.contains('\u{1b}'),
         "{}",
         failed.text
     );
+}
 
-    let shot = call(&toolbox, "browser_take_screenshot", json!({}))
-        .await
-        .unwrap();
+/// A screenshot is an image, and what a page evaluates to comes back whole, or as its error.
+async fn check_sights(toolbox: &Toolbox) {
+    let shot = call(toolbox, "browser_take_screenshot", json!({})).await;
+    let shot = shot.unwrap();
     assert!(
         shot.images
             .iter()
@@ -138,9 +138,6 @@ async fn the_model_is_offered_what_a_user_can_do() {
     assert_eq!(value, Ok(json!({"n": [1, null, "é\n### Ran"]})));
     let thrown = toolbox.evaluate_page("nothing.here", LONG).await.unwrap();
     assert!(thrown.unwrap_err().contains("nothing is not defined"));
-    toolbox.close().await;
-    assert!(host.process_ids().is_empty());
-    assert!(host.shutdown(LONG).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -169,38 +166,12 @@ async fn a_page_cannot_reach_the_server() {
     let host = host_with(json!({}));
     let toolbox = connect(&host).await.unwrap();
     open(&toolbox, &site).await;
-    let ways = [
-        "GET /cors",
-        "GET /nocors",
-        "POST /form",
-        "GET /frame",
-        "GET /img",
-        "GET /ws",
-        "GET /redirected",
-        "POST /post",
-    ];
     wait_until("every attack on the victim", || {
         let hits = hits.lock().unwrap();
-        ways.iter().all(|way| hits.contains(*way))
+        WAYS.iter().all(|way| hits.contains(*way))
     })
     .await;
-
-    // No port: neither the server nor its browser listens, while the same look finds this process's own ports.
-    let processes = tree(&host.process_ids());
-    assert!(
-        processes
-            .iter()
-            .any(|pid| command_line(*pid).contains("chromium")),
-        "the browser is among them"
-    );
-    assert_eq!(listening_ports(&processes), BTreeSet::new());
-    let own = listening_ports(&BTreeSet::from(
-        [i32::try_from(std::process::id()).unwrap()],
-    ));
-    assert!(
-        own.iter().any(|port| site.ends_with(&port.to_string())),
-        "{own:?}"
-    );
+    check_ports(&host.process_ids(), &site);
 
     // Nor do the ways lead anywhere at the address that the server believes to have, or at its socket.
     let socket = unix_sockets(&host.process_ids()).remove(0);
@@ -227,6 +198,36 @@ async fn a_page_cannot_reach_the_server() {
     }
     assert!(host.shutdown(LONG).await);
 }
+
+/// No port: neither the server nor its browser listens, while the same look finds this process's own port, of `site`.
+fn check_ports(servers: &[i32], site: &str) {
+    let processes = tree(servers);
+    assert!(
+        processes
+            .iter()
+            .any(|pid| command_line(*pid).contains("chromium")),
+        "the browser is among them"
+    );
+    assert_eq!(listening_ports(&processes), BTreeSet::new());
+    let this = i32::try_from(std::process::id()).unwrap();
+    let own = listening_ports(&BTreeSet::from([this]));
+    assert!(
+        own.iter().any(|port| site.ends_with(&port.to_string())),
+        "{own:?}"
+    );
+}
+
+/// The requests by which [`attack`] reaches a server that has a port.
+const WAYS: [&str; 8] = [
+    "GET /cors",
+    "GET /nocors",
+    "POST /form",
+    "GET /frame",
+    "GET /img",
+    "GET /ws",
+    "GET /redirected",
+    "POST /post",
+];
 
 /// A page that tries every way in which a page can send a request.
 fn attack(aim: &str) -> String {
