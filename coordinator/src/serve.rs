@@ -14,7 +14,6 @@ use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::{self, BlockingFailed, Tasks};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Router;
 use tonic_health::server::HealthReporter;
@@ -216,7 +215,7 @@ fn share(
         store: deps.store,
         registry: Arc::new(Registry::new(now)),
         questions: Arc::new(Questions::default()),
-        trace_readers: Arc::new(Semaphore::new(trace::READERS_MAX)),
+        trace_readers: trace::Readers::default(),
         watch_places,
         clock: deps.clock,
         tasks,

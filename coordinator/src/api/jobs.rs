@@ -7,7 +7,7 @@ use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
 use espalier_core::queue::{BatchSeq, JobFilter, Selector};
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
-use espalier_runtime::tasks::{OnFailure, with_deadline};
+use espalier_runtime::tasks::OnFailure;
 use espalier_runtime::telemetry::names::{attribute, span};
 use espalier_runtime::telemetry::{self, TraceParent};
 use tokio::sync::mpsc;
@@ -196,11 +196,7 @@ impl v1::job_service_server::JobService for JobApi {
         let project = self.0.auth.project(request.metadata(), Call::GetTrace)?;
         let request = request.into_inner();
         let key = job_key(project, &request.batch, &request.id).map_err(ApiError::Field)?;
-        let turn = self.0.trace_readers.clone().acquire_owned();
-        let turn = with_deadline("api.trace.turn", trace::TURN_LIMIT, turn).await;
-        let turn = turn.ok().and_then(Result::ok).ok_or_else(|| {
-            ApiError::Unavailable("too many traces are being read; try again".to_owned())
-        })?;
+        let turn = self.0.trace_readers.turn(&key.project).await?;
         let packed = trace::find(&self.0, key).await?;
         let (pieces, stream) = mpsc::channel(trace::PIECES_MAX);
         let sent = trace::stream(packed, pieces, turn);

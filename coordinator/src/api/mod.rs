@@ -26,7 +26,6 @@ use espalier_runtime::clock::Clock;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{BlockingFailed, Tasks};
-use tokio::sync::Semaphore;
 
 use crate::auth::Auth;
 use crate::config::CoordinatorConfig;
@@ -55,7 +54,7 @@ pub struct Shared {
     /// What rollouts of those ask.
     pub questions: Arc<Questions>,
     /// Turns of those who read traces.
-    pub trace_readers: Arc<Semaphore>,
+    pub trace_readers: trace::Readers,
     /// Places of those who watch batches.
     pub watch_places: watch::Places,
     /// The queue's time.

@@ -1,10 +1,12 @@
 //! `GetTrace`: the published trace of a job, verified against its manifest, as JSON in pieces.
 
+use std::collections::BTreeMap;
 use std::io::Read;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use espalier_core::id::JobKey;
+use espalier_core::id::{JobKey, ProjectId};
 use espalier_core::queue::StateName;
 use espalier_core::trace::Manifest;
 use espalier_proto::status::ApiError;
@@ -12,7 +14,7 @@ use espalier_proto::v1;
 use espalier_runtime::store::StoreError;
 use espalier_runtime::{tasks, telemetry};
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::Status;
 
 use super::{Shared, no_job, queue_error};
@@ -22,15 +24,67 @@ const PIECE_BYTES: usize = 1 << 20;
 /// Pieces that wait for a slow client, and the error that may end them.
 pub const PIECES_MAX: usize = 3;
 /// Traces that are read at once: each is in memory as it is stored, and takes a thread.
-pub const READERS_MAX: usize = 8;
+const READERS_MAX: usize = 8;
+/// Traces of one project that are read at once: a slow reader keeps only its own project waiting, until four projects
+/// have one each.
+const READERS_OF_PROJECT_MAX: usize = 2;
 /// How long a call waits for its turn.
-pub const TURN_LIMIT: Duration = Duration::from_secs(30);
+const TURN_LIMIT: Duration = Duration::from_secs(30);
 /// How long a client may take to read one piece before the stream is given up.
 const SEND_LIMIT: Duration = Duration::from_secs(60);
 /// How long a client may take to read the whole: readers are few, and a slow one keeps others waiting.
 const STREAM_LIMIT: Duration = Duration::from_secs(600);
 /// Longest trace, unpacked, in bytes: what is compressed came from a worker and may claim anything.
 const TRACE_BYTES_MAX: u64 = 512 << 20;
+
+/// The turns of readers: few of all, and fewer of each project.
+#[derive(Debug)]
+pub struct Readers {
+    all: Arc<Semaphore>,
+    /// Of projects that have read a trace. Those whose turns are all free are forgotten when another asks.
+    of_project: Mutex<BTreeMap<ProjectId, Arc<Semaphore>>>,
+}
+
+/// The turn of one reader, which ends when this is dropped.
+#[derive(Debug)]
+pub struct Turn(
+    #[expect(dead_code, reason = "held until it is dropped")] [OwnedSemaphorePermit; 2],
+);
+
+impl Default for Readers {
+    fn default() -> Self {
+        Self {
+            all: Arc::new(Semaphore::new(READERS_MAX)),
+            of_project: Mutex::default(),
+        }
+    }
+}
+
+impl Readers {
+    /// Waits for a turn of `project`, then for one of all.
+    pub async fn turn(&self, project: &ProjectId) -> Result<Turn, ApiError> {
+        let own = {
+            let mut shares = self
+                .of_project
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            shares.retain(|_, share| Arc::strong_count(share) > 1);
+            let new = || Arc::new(Semaphore::new(READERS_OF_PROJECT_MAX));
+            Arc::clone(shares.entry(project.clone()).or_insert_with(new))
+        };
+        let all = Arc::clone(&self.all);
+        let both = async {
+            Some(Turn([
+                own.acquire_owned().await.ok()?,
+                all.acquire_owned().await.ok()?,
+            ]))
+        };
+        let turn = tasks::with_deadline("api.trace.turn", TURN_LIMIT, both).await;
+        turn.ok().flatten().ok_or_else(|| {
+            ApiError::Unavailable("too many traces are being read; try again".to_owned())
+        })
+    }
+}
 
 /// The compressed trace of a job, as it was published.
 pub async fn find(shared: &Shared, key: JobKey) -> Result<Bytes, ApiError> {
@@ -72,7 +126,7 @@ pub async fn find(shared: &Shared, key: JobKey) -> Result<Bytes, ApiError> {
 pub async fn stream(
     packed: Bytes,
     pieces: mpsc::Sender<Result<v1::TraceChunk, Status>>,
-    turn: OwnedSemaphorePermit,
+    turn: Turn,
 ) {
     stream_within(SEND_LIMIT, packed, pieces, turn).await;
 }
@@ -81,7 +135,7 @@ async fn stream_within(
     send_limit: Duration,
     packed: Bytes,
     pieces: mpsc::Sender<Result<v1::TraceChunk, Status>>,
-    turn: OwnedSemaphorePermit,
+    turn: Turn,
 ) {
     let unpack = move || {
         let _turn = turn;
@@ -164,11 +218,24 @@ fn damaged(error: &dyn std::fmt::Display) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
-    use tokio::sync::Semaphore;
+    fn turn() -> Turn {
+        let one = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        Turn([one(), one()])
+    }
 
-    fn turn() -> OwnedSemaphorePermit {
-        Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap()
+    #[tokio::test]
+    async fn a_project_that_reads_slowly_keeps_no_other_waiting() {
+        let readers = Readers::default();
+        let (slow, other) = ("slow".parse().unwrap(), "other".parse().unwrap());
+        let mut turns = Vec::new();
+        for _ in 0..READERS_OF_PROJECT_MAX {
+            turns.push(readers.turn(&slow).await.unwrap());
+        }
+        let waits = futures::FutureExt::now_or_never(readers.turn(&slow));
+        assert!(waits.is_none());
+        readers.turn(&other).await.unwrap();
+        turns.pop();
+        readers.turn(&slow).await.unwrap();
     }
 
     #[tokio::test]

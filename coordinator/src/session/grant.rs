@@ -141,6 +141,11 @@ impl Session {
                 }),
             }
         }
+        // The worker has not heard of these, and cannot offer their places again.
+        let unheard = u32::try_from(unreadable.len()).unwrap_or(u32::MAX);
+        if let Some(left) = lock(&self.credit).get_mut(&kind) {
+            *left = left.saturating_add(unheard);
+        }
         if !unreadable.is_empty()
             && let Err(error) = self.shared.queue.finish(unreadable).await
         {
