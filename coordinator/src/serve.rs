@@ -163,12 +163,12 @@ pub async fn run(
     warn_if_open(&config, &listener);
     let shared = share(config, deps, shutdown)?;
     let (health, router) = services(server, &shared).await?;
-    maintenance::start(&shared, health);
+    maintenance::start(&shared, health.clone());
     if let Ok(address) = listener.local_addr() {
         tracing::info!(%address, "coordinator serves");
     }
 
-    let served = serve(router, listener, &shared).await;
+    let served = serve(router, listener, &shared, health).await;
     shared.shutdown.abort();
     if let Err(unfinished) = shared.tasks.join_all(END_LIMIT).await {
         tracing::warn!(error = %unfinished, "tasks were cut off");
@@ -267,9 +267,16 @@ async fn services(
     Ok((health, router))
 }
 
-async fn serve(router: Router, listener: TcpListener, shared: &Shared) -> Result<(), RunError> {
+async fn serve(
+    router: Router,
+    listener: TcpListener,
+    shared: &Shared,
+    health: HealthReporter,
+) -> Result<(), RunError> {
     let drained = async {
         shared.shutdown.draining().await;
+        // Before the port closes, so that whoever asks meanwhile goes elsewhere.
+        maintenance::report(&health, false, false).await;
         tracing::info!("coordinator drains");
     };
     let incoming = net::incoming(listener);

@@ -24,17 +24,29 @@ const INTERVAL: Duration = Duration::from_secs(1);
 pub async fn run(shared: Arc<Shared>, health: HealthReporter) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // As it was said at the start.
+    let mut reported = (true, true);
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
             () = shared.shutdown.draining() => break,
         }
-        match shared.queue.condition().await {
-            Condition::Serving => report(&health, true, true).await,
-            Condition::Full { .. } => report(&health, false, true).await,
-            Condition::Away { .. } => report(&health, false, false).await,
+        let condition = shared.queue.condition().await;
+        if shared.shutdown.is_draining() {
+            break;
+        }
+        let serves = match condition {
+            Condition::Serving => (true, true),
+            Condition::Full { .. } => (false, true),
+            Condition::Away { .. } => (false, false),
+        };
+        // Whoever watches hears every report, so that one which says nothing new is not made.
+        if serves != reported {
+            report(&health, serves.0, serves.1).await;
+            reported = serves;
         }
     }
+    // A report that was under way may have come after that of the drain.
     report(&health, false, false).await;
 }
 
