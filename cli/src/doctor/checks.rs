@@ -370,9 +370,9 @@ async fn try_chat(endpoint: ModelEndpoint, model: &str) -> Result<String, String
         tools: &[],
         sampling: &sampling,
         extra: &Map::new(),
-    };
         vllm_extra: &Map::new(),
         affinity: "doctor",
+    };
     let cancel = CancellationToken::new();
     let turn = with_deadline("doctor.chat", CHAT_TIMEOUT, client.chat(&request, &cancel))
         .await

@@ -240,7 +240,9 @@ async fn pages_of_batches_add_up() {
     }
     let first = jobs.list_batches(batches_after(String::new())).await;
     let first = first.unwrap().into_inner();
-    let second = jobs.list_batches(batches_after(first.next_page_token)).await;
+    let second = jobs
+        .list_batches(batches_after(first.next_page_token))
+        .await;
     let second = second.unwrap().into_inner();
     let names = [first.batches, second.batches].concat();
     let names: Vec<&str> = names.iter().map(|b| b.batch.as_str()).collect();

@@ -191,7 +191,9 @@ impl Traces {
         let prefix = layout::job(job);
         let prefix = prefix.trim_end_matches('/');
         let objects = self.store.list(prefix, None, LIST_MAX).await?;
-        let owners = objects.iter().filter_map(|object| layout::attempt_of(&object.path));
+        let owners = objects
+            .iter()
+            .filter_map(|object| layout::attempt_of(&object.path));
         Ok(owners.map(|(_, fence)| fence).collect())
     }
 
