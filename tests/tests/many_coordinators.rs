@@ -1,7 +1,5 @@
 //! Several coordinators as processes of their own on one Redis: whatever a client or an operator asks, any of them does.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::process::Command;
 use std::time::Duration;
 
