@@ -105,7 +105,10 @@ impl Spec {
             max_infra: self.budgets.1,
             max_runtime: (self.runtime_ms > 0).then(|| Duration::from_millis(self.runtime_ms)),
             labels: BTreeMap::from_iter([parity].into_iter().chain(label)),
-            traceparent: self.id.is_multiple_of(3).then(|| format!("00-trace-{}", self.id)),
+            traceparent: self
+                .id
+                .is_multiple_of(3)
+                .then(|| format!("00-trace-{}", self.id)),
             ..NewJob::new(key(batch, self.id).job, kind(self.kind), digest)
         }
     }
