@@ -40,6 +40,7 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_C
   mcp_servers        servers that jobs may name before a worker has announced them
   allow_inline_mcp   whether jobs may bring servers of their own [false]
   jobs_waiting_max   waiting jobs of a project, beyond which submissions are refused [1000000]
+  open_batches_max   batches of a project that are open at once, beyond which no more are opened [1000]
   watches_max        batches that one token may watch at once [64]
   lease_ttl_ms       how long a lease lasts without renewal [what suits the kind of job]
   keep_days          days for which complete batches are kept in the queue [30]

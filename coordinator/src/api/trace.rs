@@ -26,7 +26,7 @@ pub const PIECES_MAX: usize = 3;
 /// Traces that are read at once: each is in memory as it is stored, and takes a thread.
 const READERS_MAX: usize = 8;
 /// Traces of one project that are read at once: a slow reader keeps only its own project waiting, until four projects
-/// have one each.
+/// hold two each.
 const READERS_OF_PROJECT_MAX: usize = 2;
 /// How long a call waits for its turn.
 const TURN_LIMIT: Duration = Duration::from_secs(30);

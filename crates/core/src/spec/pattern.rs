@@ -18,6 +18,9 @@ const PATH_FILTERS_MAX: usize = 2;
 const PATH_COMMAS_MAX: usize = 4;
 /// Deepest nesting of a regular expression, as its parser counts: three levels for a group.
 const REGEX_NESTING_MAX: u32 = 96;
+/// Largest compiled form of a regular expression, in bytes: what an honest pattern comes to many times over, and a few
+/// milliseconds of work. A chunk may bring thousands.
+const REGEX_BYTES_MAX: usize = 256 << 10;
 
 /// What is wrong with a pattern: the rule that it breaks, for a [`FieldError`](crate::error::FieldError).
 pub type Rule = String;
@@ -77,6 +80,8 @@ pub fn json_path(text: &str) -> Result<JsonPath, Rule> {
 pub fn regex(text: &str) -> Result<regex::Regex, Rule> {
     let compiled = regex::RegexBuilder::new(text)
         .nest_limit(REGEX_NESTING_MAX)
+        .size_limit(REGEX_BYTES_MAX)
+        .dfa_size_limit(REGEX_BYTES_MAX)
         .build();
     compiled.map_err(|error| {
         // The error's own text draws the pattern over several lines; its last line says what is wrong.
@@ -132,6 +137,9 @@ mod tests {
         // A quote hides nothing: a parser may see it otherwise.
         assert!(json_path(&format!("$'{}", "[".repeat(17))).is_err());
         assert!(regex(&nested("(", "a", ")", 400)).is_err());
+        let large = regex(r"\w{300}").unwrap_err();
+        assert!(large.contains("size limit"), "{large}");
+        assert!(regex(r"^[\w.+-]+@[\w-]+\.[\w.]{2,20}$").is_ok());
     }
 
     #[test]

@@ -33,6 +33,7 @@ impl VerifyDraft {
         match self {
             Self::All(list) | Self::Any(list) => 1 + list.iter().map(Self::count).sum::<usize>(),
             Self::Weighted(list) => 1 + list.iter().map(|item| item.check.count()).sum::<usize>(),
+            Self::ToolCalled(check) => 1 + check.arguments.len(),
             _ => 1,
         }
     }

@@ -139,5 +139,10 @@ mod tests {
             .map(|_| json!({"url": {"contains": "x"}}))
             .collect();
         assert!(errors(json!({ "all": wide }))[0].contains("at most 64 checks"));
+        let rules: serde_json::Map<_, _> = (0..64)
+            .map(|n| (format!("a{n}"), json!({"regex": "x"})))
+            .collect();
+        let many = json!({"tool_called": {"name": "t", "arguments": rules}});
+        assert!(errors(many)[0].contains("at most 64 checks"));
     }
 }
