@@ -18,9 +18,9 @@ const PATH_FILTERS_MAX: usize = 2;
 const PATH_COMMAS_MAX: usize = 4;
 /// Deepest nesting of a regular expression, as its parser counts: three levels for a group.
 const REGEX_NESTING_MAX: u32 = 96;
-/// Largest compiled form of a regular expression, in bytes: an honest pattern with Unicode classes comes to some hundred
-/// kilobytes. The default is ten times as much, and a chunk may bring thousands.
-const REGEX_BYTES_MAX: usize = 1 << 20;
+/// Largest compiled form of a regular expression, in bytes: an honest pattern that repeats Unicode classes comes to a
+/// megabyte or more. The default is five times as much, and a chunk may bring thousands.
+const REGEX_BYTES_MAX: usize = 2 << 20;
 
 /// What is wrong with a pattern: the rule that it breaks, for a [`FieldError`](crate::error::FieldError).
 pub type Rule = String;
