@@ -380,9 +380,12 @@ async fn servers_that_do_not_start_say_why() {
             .err()
             .unwrap();
         assert_eq!(error.class(), ErrorClass::Infra, "{error}");
+        // What a server wrote is told to whoever looks at the job, and is in no message that may be logged.
+        let told = format!("{error} {}", error.last_words().unwrap_or_default());
         for part in parts {
-            assert!(error.to_string().contains(part), "{name}: {error}");
+            assert!(told.contains(part), "{name}: {told}");
         }
+        assert!(!error.to_string().contains("broken config"), "{error}");
     }
     wait_until("the end of what did not start", || {
         host.process_ids().is_empty()
