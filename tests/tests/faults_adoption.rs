@@ -104,7 +104,8 @@ async fn pause_and_go_on(others: Others) {
     let cluster = Cluster::start(&model::start().await, LEASE_TTL_MS).await;
     let a = cluster.worker("a", 4);
     let mut client = cluster.client().await;
-    client.submit("b", &naps(JOBS, 3_000)).await;
+    // Long enough that the first still naps when the last has begun, however busy the machine is.
+    client.submit("b", &naps(JOBS, 6_000)).await;
     let mut lost = BTreeMap::new();
     for n in 0..4 {
         let key = cluster.key("b", &format!("nap-{n:02}"));
