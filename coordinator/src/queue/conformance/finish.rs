@@ -60,6 +60,8 @@ async fn runs_until_dead(f: &Fixture, class: ErrorClass) -> u32 {
         f.run_one(failed(class)).await;
         match f.job("p/b/a").await.state {
             JobState::Dead { .. } => return runs,
+            // The first worker that is lost costs no wait.
+            JobState::Ready => assert_eq!((class, runs), (ErrorClass::Infra, 1)),
             JobState::Delayed { until } => f.clock.set(until),
             other => panic!("{other:?}"),
         }

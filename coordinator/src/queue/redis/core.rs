@@ -26,7 +26,7 @@ const BATCHES_MAX: usize = 4_096;
 pub const OUTAGE_AFTER: Duration = Duration::from_secs(10);
 
 /// The version of the keys and values that this code writes; the golden file beside the tests shows them.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// One shard.
 pub struct Core {

@@ -110,11 +110,12 @@ pub enum ConnectError {
         /// What was asked for.
         asked: u16,
     },
-    /// A later version of this program wrote the queue.
+    /// Another version of this program wrote the queue.
     #[error(
-        "the queue has layout {found}, which a later version wrote; this one reads up to {LAYOUT}"
+        "the queue has layout {found} and this version reads layout {LAYOUT}: let the version that wrote it bring its \
+         jobs to their end, or give this one another `queue_name`"
     )]
-    Newer {
+    OtherLayout {
         /// The layout that it has.
         found: u32,
     },
@@ -292,8 +293,8 @@ async fn join(core: &Core, asked: u16, machine: &MachineConfig) -> Result<(), Co
     if found != asked {
         return Err(ConnectError::Shards { found, asked });
     }
-    if layout > LAYOUT {
-        return Err(ConnectError::Newer { found: layout });
+    if layout != LAYOUT {
+        return Err(ConnectError::OtherLayout { found: layout });
     }
     Ok(())
 }

@@ -31,14 +31,14 @@ macro_rules! parts {
     ($($name:literal),*) => { [$(include_str!(concat!("lua/lib/", $name, ".lua"))),*] };
 }
 
-const READS: &[&str] = &parts!("begin", "batch", "view");
+const READS: &[&str] = &parts!("begin", "batch", "row", "view");
 /// What has nothing to do with jobs.
 const BARE: &[&str] = &parts!("begin");
 const WRITES: &[&str] = &parts!(
-    "begin", "batch", "index", "ready", "state", "settle", "time", "lane", "insert", "done"
+    "begin", "batch", "row", "index", "ready", "state", "settle", "time", "lane", "insert", "done"
 );
 const GRANTS: &[&str] = &parts!(
-    "begin", "batch", "index", "ready", "state", "settle", "time", "grant", "done"
+    "begin", "batch", "row", "index", "ready", "state", "settle", "time", "grant", "done"
 );
 
 macro_rules! scripts {

@@ -432,7 +432,7 @@ pub(super) fn after_failure(
     retry_after: Option<Duration>,
     salt: u64,
 ) -> Next {
-    let (spent, max, reason) = match class {
+    let (spent, max, reason, free) = match class {
         ErrorClass::Invalid => return Next::Dead(DeadReason::Invalid),
         ErrorClass::Preempted => return Next::Ready,
         ErrorClass::Cancelled => return Next::Cancelled,
@@ -440,15 +440,25 @@ pub(super) fn after_failure(
             &mut budgets.failures,
             budgets.max_attempts,
             DeadReason::Attempts,
+            0,
         ),
-        ErrorClass::Infra => (&mut budgets.infra, budgets.max_infra, DeadReason::Infra),
+        // A worker was lost: that says nothing about the next one.
+        ErrorClass::Infra => (
+            &mut budgets.infra,
+            budgets.max_infra,
+            DeadReason::Infra,
+            1,
+        ),
     };
     *spent = spent.saturating_add(1);
     if *spent >= max {
         return Next::Dead(reason);
     }
     let asked = retry_after.unwrap_or_default().min(RETRY_AFTER_MAX);
-    Next::RetryAfter(backoff(*spent, salt).max(asked))
+    match backoff(*spent - free, salt).max(asked) {
+        Duration::ZERO => Next::Ready,
+        wait => Next::RetryAfter(wait),
+    }
 }
 
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
@@ -457,9 +467,13 @@ const BACKOFF_MAX: Duration = Duration::from_secs(300);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(3_600);
 
 /// The wait before the try after failure number `failures` (from 1): doubles from 1 s to 5 min, less up to half of it.
+/// No wait after none.
 /// Whole milliseconds and products below 2^53, so that a script which has only doubles comes to the same.
 fn backoff(failures: u16, salt: u64) -> Duration {
-    let doublings = u32::from(failures.saturating_sub(1)).min(16);
+    let Some(doublings) = failures.checked_sub(1) else {
+        return Duration::ZERO;
+    };
+    let doublings = u32::from(doublings).min(16);
     let whole = BACKOFF_FIRST
         .saturating_mul(1 << doublings)
         .min(BACKOFF_MAX);
@@ -498,7 +512,12 @@ mod tests {
                 Next::RetryAfter(_)
             ));
         }
-        for _ in 0..19 {
+        assert_eq!(
+            after_failure(&mut budgets, ErrorClass::Infra, None, 1),
+            Next::Ready,
+            "the first lost worker costs no wait"
+        );
+        for _ in 0..18 {
             assert!(matches!(
                 after_failure(&mut budgets, ErrorClass::Infra, None, 1),
                 Next::RetryAfter(_)

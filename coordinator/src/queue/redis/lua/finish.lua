@@ -7,9 +7,7 @@ local function ending_of(b, job, outcome)
       local verdict, deps = judge(b, new, false, false)
       if verdict == 1 then enter_job(b, new, deps) end
     end
-    -- One of them may wait for this very job.
-    if #outcome.spawn > 0 then job.dp = '1' end
-    if outcome.result ~= '' then put_string(prefix .. 'o:' .. job.ref, outcome.result) end
+    job.o = outcome.result ~= '' and outcome.result or nil
     return end_job(job, 'S')
   end
   local class = outcome.how == 'released' and 'preempted' or outcome.how
@@ -33,22 +31,25 @@ local function finish(b, id, fence, outcome)
   if outcome.how == 'refused' then return -2 end
   local reason = refused(b, outcome.spawn)
   if reason then return reason end
-  job.also = {'sf', fence}
+  job.sf = fence
   ending_of(b, job, outcome)
   settle()
   return 1
 end
 
-local replies = {}
+local endings, refs, replies = {}, {}, {}
 for n = 1, tonumber(take()) do
-  local b, id, fence = batch_number(take()), take(), take()
+  local b, id, fence = batch_number(take()), take(), tonumber(take())
   local outcome = {how = take(), failure = take(), wait = tonumber(take()), result = take(), spawn = {}}
   local base = next_job
   for m = 1, tonumber(take()) do
     outcome.spawn[m] = take_job(base)
     next_job = math.max(next_job, outcome.spawn[m].n + 1)
   end
-  replies[n] = finish(b, id, fence, outcome)
+  endings[n] = {b, id, fence, outcome}
+  if b then refs[#refs + 1] = b .. ':' .. id end
 end
+read_rows(refs)
+for n, ending in ipairs(endings) do replies[n] = finish(unpack(ending, 1, 4)) end
 write_lanes()
 return done(replies)

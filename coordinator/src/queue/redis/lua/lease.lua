@@ -11,8 +11,8 @@ local function told(jobs)
   for n, job in ipairs(jobs) do keys[n] = prefix .. 's:' .. job.ref end
   local specs = #keys > 0 and call('MGET', unpack(keys))
   for n, job in ipairs(jobs) do
-    local ends = job.ru and tonumber(job.ru) + outage or ''
-    grants[n] = {job.b, job.k, job.id, job.n, job.f, job.st, tonumber(job.dl) + outage, ends, job.t, job.rs,
+    local ends = job.ru and job.ru + outage or ''
+    grants[n] = {job.b, job.k, job.id, job.n, job.f, job.st, job.dl + outage, ends, job.t, job.rs,
       job.L or '', job.T or '', specs[n]}
   end
   return grants
@@ -22,7 +22,7 @@ local function repeated(asked)
   local jobs = {}
   for ref, fence in asked:gmatch(' (%S+) (%d+)') do
     local job = load(ref)
-    if job and job.s == 'L' and job.f == fence then jobs[#jobs + 1] = job end
+    if job and job.s == 'L' and job.f == tonumber(fence) then jobs[#jobs + 1] = job end
   end
   return told(jobs)
 end
@@ -35,7 +35,7 @@ if current ~= version then return {current, {}} end
 reap(64)
 promote(64)
 write_indexes()
-local rings, jobs, remembered = {}, {}, {string.format('%.0f', now)}
+local rings, jobs, remembered = {}, {}, {format('%.0f', now)}
 for n, lane in ipairs(most > 0 and lanes or {}) do rings[n] = read_ring(lane, most) end
 while #jobs < most do
   local line = next_line(rings)
@@ -45,9 +45,9 @@ while #jobs < most do
   line.at = line.at + 2
   if job then
     charge(kind, line.project)
-    set_state(job, 'L', grant(job, worker, ttl))
+    grant(job, worker, ttl)
     jobs[#jobs + 1] = job
-    remembered[#remembered + 1] = string.format('%s %.0f', ref, job.f)
+    remembered[#remembered + 1] = format('%s %.0f', ref, job.f)
   else
     call('ZREM', line.queue, ref)
     line.from = line.from - 1

@@ -11,7 +11,7 @@ local project = call('HGET', prefix .. 'projects', project_name)
 local open = project and tonumber(call('HGET', prefix .. 'p:' .. project, 'open')) or 0
 if open >= open_max then return done(-2) end
 if not project then
-  project = string.format('%08x', call('HINCRBY', meta, 'last_project', 1))
+  project = format('%08x', call('HINCRBY', meta, 'last_project', 1))
   call('HSET', prefix .. 'projects', project_name, project)
   call('HSET', prefix .. 'p:' .. project, 'name', project_name)
 end

@@ -5,7 +5,7 @@ local step, before, limit = take(), tonumber(take()), tonumber(take())
 local function forget_name(b)
   local known = call('HMGET', prefix .. 'b:' .. b, 'name', 'project')
   local project, name = known[1]:match('^([^/]+)/(.+)$')
-  call('ZREM', prefix .. 'done', string.format('%010d', b))
+  call('ZREM', prefix .. 'done', format('%010d', b))
   call('HDEL', prefix .. 'bn', known[1])
   call('ZREM', prefix .. 'pb:' .. known[2], name)
   call('ZREM', prefix .. 'pn:' .. known[2], b)
@@ -29,14 +29,15 @@ local function leave_lane(lane, project)
   call('HINCRBY', meta, 'lanes', 1)
 end
 
-local function forget_job(b, id, project)
-  local ref = b .. ':' .. id
-  local v = call('HMGET', prefix .. 'j:' .. ref, 'k', 's', 'l')
-  leave_lane(v[3], project)
+local function forget_job(ref, project)
+  local job = load(ref)
+  leave_lane(job.l, project)
   if call('EXISTS', prefix .. 'p:' .. project) == 1 then
-    call('HINCRBY', prefix .. 'p:' .. project, v[1] .. v[2], -1)
+    call('HINCRBY', prefix .. 'p:' .. project, job.k .. job.s, -1)
   end
-  for _, sort in ipairs({'j:', 's:', 'e:', 'o:', 'dep:', 'need:', 'deps:'}) do call('DEL', prefix .. sort .. ref) end
+  local keys = {}
+  for n, sort in ipairs({'j:', 's:', 'e:', 'dep:', 'need:', 'deps:'}) do keys[n] = prefix .. sort .. ref end
+  call('DEL', unpack(keys))
 end
 
 if step == 'name' then
@@ -52,7 +53,10 @@ local b = call('SRANDMEMBER', prefix .. 'purging')
 if not b then return done({}) end
 local ids = call('ZRANGE', prefix .. 'bj:' .. b, 0, limit - 1)
 local project = call('HGET', prefix .. 'b:' .. b, 'project')
-for _, id in ipairs(ids) do forget_job(b, id, project) end
+local refs = {}
+for n, id in ipairs(ids) do refs[n] = b .. ':' .. id end
+read_rows(refs)
+for n, id in ipairs(ids) do forget_job(refs[n], project) end
 if #ids > 0 then call('ZREM', prefix .. 'bj:' .. b, unpack(ids)) end
 if #ids < limit then
   for _, sort in ipairs({'b:', 'bd:', 'bc:', 'be:', 'bj:'}) do call('DEL', prefix .. sort .. b) end

@@ -1,7 +1,7 @@
 -- how many, then of each: batch, job → digests, false where there is no such job.
 local digests = {}
-for n = 1, tonumber(take()) do
-  local b, id = batch_number(take()), take()
-  digests[n] = b and call('HGET', prefix .. 'j:' .. b .. ':' .. id, 'd') or false
+for n, ref in ipairs(take_refs()) do
+  local job = ref and load(ref)
+  digests[n] = job and job.d or false
 end
 return digests

@@ -12,6 +12,8 @@ elseif how == 'listed' then
 else
   ids = call('ZRANGE', prefix .. 'be:' .. b, '(' .. ARGV[5], '+inf', 'BYSCORE', 'LIMIT', 0, ARGV[6])
 end
-local jobs = {}
+local jobs, refs = {}, {}
+for n, id in ipairs(ids) do refs[n] = b .. ':' .. id end
+read_rows(refs)
 for _, id in ipairs(ids) do jobs[#jobs + 1] = view_job(b, id) end
 return {outage, view_batch(b), jobs}

@@ -8,9 +8,9 @@ local function oldest_head(queue, oldest)
   for _ = 0, 9 do
     local head = call('ZRANGE', queue, from, '+inf', 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')
     if not head[1] then break end
-    local since = tonumber(call('HGET', prefix .. 'j:' .. head[1], 'c'))
-    if since and (not oldest or since < oldest) then oldest = since end
-    from = string.format('%.0f', (floor(head[2] / TURNS) + 1) * TURNS)
+    local job = load(head[1])
+    if job and (not oldest or job.c < oldest) then oldest = job.c end
+    from = format('%.0f', (floor(head[2] / TURNS) + 1) * TURNS)
   end
   return oldest
 end

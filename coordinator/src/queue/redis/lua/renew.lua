@@ -1,19 +1,25 @@
 -- how many, then of each: batch, job, fence, progress ('' to keep the last) → {deadline, cancel requested}, or {}.
-local replies = {}
+local renewals, refs, replies = {}, {}, {}
 for n = 1, tonumber(take()) do
-  local b, id, fence, progress = batch_number(take()), take(), take(), take()
-  local ref = b and b .. ':' .. id
-  local row = ref and prefix .. 'j:' .. ref
-  local held = ref and call('HMGET', row, 's', 'f', 'dl', 'tt', 'ru', 'cr', 'n')
+  local b, id = batch_number(take()), take()
+  renewals[n] = {ref = b and b .. ':' .. id, fence = tonumber(take()), progress = take()}
+  refs[#refs + 1] = renewals[n].ref
+end
+read_rows(refs)
+for n, renewal in ipairs(renewals) do
+  local job = renewal.ref and load(renewal.ref)
   replies[n] = {}
-  if held and held[1] == 'L' and held[2] == fence and tonumber(held[3]) > lease_now then
-    local deadline = lease_now + held[4]
-    if held[5] then deadline = math.min(deadline, tonumber(held[5])) end
-    deadline = math.max(deadline, tonumber(held[3]))
-    call('HSET', row, 'dl', deadline)
-    call('ZADD', prefix .. 'leased', deadline, in_order({n = held[7], ref = ref}))
-    if progress ~= '' then call('HSET', prefix .. 'progress', ref, progress) end
-    replies[n] = {deadline + outage, held[6] and 1 or 0}
+  if job and job.s == 'L' and job.f == renewal.fence and job.dl > lease_now then
+    local deadline = lease_now + job.tt
+    if job.ru then deadline = math.min(deadline, job.ru) end
+    job.dl = math.max(deadline, job.dl)
+    if renewal.progress ~= '' then
+      job.pr = 1
+      call('HSET', prefix .. 'progress', job.ref, renewal.progress)
+    end
+    touch(job)
+    put(LEASED, in_order(job), job.dl)
+    replies[n] = {job.dl + outage, job.cr and 1 or 0}
   end
 end
 return done(replies)

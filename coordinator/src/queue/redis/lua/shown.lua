@@ -5,7 +5,7 @@ for _ = 1, tonumber(take()) do
   local by = take()
   known[by] = take()
 end
-local after = string.format('(%.0f', now - ttl)
+local after = format('(%.0f', now - ttl)
 local shown = {}
 for _, by in ipairs(call('ZRANGE', prefix .. 'here', after, '+inf', 'BYSCORE', 'LIMIT', 0, 256)) do
   local lists = prefix .. 'told:' .. by

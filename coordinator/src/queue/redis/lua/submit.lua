@@ -11,9 +11,13 @@ if not base then
   base = next_job
   next_job = next_job + size
 end
-local verdicts, is_there = {}, false
+local jobs, refs, verdicts, is_there = {}, {}, {}, false
 for i = 1, tonumber(many) do
-  local new = take_job(base)
+  jobs[i] = take_job(base)
+  refs[i] = b .. ':' .. jobs[i].id
+end
+read_rows(refs)
+for i, new in ipairs(jobs) do
   local verdict, deps = judge(b, new, is_closed, is_closed)
   if verdict == 1 then enter_job(b, new, deps) end
   is_there = is_there or verdict >= 0

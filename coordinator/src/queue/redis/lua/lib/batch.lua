@@ -15,7 +15,10 @@ local function batch(b)
   local known = batches[b]
   if not known then
     local v = call('HMGET', prefix .. 'b:' .. b, 'project', 'closed', 'cancelled', 'completed')
-    known = {project = v[1], closed = v[2], cancelled = v[3], completed = v[4], moved = {}}
+    known = {
+      project = v[1], closed = v[2], cancelled = v[3], completed = v[4], moved = {},
+      by_name = prefix .. 'bj:' .. b, by_end = prefix .. 'be:' .. b, queues = {},
+    }
     batches[b] = known
   end
   return known
@@ -46,7 +49,7 @@ local function settle_completion(b, known)
   local active = 0
   for n = 1, 4 do active = active + (tonumber(open[n]) or 0) end
   local is_done = known.closed and active == 0
-  local place = string.format('%010d', b)
+  local place = format('%010d', b)
   if is_done and not known.completed then
     call('HSET', prefix .. 'b:' .. b, 'completed', now)
     call('ZADD', prefix .. 'done', now, place)

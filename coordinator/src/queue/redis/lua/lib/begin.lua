@@ -3,14 +3,15 @@
 -- KEYS[1] is the shard's own hash; its name gives the prefix of all other keys, so that they share one slot.
 -- ARGV[1] is the time in microseconds in tests, else empty: only the server's clock counts.
 -- ARGV[2] is the silence in microseconds that counts as an outage; empty where none does.
-local call, floor = redis.call, math.floor
+local call, floor, format = redis.call, math.floor, string.format
+local argv = ARGV
 local meta = KEYS[1]
 local prefix = meta:sub(1, -2)
 local arg = 2
 
 local function take()
   arg = arg + 1
-  return ARGV[arg]
+  return argv[arg]
 end
 
 local numbers = call('HMGET', meta, 'now', 'fence', 'end', 'job', 'outage', 'skew')

@@ -20,6 +20,9 @@ local function head_of(line)
   if line.at > #line.turns and not line.is_read then
     line.turns, line.at = call('ZRANGE', line.queue, line.from, line.from + PAGE - 1, 'WITHSCORES'), 1
     line.from, line.is_read = line.from + PAGE, #line.turns < 2 * PAGE
+    local refs = {}
+    for n = 1, #line.turns, 2 do refs[#refs + 1] = line.turns[n] end
+    read_rows(refs)
   end
   return tonumber(line.turns[line.at + 1]), line.turns[line.at]
 end
@@ -65,16 +68,14 @@ local function write_vtimes(kind)
   if clock then call('HSET', prefix .. 'v:' .. kind, '', clock) end
 end
 
--- The fields of a new lease on `job`, with a fence above all others.
+-- Leases `job`, with a fence above all others.
 local function grant(job, worker, ttl)
   last_fence = math.max(last_fence + 1, now)
-  local deadline = lease_now + ttl
-  local fields = {'w', worker, 'f', last_fence, 'ga', now, 'tt', ttl, 'rs', job.c, 'st', (job.st or 0) + 1}
+  job.w, job.f, job.ga, job.tt, job.rs, job.st = worker, last_fence, now, ttl, job.c, (job.st or 0) + 1
+  job.dl = lease_now + ttl
   if job.mr then
-    local ends = lease_now + job.mr
-    deadline = math.min(deadline, ends)
-    fields[#fields + 1], fields[#fields + 2] = 'ru', ends
+    job.ru = lease_now + job.mr
+    job.dl = math.min(job.dl, job.ru)
   end
-  fields[#fields + 1], fields[#fields + 2] = 'dl', deadline
-  return fields
+  set_state(job, 'L')
 end

@@ -18,20 +18,19 @@ local function put_string(key, value)
 end
 
 -- Calls `command` with `values`, some at a time: a call takes some thousand at most.
-local function in_pages(values, command, ...)
+local function in_pages(values, command, key)
   for from = 1, #values, 2000 do
-    local call_args = {command, ...}
-    for n = from, math.min(from + 1999, #values) do call_args[#call_args + 1] = values[n] end
-    call(unpack(call_args))
+    local to = math.min(from + 1999, #values)
+    if key then call(command, key, unpack(values, from, to)) else call(command, unpack(values, from, to)) end
   end
 end
 
 local function write_index(key)
-  local added, gone = {}, {}
+  local added, gone, many = {}, {}, 0
   for member, score in pairs(changed[key]) do
     if score then
-      added[#added + 1] = score
-      added[#added + 1] = member
+      added[many + 1], added[many + 2] = score, member
+      many = many + 2
     else
       gone[#gone + 1] = member
     end
@@ -40,7 +39,12 @@ local function write_index(key)
   in_pages(added, 'ZADD', key)
 end
 
+-- Rows and other strings; jobs are not used any more.
 local function write_strings()
+  for ref, job in pairs(changed_rows) do
+    job.ref, job.b, job.id = nil, nil, nil
+    put_string(prefix .. 'j:' .. ref, pack_row(job))
+  end
   in_pages(strings, 'MSET')
   in_pages(progress_gone, 'HDEL', prefix .. 'progress')
   strings, progress_gone = {}, {}

@@ -1,25 +1,33 @@
--- New jobs enter a batch. They come each after those that it depends on; `push_job` in `encode.rs` gives the same list.
+-- New jobs enter a batch. They come each after those that it depends on.
 
+-- A job, with `needs`, `spec` and `deps` beside the fields of its row; `push_job` in `encode.rs` gives the same list.
 local function take_job(base)
-  local new = {
-    n = base + take(), id = take(), d = take(), k = take(), p = tonumber(take()), needs = take(), ma = take(),
-    mi = take(), nb = take(), mr = take(), L = take(), T = take(), spec = take(), deps = {},
+  local at, L, T = arg, argv[arg + 11], argv[arg + 12]
+  local job = {
+    n = base + argv[at + 1], id = argv[at + 2], d = argv[at + 3], k = tonumber(argv[at + 4]),
+    p = tonumber(argv[at + 5]), needs = argv[at + 6], ma = tonumber(argv[at + 7]), mi = tonumber(argv[at + 8]),
+    nb = tonumber(argv[at + 9]), mr = tonumber(argv[at + 10]), L = L ~= '' and L or nil, T = T ~= '' and T or nil,
+    spec = argv[at + 13],
   }
-  for n = 1, tonumber(take()) do
-    new.deps[n] = {batch = take(), id = take(), here = take() == '1'}
-  end
-  return new
+  local many = tonumber(argv[at + 14])
+  arg = at + 14
+  if many > 0 then job.deps = {} end
+  for n = 1, many do job.deps[n] = {batch = take(), id = take(), here = take() == '1'} end
+  return job
 end
 
--- The number and state of each dependency; or nil and the position of one that is not there.
+local NONE = {}
+
+-- Each dependency; or nil and the position of one that is not there.
 local function find_deps(new, siblings_pass)
+  if not new.deps then return NONE end
   local found = {}
   for n, dep in ipairs(new.deps) do
     local b = batch_number(dep.batch)
     local ref = b and b .. ':' .. dep.id
-    local state = ref and call('HGET', prefix .. 'j:' .. ref, 's')
-    if state then
-      found[#found + 1] = {ref = ref, state = state}
+    local needed = ref and load(ref)
+    if needed then
+      found[#found + 1] = needed
     elseif not (dep.here and siblings_pass) then
       return nil, n
     end
@@ -29,8 +37,8 @@ end
 
 -- 1: may enter, 0: is there, -1: another has the name, -2: no lane, -3: the batch is closed, -10 - n: no dependency n.
 local function judge(b, new, is_closed, siblings_pass)
-  local twin = call('HGET', prefix .. 'j:' .. b .. ':' .. new.id, 'd')
-  if twin then return twin == new.d and 0 or -1 end
+  local twin = load(b .. ':' .. new.id)
+  if twin then return twin.d == new.d and 0 or -1 end
   local deps, missing = find_deps(new, siblings_pass)
   if not deps then return -10 - missing end
   if is_closed then return -3 end
@@ -40,35 +48,29 @@ end
 
 local function depend(job, deps)
   local doomed = false
-  for _, dep in ipairs(deps) do
-    call('SADD', prefix .. 'deps:' .. job.ref, dep.ref)
-    if dep.state ~= 'S' then
-      doomed = doomed or dep.state == 'X' or dep.state == 'C'
-      call('SADD', prefix .. 'need:' .. job.ref, dep.ref)
-      call('ZADD', prefix .. 'dep:' .. dep.ref, job.n, job.ref)
-      call('HSET', prefix .. 'j:' .. dep.ref, 'dp', 1)
+  for _, needed in ipairs(deps) do
+    call('SADD', prefix .. 'deps:' .. job.ref, needed.ref)
+    if needed.s ~= 'S' then
+      doomed = doomed or needed.s == 'X' or needed.s == 'C'
+      call('SADD', prefix .. 'need:' .. job.ref, needed.ref)
+      call('ZADD', prefix .. 'dep:' .. needed.ref, job.n, job.ref)
+      needed.dp = 1
+      touch(needed)
     end
   end
   return doomed
 end
 
-local OPTIONAL = {'ma', 'mi', 'nb', 'mr', 'L', 'T'}
-
-local function enter_job(b, new, deps)
-  local ref = b .. ':' .. new.id
-  local job = {ref = ref, b = b, id = new.id, n = new.n, k = new.k, p = new.p, l = lane_of(b, new, true), free = #deps == 0}
-  local row = {'n', new.n, 'k', new.k, 'p', new.p, 'l', job.l, 'd', new.d, 't', now}
-  for _, name in ipairs(OPTIONAL) do
-    if new[name] ~= '' then
-      row[#row + 1], row[#row + 2] = name, new[name]
-      job[name] = new[name]
-    end
-  end
-  job.also = row
-  put_string(prefix .. 's:' .. ref, new.spec)
-  put(prefix .. 'bj:' .. b, new.id, 0)
+-- `job` as `take_job` gives it enters batch `b`; what is not a field of its row is taken out.
+local function enter_job(b, job, deps)
+  local needs, spec = job.needs, job.spec
+  job.l = lane_of(b, job, true)
+  job.ref, job.b, job.t = b .. ':' .. job.id, b, now
+  job.needs, job.spec, job.deps = nil, nil, nil
+  put_string(prefix .. 's:' .. job.ref, spec)
+  put(batch(b).by_name, job.id, '0')
   lane_jobs[job.l] = (lane_jobs[job.l] or 0) + 1
-  if new.needs ~= '' then
+  if needs ~= '' then
     local of_project = project_jobs[batch(b).project] or {}
     project_jobs[batch(b).project] = of_project
     of_project[job.l] = (of_project[job.l] or 0) + 1
@@ -79,6 +81,6 @@ local function enter_job(b, new, deps)
   elseif doomed then
     end_job(job, 'X', 'dependency')
   else
-    set_waiting(job)
+    set_waiting(job, #deps == 0)
   end
 end

@@ -29,7 +29,7 @@ local function lane_of(b, new, may_add)
   if not lane then
     if new.needs ~= '' and call('HLEN', prefix .. 'lanes') >= LANES_MAX then return nil end
     if not may_add then return '' end
-    lane = string.format('%d', call('HINCRBY', meta, 'last_lane', 1))
+    lane = format('%d', call('HINCRBY', meta, 'last_lane', 1))
     call('HSET', prefix .. 'lane_of', value, lane)
     call('HSET', prefix .. 'lanes', lane, value)
     call('HINCRBY', meta, 'lanes', 1)

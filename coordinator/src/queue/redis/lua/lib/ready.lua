@@ -7,9 +7,13 @@ local STRIDE, TURNS = 1048576, 562949953421312
 local queues, woken = {}, {}
 
 local function queue_of(job)
-  local project = batch(job.b).project
-  local queue = prefix .. 'q:' .. job.l .. ':' .. project
-  queues[queue] = queues[queue] or {kind = job.k, lane = job.l, project = project}
+  local known = batch(job.b)
+  local queue = known.queues[job.l]
+  if not queue then
+    queue = prefix .. 'q:' .. job.l .. ':' .. known.project
+    known.queues[job.l] = queue
+    queues[queue] = {kind = job.k, lane = job.l, project = known.project}
+  end
   return queue
 end
 

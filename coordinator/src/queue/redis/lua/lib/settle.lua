@@ -3,13 +3,15 @@
 -- Dependents that one script looks at; the rest is left to the next tick.
 local settle_left = 2000
 
-local function set_waiting(job)
-  if not job.free and call('EXISTS', prefix .. 'need:' .. job.ref) == 1 then
-    set_state(job, 'B', {})
-  elseif job.nb and tonumber(job.nb) > now then
-    set_state(job, 'D', {'un', job.nb})
+-- `is_free` where it is known that the job needs nothing more.
+local function set_waiting(job, is_free)
+  if not is_free and call('EXISTS', prefix .. 'need:' .. job.ref) == 1 then
+    set_state(job, 'B')
+  elseif job.nb and job.nb > now then
+    job.un = job.nb
+    set_state(job, 'D')
   else
-    set_state(job, 'R', {})
+    set_state(job, 'R')
   end
 end
 
@@ -34,6 +36,7 @@ local function settle()
     while ended.dp and settle_left > 0 do
       local page = call('ZRANGE', prefix .. 'dep:' .. ended.ref, from, from + 499)
       if #page == 0 then break end
+      read_rows(page)
       for _, ref in ipairs(page) do settle_one(ref, ended) end
       from, settle_left = from + #page, settle_left - #page
     end
@@ -45,8 +48,9 @@ end
 
 local function step(x) return x * 48271 % 2147483647 end
 
--- The wait in microseconds after failure number `failures`; the formula of `espalier_core::queue`, module `job`.
+-- The wait in microseconds after failure number `failures`, none after none; the formula of `espalier_core::queue`, module `job`.
 local function backoff(failures, salt)
+  if failures == 0 then return 0 end
   local whole = math.min(1000 * 2 ^ math.min(failures - 1, 16), 300000)
   local half = floor(whole / 2)
   return (half + floor(half * step(step(salt % 2147483647)) / 2147483647)) * 1000
@@ -55,18 +59,19 @@ end
 -- What a failed attempt makes of its job. `failure` is the stored form of the error, `asked` a wait in microseconds.
 local function fail(job, class, failure, asked)
   if class ~= 'preempted' then
-    call('SET', prefix .. 'e:' .. job.ref, failure)
-    call('HSET', prefix .. 'j:' .. job.ref, 'er', 1)
+    put_string(prefix .. 'e:' .. job.ref, failure)
+    job.er = 1
   end
   if job.cr or class == 'cancelled' then return end_job(job, 'C') end
-  if class == 'preempted' then return set_state(job, 'R', {}) end
+  if class == 'preempted' then return set_state(job, 'R') end
   if class == 'invalid' then return end_job(job, 'X', 'invalid') end
-  local spent, max, default, reason = 'fa', 'ma', 3, 'attempts'
-  if class == 'infra' then spent, max, default, reason = 'fi', 'mi', 20, 'infra' end
-  local failures = (tonumber(job[spent]) or 0) + 1
-  local fence = tonumber(job.f)
-  call('HSET', prefix .. 'j:' .. job.ref, spent, failures)
-  if failures >= (tonumber(job[max]) or default) then return end_job(job, 'X', reason) end
-  local wait = math.max(backoff(failures, fence), math.min(asked, 3600000000))
-  set_state(job, 'D', {'un', now + wait})
+  local spent, max, default, reason, free = 'fa', 'ma', 3, 'attempts', 0
+  if class == 'infra' then spent, max, default, reason, free = 'fi', 'mi', 20, 'infra', 1 end
+  local failures = (job[spent] or 0) + 1
+  job[spent] = failures
+  if failures >= (job[max] or default) then return end_job(job, 'X', reason) end
+  local wait = math.max(backoff(failures - free, job.f), math.min(asked, 3600000000))
+  if wait == 0 then return set_state(job, 'R') end
+  job.un = now + wait
+  set_state(job, 'D')
 end

@@ -2,23 +2,25 @@
 
 local function revoke(job)
   local class, reason, message = 'infra', 'expired', 'lease of worker ' .. job.w .. ' expired'
-  if job.ru and tonumber(job.ru) <= lease_now then
+  if job.ru and job.ru <= lease_now then
     class, reason = 'handler', 'ran_too_long'
-    message = string.format('ran longer than `max_runtime`, %.0f ms', floor(job.mr / 1000))
+    message = format('ran longer than `max_runtime`, %.0f ms', floor(job.mr / 1000))
   else
     call('HINCRBY', meta, 'expired', 1)
   end
-  events[#events + 1] = {'revoked', job.w, job.ref, job.f, reason}
+  tell({'revoked', job.w, job.ref, job.f, reason})
   fail(job, class, cjson.encode({class = class, message = message}), 0)
 end
 
 local function due(index, moment, limit)
   write_indexes()
   local members = call('ZRANGE', prefix .. index, '-inf', moment, 'BYSCORE', 'LIMIT', 0, limit)
-  local jobs = {}
-  for _, member in ipairs(members) do
-    local job = load(member:sub(15))
-    if job then jobs[#jobs + 1] = job else call('ZREM', prefix .. index, member) end
+  local refs, jobs = {}, {}
+  for n, member in ipairs(members) do refs[n] = member:sub(15) end
+  read_rows(refs)
+  for n, ref in ipairs(refs) do
+    local job = load(ref)
+    if job then jobs[#jobs + 1] = job else call('ZREM', prefix .. index, members[n]) end
   end
   return jobs
 end
@@ -32,6 +34,6 @@ end
 
 local function promote(limit)
   local jobs = due('delayed', now, limit)
-  for _, job in ipairs(jobs) do set_state(job, 'R', {}) end
+  for _, job in ipairs(jobs) do set_state(job, 'R') end
   return #jobs
 end

@@ -6,27 +6,35 @@ local function deps_of(ref)
   for _, dep in ipairs(call('SMEMBERS', prefix .. 'deps:' .. ref)) do
     local colon = dep:find(':', 1, true)
     local batch_name = call('HGET', prefix .. 'b:' .. dep:sub(1, colon - 1), 'name')
-    if batch_name and call('EXISTS', prefix .. 'j:' .. dep) == 1 then
+    if batch_name and load(dep) then
       names[#names + 1] = batch_name .. '/' .. dep:sub(colon + 1)
     end
   end
   return names
 end
 
+-- The fields of a row with their values, as those of a hash are listed.
+local function listed(job)
+  local fields = {}
+  for name, value in pairs(job) do
+    fields[#fields + 1] = name
+    fields[#fields + 1] = type(value) == 'number' and format('%.0f', value) or value
+  end
+  return fields
+end
+
 -- id, fields and values, lane, how many it waits for, its dependencies, error, result, progress.
 local function view_job(b, id)
   local ref = b .. ':' .. id
-  local fields = call('HGETALL', prefix .. 'j:' .. ref)
-  if #fields == 0 then return nil end
-  local job = {}
-  for n = 1, #fields, 2 do job[fields[n]] = fields[n + 1] end
+  local job = load(ref)
+  if not job then return nil end
   local waits = call('EXISTS', prefix .. 'deps:' .. ref) == 1
   return {
-    id, fields, call('HGET', prefix .. 'lanes', job.l) or '',
+    id, listed(job), call('HGET', prefix .. 'lanes', job.l) or '',
     waits and call('SCARD', prefix .. 'need:' .. ref) or 0, waits and deps_of(ref) or {},
     job.er and call('GET', prefix .. 'e:' .. ref) or '',
-    job.s == 'S' and call('GET', prefix .. 'o:' .. ref) or '',
-    job.s == 'L' and call('HGET', prefix .. 'progress', ref) or '',
+    job.o or '',
+    job.pr and call('HGET', prefix .. 'progress', ref) or '',
   }
 end
 
