@@ -92,7 +92,8 @@ check: ## Format, lints, rules of the tree
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-bench: setup-bench ## Measures; JSON lines on standard output
+bench: ## Measures; JSON lines on standard output, everything else on standard error
+	@$(MAKE) --no-print-directory setup-bench >&2
 	@cargo build --locked --release -p espalier-cli -p espalier-tests -p espalier-coordinator --bin espalier --bin scripted-model --bin toy-mcp --bin espalier-coordinator >&2
 	@examples/practice/bench.sh target/release target/bench
 

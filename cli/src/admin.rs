@@ -4,9 +4,12 @@ use clap::Args;
 use espalier_core::time::Timestamp;
 use espalier_proto::v1;
 use serde_json::{Value, json};
+use tonic::Status;
 
+use crate::client::Client;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome};
+use crate::json;
 use crate::output::{count, duration, table};
 
 /// Workers that one request asks for: the API's limit.
@@ -23,6 +26,16 @@ pub struct Drain {
 /// `espalier workers`.
 pub async fn workers(context: &Context) -> Outcome {
     let client = context.operator().await?;
+    let (workers, _) = all_workers(&client).await?;
+    context.out.show(
+        || json!({"workers": workers.iter().map(worker_json).collect::<Vec<_>>()}),
+        || workers_table(&workers),
+    )?;
+    Ok(Exit::Ok)
+}
+
+/// The workers of all coordinators by id, and the moment by the clock that their times are of.
+pub async fn all_workers(client: &Client) -> Result<(Vec<v1::Worker>, u64), Status> {
     let mut request = v1::ListWorkersRequest {
         page_size: PAGE_SIZE,
         page_token: String::new(),
@@ -33,18 +46,14 @@ pub async fn workers(context: &Context) -> Outcome {
         let page = page.into_inner();
         workers.extend(page.workers);
         if page.next_page_token.is_empty() {
-            break;
+            return Ok((workers, page.now_us));
         }
         request.page_token = page.next_page_token;
     }
-    context.out.show(
-        || json!({"workers": workers.iter().map(worker_json).collect::<Vec<_>>()}),
-        || workers_table(&workers),
-    )?;
-    Ok(Exit::Ok)
 }
 
-fn worker_json(worker: &v1::Worker) -> Value {
+/// A worker for programs.
+pub fn worker_json(worker: &v1::Worker) -> Value {
     json!({
         "worker": worker.worker,
         "tags": worker.tags,
@@ -53,6 +62,10 @@ fn worker_json(worker: &v1::Worker) -> Value {
         "draining": worker.draining,
         "connected_at_us": worker.connected_at_us,
         "version": worker.version,
+        "kinds": worker.kinds().map(json::kind).collect::<Vec<_>>(),
+        "coordinator": worker.coordinator,
+        "last_seen_us": worker.last_seen_us,
+        "granted": worker.granted,
     })
 }
 
@@ -76,7 +89,7 @@ fn workers_table(workers: &[v1::Worker]) -> String {
 /// `espalier queues`.
 pub async fn queues(context: &Context) -> Outcome {
     let client = context.operator().await?;
-    let request = v1::GetQueuesRequest {};
+    let request = v1::GetQueuesRequest::default();
     let queues = client
         .admin()
         .get_queues(request)
@@ -90,14 +103,17 @@ pub async fn queues(context: &Context) -> Outcome {
     Ok(Exit::Ok)
 }
 
-fn queue_json(queue: &v1::QueueStats) -> Value {
+/// A project's queue for programs.
+pub fn queue_json(queue: &v1::QueueStats) -> Value {
     json!({
         "project": queue.project,
         "blocked": queue.blocked,
         "delayed": queue.delayed,
         "ready": queue.ready,
         "leased": queue.leased,
+        "succeeded": queue.succeeded,
         "dead": queue.dead,
+        "cancelled": queue.cancelled,
         "oldest_ready_ms": queue.oldest_ready_ms,
     })
 }

@@ -58,7 +58,7 @@ pub enum Command {
     /// Turn a file of jobs into a batch; jobs that break a rule are refused one by one
     #[command(after_help = SUBMIT_HELP)]
     Submit(submit::Submit),
-    /// Follow a batch to its end: progress, then what was solved, what failed, and why
+    /// Follow a batch to its end, then what was solved, what failed, and why; without one, watch the whole system
     Watch(watch::Watch),
     /// List the jobs of a batch
     Jobs(jobs::Jobs),
@@ -142,6 +142,14 @@ mod tests {
     fn global_options_may_follow_the_command() {
         let cli = Cli::try_parse_from(["espalier", "watch", "b1", "--json"]).unwrap();
         assert!(cli.global.json);
+        for line in ["watch --once", "watch --every 60", "watch b1"] {
+            let words = ["espalier"].into_iter().chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_ok(), "{line}");
+        }
+        for line in ["watch --every 0", "watch --every 61", "watch b1 --once"] {
+            let words = ["espalier"].into_iter().chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_err(), "{line}");
+        }
         assert!(Cli::try_parse_from(["espalier", "cancel"]).is_err());
         assert!(Cli::try_parse_from(["espalier", "submit", "x", "--samples", "0"]).is_err());
     }

@@ -254,7 +254,7 @@ impl Client {
 }
 
 /// The last cause in the chain: what is above it repeats it in layers.
-fn root_cause(error: &(dyn Error + 'static)) -> String {
+pub fn root_cause(error: &(dyn Error + 'static)) -> String {
     let mut cause = error;
     while let Some(deeper) = cause.source() {
         cause = deeper;

@@ -191,12 +191,13 @@ impl Questions {
         list(self.lock().entries.iter(), wanted)
     }
 
-    /// How many questions of a batch are open here, and of those that `others` have and this coordinator has not.
+    /// How many questions of a batch, or of all of a project, are open here, and of those that `others` have and this
+    /// coordinator has not.
     pub fn count(
         &self,
         others: &BTreeMap<String, Question>,
         project: &ProjectId,
-        batch: &BatchId,
+        batch: Option<&BatchId>,
         now: Timestamp,
     ) -> u32 {
         let state = self.lock();
@@ -207,7 +208,7 @@ impl Questions {
             .entries
             .values()
             .chain(elsewhere.map(|(_, question)| question));
-        let open = all.filter(|question| question.is_open(project, Some(batch), now));
+        let open = all.filter(|question| question.is_open(project, batch, now));
         u32::try_from(open.count()).unwrap_or(u32::MAX)
     }
 
@@ -399,7 +400,8 @@ mod tests {
         let now = Timestamp::from_ms(30);
         let others: BTreeMap<String, Question> = there.all(now).into_iter().collect();
         let (project, batch) = ("p".parse().unwrap(), "b".parse().unwrap());
-        assert_eq!(here.count(&others, &project, &batch, now), 2);
+        assert_eq!(here.count(&others, &project, Some(&batch), now), 2);
+        assert_eq!(here.count(&others, &project, None, now), 2);
         let unknown = here.unknown(&others);
         assert_eq!(unknown.len(), 1);
         assert_eq!(unknown[0].0, "2");
@@ -422,7 +424,7 @@ mod tests {
         assert_eq!(listed[0].1.time_left_ms, 70);
         assert_eq!(ids(None, 60), ["b"]);
         let others = BTreeMap::new();
-        let count = questions.count(&others, &project, &batch, Timestamp::from_ms(60));
+        let count = questions.count(&others, &project, Some(&batch), Timestamp::from_ms(60));
         assert_eq!(count, 1);
         questions.forget(&"p/b/j".parse().unwrap());
         assert!(ids(None, 60).is_empty());

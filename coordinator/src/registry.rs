@@ -15,11 +15,15 @@ use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use crate::api::view;
+
 /// Most workers at one coordinator: each has a stream and a few tasks.
 const WORKERS_MAX: usize = 10_000;
 /// Most ids of drained workers that are remembered for their next stream; the smallest ids, which are the oldest
 /// processes, go first.
 const DRAINED_MAX: usize = 10_000;
+/// What a worker was last heard at is rounded down to this, so that others need not be shown each of its messages.
+const HEARD_STEP_US: u64 = 5_000_000;
 /// The prefix of the tags that stand for MCP servers.
 pub const MCP_TAG: &str = "mcp:";
 
@@ -51,6 +55,8 @@ pub struct Connected {
     pub ended: CancellationToken,
     outbox: Outbox,
     running: Mutex<HashMap<JobKey, Fence>>,
+    granted: AtomicU64,
+    heard_at_us: AtomicU64,
 }
 
 /// What a worker said in its first message, checked.
@@ -89,6 +95,17 @@ impl Connected {
         }
     }
 
+    /// Notes that the worker said something.
+    pub fn heard(&self, at: Timestamp) {
+        self.heard_at_us.store(at.0, Ordering::Relaxed);
+    }
+
+    /// Notes that the worker was given a job, which it has from now on.
+    pub fn granted(&self, key: JobKey, fence: Fence) {
+        self.granted.fetch_add(1, Ordering::Relaxed);
+        self.started(key, fence);
+    }
+
     /// Notes that the worker has a job.
     pub fn started(&self, key: JobKey, fence: Fence) {
         lock(&self.running).insert(key, fence);
@@ -104,6 +121,7 @@ impl Connected {
 
     fn view(&self) -> v1::Worker {
         let running = lock(&self.running).len();
+        let heard_at_us = self.heard_at_us.load(Ordering::Relaxed);
         v1::Worker {
             worker: self.worker.to_string(),
             tags: self.tags.iter().cloned().collect(),
@@ -112,6 +130,11 @@ impl Connected {
             draining: self.draining.load(Ordering::Relaxed),
             connected_at_us: self.connected_at.0,
             version: self.version.clone(),
+            kinds: self.kinds.iter().map(|k| view::kind(*k).into()).collect(),
+            // Who asks the registry knows whose it is.
+            coordinator: String::new(),
+            last_seen_us: heard_at_us - heard_at_us % HEARD_STEP_US,
+            granted: self.granted.load(Ordering::Relaxed),
         }
     }
 }
@@ -173,6 +196,8 @@ impl Registry {
             ended,
             outbox,
             running: Mutex::default(),
+            granted: AtomicU64::new(0),
+            heard_at_us: AtomicU64::new(connected_at.0),
             worker: who.worker.clone(),
         });
         if let Some(older) = inner.connected.insert(who.worker, Arc::clone(&connected)) {
@@ -289,6 +314,26 @@ mod tests {
         registry.drain(&"w".parse().unwrap());
         let worker = enter(&registry, "w", &[]);
         assert!(worker.draining.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn what_a_worker_was_granted_is_counted_and_small_changes_of_when_it_was_heard_are_not_shown() {
+        let registry = Registry::new(Timestamp(7));
+        let worker = enter(&registry, "w", &[]);
+        let key: JobKey = "p/b/j".parse().unwrap();
+        worker.granted(key.clone(), Fence(1));
+        worker.stopped(&key, Fence(1));
+        worker.granted(key.clone(), Fence(2));
+        worker.started(key, Fence(2));
+        worker.heard(Timestamp(12_345_678));
+        let [first] = &registry.list()[..] else {
+            panic!("one worker");
+        };
+        assert_eq!((first.granted, first.running), (2, 1));
+        assert_eq!(first.last_seen_us, 10_000_000);
+        assert_eq!(first.kinds, [i32::from(v1::JobKind::Rollout)]);
+        worker.heard(Timestamp(14_999_999));
+        assert_eq!(registry.list()[0], *first);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Several coordinators as processes of their own on one Redis: whatever a client or an operator asks, any of them does.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
@@ -8,6 +10,8 @@ use espalier_tests::harness::cluster::Cluster;
 use espalier_tests::harness::model::{self, sum_job};
 use espalier_tests::harness::process::{Process, binary};
 use espalier_tests::harness::redis::RedisServer;
+use espalier_tests::harness::wait_for;
+use serde_json::{Value, json};
 
 const DEADLINE: Duration = Duration::from_secs(120);
 /// As long as no test waits for one to end.
@@ -53,6 +57,54 @@ async fn coordinators_are_replaced_one_after_the_other_and_no_attempt_is_lost() 
     assert_eq!(result.count(JobState::Succeeded), 200);
     let repeated = result.jobs.values().filter(|job| job.attempts > 1).count();
     assert_eq!(repeated, 0, "a stop in good order spends no attempt");
+}
+
+/// One look of `espalier watch` at the whole system, by an operator of the coordinators behind `at`.
+async fn one_look(cluster: &Cluster, at: SocketAddr) -> Value {
+    let mut command = tokio::process::Command::from(cluster.operator(&[at]));
+    let looking = command.args(["watch", "--once", "--json"]).output();
+    let output = looking.await.expect("the command runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    serde_json::from_slice(&output.stdout).expect("a look is JSON")
+}
+
+#[tokio::test]
+async fn an_operator_of_one_watches_jobs_and_workers_of_both() {
+    let redis = RedisServer::start().await;
+    let cluster = two_coordinators(&redis).await;
+    let addresses = cluster.addresses();
+    let [first, second] = addresses[..] else {
+        panic!("two coordinators");
+    };
+    let mut client = cluster.client_at(first).await;
+    client.open("sums").await;
+    // In progress as long as it is open, whatever becomes of its jobs.
+    let jobs: Vec<_> = (0..20).map(|n| sum_job(&format!("sum-{n}"), n)).collect();
+    client.chunk("sums", 0, &jobs).await.unwrap();
+    let look = one_look(&cluster, second).await;
+    assert_eq!(look["queues"][0]["ready"], 20, "{look}");
+    assert_eq!(look["batches"][0]["batch"], "sums", "{look}");
+
+    let _workers = [
+        cluster.worker_at(&[first], "w1", 1),
+        cluster.worker_at(&[second], "w2", 1),
+    ];
+    wait_for("the look to show both at work", DEADLINE, || async {
+        let look = one_look(&cluster, second).await;
+        let shown: Vec<&Value> = look["workers"].as_array().unwrap().iter().collect();
+        let granted = shown.iter().filter(|w| w["granted"].as_u64() > Some(0));
+        let named = granted.filter_map(|w| w["coordinator"].as_str().filter(|id| !id.is_empty()));
+        let at: BTreeSet<&str> = named.collect();
+        let (done, both) = (look["queues"][0]["succeeded"] == 20, at.len() == 2);
+        (done && both).then_some(()).ok_or(look.to_string())
+    })
+    .await;
+    let look = one_look(&cluster, first).await;
+    assert_eq!(look["batches"][0]["counts"]["succeeded"], 20, "{look}");
+    assert_eq!(look["queues"][0]["kind"], "rollout", "{look}");
+    assert_eq!(look["workers"][1]["kinds"], json!(["rollout"]), "{look}");
+    assert_eq!(look["open_questions"], 0, "{look}");
 }
 
 #[tokio::test]

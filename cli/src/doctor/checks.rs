@@ -11,7 +11,6 @@ use espalier_qwen3_text::Tokenizer;
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::model::{ChatRequest, ModelClient, ModelEndpoint};
 use espalier_runtime::shutdown::Shutdown;
-use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{Tasks, blocking, with_deadline};
 use espalier_runtime::telemetry::error_chain;
 use serde_json::{Map, Value};
@@ -20,7 +19,6 @@ use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
 use super::{Doctor, Finding};
-use crate::client::store_dir;
 use crate::context::Context;
 use crate::exit::{Exit, Problem};
 use crate::output::{count, cut};
@@ -74,29 +72,6 @@ fn disk(folder: &Path) -> Finding {
         0..DISK_FAIL_BYTES => Finding::fail("disk", seen, fix),
         DISK_FAIL_BYTES..DISK_WARN_BYTES => Finding::warn("disk", seen, fix),
         _ => Finding::ok("disk", seen),
-    }
-}
-
-/// Whether the store creates an object once only.
-pub async fn store(context: &Context) -> Finding {
-    let url = context.store_url().and_then(|url| match url {
-        Some(url) => Ok(url),
-        None => Ok(format!(
-            "file://{}",
-            store_dir(&context.data_dir()?).display()
-        )),
-    });
-    let url = match url {
-        Ok(url) => url,
-        Err(problem) => return refused("object store", &problem),
-    };
-    match Store::open(&url).await {
-        Ok(_) => Finding::ok("object store", format!("{url}: creates each object once")),
-        Err(error) => Finding::fail(
-            "object store",
-            error_chain(&error),
-            "name another one with --store",
-        ),
     }
 }
 
@@ -412,7 +387,8 @@ pub async fn telemetry(context: &Context) -> Finding {
     }
 }
 
-fn refused(what: &str, problem: &Problem) -> Finding {
+/// What a problem looks like here.
+pub fn refused(what: &str, problem: &Problem) -> Finding {
     let fix = problem.fix.clone().unwrap_or_default();
     match problem.exit {
         Exit::Ok => Finding::ok(what, problem.message.clone()),

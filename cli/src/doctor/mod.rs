@@ -1,9 +1,10 @@
 //! `espalier doctor`: looks at this machine and at what it is connected to, and says what to do about each fault.
 //!
-//! What is checked is in `checks`; this module runs them one after the other, so that they do not disturb each
+//! What is checked is in `checks` and `cluster`; this module runs them one after the other, so that they do not disturb each
 //! other, and shows what they found.
 
 mod checks;
+mod cluster;
 
 use std::path::PathBuf;
 
@@ -29,6 +30,15 @@ pub struct Doctor {
     /// Environment variable that holds the endpoint's API key
     #[arg(long, value_name = "VAR", requires = "model_url")]
     pub api_key_env: Option<String>,
+    /// Also checks what this configuration of a coordinator names: its Redis and its object store
+    #[arg(long, value_name = "FILE", env = "ESPALIER_COORDINATOR_CONFIG")]
+    pub coordinator_config: Option<PathBuf>,
+    /// Also checks this Redis, such as redis://host:6379; one with a password goes in ESPALIER_COORDINATOR_QUEUE
+    #[arg(long, value_name = "ADDRESS")]
+    pub queue: Option<String>,
+    /// Object store to check, such as s3://bucket/prefix [default: the coordinator's, or that of `espalier up`]
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
     /// Folder that holds node_modules/@playwright/mcp
     #[arg(long, value_name = "DIR")]
     pub playwright_dir: Option<PathBuf>,
@@ -107,7 +117,10 @@ impl Level {
 pub async fn run(context: &Context, args: &Doctor) -> Outcome {
     let mut findings = Vec::new();
     findings.extend(checks::data_dir(context));
-    findings.push(checks::store(context).await);
+    let (keys, configured) = cluster::keys(context, args);
+    findings.extend(configured);
+    findings.extend(cluster::redis(&keys).await);
+    findings.push(cluster::store(context, &keys).await);
     findings.push(checks::tokenizer().await);
     findings.extend(checks::programs(&context.environment).await);
     findings.extend(checks::servers(context, args).await);

@@ -1,5 +1,6 @@
-//! `espalier watch`: a batch's progress until it is done, then what came of it.
+//! `espalier watch`: a batch's progress until it is done, then what came of it; without a batch the whole system, live.
 
+mod live;
 mod report;
 
 use std::time::{Duration, Instant};
@@ -7,12 +8,11 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use espalier_proto::v1;
 use espalier_runtime::backoff::Backoff;
-use espalier_runtime::telemetry::error_chain;
 use indicatif::ProgressBar;
 use serde_json::json;
 use tonic::{Code, Status};
 
-use crate::client::Client;
+use crate::client::{Client, root_cause};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, note};
@@ -31,47 +31,74 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Options of `watch`.
 #[derive(Args, Clone, Debug)]
 pub struct Watch {
-    /// The batch
+    /// The batch; without one, queues, batches in progress and workers of all coordinators are shown live
     #[arg(value_name = "BATCH")]
-    pub batch: String,
+    pub batch: Option<String>,
+    /// Seconds between two looks at the whole system [default: 1 on a terminal and with --json, else 5]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "batch", value_parser = clap::value_parser!(u64).range(1..=60))]
+    pub every: Option<u64>,
+    /// Look at the whole system once and end
+    #[arg(long, conflicts_with_all = ["batch", "every"])]
+    pub once: bool,
 }
 
 /// Runs the command.
 pub async fn run(context: &Context, args: &Watch) -> Outcome {
+    let Some(batch) = &args.batch else {
+        return live::run(context, args).await;
+    };
     let client = context.client().await?;
-    follow(context, &client, &args.batch).await
+    follow(context, &client, batch).await
+}
+
+/// How long a coordinator has been away.
+#[derive(Debug, Default)]
+struct Away {
+    failures: u32,
+    since: Option<Instant>,
+}
+
+impl Away {
+    /// Notes that a call failed. Gives how long to wait before the next try, or the failure itself where another try
+    /// would be of no use.
+    fn after(&mut self, status: Status) -> Result<Duration, Status> {
+        let lost = matches!(
+            status.code(),
+            Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal
+        );
+        let since = *self.since.get_or_insert_with(Instant::now);
+        if !lost || since.elapsed() > AWAY_MAX {
+            return Err(status);
+        }
+        self.failures += 1;
+        Ok(BACKOFF.jittered(self.failures))
+    }
+
+    /// Whether it is away.
+    fn is_noted(&self) -> bool {
+        self.failures > 0
+    }
 }
 
 /// Follows a batch to its end and says what came of it.
 pub async fn follow(context: &Context, client: &Client, batch: &str) -> Outcome {
     let mut watched = Watched::new(context, batch);
     let mut client = client.clone();
-    let mut failures = 0;
-    let mut away_since: Option<Instant> = None;
+    let mut away = Away::default();
     while !watched.complete() {
         let Err(status) = stream(context, &client, &mut watched).await? else {
             // The stream ended in good order before the batch did: the coordinator is restarting.
             tokio::time::sleep(BACKOFF.jittered(1)).await;
             continue;
         };
-        let lost = matches!(
-            status.code(),
-            Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal
-        );
         // A stream that brought something counts as having been there.
         if std::mem::take(&mut watched.moved) {
-            (failures, away_since) = (0, None);
+            away = Away::default();
         }
-        let since = *away_since.get_or_insert_with(Instant::now);
-        if !lost || since.elapsed() > AWAY_MAX {
-            return Err(status.into());
-        }
-        failures += 1;
-        watched.bar.set_message(format!(
-            "connection lost, trying again: {}",
-            error_chain(&status)
-        ));
-        tokio::time::sleep(BACKOFF.jittered(failures)).await;
+        let said = format!("connection lost, trying again: {}", root_cause(&status));
+        let wait = away.after(status)?;
+        watched.bar.set_message(said);
+        tokio::time::sleep(wait).await;
         // An `up` that was started again may listen elsewhere.
         if let Ok(fresh) = context.client().await {
             client = fresh;
@@ -232,6 +259,16 @@ fn finish(context: &Context, report: Report) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_coordinator_that_is_away_is_waited_for_and_one_that_refuses_is_not() {
+        let mut away = Away::default();
+        assert!(!away.is_noted());
+        assert!(away.after(Status::unavailable("gone")).is_ok() && away.is_noted());
+        assert!(away.after(Status::permission_denied("no")).is_err());
+        away.since = Instant::now().checked_sub(AWAY_MAX + Duration::from_secs(1));
+        assert!(away.since.is_some() && away.after(Status::unavailable("gone")).is_err());
+    }
 
     #[test]
     fn the_status_says_what_matters() {

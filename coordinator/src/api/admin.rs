@@ -3,16 +3,24 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use espalier_core::id::WorkerId;
+use espalier_core::error::FieldError;
+use espalier_core::id::{ProjectId, WorkerId};
 use espalier_core::queue::{StatLine, StateName};
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
 use tonic::{Request, Response, Status};
 
 use super::page::{self, List};
-use super::{Shared, queue_error};
+use super::{Shared, queue_error, view};
 use crate::auth::Call;
 use crate::peers::{self, Order};
+
+/// Most projects of which one answer tells the batches.
+const PROJECTS_MAX: usize = 100;
+/// How many of a project's newest batches are looked at for those that are in progress.
+const NEWEST_MAX: usize = 100;
+/// Most batches of one answer.
+const BATCHES_MAX: u32 = 1_000;
 
 /// The service.
 #[derive(Clone)]
@@ -25,10 +33,25 @@ impl v1::admin_service_server::AdminService for AdminApi {
         request: Request<v1::GetQueuesRequest>,
     ) -> Result<Response<v1::GetQueuesResponse>, Status> {
         let token = self.0.auth.admit(request.metadata(), Call::GetQueues)?;
-        let stats = self.0.queue.stats().await.map_err(queue_error)?;
-        let seen = |line: &&StatLine| token.project.covers(&line.project);
-        let queues = by_project(stats.lines.iter().filter(seen));
-        Ok(Response::new(v1::GetQueuesResponse { queues }))
+        let mut stats = self.0.queue.stats().await.map_err(queue_error)?;
+        stats
+            .lines
+            .retain(|line| token.project.covers(&line.project));
+        let (batches, open_questions) = match request.get_ref().batches_max {
+            0 => (Vec::new(), 0),
+            max @ 1..=BATCHES_MAX => self.in_progress(&stats.lines, max as usize).await?,
+            max => {
+                let rule = format!("must be at most {BATCHES_MAX}");
+                let refused = FieldError::new("batches_max", max, rule);
+                return Err(ApiError::Field(refused).into());
+            }
+        };
+        Ok(Response::new(v1::GetQueuesResponse {
+            queues: by_project(&stats.lines),
+            by_kind: stats.lines.iter().map(numbers).collect(),
+            batches,
+            open_questions,
+        }))
     }
 
     async fn list_workers(
@@ -39,7 +62,8 @@ impl v1::admin_service_server::AdminService for AdminApi {
             .auth
             .everything(request.metadata(), Call::ListWorkers)?;
         let workers = self.workers().await?;
-        let page = page_of_workers(workers, request.get_ref())?;
+        let mut page = page_of_workers(workers, request.get_ref())?;
+        page.now_us = self.0.now().0;
         Ok(Response::new(page))
     }
 
@@ -87,7 +111,8 @@ impl AdminApi {
     async fn workers(&self) -> Result<Vec<v1::Worker>, ApiError> {
         let others = self.0.peers.workers().await.map_err(queue_error)?;
         let mut all = (*others).clone();
-        for worker in self.0.registry.list() {
+        for mut worker in self.0.registry.list() {
+            worker.coordinator = self.0.peers.me().to_string();
             let newer = all.get(&worker.worker);
             if newer.is_none_or(|other| other.connected_at_us <= worker.connected_at_us) {
                 all.insert(worker.worker.clone(), worker);
@@ -95,6 +120,42 @@ impl AdminApi {
         }
         Ok(all.into_values().collect())
     }
+
+    /// Batches that are not complete, newest first, and how many questions are open, of the projects that have most to
+    /// do: each costs a call of the queue.
+    async fn in_progress(
+        &self,
+        lines: &[StatLine],
+        max: usize,
+    ) -> Result<(Vec<v1::Batch>, u32), ApiError> {
+        let others = self.0.peers.questions().await.map_err(queue_error)?;
+        let (mut batches, mut questions) = (Vec::new(), 0);
+        for project in busiest(lines) {
+            let newest = self
+                .0
+                .queue
+                .batches_newest(project.clone(), None, NEWEST_MAX);
+            let newest = newest.await.map_err(queue_error)?;
+            let open = newest.iter().filter(|batch| batch.completed_at.is_none());
+            batches.extend(open.map(view::batch));
+            let count = &self.0.questions;
+            questions += count.count(&others, &project, None, self.0.now());
+        }
+        batches.sort_by_key(|batch| std::cmp::Reverse(batch.created_at_us));
+        Ok((page::fitting(batches.into_iter().take(max)), questions))
+    }
+}
+
+/// The projects with the most jobs that have not ended, at most [`PROJECTS_MAX`].
+fn busiest(lines: &[StatLine]) -> Vec<ProjectId> {
+    let mut left: BTreeMap<&ProjectId, u64> = BTreeMap::new();
+    for line in lines {
+        *left.entry(&line.project).or_default() += line.counters.active();
+    }
+    let mut projects: Vec<_> = left.into_iter().collect();
+    projects.sort_by_key(|(_, open)| std::cmp::Reverse(*open));
+    let first = projects.into_iter().take(PROJECTS_MAX);
+    first.map(|(project, _)| project.clone()).collect()
 }
 
 /// The page of `all`, which are ordered by id, that a request asks for.
@@ -114,32 +175,87 @@ fn page_of_workers(
     Ok(v1::ListWorkersResponse {
         next_page_token: last.map(|w| list.token(&w.worker)).unwrap_or_default(),
         workers,
+        now_us: 0,
     })
 }
 
+/// A line of the queue, as clients see it.
+fn numbers(line: &StatLine) -> v1::QueueStats {
+    let oldest = line.oldest_ready.unwrap_or_default().as_millis();
+    v1::QueueStats {
+        project: line.project.to_string(),
+        kind: view::kind(line.kind).into(),
+        blocked: line.counters.get(StateName::Blocked),
+        delayed: line.counters.get(StateName::Delayed),
+        ready: line.counters.get(StateName::Ready),
+        leased: line.counters.get(StateName::Leased),
+        succeeded: line.counters.get(StateName::Succeeded),
+        dead: line.counters.get(StateName::Dead),
+        cancelled: line.counters.get(StateName::Cancelled),
+        oldest_ready_ms: u64::try_from(oldest).unwrap_or(u64::MAX),
+    }
+}
+
 /// Sums the lines of each project's kinds.
-fn by_project<'a>(lines: impl Iterator<Item = &'a StatLine>) -> Vec<v1::QueueStats> {
+fn by_project(lines: &[StatLine]) -> Vec<v1::QueueStats> {
     let mut queues: BTreeMap<&str, v1::QueueStats> = BTreeMap::new();
     for line in lines {
-        let sum = queues.entry(line.project.as_str()).or_default();
-        sum.project = line.project.to_string();
-        sum.blocked += line.counters.get(StateName::Blocked);
-        sum.delayed += line.counters.get(StateName::Delayed);
-        sum.ready += line.counters.get(StateName::Ready);
-        sum.leased += line.counters.get(StateName::Leased);
-        sum.dead += line.counters.get(StateName::Dead);
-        let oldest = line.oldest_ready.unwrap_or_default().as_millis();
-        sum.oldest_ready_ms = sum
-            .oldest_ready_ms
-            .max(u64::try_from(oldest).unwrap_or(u64::MAX));
+        let (sum, more) = (
+            queues.entry(line.project.as_str()).or_default(),
+            numbers(line),
+        );
+        sum.project = more.project;
+        sum.blocked += more.blocked;
+        sum.delayed += more.delayed;
+        sum.ready += more.ready;
+        sum.leased += more.leased;
+        sum.succeeded += more.succeeded;
+        sum.dead += more.dead;
+        sum.cancelled += more.cancelled;
+        sum.oldest_ready_ms = sum.oldest_ready_ms.max(more.oldest_ready_ms);
     }
     queues.into_values().collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::time::Duration;
+
+    use espalier_core::queue::{Counters, JobKind};
     use prost::Message;
+
+    use super::*;
+
+    #[test]
+    fn kinds_are_told_apart_and_summed_and_the_busiest_projects_come_first() {
+        let line = |project: &str, kind, ready: u64, succeeded: u64| {
+            let counters = StateName::ALL.map(|state| match state {
+                StateName::Ready => ready,
+                StateName::Succeeded => succeeded,
+                _ => 0,
+            });
+            StatLine {
+                project: project.parse().unwrap(),
+                kind,
+                counters: Counters::from(counters),
+                oldest_ready: Some(Duration::from_millis(ready)),
+            }
+        };
+        let lines = [
+            line("a", JobKind::Rollout, 2, 90),
+            line("b", JobKind::Rollout, 1, 0),
+            line("b", JobKind::Train, 4, 3),
+        ];
+        let sums = by_project(&lines);
+        assert_eq!(sums.len(), 2);
+        assert_eq!(
+            (sums[1].ready, sums[1].succeeded, sums[1].oldest_ready_ms),
+            (5, 3, 4)
+        );
+        assert_eq!(numbers(&lines[2]).ready, 4);
+        let busiest: Vec<String> = busiest(&lines).iter().map(ToString::to_string).collect();
+        assert_eq!(busiest, ["b", "a"]);
+    }
 
     #[test]
     fn workers_come_in_pages_that_clients_take_by_default() {

@@ -62,7 +62,7 @@ pub async fn count(
     now: Timestamp,
 ) -> Result<u32, ApiError> {
     let others = shared.peers.questions().await.map_err(queue_error)?;
-    Ok(shared.questions.count(&others, project, batch, now))
+    Ok(shared.questions.count(&others, project, Some(batch), now))
 }
 
 /// Keeps the answer and lets it be handed to the worker, wherever it is connected. Without a stream it waits for the

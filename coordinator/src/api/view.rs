@@ -101,7 +101,7 @@ pub fn states_from_wire(states: &[i32]) -> Result<Vec<StateName>, FieldError> {
 }
 
 /// The kind of a job. Only rollouts come in through the API.
-fn kind(kind: JobKind) -> v1::JobKind {
+pub fn kind(kind: JobKind) -> v1::JobKind {
     match kind {
         JobKind::Rollout => v1::JobKind::Rollout,
         _ => v1::JobKind::Unspecified,

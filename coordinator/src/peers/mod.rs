@@ -50,14 +50,20 @@ impl Peers {
         }
     }
 
+    /// This process among the coordinators of the queue.
+    pub fn me(&self) -> &CoordinatorId {
+        &self.me
+    }
+
     /// Workers of the others, by id. A worker that has just moved is where it came to last.
     pub async fn workers(&self) -> Result<Arc<BTreeMap<String, v1::Worker>>, QueueError> {
         let read = async {
             let mut workers: BTreeMap<String, v1::Worker> = BTreeMap::new();
             for shown in self.of_others(Table::Workers).await? {
-                let Ok(worker) = v1::Worker::decode(shown.value) else {
+                let Ok(mut worker) = v1::Worker::decode(shown.value) else {
                     continue;
                 };
+                worker.coordinator = shown.by.to_string();
                 let known = workers.get(&worker.worker);
                 if known.is_none_or(|known| known.connected_at_us < worker.connected_at_us) {
                     workers.insert(worker.worker.clone(), worker);

@@ -29,7 +29,7 @@ use futures::future::BoxFuture;
 use tokio::sync::broadcast;
 
 pub use embedded::{Embedded, EmbeddedConfig, OpenError};
-pub use redis::{Acknowledge, ConnectError, Redis, RedisConfig, Unfit};
+pub use redis::{Acknowledge, Aspect, ConnectError, Grade, Redis, RedisConfig, Unfit, examine};
 
 /// Largest spec of one job, in bytes: what is bigger lives in object storage by reference (`design.md` §4 puts the
 /// border for clients lower; this is what a backend must be able to keep).

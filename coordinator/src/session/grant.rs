@@ -163,7 +163,7 @@ impl Session {
                 && let Some(next) = waiting.next()
             {
                 bytes += next.wire.encoded_len();
-                self.connected.started(next.key.clone(), next.fence);
+                self.connected.granted(next.key.clone(), next.fence);
                 leases.push((next.key, next.fence));
                 grants.push(next.wire);
             }

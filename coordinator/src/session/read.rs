@@ -38,7 +38,10 @@ impl Session {
                 () = ended.cancelled() => break,
             };
             let taken = match said {
-                Ok(Some(said)) => self.take(said, &inboxes).await,
+                Ok(Some(said)) => {
+                    self.connected.heard(self.shared.now());
+                    self.take(said, &inboxes).await
+                }
                 Ok(None) => break,
                 Err(status) => {
                     tracing::info!(worker = %self.connected.worker, reason = status.message(), "stream broke");

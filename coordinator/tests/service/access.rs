@@ -1,5 +1,6 @@
 //! Who may call what, and what everybody may see.
 
+use espalier_proto::status::field_error;
 use espalier_proto::v1;
 use espalier_proto::v1::admin_service_client::AdminServiceClient;
 use espalier_proto::v1::worker_service_client::WorkerServiceClient;
@@ -222,6 +223,33 @@ async fn health_is_open_and_turns_when_draining() {
 }
 
 #[tokio::test]
+async fn operators_see_what_is_in_progress_in_their_projects_alone() {
+    let coordinator = Coordinator::start().await;
+    let mut jobs = coordinator.jobs(SHOP);
+    for batch in ["b1", "b2"] {
+        open(&mut jobs, batch).await;
+        submit(&mut jobs, batch, 0, vec![plain("a"), plain("b")]).await;
+    }
+    let request = |batches_max| v1::GetQueuesRequest { batches_max };
+    let mut of_bank = AdminServiceClient::new(coordinator.channel(BANK_ADMIN));
+    let nothing = of_bank.get_queues(request(10)).await.unwrap().into_inner();
+    assert_eq!(nothing, v1::GetQueuesResponse::default());
+
+    let mut admin = coordinator.admin();
+    let all = admin.get_queues(request(10)).await.unwrap().into_inner();
+    let names: Vec<&str> = all.batches.iter().map(|b| b.batch.as_str()).collect();
+    assert_eq!(names, ["b2", "b1"], "newest first");
+    assert_eq!(all.by_kind[0].kind(), v1::JobKind::Rollout);
+    assert_eq!((all.by_kind[0].ready, all.open_questions), (4, 0));
+    let one = admin.get_queues(request(1)).await.unwrap().into_inner();
+    assert_eq!(one.batches, all.batches[..1]);
+    let none = admin.get_queues(request(0)).await.unwrap().into_inner();
+    assert_eq!(none.batches, []);
+    let refused = admin.get_queues(request(1_001)).await.unwrap_err();
+    assert_eq!(field_error(&refused).unwrap().field, "batches_max");
+}
+
+#[tokio::test]
 async fn operators_see_queues_workers_and_what_this_is() {
     let coordinator = Coordinator::start().await;
     let mut jobs = coordinator.jobs(SHOP);
@@ -233,10 +261,16 @@ async fn operators_see_queues_workers_and_what_this_is() {
 
     let channel = coordinator.channel(BANK_ADMIN);
     let mut of_bank = AdminServiceClient::new(channel);
-    let queues = of_bank.get_queues(v1::GetQueuesRequest {}).await.unwrap();
+    let queues = of_bank
+        .get_queues(v1::GetQueuesRequest::default())
+        .await
+        .unwrap();
     assert_eq!(queues.get_ref().queues, []);
     let mut admin = coordinator.admin();
-    let queues = admin.get_queues(v1::GetQueuesRequest {}).await.unwrap();
+    let queues = admin
+        .get_queues(v1::GetQueuesRequest::default())
+        .await
+        .unwrap();
     let shop = &queues.get_ref().queues[0];
     assert_eq!(
         (shop.project.as_str(), shop.ready, shop.leased),
@@ -251,6 +285,8 @@ async fn operators_see_queues_workers_and_what_this_is() {
         (seen.worker.as_str(), seen.capacity, seen.running),
         ("w1", 1, 1)
     );
+    assert_eq!((seen.granted, seen.coordinator.is_empty()), (1, false));
+    assert!(workers.get_ref().now_us >= seen.last_seen_us && seen.last_seen_us > 0);
     let info = admin.get_info(v1::GetInfoRequest {}).await.unwrap();
     assert_eq!(info.get_ref().mcp_servers, ["browser"]);
 

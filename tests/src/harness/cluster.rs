@@ -24,6 +24,7 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 /// The project of the client's token.
 const PROJECT: &str = "default";
 const CLIENT_TOKEN: &str = "client-of-a-test-cluster";
+const OPERATOR_TOKEN: &str = "operator-of-a-test-cluster";
 const WORKER_TOKEN: &str = "worker-of-a-test-cluster";
 
 /// Running coordinators, and what workers need to join them.
@@ -185,7 +186,18 @@ impl Cluster {
         }
     }
 
-    /// A client of the first coordinator that may submit, read and look after workers.
+    /// The command `espalier`, for an operator of the coordinators behind `addresses`.
+    pub fn operator(&self, addresses: &[SocketAddr]) -> Command {
+        let urls: Vec<String> = addresses.iter().map(|at| format!("http://{at}")).collect();
+        let mut command = Command::new(binary("espalier"));
+        command
+            .env("ESPALIER_URL", urls.join(","))
+            .env("ESPALIER_TOKEN", OPERATOR_TOKEN)
+            .env("ESPALIER_DATA_DIR", self.folder.path().join("operator"));
+        command
+    }
+
+    /// A client of the first coordinator that may submit and read.
     pub async fn client(&self) -> Client {
         self.client_at(self.coordinators[0].address).await
     }
@@ -331,10 +343,12 @@ fn coordinator_config(
          mcp_servers = [\"toy\", \"browser\"]\nlease_ttl_ms = {lease_ttl_ms}\n\
          [[tokens]]\nname = \"client\"\nsha256 = \"{client}\"\nproject = \"{PROJECT}\"\n\
          roles = [\"submit\", \"read\"]\n\
+         [[tokens]]\nname = \"operators\"\nsha256 = \"{operator}\"\nproject = \"*\"\nroles = [\"admin\"]\n\
          [[tokens]]\nname = \"workers\"\nsha256 = \"{worker}\"\nproject = \"*\"\nroles = [\"worker\"]\n",
         data_dir = folder.join("coordinator"),
         store = store_url(folder),
         client = sha256_hex(CLIENT_TOKEN.as_bytes()),
+        operator = sha256_hex(OPERATOR_TOKEN.as_bytes()),
         worker = sha256_hex(WORKER_TOKEN.as_bytes()),
     )
 }

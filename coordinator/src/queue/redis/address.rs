@@ -100,6 +100,30 @@ fn parts(rest: &str) -> (&str, Vec<&str>, &str) {
     (login, hosts.split(',').collect(), path)
 }
 
+/// An address without user and password.
+pub fn shown(url: &Secret) -> String {
+    let (scheme, rest) = url.expose().split_once("://").unwrap_or_default();
+    let from = rest.rfind('@').map_or(0, |at| at + 1);
+    format!("{scheme}://{}", &rest[from..])
+}
+
+/// Whether an address asks for TLS.
+pub fn is_encrypted(url: &Secret) -> bool {
+    url.expose().starts_with("rediss")
+}
+
+/// Whether an address leads to this machine only.
+pub fn is_local(url: &Secret) -> bool {
+    let address = shown(url);
+    let (_, rest) = address.split_once("://").unwrap_or_default();
+    let local = |host: &&str| {
+        ["127.", "localhost", "[::1]"]
+            .iter()
+            .any(|start| host.starts_with(start))
+    };
+    parts(rest).1.iter().all(local)
+}
+
 fn sentinel(scheme: &str, rest: &str) -> RedisResult<Address> {
     let (login, hosts, path) = parts(rest);
     let (primary, db) = path.split_once('/').unwrap_or((path, "0"));
@@ -138,6 +162,24 @@ fn cluster(scheme: &str, rest: &str) -> RedisResult<Address> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_shown_without_its_login() {
+        for (url, expected, local) in [
+            ("redis://127.0.0.1:1/2", "redis://127.0.0.1:1/2", true),
+            ("rediss://u:p/w@h@cache:2", "rediss://cache:2", false),
+            (
+                "redis+cluster://:pw@localhost:1,h:2",
+                "redis+cluster://localhost:1,h:2",
+                false,
+            ),
+        ] {
+            let url = Secret::new(url);
+            assert_eq!(shown(&url), expected);
+            assert_eq!(is_local(&url), local);
+            assert_eq!(is_encrypted(&url), expected.starts_with("rediss"));
+        }
+    }
 
     #[test]
     fn every_form_is_understood_and_no_error_shows_the_password() {

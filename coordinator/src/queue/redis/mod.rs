@@ -65,7 +65,7 @@ use super::{
 };
 
 pub use link::Acknowledge;
-pub use server::Unfit;
+pub use server::{Aspect, Grade, Unfit, examine};
 
 /// Events that a slow listener may lag behind before it loses some.
 const EVENTS_MAX: usize = 1_024;

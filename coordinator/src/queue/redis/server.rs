@@ -1,6 +1,8 @@
-//! What the server says of itself, and whether a queue may lie on it. Pure, but for [`ask`].
+//! What the server says of itself, and whether a queue may lie on it. Pure, but for [`ask`] and [`examine()`].
 //!
 //! A Cluster answers with one text for each node; what holds for the queue is the worst of its primaries.
+
+mod examine;
 
 use espalier_core::time::Timestamp;
 use redis::Value;
@@ -8,6 +10,8 @@ use redis::Value;
 use super::decode;
 use super::link::{Acknowledge, Link};
 use crate::queue::QueueError;
+
+pub use examine::{Aspect, Grade, examine};
 
 /// The oldest version whose scripts say what they may do.
 const VERSION_MIN: Version = Version(7, 0);
@@ -57,6 +61,32 @@ pub enum Unfit {
         /// When it syncs.
         appendfsync: String,
     },
+}
+
+/// What works and should be otherwise. Each says what to change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Warning {
+    /// Nothing bounds its memory.
+    #[error(
+        "Redis has no `maxmemory`: it grows until the machine kills it; set one, so that new work is refused in time"
+    )]
+    NoLimit,
+    /// It keeps nothing on its disk.
+    #[error(
+        "Redis keeps no append-only file: a restart of it loses acknowledged jobs; set `appendonly yes`"
+    )]
+    NoFile,
+    /// It writes to its disk when the system likes to.
+    #[error(
+        "Redis never syncs its append-only file by itself: a power cut loses what the system had not written, half a \
+         minute or more; set `appendfsync everysec`"
+    )]
+    NeverSyncs,
+    /// Nothing can be acknowledged.
+    #[error(
+        "Redis has no replica now: with `queue_acknowledge = replicated` nothing is taken until it has one"
+    )]
+    NoReplica,
 }
 
 /// Major and minor.
@@ -144,53 +174,47 @@ impl Server {
 
     /// Whether a queue that acknowledges in this way may lie here.
     pub fn check(&self, acknowledge: Acknowledge) -> Result<(), Unfit> {
-        for node in &self.nodes {
+        self.faults(acknowledge).next().map_or(Ok(()), Err)
+    }
+
+    /// Every reason for which a queue that acknowledges in this way must not lie here, of each node.
+    fn faults(&self, acknowledge: Acknowledge) -> impl Iterator<Item = Unfit> {
+        let durable = acknowledge == Acknowledge::Durable;
+        self.nodes.iter().flat_map(move |node| {
             let found = node.version;
-            if found < VERSION_MIN {
-                return Err(Unfit::Old { found });
-            }
-            if node.is_replica {
-                return Err(Unfit::Replica);
-            }
-            if node.policy != "noeviction" {
-                let policy = node.policy.clone();
-                return Err(Unfit::Evicts { policy });
-            }
-            if acknowledge != Acknowledge::Durable {
-                continue;
-            }
-            if !node.has_file {
-                return Err(Unfit::NoFile);
-            }
-            if self.appendfsync != "always" && found < VERSION_WAITS {
-                let appendfsync = self.appendfsync.clone();
-                return Err(Unfit::SyncsLate { found, appendfsync });
-            }
-        }
-        Ok(())
+            let policy = || node.policy.clone();
+            let appendfsync = || self.appendfsync.clone();
+            let late = self.appendfsync != "always" && found < VERSION_WAITS;
+            [
+                (found < VERSION_MIN).then_some(Unfit::Old { found }),
+                node.is_replica.then_some(Unfit::Replica),
+                (node.policy != "noeviction").then(|| Unfit::Evicts { policy: policy() }),
+                (durable && !node.has_file).then_some(Unfit::NoFile),
+                (durable && node.has_file && late).then(|| Unfit::SyncsLate {
+                    found,
+                    appendfsync: appendfsync(),
+                }),
+            ]
+            .into_iter()
+            .flatten()
+        })
     }
 
     /// What works and should be otherwise.
-    pub fn warnings(&self, acknowledge: Acknowledge) -> Vec<&'static str> {
-        let mut warnings = Vec::new();
-        if self.nodes.iter().any(|node| node.max_bytes == 0) {
-            warnings.push(
-                "Redis has no `maxmemory`: it grows until the machine kills it; set one, so that new work is refused in \
-                 time",
-            );
-        }
-        if self.nodes.iter().any(|node| !node.has_file) {
-            warnings.push(
-                "Redis keeps no append-only file: a restart of it loses acknowledged jobs; set `appendonly yes`",
-            );
-        }
-        let alone = self.nodes.iter().any(|node| node.replicas == 0);
-        if acknowledge == Acknowledge::Replicated && alone {
-            warnings.push(
-                "Redis has no replica now: with `queue_acknowledge = replicated` nothing is taken until it has one",
-            );
-        }
-        warnings
+    pub fn warnings(&self, acknowledge: Acknowledge) -> Vec<Warning> {
+        let any = |wrong: fn(&Node) -> bool| self.nodes.iter().any(wrong);
+        let no_file = any(|node| !node.has_file);
+        let found = [
+            (any(|node| node.max_bytes == 0), Warning::NoLimit),
+            (no_file, Warning::NoFile),
+            (!no_file && self.appendfsync == "no", Warning::NeverSyncs),
+            (
+                acknowledge == Acknowledge::Replicated && any(|node| node.replicas == 0),
+                Warning::NoReplica,
+            ),
+        ];
+        let found = found.into_iter().filter(|(holds, _)| *holds);
+        found.map(|(_, warning)| warning).collect()
     }
 
     /// Tells one set of servers, and one history of their data, from another.
@@ -231,13 +255,18 @@ impl Server {
 /// Asks the server about itself. When it syncs is asked only where that decides something: many hosts of Redis refuse
 /// `CONFIG`.
 pub async fn ask(link: &Link, acknowledge: Acknowledge) -> Result<Server, QueueError> {
+    ask_about(link, acknowledge == Acknowledge::Durable).await
+}
+
+/// Asks the server about itself, and `with_sync` also when it syncs.
+async fn ask_about(link: &Link, with_sync: bool) -> Result<Server, QueueError> {
     let mut info = redis::cmd("INFO");
     for section in ["server", "memory", "persistence", "replication"] {
         info.arg(section);
     }
     let infos = texts(link.run(&info).await?)?;
     let mut appendfsync = "unknown".to_owned();
-    if acknowledge == Acknowledge::Durable {
+    if with_sync {
         let asked = redis::cmd("CONFIG").arg("GET").arg("appendfsync").take();
         let answer = match link.run(&asked).await {
             Ok(answer) => texts(answer)?,
@@ -298,7 +327,7 @@ mod tests {
         lines.collect::<Vec<_>>().join("\r\n")
     }
 
-    fn server(changes: &[(&str, &str)], appendfsync: &str) -> Server {
+    pub fn server(changes: &[(&str, &str)], appendfsync: &str) -> Server {
         Server::parse([info(changes).as_str()], appendfsync)
     }
 

@@ -107,17 +107,19 @@ pub mod operation {
 
 /// Metrics. Units are UCUM, as OpenTelemetry asks.
 pub mod metric {
-    /// Gauge, `{job}`: jobs in a state, by project and state.
+    /// Gauge, `{job}`: jobs in a state, by project and state. As of every gauge of the queue, each coordinator measures
+    /// all of it: read it with `max` over coordinators.
     pub const QUEUE_DEPTH: &str = "espalier.queue.depth";
     /// Gauge, `s`: age of the oldest ready job, by project.
     pub const QUEUE_OLDEST_READY_AGE: &str = "espalier.queue.oldest_ready.age";
     /// Gauge, `1`: share of the memory that the queue's server may use, where it has a limit.
     pub const QUEUE_MEMORY_USED: &str = "espalier.queue.memory.used";
-    /// Counter, `{failover}`: times at which the queue's server was restarted or replaced by another.
+    /// Counter, `{failover}`: times at which the queue's server was restarted or replaced by another. Each coordinator
+    /// sees them all: read it with `max`.
     pub const QUEUE_FAILOVERS: &str = "espalier.queue.failovers";
     /// Counter, `{lease}`: leases handed out, by project and kind.
     pub const LEASE_GRANTS: &str = "espalier.lease.grants";
-    /// Counter, `{lease}`: leases that ran out, by project.
+    /// Counter, `{lease}`: leases that ran out, by project. Every coordinator hears of each: read it with `max`.
     pub const LEASE_EXPIRIES: &str = "espalier.lease.expiries";
     /// Counter, `{request}`: renewals and finishes under a fence that is not current.
     pub const LEASE_STALE_FENCES: &str = "espalier.lease.stale_fences";
