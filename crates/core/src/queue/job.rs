@@ -443,12 +443,7 @@ pub(super) fn after_failure(
             0,
         ),
         // A worker was lost: that says nothing about the next one.
-        ErrorClass::Infra => (
-            &mut budgets.infra,
-            budgets.max_infra,
-            DeadReason::Infra,
-            1,
-        ),
+        ErrorClass::Infra => (&mut budgets.infra, budgets.max_infra, DeadReason::Infra, 1),
     };
     *spent = spent.saturating_add(1);
     if *spent >= max {
