@@ -1,15 +1,20 @@
 //! The connection to the server: made when it is needed, made anew after it broke, with a deadline on every answer.
 //!
+//! All share one connection, but for writes that wait until they have reached more than the server: each has one to
+//! itself meanwhile. `WAIT` counts what its own connection wrote, and holds up whatever comes behind it there.
+//!
 //! An answer that did not come leaves open whether the command took effect; all commands may be repeated as they
 //! were, so that the caller is told [`QueueError::Unavailable`] and asks again.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use espalier_runtime::tasks::with_deadline;
 use redis::aio::ConnectionLike;
-use redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value};
-use tokio::sync::Mutex;
+use redis::{Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKind, Value};
+use tokio::sync::{Mutex, Semaphore};
 
 use super::address::{Address, Connection};
 use super::script::SCRIPTS;
@@ -25,8 +30,10 @@ pub const RESPONSE_LIMIT: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(500);
 /// When to try again where the server has no room.
 const FULL_PAUSE: Duration = Duration::from_secs(5);
-/// How long a write may take to reach as many replicas as were asked for.
+/// How long a write may take to reach as many replicas as were asked for, and before that to get a connection.
 const REPLICATION_LIMIT: Duration = Duration::from_secs(2);
+/// Writes that wait at once, each on a connection of its own: enough to hide the way to a replica and back.
+const WAITING_MAX: usize = 4;
 
 /// What must have happened to a write before it is acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
@@ -49,6 +56,9 @@ pub struct Link {
     /// The server answers when a write is on its disk, so that nobody has to wait for that.
     synced: AtomicBool,
     present: Mutex<Present>,
+    /// Places of writes that wait, and the connections of those that are done.
+    waiting: Semaphore,
+    idle: std::sync::Mutex<Vec<Connection>>,
     /// How often it was connected: tells a broken connection from the one that replaced it.
     made: AtomicU64,
 }
@@ -81,6 +91,8 @@ impl Link {
             acknowledge,
             synced: AtomicBool::new(false),
             present: Mutex::default(),
+            waiting: Semaphore::new(WAITING_MAX),
+            idle: std::sync::Mutex::default(),
             made: AtomicU64::new(0),
         }
     }
@@ -113,31 +125,64 @@ impl Link {
 
     /// Runs a command that changes something, and waits until the change is as safe as it was asked to be.
     pub async fn write(&self, cmd: &Cmd) -> Result<Value, QueueError> {
-        let answer = self.run(cmd).await?;
         let limit_ms = REPLICATION_LIMIT.as_millis() as u64;
-        let (waiting, wanted) = match self.acknowledge {
-            Acknowledge::Fast => return Ok(answer),
+        match self.acknowledge {
+            Acknowledge::Fast => self.run(cmd).await,
+            Acknowledge::Durable if self.synced.load(Ordering::Relaxed) => self.run(cmd).await,
             Acknowledge::Replicated => {
-                (redis::cmd("WAIT").arg(1).arg(limit_ms).take(), "a replica")
+                let wait = redis::cmd("WAIT").arg(1).arg(limit_ms).take();
+                self.write_and_wait(cmd, wait, "a replica").await
             }
-            Acknowledge::Durable if self.synced.load(Ordering::Relaxed) => return Ok(answer),
             Acknowledge::Durable => {
-                let local = redis::cmd("WAITAOF").arg(1).arg(0).arg(limit_ms).take();
-                (local, "the disk of the server")
+                let wait = redis::cmd("WAITAOF").arg(1).arg(0).arg(limit_ms).take();
+                self.write_and_wait(cmd, wait, "the disk of the server")
+                    .await
             }
-        };
-        let reached = match self.run(&waiting).await? {
-            Value::Int(replicas) => replicas,
-            Value::Array(counts) => counts.first().map_or(0, |n| i64::from(*n == Value::Int(1))),
-            _ => 0,
-        };
-        if reached >= 1 {
-            return Ok(answer);
         }
-        Err(QueueError::Unavailable {
-            reason: format!("the write did not reach {wanted} within {limit_ms} ms"),
-            retry_after: PAUSE,
-        })
+    }
+
+    /// The write and what waits for it, together on a connection that nobody else uses meanwhile. It is kept for the
+    /// next one where all went well; else the next one may have to go to another server.
+    async fn write_and_wait(
+        &self,
+        cmd: &Cmd,
+        wait: Cmd,
+        wanted: &'static str,
+    ) -> Result<Value, QueueError> {
+        let turn = self.waiting.acquire();
+        let turn = with_deadline("queue.write_turn", REPLICATION_LIMIT, turn).await;
+        let Ok(Ok(_turn)) = turn else {
+            return Err(not_reached(wanted));
+        };
+        let mut connection = self.waiting_connection().await?;
+        let mut both = Pipeline::with_capacity(2);
+        both.add_command(cmd.clone()).add_command(wait);
+        match connection.ask_both(&both).await {
+            Ok((answer, reached)) if has_reached(&reached) => {
+                self.idle().push(connection);
+                Ok(answer)
+            }
+            Ok(_) => Err(not_reached(wanted)),
+            Err(error) => {
+                self.idle().clear();
+                Err(unavailable(&error))
+            }
+        }
+    }
+
+    async fn waiting_connection(&self) -> Result<Connection, QueueError> {
+        if let Some(idle) = self.idle().pop() {
+            return Ok(idle);
+        }
+        // Where there is no server, one try to connect answers all.
+        self.connection().await?;
+        let connected = self.address.connect().await;
+        connected.map_err(|error| unavailable(&error))
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
+        // No code that may panic runs under the lock.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn connection(&self) -> Result<(u64, Connection), QueueError> {
@@ -191,6 +236,48 @@ impl Connection {
             Self::Cluster(connection) => connection.req_packed_command(cmd).await,
         };
         answer.and_then(Value::extract_error)
+    }
+
+    /// The answers to a script and to what waits for it. A script that the server does not know wrote nothing, so that
+    /// both are asked again.
+    async fn ask_both(&mut self, both: &Pipeline) -> redis::RedisResult<(Value, Value)> {
+        match self.try_both(both).await {
+            Err(error) if is_script_missing(&error) => {
+                load_scripts(self).await?;
+                self.try_both(both).await
+            }
+            answers => answers,
+        }
+    }
+
+    async fn try_both(&mut self, both: &Pipeline) -> redis::RedisResult<(Value, Value)> {
+        let answers = match self {
+            Self::One(connection) => connection.req_packed_commands(both, 0, 2).await?,
+            // No start gets here: a Cluster is refused where writes wait.
+            Self::Cluster(connection) => connection.req_packed_commands(both, 0, 2).await?,
+        };
+        let mut answers = answers.into_iter();
+        let mut next = || answers.next().unwrap_or(Value::Nil).extract_error();
+        Ok((next()?, next()?))
+    }
+}
+
+/// Whether what waited counts a replica, or the disk of the server.
+fn has_reached(answer: &Value) -> bool {
+    match answer {
+        Value::Int(replicas) => *replicas >= 1,
+        Value::Array(counts) => counts.first() == Some(&Value::Int(1)),
+        _ => false,
+    }
+}
+
+fn not_reached(wanted: &str) -> QueueError {
+    QueueError::Unavailable {
+        reason: format!(
+            "the write did not reach {wanted} within {} ms",
+            REPLICATION_LIMIT.as_millis()
+        ),
+        retry_after: PAUSE,
     }
 }
 

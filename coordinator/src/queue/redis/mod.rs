@@ -32,6 +32,8 @@ mod submit;
 mod tests;
 #[cfg(test)]
 mod topologies;
+#[cfg(test)]
+mod waits;
 mod work;
 
 use std::collections::BTreeMap;

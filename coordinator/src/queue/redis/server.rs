@@ -61,6 +61,16 @@ pub enum Unfit {
         /// When it syncs.
         appendfsync: String,
     },
+    /// It is a Cluster, and writes would have to wait.
+    #[error(
+        "`queue_acknowledge = {setting}` cannot be used with a Redis Cluster: what waits for a write would have to wait \
+         at the node that has it; set `queue_acknowledge` to `fast`, or to `durable` with `appendfsync always` in Redis, \
+         or use a primary with replicas behind Sentinels"
+    )]
+    Cluster {
+        /// What was asked for.
+        setting: &'static str,
+    },
 }
 
 /// What works and should be otherwise. Each says what to change.
@@ -117,6 +127,7 @@ struct Node {
     policy: String,
     has_file: bool,
     is_replica: bool,
+    is_cluster: bool,
     replicas: u32,
 }
 
@@ -137,6 +148,7 @@ impl Node {
                 "maxmemory" => node.max_bytes = number(),
                 "maxmemory_policy" => node.policy = value.to_owned(),
                 "aof_enabled" => node.has_file = value == "1",
+                "redis_mode" => node.is_cluster = value == "cluster",
                 "role" => node.is_replica = value == "slave",
                 "connected_slaves" => node.replicas = value.parse().unwrap_or(0),
                 _ => {}
@@ -184,11 +196,18 @@ impl Server {
             let found = node.version;
             let policy = || node.policy.clone();
             let appendfsync = || self.appendfsync.clone();
+            let waits = match acknowledge {
+                Acknowledge::Fast => None,
+                Acknowledge::Replicated => Some("replicated"),
+                Acknowledge::Durable => (self.appendfsync != "always").then_some("durable"),
+            };
+            let cluster = waits.filter(|_| node.is_cluster);
             let late = self.appendfsync != "always" && found < VERSION_WAITS;
             [
                 (found < VERSION_MIN).then_some(Unfit::Old { found }),
                 node.is_replica.then_some(Unfit::Replica),
                 (node.policy != "noeviction").then(|| Unfit::Evicts { policy: policy() }),
+                cluster.map(|setting| Unfit::Cluster { setting }),
                 (durable && !node.has_file).then_some(Unfit::NoFile),
                 (durable && node.has_file && late).then(|| Unfit::SyncsLate {
                     found,
@@ -368,6 +387,26 @@ mod tests {
             assert_eq!(server(changes, appendfsync).check(durable), Ok(()));
         }
         assert_eq!(server(&[], "everysec").check(Acknowledge::Fast), Ok(()));
+    }
+
+    #[test]
+    fn on_a_cluster_no_write_has_to_wait() {
+        let cluster = [("redis_mode", "cluster"), ("redis_version", "7.2.0")];
+        for (appendfsync, acknowledge, refused) in [
+            ("everysec", Acknowledge::Fast, false),
+            ("always", Acknowledge::Replicated, true),
+            ("everysec", Acknowledge::Durable, true),
+            ("always", Acknowledge::Durable, false),
+        ] {
+            let checked = server(&cluster, appendfsync).check(acknowledge);
+            assert_eq!(checked.is_err(), refused, "{acknowledge:?} {appendfsync}");
+            if let Err(unfit) = checked {
+                assert!(
+                    unfit.to_string().contains("`queue_acknowledge = "),
+                    "{unfit}"
+                );
+            }
+        }
     }
 
     #[test]

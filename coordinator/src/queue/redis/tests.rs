@@ -29,14 +29,27 @@ pub async fn try_open(
     shards: u16,
 ) -> Result<Redis, ConnectError> {
     let config = RedisConfig {
-        url: Secret::new(url),
-        name: "test".to_owned(),
-        shards,
-        acknowledge: Acknowledge::Fast,
-        machine: MachineConfig::default(),
         clock: clock.map(|clock| clock as Arc<dyn Clock>),
+        shards,
+        ..config(url, Acknowledge::Fast)
     };
     Redis::open(config, &Tasks::new(Shutdown::new())).await
+}
+
+/// A coordinator of the queue `test` that acknowledges in another way, on the server's clock.
+pub async fn try_open_as(url: &str, acknowledge: Acknowledge) -> Result<Redis, ConnectError> {
+    Redis::open(config(url, acknowledge), &Tasks::new(Shutdown::new())).await
+}
+
+fn config(url: &str, acknowledge: Acknowledge) -> RedisConfig {
+    RedisConfig {
+        url: Secret::new(url),
+        name: "test".to_owned(),
+        shards: 1,
+        acknowledge,
+        machine: MachineConfig::default(),
+        clock: None,
+    }
 }
 
 /// A queue whose coordinator is killed together with the server. The server syncs each write: with `everysec` it holds

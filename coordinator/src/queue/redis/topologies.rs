@@ -51,8 +51,8 @@ async fn sharded() -> Fixture {
     fixture(server, url, queue, clock)
 }
 
-/// Four shards on a Cluster of one node that has all slots.
-async fn cluster() -> Fixture {
+/// A Cluster of one node that has all slots, and its address.
+pub async fn cluster_server() -> (RedisServer, String) {
     let settings = [
         ("appendfsync", "no"),
         ("cluster-enabled", "yes"),
@@ -68,6 +68,12 @@ async fn cluster() -> Fixture {
     })
     .await;
     let url = format!("redis+cluster://127.0.0.1:{}", server.port());
+    (server, url)
+}
+
+/// Four shards on a Cluster.
+async fn cluster() -> Fixture {
+    let (server, url) = cluster_server().await;
     let clock = Arc::new(ManualClock::new(START));
     let queue = open(&url, Some(clock.clone()), 4).await;
     fixture(server, url, queue, clock)

@@ -128,7 +128,8 @@ impl Server {
                     .min()
                     .unwrap_or_default()
                     .to_string(),
-                self.warning(acknowledge, Warning::NoReplica),
+                fault(|unfit| matches!(unfit, Unfit::Cluster { .. }))
+                    .or_else(|| self.warning(acknowledge, Warning::NoReplica)),
             ),
         ]
     }
