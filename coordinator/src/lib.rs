@@ -1,13 +1,15 @@
 //! The coordinator: accepts jobs, orders them, leases them to workers, and counts what became of them.
 //!
 //! [`run`] is the whole of it on a listener; `main` and `espalier up` call it. `api/` serves clients and operators,
-//! `session/` serves workers, `queue/` holds the jobs, `maintenance/` does what nobody asks for. It never looks into
+//! `session/` serves workers, `queue/` holds the jobs, `journal/` keeps them
+//! in object storage too where the queue may lose them, `maintenance/` does what nobody asks for. It never looks into
 //! a rollout: what one is and how it is run is the agent worker's.
 
 pub mod api;
 pub mod auth;
 pub mod config;
 pub mod endpoints;
+mod journal;
 mod maintenance;
 mod peers;
 pub mod questions;

@@ -21,6 +21,7 @@ use tonic_health::server::HealthReporter;
 use crate::api::{AdminApi, JobApi, Shared, trace, watch};
 use crate::auth::{Auth, Gate};
 use crate::config::CoordinatorConfig;
+use crate::journal::Journal;
 use crate::maintenance;
 use crate::peers::Peers;
 use crate::questions::Questions;
@@ -209,6 +210,11 @@ fn share(
     let me = CoordinatorId::new(UuidIds.fresh())?;
     Ok(Arc::new(Shared {
         peers: Peers::new(me, Arc::clone(&deps.queue)),
+        journal: Journal::new(
+            Arc::clone(&deps.queue),
+            deps.store.clone(),
+            &config.queue_name,
+        ),
         auth: Arc::new(Auth::new(config.tokens.clone())),
         config: Arc::new(config),
         queue: deps.queue,

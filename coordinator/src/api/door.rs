@@ -21,7 +21,7 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 
 use super::stored::{INLINE_BYTES_MAX, StoredSpec};
-use super::{Shared, no_batch, queue_error};
+use super::{Shared, missing_batch, queue_error};
 use crate::queue::Submission;
 use crate::registry::MCP_TAG;
 
@@ -89,9 +89,9 @@ impl Door {
         traceparent: Option<String>,
     ) -> Result<Self, ApiError> {
         let found = shared.queue.defaults(project.clone(), batch.clone()).await;
-        let encoded = found
-            .map_err(queue_error)?
-            .ok_or_else(|| no_batch(&batch))?;
+        let Some(encoded) = found.map_err(queue_error)? else {
+            return Err(missing_batch(shared, &project, &batch).await);
+        };
         let defaults = v1::JobSpec::decode(encoded.clone()).map_err(|error| {
             tracing::error!(%project, %batch, error = %error, "stored defaults cannot be read");
             ApiError::Internal("the batch's stored defaults cannot be read".to_owned())

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
-use espalier_core::queue::{BatchSeq, JobFilter, Selector};
+use espalier_core::queue::{BatchSeq, JobFilter, Refusal, Selector};
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
 use espalier_runtime::tasks::OnFailure;
@@ -18,8 +18,11 @@ use tracing::Instrument;
 
 use super::page::{self, List};
 use super::watch::{self, Watch};
-use super::{Shared, find_batch, job_key, no_job, questions, queue_error, submit, trace, view};
+use super::{
+    Shared, find_batch, job_key, missing_batch, no_job, questions, queue_error, submit, trace, view,
+};
 use crate::auth::Call;
+use crate::queue::QueueError;
 
 /// Most labels of a filter.
 const FILTER_LABELS_MAX: usize = 64;
@@ -73,8 +76,14 @@ impl v1::job_service_server::JobService for JobApi {
     ) -> Result<Response<v1::CloseBatchResponse>, Status> {
         let project = self.0.auth.project(request.metadata(), Call::CloseBatch)?;
         let batch = BatchId::new(&request.get_ref().batch).map_err(ApiError::Field)?;
-        let closed = self.0.queue.close_batch(project, batch).await;
-        let batch = Some(view::batch(&closed.map_err(queue_error)?));
+        let asked = self.0.journal.close_batch(project.clone(), batch.clone());
+        let closed = match asked.await {
+            Err(QueueError::Refused(Refusal::UnknownBatch { .. })) => {
+                return Err(missing_batch(&self.0, &project, &batch).await.into());
+            }
+            closed => closed.map_err(queue_error)?,
+        };
+        let batch = Some(view::batch(&closed));
         Ok(Response::new(v1::CloseBatchResponse { batch }))
     }
 
@@ -147,7 +156,7 @@ impl v1::job_service_server::JobService for JobApi {
     ) -> Result<Response<v1::CancelResponse>, Status> {
         let project = self.0.auth.project(request.metadata(), Call::Cancel)?;
         let which = selector(project, request.into_inner()).map_err(ApiError::Field)?;
-        let done = self.0.queue.cancel(which).await.map_err(queue_error)?;
+        let done = self.0.journal.cancel(which).await.map_err(queue_error)?;
         Ok(Response::new(v1::CancelResponse {
             cancelled: done.cancelled,
             signalled: done.requested,

@@ -26,9 +26,11 @@ use espalier_runtime::clock::Clock;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{BlockingFailed, Tasks};
+use espalier_runtime::telemetry;
 
 use crate::auth::Auth;
 use crate::config::CoordinatorConfig;
+use crate::journal::Journal;
 use crate::peers::Peers;
 use crate::questions::Questions;
 use crate::queue::{Queue, QueueError};
@@ -45,6 +47,8 @@ pub struct Shared {
     pub auth: Arc<Auth>,
     /// The jobs.
     pub queue: Arc<dyn Queue>,
+    /// The way in for what the queue must not lose.
+    pub journal: Journal,
     /// Large specs, manifests and traces.
     pub store: Store,
     /// The other coordinators of the queue.
@@ -120,6 +124,25 @@ pub fn no_batch(batch: &BatchId) -> ApiError {
     }
 }
 
+/// The queue does not know a batch: there is none, or it was lost and is about to be given to the queue again.
+async fn missing_batch(shared: &Shared, project: &ProjectId, batch: &BatchId) -> ApiError {
+    match shared.journal.has(project, batch).await {
+        Ok(false) => no_batch(batch),
+        Ok(true) => ApiError::Unavailable(format!(
+            "the queue has lost batch `{batch}` and is being given it again; try again in a moment"
+        )),
+        Err(error) => {
+            let error = telemetry::error_chain(&error);
+            tracing::warn!(%project, %batch, error, "whether a batch was lost cannot be told");
+            ApiError::Unavailable(format!(
+                "the queue does not know batch `{batch}`, and whether it was lost cannot be told now: the object \
+                 store {} does not answer; try again",
+                shared.store.url()
+            ))
+        }
+    }
+}
+
 /// The batch of the caller's project that a request names.
 async fn find_batch(
     shared: &Shared,
@@ -127,8 +150,11 @@ async fn find_batch(
     name: &str,
 ) -> Result<BatchView, ApiError> {
     let batch = BatchId::new(name)?;
-    let found = shared.queue.batch(project, batch.clone()).await;
-    found.map_err(queue_error)?.ok_or_else(|| no_batch(&batch))
+    let found = shared.queue.batch(project.clone(), batch.clone()).await;
+    match found.map_err(queue_error)? {
+        Some(found) => Ok(found),
+        None => Err(missing_batch(shared, &project, &batch).await),
+    }
 }
 
 /// There is no such job, or it is another project's.

@@ -49,11 +49,8 @@ pub async fn open_batch(
         },
         defaults: encoded,
     };
-    let view = shared
-        .queue
-        .open_batch(request)
-        .await
-        .map_err(queue_error)?;
+    let view = shared.journal.open_batch(request).await;
+    let view = view.map_err(queue_error)?;
     Ok(super::view::batch(&view))
 }
 
@@ -109,7 +106,7 @@ pub async fn submit_chunk(
         .map_err(|error| store_error(&shared.store, &error))?;
     // A known number with other jobs is refused by the queue, even if none of them passed.
     if !checked.admitted.is_empty() || known.is_some() {
-        let reply = submit(shared, &door, chunk, &mut checked).await?;
+        let reply = submit(shared, &door, chunk, known, &mut checked).await?;
         checked.take_reply(&door.project, reply);
     }
     Ok(checked.answer())
@@ -275,6 +272,7 @@ async fn submit(
     shared: &Shared,
     door: &Door,
     chunk: u32,
+    known: Option<[u8; 32]>,
     checked: &mut Checked,
 ) -> Result<ChunkReply, ApiError> {
     let admitted = std::mem::take(&mut checked.admitted).into_iter();
@@ -285,7 +283,8 @@ async fn submit(
         digest: checked.digest,
         jobs: admitted.map(|admitted| admitted.submission).collect(),
     };
-    shared.queue.submit(chunk).await.map_err(queue_error)
+    let submitted = shared.journal.submit(chunk, known).await;
+    submitted.map_err(queue_error)
 }
 
 fn store_error(store: &Store, error: &StoreError) -> ApiError {

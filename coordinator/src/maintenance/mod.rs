@@ -1,8 +1,9 @@
 //! What a coordinator does by itself: follow the queue's events, end what has run out, measure, forget what is
-//! old, and tell others what it has and how it is. One file a task; each is idempotent, so that any number of coordinators may run them.
+//! old, give the queue again what it lost, and tell others what it has and how it is. One file a task; each is idempotent, so that any number of coordinators may run them.
 
 mod events;
 mod gauges;
+mod journal;
 mod peers;
 mod readiness;
 mod rescuer;
@@ -40,6 +41,11 @@ pub fn start(shared: &Arc<Shared>, health: HealthReporter) {
         "maintenance.retention",
         OnFailure::Log,
         retention::run(Arc::clone(shared)),
+    );
+    tasks.spawn(
+        "maintenance.journal",
+        OnFailure::Log,
+        journal::run(Arc::clone(shared)),
     );
     tasks.spawn(
         "maintenance.peers",

@@ -77,6 +77,8 @@ async fn round(shared: &Shared, keep: Duration) -> Result<usize, RetentionError>
     let mut cleaned = BTreeSet::new();
     for batch in in_turn(due) {
         if is_as_seen(shared, &batch).await? {
+            // Before its rows: what the queue has forgotten must not be driven again.
+            shared.journal.forget(&batch.project, &batch.batch).await?;
             clean(&shared.store, &batch.project, &batch.batch, before).await?;
             cleaned.insert((batch.project, batch.batch));
         }
@@ -88,6 +90,7 @@ async fn round(shared: &Shared, keep: Duration) -> Result<usize, RetentionError>
     let purged = shared.queue.purge(keep, BATCHES_MAX).await?;
     // In place of one that was retried, the queue forgot another. Nothing names its objects but this answer.
     for (project, batch) in purged.iter().filter(|name| !cleaned.contains(name)) {
+        shared.journal.forget(project, batch).await?;
         clean(&shared.store, project, batch, before).await?;
     }
     Ok(purged.len())

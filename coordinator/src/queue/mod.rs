@@ -424,6 +424,10 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
     /// Reaches every coordinator, this one too, as [`Event::Notice`]. A hint, as all events are.
     fn tell(&self, notice: Bytes) -> Answer<'_, ()>;
 
+    /// How often what keeps the jobs was restarted or replaced while this process looked, each of which may have lost
+    /// what was acknowledged. None: it loses nothing.
+    fn restarts(&self) -> Option<u64>;
+
     /// How the queue is, as far as this process knows it now.
     fn condition(&self) -> BoxFuture<'_, Condition>;
 

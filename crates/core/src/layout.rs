@@ -6,6 +6,7 @@
 //! {project}/batches/{batch}/jobs/{job}/patches/{n}.json  corrections, append-only
 //! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
 //! .probe/{id}…                                        deleted as soon as it is created
+//! _journal/q-{queue}/{project}/{batch}/…              what a shared queue was given, until the batch has ended
 //! ```
 
 use crate::error::FieldError;
@@ -88,6 +89,62 @@ pub fn probe_order(id: &str) -> [String; 2] {
 /// The folder of both.
 pub fn probe_order_folder(id: &str) -> String {
     format!(".probe/{id}-order/")
+}
+
+/// What coordinators keep of a batch, so that a queue which lost it can be given it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum JournalEntry {
+    /// It was opened.
+    Open,
+    /// A chunk of it, by number, was taken.
+    Chunk(u32),
+    /// It was closed.
+    Closed,
+    /// It was cancelled as a whole.
+    Cancelled,
+}
+
+/// All that coordinators of the queue with this name keep. No project begins with an underscore; queues that share a
+/// store are told apart by their names.
+pub fn journal(queue: &str) -> String {
+    format!("_journal/q-{queue}/")
+}
+
+/// All that they keep of one batch.
+pub fn journal_batch(queue: &str, project: &ProjectId, batch: &BatchId) -> String {
+    format!("{}{project}/{batch}/", journal(queue))
+}
+
+/// The entry of a batch in the journal of a queue.
+pub fn journal_entry(
+    queue: &str,
+    project: &ProjectId,
+    batch: &BatchId,
+    entry: JournalEntry,
+) -> String {
+    let folder = journal_batch(queue, project, batch);
+    match entry {
+        JournalEntry::Open => format!("{folder}open"),
+        JournalEntry::Chunk(n) => format!("{folder}chunk-{n:010}"),
+        JournalEntry::Closed => format!("{folder}closed"),
+        JournalEntry::Cancelled => format!("{folder}cancelled"),
+    }
+}
+
+/// The batch and the entry that lie at `path` in the journal of a queue; none where it is another object.
+pub fn journal_entry_of(queue: &str, path: &str) -> Option<(ProjectId, BatchId, JournalEntry)> {
+    let parts: Vec<&str> = path.strip_prefix(&journal(queue))?.split('/').collect();
+    let [project, batch, name] = parts[..] else {
+        return None;
+    };
+    let entry = match name {
+        "open" => JournalEntry::Open,
+        "closed" => JournalEntry::Closed,
+        "cancelled" => JournalEntry::Cancelled,
+        chunk => JournalEntry::Chunk(chunk.strip_prefix("chunk-")?.parse().ok()?),
+    };
+    let (project, batch) = (project.parse().ok()?, batch.parse().ok()?);
+    (journal_entry(queue, &project, &batch, entry) == path).then_some((project, batch, entry))
 }
 
 /// The job whose manifest lies at `path`, or the rule that the path breaks.
@@ -180,5 +237,30 @@ mod tests {
         assert_eq!(found, Some((key.clone(), Fence(7))));
         assert_eq!(attempt_of(&manifest(&key)), None);
         assert_eq!(attempt_of(&patch(&key, 7)), None);
+    }
+
+    #[test]
+    fn an_entry_of_the_journal_names_its_batch_and_no_project_lies_there() {
+        let (project, batch): (ProjectId, BatchId) =
+            ("shop".parse().unwrap(), "b1".parse().unwrap());
+        let chunk = journal_entry("main", &project, &batch, JournalEntry::Chunk(7));
+        assert_eq!(chunk, "_journal/q-main/shop/b1/chunk-0000000007");
+        for entry in [
+            JournalEntry::Open,
+            JournalEntry::Chunk(0),
+            JournalEntry::Chunk(u32::MAX),
+            JournalEntry::Closed,
+            JournalEntry::Cancelled,
+        ] {
+            let path = journal_entry("main", &project, &batch, entry);
+            let found = journal_entry_of("main", &path);
+            assert_eq!(found, Some((project.clone(), batch.clone(), entry)));
+            assert_eq!(journal_entry_of("mai", &path), None, "another queue's");
+        }
+        for other in ["chunk-7", "chunk-x", "opened", "open/x"] {
+            let path = format!("_journal/q-main/shop/b1/{other}");
+            assert_eq!(journal_entry_of("main", &path), None, "{path}");
+        }
+        assert!("_journal".parse::<ProjectId>().is_err());
     }
 }

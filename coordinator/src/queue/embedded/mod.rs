@@ -564,6 +564,10 @@ impl Queue for Embedded {
         .boxed()
     }
 
+    fn restarts(&self) -> Option<u64> {
+        None
+    }
+
     fn condition(&self) -> BoxFuture<'_, Condition> {
         // A call that would bring work is refused for the reason for which work is.
         let asked = self.call(true, 0, |_| Ok(()), |(), _| Ok(()));

@@ -1,7 +1,8 @@
 //! One shard: the keys that share a slot, how its scripts are called, and what this process remembers of it.
 //!
 //! What is remembered never changes while it may be used: batches keep their name and defaults under a number that
-//! is given once, and lanes come with a version that the scripts compare.
+//! is given once, and lanes come with a version that the scripts compare. A server that has lost something gives numbers
+//! and versions again, so that nothing is remembered beyond a generation of the link.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -35,8 +36,15 @@ pub struct Core {
     pub prefix: String,
     /// Stands in for the server's clock in tests.
     pub clock: Option<Arc<dyn Clock>>,
-    batches: Mutex<HashMap<u32, Arc<KnownBatch>>>,
-    lanes: Mutex<Arc<Lanes>>,
+    known: Mutex<Known>,
+}
+
+/// What is remembered of one generation of the link.
+#[derive(Default)]
+struct Known {
+    generation: u64,
+    batches: HashMap<u32, Arc<KnownBatch>>,
+    lanes: Arc<Lanes>,
 }
 
 /// What never changes about a batch.
@@ -80,8 +88,7 @@ impl Core {
             link,
             prefix,
             clock,
-            batches: Mutex::default(),
-            lanes: Mutex::default(),
+            known: Mutex::default(),
         }
     }
 
@@ -129,6 +136,19 @@ impl Core {
         Ok((found.number()?, found.number()?))
     }
 
+    /// What is remembered of the present generation, and its number.
+    fn known(&self) -> (MutexGuard<'_, Known>, u64) {
+        let generation = self.link.generation();
+        let mut known = lock(&self.known);
+        if known.generation != generation {
+            *known = Known {
+                generation,
+                ..Known::default()
+            };
+        }
+        (known, generation)
+    }
+
     /// Name and defaults of the batches with these numbers; of one that was purged meanwhile nothing.
     pub async fn known_batches(
         &self,
@@ -137,22 +157,25 @@ impl Core {
         let mut found = HashMap::new();
         let mut missing = Vec::new();
         {
-            let known = lock(&self.batches);
+            let (known, _) = self.known();
             for b in numbers {
-                match known.get(&b) {
+                match known.batches.get(&b) {
                     Some(batch) => drop(found.insert(b, Arc::clone(batch))),
                     None => missing.push(b),
                 }
             }
         }
         for b in missing {
+            let before = self.link.generation();
             if let Some(batch) = self.read_batch(b).await? {
                 let batch = Arc::new(batch);
-                let mut known = lock(&self.batches);
-                if known.len() >= BATCHES_MAX {
-                    known.clear();
+                let (mut known, generation) = self.known();
+                if known.batches.len() >= BATCHES_MAX {
+                    known.batches.clear();
                 }
-                known.insert(b, Arc::clone(&batch));
+                if generation == before {
+                    known.batches.insert(b, Arc::clone(&batch));
+                }
                 found.insert(b, batch);
             }
         }
@@ -179,11 +202,12 @@ impl Core {
 
     /// The lanes as they were last read.
     pub fn lanes(&self) -> Arc<Lanes> {
-        Arc::clone(&lock(&self.lanes))
+        Arc::clone(&self.known().0.lanes)
     }
 
     /// Reads the lanes anew. The version is read first: lanes that change in between have a later one.
     pub async fn read_lanes(&self) -> Result<(), QueueError> {
+        let before = self.link.generation();
         let version = redis::cmd("HGET").arg(self.key("m")).arg("lanes").take();
         let lanes = redis::cmd("HGETALL").arg(self.key("lanes")).take();
         let version = match self.link.run(&version).await? {
@@ -197,10 +221,13 @@ impl Core {
             let (kind, needs) = decode::lane(&fields.text()?)?;
             found.push((kind, needs, lane));
         }
-        *lock(&self.lanes) = Arc::new(Lanes {
-            version,
-            lanes: found,
-        });
+        let (mut known, generation) = self.known();
+        if generation == before {
+            known.lanes = Arc::new(Lanes {
+                version,
+                lanes: found,
+            });
+        }
         Ok(())
     }
 }

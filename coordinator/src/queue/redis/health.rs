@@ -31,6 +31,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(5);
 pub struct Health {
     condition: Mutex<Condition>,
     clock: Arc<ServerClock>,
+    /// How often the server was restarted or replaced.
+    restarts: AtomicU64,
 }
 
 impl Health {
@@ -39,7 +41,13 @@ impl Health {
         Self {
             condition: Mutex::new(Condition::Serving),
             clock: Arc::new(ServerClock::new(clock)),
+            restarts: AtomicU64::new(0),
         }
+    }
+
+    /// How often the server was restarted or replaced while it was looked at.
+    pub fn restarts(&self) -> u64 {
+        self.restarts.load(Ordering::Acquire)
     }
 
     /// The server's time.
@@ -118,7 +126,9 @@ pub async fn watch(
         let looked = with_deadline("queue.look", LOOK_LIMIT, server::ask(&link, acknowledge));
         let reason = match looked.await {
             Ok(Ok(server)) => {
-                if let Err(unfit) = changed(&server, &mut identity, acknowledge, &link, &events) {
+                if let Err(unfit) =
+                    changed(&server, &mut identity, acknowledge, &health, &link, &events)
+                {
                     unfit
                 } else {
                     health.note(&server);
@@ -139,6 +149,7 @@ fn changed(
     server: &Server,
     identity: &mut String,
     acknowledge: Acknowledge,
+    health: &Health,
     link: &Link,
     events: &broadcast::Sender<Event>,
 ) -> Result<(), String> {
@@ -156,6 +167,8 @@ fn changed(
     );
     link.set_synced(server.syncs_each_write());
     *identity = present;
+    link.begin_generation();
+    health.restarts.fetch_add(1, Ordering::AcqRel);
     metrics().queue_failovers.add(1, &[]);
     // Nobody listens: nobody has missed anything.
     let _ = events.send(Event::Missed);

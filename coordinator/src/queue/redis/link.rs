@@ -59,7 +59,7 @@ pub struct Link {
     /// Places of writes that wait, and the connections of those that are done.
     waiting: Semaphore,
     idle: std::sync::Mutex<Vec<Connection>>,
-    /// How often it was connected: tells a broken connection from the one that replaced it.
+    /// How often it was connected, and more: tells a broken connection from the one that replaced it.
     made: AtomicU64,
 }
 
@@ -100,6 +100,28 @@ impl Link {
     /// Where it leads.
     pub fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// Changes whenever what is asked next may be answered by another server, or by one that has lost something: what is
+    /// remembered of the one before means nothing any more.
+    pub fn generation(&self) -> u64 {
+        self.made.load(Ordering::Acquire)
+    }
+
+    /// Begins another generation: the server was restarted or replaced behind a connection that knows how to find it.
+    pub fn begin_generation(&self) -> u64 {
+        self.made.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// An answer that was put together in one generation; names of one and numbers of another do not belong together.
+    pub fn unless_since<T>(&self, generation: u64, answer: T) -> Result<T, QueueError> {
+        if self.generation() == generation {
+            return Ok(answer);
+        }
+        Err(QueueError::Unavailable {
+            reason: "the connection to Redis was replaced meanwhile".to_owned(),
+            retry_after: PAUSE,
+        })
     }
 
     /// Notes whether the server answers only when a write is on its disk.
@@ -174,8 +196,8 @@ impl Link {
         if let Some(idle) = self.idle().pop() {
             return Ok(idle);
         }
-        // Where there is no server, one try to connect answers all.
-        self.connection().await?;
+        // Where there is no server, one try to connect answers all; where there is another one, its generation begins.
+        self.run(&redis::cmd("PING")).await?;
         let connected = self.address.connect().await;
         connected.map_err(|error| unavailable(&error))
     }
@@ -197,7 +219,7 @@ impl Link {
         }
         match self.connect().await {
             Ok(connection) => {
-                let number = self.made.fetch_add(1, Ordering::Relaxed) + 1;
+                let number = self.begin_generation();
                 *present = Present::Connected(number, connection.clone());
                 Ok((number, connection))
             }

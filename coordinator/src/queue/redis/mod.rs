@@ -582,6 +582,10 @@ impl Queue for Redis {
         .boxed()
     }
 
+    fn restarts(&self) -> Option<u64> {
+        Some(self.health.restarts())
+    }
+
     fn condition(&self) -> BoxFuture<'_, Condition> {
         async { self.health.condition() }.boxed()
     }

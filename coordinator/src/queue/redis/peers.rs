@@ -2,7 +2,7 @@
 //! not change since it was last read is not read again.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use espalier_core::id::CoordinatorId;
@@ -19,9 +19,13 @@ pub const NOTICES: &str = "notices";
 /// The way to the other coordinators.
 pub struct Peers {
     core: Arc<Core>,
-    /// Lists as they were last read, by coordinator.
-    read: Mutex<HashMap<Table, HashMap<CoordinatorId, List>>>,
+    /// Lists as they were last read, and in which generation of the link: a server that lost something counts its
+    /// versions again.
+    read: Mutex<(u64, Lists)>,
 }
+
+/// Lists by coordinator.
+type Lists = HashMap<Table, HashMap<CoordinatorId, List>>;
 
 /// What one coordinator showed when its list had a version.
 #[derive(Clone)]
@@ -70,7 +74,9 @@ impl Peers {
     }
 
     pub async fn shown(&self, table: Table) -> Result<Vec<Shown>, QueueError> {
-        let mut known = self.lock().get(&table).cloned().unwrap_or_default();
+        let generation = self.core.link.generation();
+        let known = self.read_in(generation).1.get(&table).cloned();
+        let mut known = known.unwrap_or_default();
         let mut cmd = self.core.cmd(&SCRIPTS.shown);
         cmd.arg(table.as_str())
             .arg(PRESENCE_TTL.as_micros() as u64)
@@ -104,7 +110,9 @@ impl Peers {
             })
         });
         let shown = shown.collect();
-        self.lock().insert(table, present);
+        if self.core.link.generation() == generation {
+            self.read_in(generation).1.insert(table, present);
+        }
         Ok(shown)
     }
 
@@ -114,9 +122,13 @@ impl Peers {
         self.core.link.run(&cmd).await.map(drop)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Table, HashMap<CoordinatorId, List>>> {
+    fn read_in(&self, generation: u64) -> MutexGuard<'_, (u64, Lists)> {
         // No code that may panic runs under the lock.
-        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        if read.0 != generation {
+            *read = (generation, Lists::new());
+        }
+        read
     }
 }
 

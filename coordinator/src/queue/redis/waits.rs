@@ -16,8 +16,8 @@ use crate::queue::{FinishAck, Granted, Queue, QueueError, Renewal};
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Far less than a write may wait for a replica, and plenty for an answer on a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(1);
-/// A turn, the wait for the replica, and a busy machine.
-const WRITE_LIMIT: Duration = Duration::from_secs(6);
+/// A turn, a connection and an answer, each at its longest, which a busy machine makes of some.
+const WRITE_LIMIT: Duration = Duration::from_secs(12);
 
 async fn replicated(server: &RedisServer) -> Redis {
     let opened = try_open_as(&server.url(), Acknowledge::Replicated).await;

@@ -27,6 +27,7 @@ const LANES_TRIES_MAX: usize = 5;
 impl Core {
     pub async fn lease(&self, request: &LeaseRequest) -> Result<Vec<Granted>, QueueError> {
         let ttl = request.check()?;
+        let generation = self.link.generation();
         for _ in 0..LANES_TRIES_MAX {
             let lanes = self.lanes();
             let open = lanes.open_to(request.kind, &request.offers);
@@ -42,7 +43,8 @@ impl Core {
             cmd.arg(&lanes.version).arg(open.len()).arg(open);
             let mut answer = Reader::of(self.link.write(&cmd).await?)?;
             if answer.text()? == lanes.version {
-                return self.granted(answer.list()?).await;
+                let granted = self.granted(answer.list()?).await?;
+                return self.link.unless_since(generation, granted);
             }
             self.read_lanes().await?;
         }

@@ -43,6 +43,7 @@ pub struct Metrics {
     pub queue_oldest_ready_age: Gauge<f64>,
     pub queue_memory_used: Gauge<f64>,
     pub queue_failovers: Counter<u64>,
+    pub queue_redriven: Counter<u64>,
     pub lease_grants: Counter<u64>,
     pub lease_expiries: Counter<u64>,
     pub lease_stale_fences: Counter<u64>,
@@ -89,6 +90,7 @@ impl Metrics {
                 .with_unit("1")
                 .build(),
             queue_failovers: counter(metric::QUEUE_FAILOVERS, "{failover}"),
+            queue_redriven: counter(metric::QUEUE_REDRIVEN, "{job}"),
             lease_grants: counter(metric::LEASE_GRANTS, "{lease}"),
             lease_expiries: counter(metric::LEASE_EXPIRIES, "{lease}"),
             lease_stale_fences: counter(metric::LEASE_STALE_FENCES, "{request}"),

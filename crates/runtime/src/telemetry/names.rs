@@ -117,6 +117,8 @@ pub mod metric {
     /// Counter, `{failover}`: times at which the queue's server was restarted or replaced by another. Each coordinator
     /// sees them all: read it with `max`.
     pub const QUEUE_FAILOVERS: &str = "espalier.queue.failovers";
+    /// Counter, `{job}`: acknowledged jobs that the queue had lost and was given again.
+    pub const QUEUE_REDRIVEN: &str = "espalier.queue.redriven";
     /// Counter, `{lease}`: leases handed out, by project and kind.
     pub const LEASE_GRANTS: &str = "espalier.lease.grants";
     /// Counter, `{lease}`: leases that ran out, by project. Every coordinator hears of each: read it with `max`.

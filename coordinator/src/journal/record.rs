@@ -1,0 +1,312 @@
+//! What the entries of the journal hold, as protobuf with a version in each: what the queue was asked, after the door
+//! had judged it, so that a job is not judged again by rules that have changed.
+//!
+//! A field that a later version adds is ignored here; one that changes what the others mean raises [`VERSION`].
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
+use espalier_core::queue::{ItemResult, JobKind, NewBatch, NewJob};
+use espalier_core::time::Timestamp;
+use prost::Message;
+
+use crate::queue::{Chunk, OpenBatch, Submission};
+
+/// The version that this code writes.
+const VERSION: u32 = 1;
+
+/// An entry that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("an entry of the journal cannot be read: {0}")]
+pub struct Unreadable(String);
+
+impl Unreadable {
+    /// Work on it failed.
+    pub fn because(error: &dyn std::error::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct OpenRow {
+    #[prost(uint32, tag = "1")]
+    version: u32,
+    /// When the queue opened it, which says in which order batches were opened.
+    #[prost(uint64, tag = "2")]
+    opened_us: u64,
+    #[prost(bytes = "bytes", tag = "3")]
+    params_digest: Bytes,
+    #[prost(bytes = "bytes", tag = "4")]
+    defaults: Bytes,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ChunkRow {
+    #[prost(uint32, tag = "1")]
+    version: u32,
+    #[prost(bytes = "bytes", tag = "2")]
+    digest: Bytes,
+    #[prost(message, repeated, tag = "3")]
+    jobs: Vec<JobRow>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct JobRow {
+    #[prost(string, tag = "1")]
+    id: String,
+    #[prost(string, tag = "2")]
+    kind: String,
+    #[prost(uint32, tag = "3")]
+    priority: u32,
+    #[prost(string, repeated, tag = "4")]
+    needs: Vec<String>,
+    #[prost(string, repeated, tag = "5")]
+    deps: Vec<String>,
+    #[prost(uint64, optional, tag = "6")]
+    not_before_us: Option<u64>,
+    #[prost(uint32, tag = "7")]
+    max_attempts: u32,
+    #[prost(uint32, tag = "8")]
+    max_infra: u32,
+    #[prost(uint64, optional, tag = "9")]
+    max_runtime_us: Option<u64>,
+    #[prost(btree_map = "string, string", tag = "10")]
+    labels: std::collections::BTreeMap<String, String>,
+    #[prost(bytes = "bytes", tag = "11")]
+    spec_digest: Bytes,
+    #[prost(string, optional, tag = "12")]
+    traceparent: Option<String>,
+    #[prost(bytes = "bytes", tag = "13")]
+    spec: Bytes,
+}
+
+/// The bytes of a batch that was opened.
+pub fn encode_open(request: &OpenBatch, opened_at: Timestamp) -> Bytes {
+    let row = OpenRow {
+        version: VERSION,
+        opened_us: opened_at.0,
+        params_digest: Bytes::copy_from_slice(&request.batch.params_digest),
+        defaults: request.defaults.clone(),
+    };
+    row.encode_to_vec().into()
+}
+
+/// Reads them back.
+pub fn decode_open(
+    project: &ProjectId,
+    batch: &BatchId,
+    bytes: Bytes,
+) -> Result<(OpenBatch, Timestamp), Unreadable> {
+    let row = OpenRow::decode(bytes).map_err(unreadable)?;
+    check_version(row.version)?;
+    let batch = NewBatch {
+        project: project.clone(),
+        batch: batch.clone(),
+        params_digest: digest(&row.params_digest)?,
+    };
+    let defaults = row.defaults;
+    Ok((OpenBatch { batch, defaults }, Timestamp(row.opened_us)))
+}
+
+/// The bytes of a chunk.
+pub fn encode_chunk(chunk: &Chunk) -> Bytes {
+    let row = ChunkRow {
+        version: VERSION,
+        digest: Bytes::copy_from_slice(&chunk.digest),
+        jobs: chunk.jobs.iter().map(job_row).collect(),
+    };
+    row.encode_to_vec().into()
+}
+
+/// Reads them back.
+pub fn decode_chunk(
+    project: &ProjectId,
+    batch: &BatchId,
+    n: u32,
+    bytes: Bytes,
+) -> Result<Chunk, Unreadable> {
+    let row = ChunkRow::decode(bytes).map_err(unreadable)?;
+    check_version(row.version)?;
+    let jobs = row
+        .jobs
+        .into_iter()
+        .map(submission)
+        .collect::<Result<_, _>>()?;
+    Ok(Chunk {
+        project: project.clone(),
+        batch: batch.clone(),
+        n,
+        digest: digest(&row.digest)?,
+        jobs,
+    })
+}
+
+/// The bytes of a chunk without the jobs that the queue did not take, by what it said of each.
+pub fn without_rejected(bytes: Bytes, items: &[ItemResult]) -> Result<Bytes, Unreadable> {
+    let mut row = ChunkRow::decode(bytes).map_err(unreadable)?;
+    let mut items = items.iter();
+    row.jobs
+        .retain(|_| !matches!(items.next(), Some(ItemResult::Rejected(_))));
+    Ok(row.encode_to_vec().into())
+}
+
+fn job_row(submission: &Submission) -> JobRow {
+    let job = &submission.job;
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    JobRow {
+        id: job.id.to_string(),
+        kind: job.kind.as_str().to_owned(),
+        priority: job.priority.into(),
+        needs: job.needs.iter().cloned().collect(),
+        deps: job.deps.iter().map(JobKey::to_string).collect(),
+        not_before_us: job.not_before.map(|at| at.0),
+        max_attempts: job.max_attempts.into(),
+        max_infra: job.max_infra.into(),
+        max_runtime_us: job.max_runtime.map(micros),
+        labels: job.labels.clone(),
+        spec_digest: Bytes::copy_from_slice(&job.spec_digest),
+        traceparent: job.traceparent.clone(),
+        spec: submission.spec.clone(),
+    }
+}
+
+fn submission(row: JobRow) -> Result<Submission, Unreadable> {
+    let kind = JobKind::ALL
+        .into_iter()
+        .find(|kind| kind.as_str() == row.kind);
+    let deps = row.deps.iter().map(|dep| dep.parse::<JobKey>());
+    let job = NewJob {
+        id: JobId::new(&row.id).map_err(unreadable)?,
+        kind: kind.ok_or_else(|| unreadable(format!("a job of kind `{}`", row.kind)))?,
+        priority: row.priority.try_into().map_err(unreadable)?,
+        needs: row.needs.into_iter().collect(),
+        deps: deps.collect::<Result<_, _>>().map_err(unreadable)?,
+        not_before: row.not_before_us.map(Timestamp),
+        max_attempts: row.max_attempts.try_into().map_err(unreadable)?,
+        max_infra: row.max_infra.try_into().map_err(unreadable)?,
+        max_runtime: row.max_runtime_us.map(Duration::from_micros),
+        labels: row.labels,
+        spec_digest: digest(&row.spec_digest)?,
+        traceparent: row.traceparent,
+    };
+    let spec = row.spec;
+    Ok(Submission { job, spec })
+}
+
+fn check_version(version: u32) -> Result<(), Unreadable> {
+    match version {
+        VERSION => Ok(()),
+        other => Err(unreadable(format!(
+            "it has version {other}; this program reads {VERSION}"
+        ))),
+    }
+}
+
+fn digest(bytes: &[u8]) -> Result<[u8; 32], Unreadable> {
+    let wrong = |_| unreadable(format!("a digest of {} bytes", bytes.len()));
+    bytes.try_into().map_err(wrong)
+}
+
+fn unreadable(reason: impl ToString) -> Unreadable {
+    Unreadable(reason.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use espalier_core::error::FieldError;
+
+    fn full() -> Submission {
+        let mut job = NewJob::new("a".parse().unwrap(), JobKind::Rollout, [7; 32]);
+        job.priority = 9;
+        job.needs = ["gpu".to_owned(), "mcp:browser".to_owned()].into();
+        job.deps = vec!["p/b/root".parse().unwrap()];
+        job.not_before = Some(Timestamp(1_700_000_000_000_000));
+        job.max_attempts = 5;
+        job.max_infra = 6;
+        job.max_runtime = Some(Duration::from_secs(600));
+        job.labels = [("split".to_owned(), "train".to_owned())].into();
+        job.traceparent = Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into());
+        let spec = Bytes::from_static(b"\x00spec");
+        Submission { job, spec }
+    }
+
+    fn chunk() -> Chunk {
+        let plain = NewJob::new("root".parse().unwrap(), JobKind::Rollout, [1; 32]);
+        let spec = Bytes::new();
+        Chunk {
+            project: "p".parse().unwrap(),
+            batch: "b".parse().unwrap(),
+            n: 3,
+            digest: [9; 32],
+            jobs: vec![Submission { job: plain, spec }, full()],
+        }
+    }
+
+    fn same(read: &Chunk, written: &Chunk) {
+        assert_eq!((read.n, read.digest), (written.n, written.digest));
+        let parts = |chunk: &Chunk| -> Vec<(NewJob, Bytes)> {
+            let jobs = chunk.jobs.iter();
+            jobs.map(|one| (one.job.clone(), one.spec.clone()))
+                .collect()
+        };
+        assert_eq!(parts(read), parts(written));
+    }
+
+    #[test]
+    fn what_was_written_reads_back() {
+        let written = chunk();
+        let read = |bytes| decode_chunk(&written.project, &written.batch, 3, bytes);
+        same(&read(encode_chunk(&written)).unwrap(), &written);
+
+        let open = OpenBatch {
+            batch: NewBatch {
+                project: written.project.clone(),
+                batch: written.batch.clone(),
+                params_digest: [4; 32],
+            },
+            defaults: Bytes::from_static(b"defaults"),
+        };
+        let bytes = encode_open(&open, Timestamp(5));
+        let (back, at) = decode_open(&written.project, &written.batch, bytes).unwrap();
+        assert_eq!(
+            (back.batch, back.defaults, at),
+            (open.batch, open.defaults, Timestamp(5))
+        );
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let jobs = vec![full()];
+        let bytes = encode_chunk(&Chunk { jobs, ..chunk() });
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, include_str!("golden/chunk-v1.txt").trim());
+    }
+
+    #[test]
+    fn what_the_queue_rejected_is_left_out() {
+        let written = chunk();
+        let rejected = ItemResult::Rejected(FieldError::new("id", "root", "is taken"));
+        let items = [rejected, ItemResult::Accepted];
+        let bytes = without_rejected(encode_chunk(&written), &items).unwrap();
+        let read = decode_chunk(&written.project, &written.batch, 3, bytes).unwrap();
+        let left = Chunk {
+            jobs: vec![full()],
+            ..written
+        };
+        same(&read, &left);
+    }
+
+    #[test]
+    fn a_later_version_is_refused() {
+        let row = ChunkRow {
+            version: VERSION + 1,
+            ..ChunkRow::default()
+        };
+        let bytes = row.encode_to_vec().into();
+        let of = chunk();
+        let error = decode_chunk(&of.project, &of.batch, 0, bytes).unwrap_err();
+        assert!(error.to_string().contains("version 2"), "{error}");
+    }
+}
