@@ -55,16 +55,20 @@ pub fn push_job(
     } else {
         serde_json::to_string(&job.labels).unwrap_or_default()
     };
+    let form = format!(
+        "{} {} {} {} {} {}",
+        kind(job.kind),
+        job.priority,
+        budget(job.max_attempts, NewJob::MAX_ATTEMPTS_DEFAULT),
+        budget(job.max_infra, NewJob::MAX_INFRA_DEFAULT),
+        or_empty(max_runtime_us),
+        needs(job),
+    );
     cmd.arg(position)
         .arg(job.id.as_str())
         .arg(job.spec_digest.as_slice())
-        .arg(kind(job.kind))
-        .arg(job.priority)
-        .arg(needs(job))
-        .arg(budget(job.max_attempts, NewJob::MAX_ATTEMPTS_DEFAULT))
-        .arg(budget(job.max_infra, NewJob::MAX_INFRA_DEFAULT))
+        .arg(form)
         .arg(or_empty(not_before))
-        .arg(or_empty(max_runtime_us))
         .arg(labels)
         .arg(job.traceparent.as_deref().unwrap_or_default())
         .arg(spec.as_ref())

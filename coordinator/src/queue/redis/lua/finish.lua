@@ -3,7 +3,7 @@
 -- -2 refused by the caller, or {verdict, position} of a spawned job that cannot enter.
 local function ending_of(b, job, outcome)
   if outcome.how == 'ok' then
-    for _, new in ipairs(outcome.spawn) do
+    for _, new in ipairs(outcome.spawn or {}) do
       local verdict, deps = judge(b, new, false, false)
       if verdict == 1 then enter_job(b, new, deps) end
     end
@@ -15,14 +15,15 @@ local function ending_of(b, job, outcome)
 end
 
 local function refused(b, spawn)
-  for n, new in ipairs(spawn) do
+  for n, new in ipairs(spawn or {}) do
     local verdict = judge(b, new, false, true)
     if verdict < 0 then return {verdict, n} end
   end
 end
 
-local function finish(b, id, fence, outcome)
-  local job = b and load(b .. ':' .. id)
+local function finish(outcome)
+  local b, fence = outcome.b, outcome.fence
+  local job = b and load(outcome.ref)
   if not job or job.s ~= 'L' or job.f ~= fence then
     if job and job.sf == fence then return 0 end
     call('HINCRBY', meta, 'stale', 1)
@@ -37,19 +38,23 @@ local function finish(b, id, fence, outcome)
   return 1
 end
 
-local endings, refs, replies = {}, {}, {}
+local outcomes, refs, replies = {}, {}, {}
 for n = 1, tonumber(take()) do
-  local b, id, fence = batch_number(take()), take(), tonumber(take())
-  local outcome = {how = take(), failure = take(), wait = tonumber(take()), result = take(), spawn = {}}
-  local base = next_job
-  for m = 1, tonumber(take()) do
+  local b, id = batch_number(take()), take()
+  local outcome = {
+    b = b, ref = b and b .. ':' .. id, fence = tonumber(take()), how = take(), failure = take(), wait = tonumber(take()),
+    result = take(),
+  }
+  local base, many = next_job, tonumber(take())
+  if many > 0 then outcome.spawn = {} end
+  for m = 1, many do
     outcome.spawn[m] = take_job(base)
     next_job = math.max(next_job, outcome.spawn[m].n + 1)
   end
-  endings[n] = {b, id, fence, outcome}
-  if b then refs[#refs + 1] = b .. ':' .. id end
+  outcomes[n] = outcome
+  refs[#refs + 1] = outcome.ref
 end
 read_rows(refs)
-for n, ending in ipairs(endings) do replies[n] = finish(unpack(ending, 1, 4)) end
+for n, outcome in ipairs(outcomes) do replies[n] = finish(outcome) end
 write_lanes()
 return done(replies)

@@ -3,6 +3,8 @@
 local worker, request, kind, most, ttl, version = take(), take(), take(), tonumber(take()), tonumber(take()), take()
 local lanes = {}
 for n = 1, tonumber(take()) do lanes[n] = take() end
+-- Most lines times grants of one call, and the fewest jobs of a line that are read at a time.
+local LOOKS_MAX, PAGE_MIN = 100000, 8
 local memory = prefix .. 'asked:' .. worker .. ':' .. request
 
 -- What the caller is told of leased jobs.
@@ -35,23 +37,23 @@ if current ~= version then return {current, {}} end
 reap(64)
 promote(64)
 write_indexes()
-local rings, jobs, remembered = {}, {}, {format('%.0f', now)}
-for n, lane in ipairs(most > 0 and lanes or {}) do rings[n] = read_ring(lane, most) end
+local jobs, remembered = {}, {format('%.0f', now)}
+if most > 0 then
+  for _, lane in ipairs(lanes) do read_ring(lane, most) end
+end
+table.sort(order, goes_before)
+-- What many lines cost each grant is bounded; the caller asks again.
+most = math.min(most, math.max(1, floor(LOOKS_MAX / math.max(1, line_count))))
+local page = math.max(PAGE_MIN, math.ceil(most / math.max(1, line_count)))
 while #jobs < most do
-  local line = next_line(rings)
-  if not line then break end
-  local ref = line.turns[line.at]
-  local job = load(ref)
-  line.at = line.at + 2
-  if job then
-    charge(kind, line.project)
-    grant(job, worker, ttl)
-    jobs[#jobs + 1] = job
-    remembered[#remembered + 1] = format('%s %.0f', ref, job.f)
-  else
-    call('ZREM', line.queue, ref)
-    line.from = line.from - 1
-  end
+  local line, job = next_head(page)
+  if not job then break end
+  line.at = line.at + 1
+  charge(kind, order[1])
+  reorder()
+  grant(job, worker, ttl)
+  jobs[#jobs + 1] = job
+  remembered[#remembered + 1] = format('%s %d', job.ref, job.f)
 end
 write_vtimes(kind)
 if request ~= '' and #jobs > 0 then call('SET', memory, table.concat(remembered, ' '), 'PX', 31000) end

@@ -1,46 +1,70 @@
 -- Which job goes next, what that costs its project, and the lease that it gets.
+--
+-- A line is what a project has ready in one lane. `order` has the projects with lines, the next one first.
 local weights, vtimes, charged = {}, {}, {}
+local lines_of, order, line_count = {}, {}, 0
 local clock
-local PAGE = 100
 
--- The projects with ready jobs in `lane`, as many as `most` grants can reach, with the turns of each.
+-- Adds the projects with ready jobs in `lane`, as many as `most` grants can reach.
 local function read_ring(lane, most)
-  local ring = {}
   local listed = call('ZRANGE', prefix .. 'g:' .. lane, 0, most - 1, 'WITHSCORES')
   for n = 1, #listed, 2 do
     local project = listed[n]
-    vtimes[project] = tonumber(listed[n + 1])
-    ring[#ring + 1] = {project = project, queue = prefix .. 'q:' .. lane .. ':' .. project, from = 0, at = 1, turns = {}}
+    if not lines_of[project] then
+      lines_of[project], vtimes[project] = {}, tonumber(listed[n + 1])
+      order[#order + 1] = project
+    end
+    local lines = lines_of[project]
+    lines[#lines + 1] = {queue = prefix .. 'q:' .. lane .. ':' .. project, from = 0, at = 1, refs = {}}
+    line_count = line_count + 1
   end
-  return ring
 end
 
--- The first turn of `line` that is not granted yet, and its job; read some at a time, and taken out at the end.
-local function head_of(line)
-  if line.at > #line.turns and not line.is_read then
-    line.turns, line.at = call('ZRANGE', line.queue, line.from, line.from + PAGE - 1, 'WITHSCORES'), 1
-    line.from, line.is_read = line.from + PAGE, #line.turns < 2 * PAGE
-    local refs = {}
-    for n = 1, #line.turns, 2 do refs[#refs + 1] = line.turns[n] end
-    read_rows(refs)
-  end
-  return tonumber(line.turns[line.at + 1]), line.turns[line.at]
+-- Whether project `a` goes before `b`: by virtual time, then number.
+local function goes_before(a, b)
+  return vtimes[a] < vtimes[b] or (vtimes[a] == vtimes[b] and a < b)
 end
 
--- The line whose head goes next: by virtual time, then number of the project, then its turn.
-local function next_line(rings)
-  local best, best_turn
-  for _, ring in ipairs(rings) do
-    for _, line in ipairs(ring) do
-      local vtime, best_vtime = vtimes[line.project], best and vtimes[best.project]
-      local turn = head_of(line)
-      if turn and (not best or vtime < best_vtime or (vtime == best_vtime and (line.project < best.project
-          or (line.project == best.project and turn < best_turn)))) then
-        best, best_turn = line, turn
-      end
+-- The first job of `line` that is not granted yet. Jobs are read `page` at a time, and taken out at the end.
+local function head_of(line, page)
+  while true do
+    if line.at > #line.refs then
+      if line.is_read then return nil end
+      line.refs, line.at = call('ZRANGE', line.queue, line.from, line.from + page - 1), 1
+      line.from, line.is_read = line.from + #line.refs, #line.refs < page
+      read_rows(line.refs)
+    end
+    local ref = line.refs[line.at]
+    local job = ref and load(ref)
+    if job then return job end
+    if ref then
+      call('ZREM', line.queue, ref)
+      line.at, line.from = line.at + 1, line.from - 1
     end
   end
-  return best
+end
+
+-- The line and the job that go next; nil where nothing is left.
+local function next_head(page)
+  while order[1] do
+    local line, job
+    for _, other in ipairs(lines_of[order[1]]) do
+      local head = head_of(other, page)
+      if head and (not job or turn_of(head) < turn_of(job)) then line, job = other, head end
+    end
+    if job then return line, job end
+    table.remove(order, 1)
+  end
+end
+
+-- Puts the first project back in its place after its virtual time has changed.
+local function reorder()
+  local moved, n = order[1], 1
+  while order[n + 1] and goes_before(order[n + 1], moved) do
+    order[n] = order[n + 1]
+    n = n + 1
+  end
+  order[n] = moved
 end
 
 local function weight_of(project)

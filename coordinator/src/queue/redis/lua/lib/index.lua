@@ -1,7 +1,7 @@
 -- What many jobs of a script change in one key is gathered and written once: sorted sets and strings.
 local changed, changed_keys, strings, progress_gone = {}, {}, {}, {}
 
--- `member` of the sorted set `key` gets `score`; false takes it out. The last word counts.
+-- `member` of the sorted set `key` gets `score`, a whole number; false takes it out. The last word counts.
 local function put(key, member, score)
   local members = changed[key]
   if not members then
@@ -29,7 +29,7 @@ local function write_index(key)
   local added, gone, many = {}, {}, 0
   for member, score in pairs(changed[key]) do
     if score then
-      added[many + 1], added[many + 2] = score, member
+      added[many + 1], added[many + 2] = format('%d', score), member
       many = many + 2
     else
       gone[#gone + 1] = member

@@ -1,16 +1,29 @@
 -- New jobs enter a batch. They come each after those that it depends on.
 
+-- What the jobs of a chunk often have in common: kind, priority, budgets, longest runtime, needs.
+local forms = {}
+local function form_of(text)
+  local form = forms[text]
+  if not form then
+    local k, p, ma, mi, mr, needs = text:match('^(%d+) (%d+) (%d*) (%d*) (%d*) (.*)$')
+    form = {
+      k = tonumber(k), p = tonumber(p), ma = tonumber(ma), mi = tonumber(mi), mr = tonumber(mr), needs = needs,
+    }
+    forms[text] = form
+  end
+  return form
+end
+
 -- A job, with `needs`, `spec` and `deps` beside the fields of its row; `push_job` in `encode.rs` gives the same list.
 local function take_job(base)
-  local at, L, T = arg, argv[arg + 11], argv[arg + 12]
+  local at, form, L, T = arg, form_of(argv[arg + 4]), argv[arg + 6], argv[arg + 7]
   local job = {
-    n = base + argv[at + 1], id = argv[at + 2], d = argv[at + 3], k = tonumber(argv[at + 4]),
-    p = tonumber(argv[at + 5]), needs = argv[at + 6], ma = tonumber(argv[at + 7]), mi = tonumber(argv[at + 8]),
-    nb = tonumber(argv[at + 9]), mr = tonumber(argv[at + 10]), L = L ~= '' and L or nil, T = T ~= '' and T or nil,
-    spec = argv[at + 13],
+    n = base + argv[at + 1], id = argv[at + 2], d = argv[at + 3], k = form.k, p = form.p, ma = form.ma, mi = form.mi,
+    mr = form.mr, nb = tonumber(argv[at + 5]), L = L ~= '' and L or nil, T = T ~= '' and T or nil,
+    needs = form.needs, spec = argv[at + 8],
   }
-  local many = tonumber(argv[at + 14])
-  arg = at + 14
+  local many = tonumber(argv[at + 9])
+  arg = at + 9
   if many > 0 then job.deps = {} end
   for n = 1, many do job.deps[n] = {batch = take(), id = take(), here = take() == '1'} end
   return job
@@ -68,7 +81,7 @@ local function enter_job(b, job, deps)
   job.ref, job.b, job.t = b .. ':' .. job.id, b, now
   job.needs, job.spec, job.deps = nil, nil, nil
   put_string(prefix .. 's:' .. job.ref, spec)
-  put(batch(b).by_name, job.id, '0')
+  put(batch(b).by_name, job.id, 0)
   lane_jobs[job.l] = (lane_jobs[job.l] or 0) + 1
   if needs ~= '' then
     local of_project = project_jobs[batch(b).project] or {}

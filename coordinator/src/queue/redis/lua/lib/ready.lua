@@ -51,8 +51,13 @@ local function write_indexes()
   changed, changed_keys = {}, {}
 end
 
+-- Where a job is in its line.
+local function turn_of(job)
+  return (9 - job.p) * TURNS + job.n
+end
+
 local function push_ready(job)
-  put(queue_of(job), job.ref, (9 - job.p) * TURNS + job.n)
+  put(queue_of(job), job.ref, turn_of(job))
   woken[job.l] = true
 end
 
