@@ -24,9 +24,9 @@ const WORKERS: usize = 2;
 const SLOTS: u32 = 6;
 const LEASE_MS: u64 = 1_000;
 /// The last fault of a round begins before this.
-const BEGIN_MS_MAX: u64 = 900;
+const BEGIN_MS_MAX: u64 = 700;
 /// Around the lease, so that some outlast it.
-const LASTS_MS: std::ops::Range<u64> = 100..1_600;
+const LASTS_MS: std::ops::Range<u64> = 100..1_300;
 
 /// What can be hurt, each once a round.
 #[derive(Clone, Copy, Debug, PartialEq)]
