@@ -44,7 +44,8 @@ setup-servers: setup ## Installs what a cluster needs on top: Redis, an S3 serve
 	@python3 -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update -qq; $(APT) install -y -qq --no-install-recommends python3-venv; }
 	@$(MAKE) --no-print-directory $(PYTHON_READY)
 
-setup-test: setup-servers ## Installs what testing needs on top: cargo-nextest, Python's gRPC tools
+setup-test: setup-servers ## Installs what testing needs on top: cargo-nextest, Python's gRPC tools, clocks that are wrong
+	$(call need,faketime,faketime)
 	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked
 
 $(PLAYWRIGHT): agent-worker/playwright/package-lock.json
@@ -97,6 +98,6 @@ bench: ## Measures; JSON lines on standard output, everything else on standard e
 	@cargo build --locked --release -p espalier-cli -p espalier-tests -p espalier-coordinator --bin espalier --bin scripted-model --bin toy-mcp --bin espalier-coordinator >&2
 	@examples/practice/bench.sh target/release target/bench
 
-soak: setup-test ## 1,000 rounds of random kill -9
+soak: setup-test ## 1,000 rounds of random kill -9, and as many of random faults over a cluster
 	$(TEST_BINS)
-	ESPALIER_SOAK_ROUNDS=1000 cargo nextest run --locked -p espalier-tests --profile soak -E 'test(random_kills)'
+	ESPALIER_SOAK_ROUNDS=1000 cargo nextest run --locked -p espalier-tests --profile soak -E 'test(/^random_/)'

@@ -4,6 +4,7 @@
 //! sessions enter and leave, the event task wakes and tells them, the API layer lists them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -157,16 +158,19 @@ struct Inner {
 #[error("this coordinator serves at most {WORKERS_MAX} workers")]
 pub struct Full;
 
-impl Registry {
-    /// An empty registry. Numbers begin at the present time, so that they do not repeat after a restart: lease
-    /// requests are numbered by them, and the queue remembers those for some seconds.
-    pub fn new(now: Timestamp) -> Self {
+impl Default for Registry {
+    /// An empty registry. Numbers begin anywhere, so that they repeat neither after a restart nor at another coordinator,
+    /// which may have started at the same moment: lease requests are numbered by them, and the queue answers a number
+    /// that a worker's last coordinator used some seconds ago with what was granted then.
+    fn default() -> Self {
         Self {
             inner: Mutex::default(),
-            last_number: AtomicU64::new(now.0),
+            last_number: AtomicU64::new(anywhere()),
         }
     }
+}
 
+impl Registry {
     /// A number that was not given before: for streams and lease requests.
     pub fn next_number(&self) -> u64 {
         self.last_number.fetch_add(1, Ordering::Relaxed) + 1
@@ -274,6 +278,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A number with room for as many again behind it. The keys of a hasher are random.
+fn anywhere() -> u64 {
+    RandomState::new().build_hasher().finish() >> 1
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -293,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_worker_that_comes_back_ends_its_older_stream_and_stays_drained() {
-        let registry = Registry::new(Timestamp(7));
+        let registry = Registry::default();
         let older = enter(&registry, "w", &[]);
         registry.drain(&older.worker);
         let newer = enter(&registry, "w", &["mcp:browser"]);
@@ -310,7 +319,7 @@ mod tests {
 
     #[test]
     fn a_worker_that_was_drained_elsewhere_is_drained_when_it_comes() {
-        let registry = Registry::new(Timestamp(7));
+        let registry = Registry::default();
         registry.drain(&"w".parse().unwrap());
         let worker = enter(&registry, "w", &[]);
         assert!(worker.draining.load(Ordering::Relaxed));
@@ -318,7 +327,7 @@ mod tests {
 
     #[test]
     fn what_a_worker_was_granted_is_counted_and_small_changes_of_when_it_was_heard_are_not_shown() {
-        let registry = Registry::new(Timestamp(7));
+        let registry = Registry::default();
         let worker = enter(&registry, "w", &[]);
         let key: JobKey = "p/b/j".parse().unwrap();
         worker.granted(key.clone(), Fence(1));
@@ -337,8 +346,14 @@ mod tests {
     }
 
     #[test]
+    fn coordinators_that_start_together_number_their_requests_apart() {
+        let [one, other] = [Registry::default(), Registry::default()].map(|r| r.next_number());
+        assert!(one.abs_diff(other) > 1_000_000, "{one} and {other}");
+    }
+
+    #[test]
     fn an_end_under_an_old_fence_leaves_the_present_lease() {
-        let registry = Registry::new(Timestamp(7));
+        let registry = Registry::default();
         let worker = enter(&registry, "w", &[]);
         let key: JobKey = "p/b/j".parse().unwrap();
         worker.started(key.clone(), Fence(2));

@@ -204,7 +204,6 @@ fn share(
             () = inner.aborted() => {}
         }
     });
-    let now = deps.clock.now();
     let tokens = config.tokens.iter().map(|token| token.name.clone());
     let watch_places = watch::Places::new(tokens, config.watches_max);
     let me = CoordinatorId::new(UuidIds.fresh())?;
@@ -219,7 +218,7 @@ fn share(
         config: Arc::new(config),
         queue: deps.queue,
         store: deps.store,
-        registry: Arc::new(Registry::new(now)),
+        registry: Arc::new(Registry::default()),
         questions: Arc::new(Questions::default()),
         trace_readers: trace::Readers::default(),
         watch_places,

@@ -9,6 +9,7 @@ use espalier_proto::v1::JobState;
 use espalier_tests::harness::client::{BatchResult, Client};
 use espalier_tests::harness::model::{self, sum_job, toy_job};
 use espalier_tests::harness::process::Signal;
+use espalier_tests::harness::soak;
 use espalier_tests::harness::up::{Up, toy_servers};
 use espalier_tests::harness::wait_for;
 use rand::rngs::StdRng;
@@ -169,14 +170,7 @@ async fn submit_until_acknowledged(client: &Client, n: u32, chunk: &[Value]) {
 /// `ESPALIER_SOAK_ROUNDS` and `ESPALIER_SOAK_SEED` make more of it, or the same again.
 #[tokio::test]
 async fn random_kills_lose_nothing() {
-    let number = |name: &str, default: u64| {
-        std::env::vars()
-            .find(|(key, _)| key == name)
-            .and_then(|(_, value)| value.parse().ok())
-            .unwrap_or(default)
-    };
-    let rounds = number("ESPALIER_SOAK_ROUNDS", 30);
-    let seed = number("ESPALIER_SOAK_SEED", rand::rng().random());
+    let (rounds, seed) = (soak::rounds(), soak::seed());
     println!("seed {seed}: ESPALIER_SOAK_SEED={seed} replays this run");
     let mut random = StdRng::seed_from_u64(seed);
     let mut up = Up::start(&toy_servers(), &model::start().await, &SHORT_LEASE).await;

@@ -16,7 +16,7 @@ use prost::Message as _;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-use super::{ENTRIES_MAX, QUEUE_BACKOFF, Session, lease_from_wire};
+use super::{ENTRIES_MAX, QUEUE_BACKOFF, Session, history, lease_from_wire};
 use crate::api::door::{Admitted, Door, in_clients_terms};
 use crate::api::view;
 use crate::queue::{Finish, FinishAck, JobResult, Outcome, Submission};
@@ -88,7 +88,10 @@ impl Session {
         let mut failures = 0;
         loop {
             match self.shared.queue.finish(finishes.clone()).await {
-                Ok(acks) => return Some(acks),
+                Ok(acks) => {
+                    history::finished(&self.connected.worker, &finishes, &acks);
+                    return Some(acks);
+                }
                 Err(error) => tracing::warn!(error = %error, "results cannot be stored now"),
             }
             failures += 1;
@@ -299,18 +302,13 @@ fn ack(lease: v1::Lease, verdict: Verdict, reason: String) -> v1::ResultAck {
 }
 
 fn count_finish(key: &JobKey, outcome: &Outcome) {
-    let outcome = match outcome {
-        Outcome::Succeeded { .. } => "succeeded",
-        Outcome::Failed { class, .. } => class.as_str(),
-        Outcome::Released => "released",
-    };
     let labels = [
         KeyValue::new(attribute::PROJECT, key.project.to_string()),
         KeyValue::new(
             attribute::JOB_KIND,
             espalier_core::queue::JobKind::Rollout.as_str(),
         ),
-        KeyValue::new(attribute::OUTCOME, outcome),
+        KeyValue::new(attribute::OUTCOME, history::outcome_name(outcome)),
     ];
     telemetry::metrics().job_finishes.add(1, &labels);
 }

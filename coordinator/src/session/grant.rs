@@ -18,7 +18,7 @@ use futures::StreamExt;
 use opentelemetry::KeyValue;
 use prost::Message as _;
 
-use super::{QUEUE_BACKOFF, Session, give_back, lock};
+use super::{QUEUE_BACKOFF, Session, give_back, history, lock};
 use crate::api::stored::StoredSpec;
 use crate::api::view;
 use crate::queue::{Finish, Granted, Outcome};
@@ -97,7 +97,10 @@ impl Session {
         let mut failures = 0;
         loop {
             match self.shared.queue.lease(request.clone()).await {
-                Ok(granted) => return granted,
+                Ok(granted) => {
+                    history::granted(&self.connected.worker, &granted);
+                    return granted;
+                }
                 Err(error) => tracing::warn!(error = %error, "jobs cannot be leased now"),
             }
             failures += 1;
@@ -146,10 +149,13 @@ impl Session {
         if let Some(left) = lock(&self.credit).get_mut(&kind) {
             *left = left.saturating_add(unheard);
         }
-        if !unreadable.is_empty()
-            && let Err(error) = self.shared.queue.finish(unreadable).await
-        {
-            tracing::error!(error = %error, "jobs with unreadable specs could not be ended");
+        if !unreadable.is_empty() {
+            match self.shared.queue.finish(unreadable.clone()).await {
+                Ok(acks) => history::finished(&self.connected.worker, &unreadable, &acks),
+                Err(error) => {
+                    tracing::error!(error = %error, "jobs with unreadable specs could not be ended")
+                }
+            }
         }
         self.send_grants(waiting).await;
     }
@@ -172,7 +178,7 @@ impl Session {
                 for (key, fence) in &leases {
                     self.connected.stopped(key, *fence);
                 }
-                give_back(&self.shared, leases).await;
+                give_back(&self.shared, &self.connected.worker, leases).await;
             }
         }
     }

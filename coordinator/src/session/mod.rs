@@ -10,6 +10,7 @@
 mod finish;
 mod grant;
 mod hello;
+mod history;
 mod manifest;
 mod outgoing;
 mod read;
@@ -21,7 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use espalier_core::error::FieldError;
-use espalier_core::id::{Fence, JobKey};
+use espalier_core::id::{Fence, JobKey, WorkerId};
 use espalier_core::queue::JobKind;
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
@@ -157,23 +158,29 @@ async fn serve(shared: Arc<Shared>, mut stream: Stream) {
     // Without senders the stream ends, and says what it could not send.
     let _ = with_deadline("session.flush", SEND_LIMIT, gone.cancelled()).await;
     let unsent = std::mem::take(&mut *lock(&unsent));
-    give_back(&shared, unsent).await;
+    give_back(&shared, &worker, unsent).await;
     tracing::info!(%worker, "worker disconnected");
 }
 
 /// Puts back jobs whose grants never left this process: they spend nothing and are ready at once.
-async fn give_back(shared: &Shared, unsent: Vec<(JobKey, Fence)>) {
+async fn give_back(shared: &Shared, worker: &WorkerId, unsent: Vec<(JobKey, Fence)>) {
     if unsent.is_empty() {
         return;
     }
     tracing::info!(leases = unsent.len(), "undelivered leases go back");
-    let finishes = unsent.into_iter().map(|(key, fence)| Finish {
-        key,
-        fence,
-        outcome: Outcome::Released,
-    });
-    if let Err(error) = shared.queue.finish(finishes.collect()).await {
-        tracing::warn!(error = %error, "undelivered leases could not go back; they end by their deadline");
+    let finishes: Vec<Finish> = unsent
+        .into_iter()
+        .map(|(key, fence)| Finish {
+            key,
+            fence,
+            outcome: Outcome::Released,
+        })
+        .collect();
+    match shared.queue.finish(finishes.clone()).await {
+        Ok(acks) => history::finished(worker, &finishes, &acks),
+        Err(error) => {
+            tracing::warn!(error = %error, "undelivered leases could not go back; they end by their deadline");
+        }
     }
 }
 

@@ -15,15 +15,16 @@ use tempfile::TempDir;
 
 use super::client::Client;
 use super::disk::SmallDisk;
+use super::history::{self, Event};
 use super::process::{Process, binary};
 use super::trail::Trail;
 use super::wait_for;
 
 /// Long enough for two busy cores; a hang is told apart from slowness by the tests' own deadlines.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// The project of the client's token.
-const PROJECT: &str = "default";
-const CLIENT_TOKEN: &str = "client-of-a-test-cluster";
+/// The projects that have a client, the usual one first. They weigh the same.
+pub const PROJECTS: [&str; 2] = ["default", "other"];
+const CLIENT_TOKENS: [&str; 2] = ["client-of-a-test-cluster", "client-of-another-project"];
 const OPERATOR_TOKEN: &str = "operator-of-a-test-cluster";
 const WORKER_TOKEN: &str = "worker-of-a-test-cluster";
 
@@ -34,7 +35,44 @@ pub struct Cluster {
     pub folder: TempDir,
     /// The coordinators, in the order of their numbers.
     pub coordinators: Vec<Coordinator>,
-    model_url: String,
+    setup: Setup,
+}
+
+/// What a cluster is made of.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// `embedded`, or the URL of a Redis, or of a proxy before one.
+    pub queue: String,
+    /// How many coordinators share it.
+    pub coordinators: usize,
+    /// What workers ask.
+    pub model_url: String,
+    /// How long leases last.
+    pub lease_ttl_ms: u64,
+    /// What a write to Redis must have reached before it counts.
+    pub acknowledge: &'static str,
+    /// The object store, where it is not a folder of the test's.
+    pub store_url: Option<String>,
+    /// Variables of every process, such as those by which a store is reached.
+    pub environment: Vec<(String, String)>,
+    /// Further sections of each coordinator's configuration.
+    pub more: String,
+}
+
+impl Setup {
+    /// With one coordinator, and leases that no test waits for.
+    pub fn new(queue: &str, model_url: &str) -> Self {
+        Self {
+            queue: queue.to_owned(),
+            coordinators: 1,
+            model_url: model_url.to_owned(),
+            lease_ttl_ms: 30_000,
+            acknowledge: "fast",
+            store_url: None,
+            environment: Vec::new(),
+            more: String::new(),
+        }
+    }
 }
 
 /// A running coordinator.
@@ -65,9 +103,13 @@ impl Cluster {
 
     /// The same, and tells the OTLP receiver at `receiver` every second.
     pub async fn start_observed(model_url: &str, lease_ttl_ms: u64, receiver: &str) -> Self {
-        let telemetry =
-            format!("[telemetry]\notlp_endpoint = {receiver:?}\nmetric_interval_s = 1\n");
-        Self::start_with("embedded", 1, model_url, lease_ttl_ms, &telemetry).await
+        let more = format!("[telemetry]\notlp_endpoint = {receiver:?}\nmetric_interval_s = 1\n");
+        Self::start_with(Setup {
+            lease_ttl_ms,
+            more,
+            ..Setup::new("embedded", model_url)
+        })
+        .await
     }
 
     /// Starts `coordinators` of them on the queue at `queue`: the URL of a Redis, or of a proxy before one.
@@ -77,31 +119,30 @@ impl Cluster {
         model_url: &str,
         lease_ttl_ms: u64,
     ) -> Self {
-        Self::start_with(queue, coordinators, model_url, lease_ttl_ms, "").await
+        Self::start_with(Setup {
+            coordinators,
+            lease_ttl_ms,
+            ..Setup::new(queue, model_url)
+        })
+        .await
     }
 
-    /// The same, with `more` sections in the configuration of each coordinator.
-    async fn start_with(
-        queue: &str,
-        coordinators: usize,
-        model_url: &str,
-        lease_ttl_ms: u64,
-        more: &str,
-    ) -> Self {
+    /// Starts what `setup` says.
+    pub async fn start_with(setup: Setup) -> Self {
         let folder = TempDir::new().expect("a temporary folder");
         let start = |number| {
             // A restart has to find the same port, so that workers find it again.
             let address = free_address();
-            let config = coordinator_config(folder.path(), address, queue, lease_ttl_ms) + more;
+            let config = coordinator_config(folder.path(), address, &setup);
             std::fs::write(config_file(folder.path(), number), config)
                 .expect("the test's folder is writable");
-            let process = spawn_coordinator(folder.path(), number);
+            let process = spawn_coordinator(folder.path(), number, &setup);
             Coordinator { process, address }
         };
         let mut cluster = Self {
-            coordinators: (0..coordinators).map(start).collect(),
+            coordinators: (0..setup.coordinators).map(start).collect(),
             folder,
-            model_url: model_url.to_owned(),
+            setup,
         };
         for coordinator in &mut cluster.coordinators {
             coordinator.wait_until_ready().await;
@@ -112,7 +153,7 @@ impl Cluster {
     /// Starts a coordinator again on the same configuration and data, after its process ended.
     pub async fn restart_coordinator(&mut self, number: usize) {
         let coordinator = &mut self.coordinators[number];
-        coordinator.process = spawn_coordinator(self.folder.path(), number);
+        coordinator.process = spawn_coordinator(self.folder.path(), number, &self.setup);
         coordinator.wait_until_ready().await;
     }
 
@@ -128,17 +169,28 @@ impl Cluster {
     /// Starts a worker with the toy MCP server and with browsers, which knows every coordinator. A name that was used
     /// before takes over that worker's data folder.
     pub fn worker(&self, name: &str, slots: u32) -> Worker {
-        self.spawn_worker(name, slots, &self.addresses(), None)
+        self.spawn_worker(name, slots, &self.addresses(), Where::Here)
     }
 
     /// The same, with coordinators only at `addresses`, such as one of [`Cluster::addresses`] or a proxy before it.
     pub fn worker_at(&self, addresses: &[SocketAddr], name: &str, slots: u32) -> Worker {
-        self.spawn_worker(name, slots, addresses, None)
+        self.spawn_worker(name, slots, addresses, Where::Here)
     }
 
     /// The same, with its data folder on `disk`.
     pub fn worker_on_disk(&self, name: &str, slots: u32, disk: &SmallDisk) -> Worker {
-        self.spawn_worker(name, slots, &self.addresses(), Some(disk))
+        self.spawn_worker(name, slots, &self.addresses(), Where::OnDisk(disk))
+    }
+
+    /// The same, on a machine whose clock is wrong by `offset`, such as `+1h`. Its monotonic clock is right.
+    pub fn worker_with_clock(
+        &self,
+        addresses: &[SocketAddr],
+        name: &str,
+        slots: u32,
+        offset: &str,
+    ) -> Worker {
+        self.spawn_worker(name, slots, addresses, Where::WithClock(offset))
     }
 
     /// A connection for a test that plays a worker of the first coordinator.
@@ -162,7 +214,7 @@ impl Cluster {
         name: &str,
         slots: u32,
         addresses: &[SocketAddr],
-        disk: Option<&SmallDisk>,
+        machine: Where<'_>,
     ) -> Worker {
         let config_file = self.folder.path().join(format!("{name}.toml"));
         let data_dir = self.folder.path().join(name);
@@ -174,10 +226,15 @@ impl Cluster {
         .expect("the test's folder is writable");
         let mut command = Command::new(binary("espalier-agent-worker"));
         command.arg("--config").arg(config_file);
+        command.envs(self.setup.environment.iter().cloned());
         trail.lay(&mut command);
-        let command = match disk {
-            Some(disk) => disk.command(&command),
-            None => command,
+        let command = match machine {
+            Where::Here => command,
+            Where::OnDisk(disk) => disk.command(&command),
+            Where::WithClock(offset) => {
+                command.envs(wrong_clock(offset));
+                command
+            }
         };
         Worker {
             process: Process::start(name, command, self.folder.path()),
@@ -204,19 +261,36 @@ impl Cluster {
 
     /// The same, of whichever coordinator is behind `address`.
     pub async fn client_at(&self, address: SocketAddr) -> Client {
-        Client::connect(&format!("http://{address}"), CLIENT_TOKEN).await
+        Client::connect(&format!("http://{address}"), CLIENT_TOKENS[0]).await
     }
 
-    /// The key of a job of the client's.
+    /// A client of each of [`PROJECTS`], of whichever coordinator is behind `address`.
+    pub async fn clients_at(&self, address: SocketAddr) -> [Client; 2] {
+        let url = format!("http://{address}");
+        let [one, other] = CLIENT_TOKENS.map(|token| Client::connect(&url, token));
+        [one.await, other.await]
+    }
+
+    /// What the coordinators have told of grants and ends, in every life of theirs. With `holes`, one was killed.
+    pub fn history(&self, holes: bool) -> Vec<Event> {
+        let logs = self.coordinators.iter().map(|c| c.process.log());
+        logs.flat_map(|log| history::log::read(&log, holes))
+            .collect()
+    }
+
+    /// The key of a job of the usual client's.
     pub fn key(&self, batch: &str, job: &str) -> JobKey {
-        format!("{PROJECT}/{batch}/{job}")
-            .parse()
-            .expect("names of tests are valid")
+        key(PROJECTS[0], batch, job)
     }
 
     /// Where the object at `path` lies.
     pub fn object(&self, path: &str) -> PathBuf {
         self.folder.path().join("store").join(path)
+    }
+
+    /// Whether its store is a folder, in which objects can be looked at.
+    pub fn has_folder(&self) -> bool {
+        self.setup.store_url.is_none()
     }
 
     /// The published manifest of a job. Panics if it is not there, or a file of it is not what it says.
@@ -256,8 +330,8 @@ impl Cluster {
              store_url = {store:?}\nmodel_name = \"scripted\"\nslots = {slots}\n\
              playwright_dir = {playwright:?}\n[model]\nbase_url = {model:?}\n\
              [mcp_servers.toy]\ncommand = {toy:?}\n[mcp_servers.browser]\npreset = \"playwright\"\n",
-            store = store_url(self.folder.path()),
-            model = self.model_url,
+            store = store_url(self.folder.path(), &self.setup),
+            model = self.setup.model_url,
             playwright = Path::new(env!("CARGO_MANIFEST_DIR")).join("../agent-worker/playwright"),
             toy = binary("toy-mcp"),
         )
@@ -328,28 +402,64 @@ fn free_address() -> SocketAddr {
         .expect("a free port")
 }
 
-fn store_url(folder: &Path) -> String {
-    format!("file://{}", folder.join("store").display())
+/// The machine that a worker is on.
+enum Where<'a> {
+    Here,
+    OnDisk(&'a SmallDisk),
+    WithClock(&'a str),
 }
 
-fn coordinator_config(
-    folder: &Path,
-    address: SocketAddr,
-    queue: &str,
-    lease_ttl_ms: u64,
-) -> String {
+/// What makes the clock of a process wrong. The loader puts the machine's own folder of libraries for `$LIB`.
+fn wrong_clock(offset: &str) -> [(&'static str, String); 3] {
+    [
+        (
+            "LD_PRELOAD",
+            "/usr/$LIB/faketime/libfaketimeMT.so.1".to_owned(),
+        ),
+        ("FAKETIME", offset.to_owned()),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
+    ]
+}
+
+/// The key of a job of one of [`PROJECTS`].
+pub fn key(project: &str, batch: &str, job: &str) -> JobKey {
+    format!("{project}/{batch}/{job}")
+        .parse()
+        .expect("names of tests are valid")
+}
+
+fn store_url(folder: &Path, setup: &Setup) -> String {
+    let own = || format!("file://{}", folder.join("store").display());
+    setup.store_url.clone().unwrap_or_else(own)
+}
+
+fn coordinator_config(folder: &Path, address: SocketAddr, setup: &Setup) -> String {
+    let client = |(project, token): (&str, &str)| {
+        format!(
+            "[[tokens]]\nname = \"client of {project}\"\nsha256 = \"{sha256}\"\nproject = \"{project}\"\n\
+             roles = [\"submit\", \"read\"]\n",
+            sha256 = sha256_hex(token.as_bytes()),
+        )
+    };
+    let clients: String = PROJECTS
+        .into_iter()
+        .zip(CLIENT_TOKENS)
+        .map(client)
+        .collect();
     format!(
-        "listen = \"{address}\"\nqueue = {queue:?}\ndata_dir = {data_dir:?}\nstore_url = {store:?}\n\
-         mcp_servers = [\"toy\", \"browser\"]\nlease_ttl_ms = {lease_ttl_ms}\n\
-         [[tokens]]\nname = \"client\"\nsha256 = \"{client}\"\nproject = \"{PROJECT}\"\n\
-         roles = [\"submit\", \"read\"]\n\
+        "listen = \"{address}\"\nqueue = {queue:?}\nqueue_acknowledge = {acknowledge:?}\n\
+         data_dir = {data_dir:?}\nstore_url = {store:?}\nmcp_servers = [\"toy\", \"browser\"]\n\
+         lease_ttl_ms = {lease_ttl_ms}\n{clients}\
          [[tokens]]\nname = \"operators\"\nsha256 = \"{operator}\"\nproject = \"*\"\nroles = [\"admin\"]\n\
-         [[tokens]]\nname = \"workers\"\nsha256 = \"{worker}\"\nproject = \"*\"\nroles = [\"worker\"]\n",
+         [[tokens]]\nname = \"workers\"\nsha256 = \"{worker}\"\nproject = \"*\"\nroles = [\"worker\"]\n{more}",
+        queue = setup.queue,
+        acknowledge = setup.acknowledge,
         data_dir = folder.join("coordinator"),
-        store = store_url(folder),
-        client = sha256_hex(CLIENT_TOKEN.as_bytes()),
+        store = store_url(folder, setup),
+        lease_ttl_ms = setup.lease_ttl_ms,
         operator = sha256_hex(OPERATOR_TOKEN.as_bytes()),
         worker = sha256_hex(WORKER_TOKEN.as_bytes()),
+        more = setup.more,
     )
 }
 
@@ -357,8 +467,10 @@ fn config_file(folder: &Path, number: usize) -> PathBuf {
     folder.join(format!("coordinator-{number}.toml"))
 }
 
-fn spawn_coordinator(folder: &Path, number: usize) -> Process {
+fn spawn_coordinator(folder: &Path, number: usize, setup: &Setup) -> Process {
     let mut command = Command::new(binary("espalier-coordinator"));
     command.arg("--config").arg(config_file(folder, number));
+    command.env("ESPALIER_LOG", history::log::filter());
+    command.envs(setup.environment.iter().cloned());
     Process::start(&format!("coordinator-{number}"), command, folder)
 }

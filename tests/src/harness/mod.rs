@@ -1,14 +1,18 @@
 //! What scenarios are made of: real processes, a client, an OTLP receiver, and waits that say what they waited for.
 //!
-//! Nothing here judges; the scenarios in `tests/tests` do.
+//! What must hold whatever happened is judged by `history` and `world`; all else is judged by the scenarios in
+//! `tests/tests`.
 
 pub mod client;
 pub mod cluster;
 pub mod disk;
+pub mod history;
 pub mod model;
 pub mod otlp;
 pub mod practice;
+pub mod soak;
 pub mod trail;
 pub mod up;
+pub mod world;
 
 pub use espalier_testbed::{ports, process, proxy, redis, s3, wait_for};

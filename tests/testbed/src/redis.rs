@@ -54,13 +54,18 @@ impl RedisServer {
     pub async fn start_replica(primary: &Self) -> Self {
         let of = format!("127.0.0.1 {}", primary.port());
         let replica = Self::start_with(&[("replicaof", &of)]).await;
+        replica.wait_until_in_sync().await;
+        replica
+    }
+
+    /// Waits until this replica has its primary's data.
+    pub async fn wait_until_in_sync(&self) {
         wait_for("the replica to be in sync", READY_DEADLINE, || async {
-            let info = replica.cli(&["INFO", "replication"]).await;
+            let info = self.cli(&["INFO", "replication"]).await;
             let up = info.contains("master_link_status:up");
             up.then_some(()).ok_or(info)
         })
         .await;
-        replica
     }
 
     /// Its address, as `redis://127.0.0.1:PORT`.

@@ -95,6 +95,12 @@ pub mod attribute {
     pub const STORE_OPERATION: &str = "espalier.store.operation";
 }
 
+/// Targets of log records that are asked for by name.
+pub mod target {
+    /// At debug level, a line for each grant and for each end of an attempt with the queue's verdict.
+    pub const HISTORY: &str = "espalier_coordinator::history";
+}
+
 /// Values of `gen_ai.operation.name`.
 pub mod operation {
     /// A call of the model.
