@@ -1,0 +1,1 @@
+//! Every numerical op once: `cpu` and `cuda` side by side.

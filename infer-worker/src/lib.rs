@@ -1,0 +1,1 @@
+//! Serves Qwen3 and its adapters over an OpenAI-compatible API.
