@@ -6,6 +6,7 @@ use espalier_runtime::tasks::Tasks;
 use espalier_testbed::redis::RedisServer;
 use espalier_testbed::wait_for;
 
+use super::super::core::LAYOUT;
 use super::super::{ConnectError, Redis, RedisConfig, Unfit};
 use super::*;
 use crate::queue::{OpenBatch, Queue};
@@ -121,6 +122,8 @@ async fn a_server_that_is_away_is_known_at_once_and_one_that_is_another_is_told(
     server.resume();
     wait_until(&queue, "it to serve", |seen| *seen == Condition::Serving).await;
 
+    // It comes back empty.
+    server.cli(&["FLUSHALL"]).await;
     server.restart().await;
     let told = async {
         loop {
@@ -136,4 +139,7 @@ async fn a_server_that_is_away_is_known_at_once_and_one_that_is_another_is_told(
         queue.open_batch(batch("b"))
     })
     .await;
+    let known = server.cli(&["HMGET", "{test:0}:m", "shards", "v"]).await;
+    let known: Vec<&str> = known.split_whitespace().collect();
+    assert_eq!(known, ["1", &LAYOUT.to_string()], "it was told again");
 }
