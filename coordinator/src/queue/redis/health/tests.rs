@@ -139,7 +139,12 @@ async fn a_server_that_is_away_is_known_at_once_and_one_that_is_another_is_told(
         queue.open_batch(batch("b"))
     })
     .await;
-    let known = server.cli(&["HMGET", "{test:0}:m", "shards", "v"]).await;
-    let known: Vec<&str> = known.split_whitespace().collect();
-    assert_eq!(known, ["1", &LAYOUT.to_string()], "it was told again");
+    // It is told again how many shards there are, and their layout.
+    wait_for("the shard to be joined", SEEN_DEADLINE, || async {
+        let known = server.cli(&["HMGET", "{test:0}:m", "shards", "v"]).await;
+        let fields: Vec<&str> = known.split_whitespace().collect();
+        let joined = fields == ["1", &LAYOUT.to_string()];
+        joined.then_some(()).ok_or(known)
+    })
+    .await;
 }
