@@ -87,7 +87,7 @@ impl Journal {
         if found.closed {
             return Ok(());
         }
-        let (restarts, is_whole) = (self.queue.restarts(), self.is_whole());
+        let (restarts, is_whole) = (self.restarts(), self.is_whole());
         let chunks = self.chunks(project, batch).boxed();
         let mut chunks = self.in_time("journal.list", chunks).await?;
         if is_whole {
@@ -97,7 +97,7 @@ impl Journal {
             let given = self.give(project, batch, n).await;
             self.judge(project, batch, given, is_whole)?;
         }
-        if self.queue.restarts() != restarts {
+        if self.restarts() != restarts {
             return Err(not_yet(batch));
         }
         Ok(())

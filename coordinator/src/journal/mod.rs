@@ -3,7 +3,8 @@
 //!
 //! The API opens, fills, closes and cancels batches through [`Journal`]: an answer goes out when the queue has the
 //! change and after that the store has its entry, so that nothing is acknowledged that only the queue holds, and nothing
-//! is kept that the queue refused. Where the queue loses nothing, nothing is kept. `maintenance::journal` removes entries
+//! is kept that the queue refused. Where the queue loses nothing, or the configuration
+//! has it so, nothing is kept. `maintenance::journal` removes entries
 //! and drives them again. Jobs that results spawn are not in here: a result that was lost is found again by adoption.
 
 mod again;
@@ -72,27 +73,35 @@ pub struct Journal {
     store: Store,
     /// Tells queues that share a store apart.
     name: String,
+    /// Whether anything is kept.
+    keeps: bool,
     places: Semaphore,
     /// One more than the queue's restarts when all that is kept was driven last; 0 before that.
     whole: AtomicU64,
 }
 
 impl Journal {
-    /// Of the queue with this name.
-    pub fn new(queue: Arc<dyn Queue>, store: Store, name: &str) -> Self {
+    /// Of the queue with this name; with `keeps` false it passes on and keeps nothing.
+    pub fn new(queue: Arc<dyn Queue>, store: Store, name: &str, keeps: bool) -> Self {
         Self {
             queue,
             store,
             name: name.to_owned(),
+            keeps,
             places: Semaphore::new(WRITES_MAX),
             whole: AtomicU64::new(0),
         }
     }
 
+    /// How often the queue may have lost something so far; none where nothing is kept, as it never does or must not matter.
+    pub fn restarts(&self) -> Option<u64> {
+        self.queue.restarts().filter(|_| self.keeps)
+    }
+
     /// Whether the queue has all that is kept, as far as this process knows: it was driven since the server was restarted
     /// or replaced last.
     pub fn is_whole(&self) -> bool {
-        let restarts = self.queue.restarts();
+        let restarts = self.restarts();
         restarts.is_none_or(|restarts| self.whole.load(Ordering::Acquire) == restarts + 1)
     }
 
@@ -103,7 +112,7 @@ impl Journal {
 
     /// Opens a batch. Kept after the queue has it: one that is open with other defaults stays as it is.
     pub async fn open_batch(&self, request: OpenBatch) -> Result<BatchView, QueueError> {
-        if self.queue.restarts().is_none() {
+        if self.restarts().is_none() {
             return self.queue.open_batch(request).await;
         }
         self.unless_replaced(async {
@@ -124,7 +133,7 @@ impl Journal {
         known: Option<[u8; 32]>,
     ) -> Result<ChunkReply, QueueError> {
         let is_other = known.is_some_and(|digest| digest != chunk.digest);
-        if self.queue.restarts().is_none() || is_other {
+        if self.restarts().is_none() || is_other {
             return self.queue.submit(chunk).await;
         }
         let turn = with_deadline("journal.turn", WRITE_LIMIT, self.places.acquire()).await;
@@ -216,7 +225,7 @@ impl Journal {
         project: ProjectId,
         batch: BatchId,
     ) -> Result<BatchView, QueueError> {
-        if self.queue.restarts().is_none() {
+        if self.restarts().is_none() {
             return self.queue.close_batch(project, batch).await;
         }
         self.unless_replaced(async {
@@ -233,7 +242,7 @@ impl Journal {
     /// Cancels. A whole batch stays cancelled; single jobs may lose that together with all else that is lost.
     pub async fn cancel(&self, which: Selector) -> Result<Cancelled, QueueError> {
         let (project, batch) = match &which {
-            Selector::Batch(project, batch) if self.queue.restarts().is_some() => {
+            Selector::Batch(project, batch) if self.restarts().is_some() => {
                 (project.clone(), batch.clone())
             }
             _ => return self.queue.cancel(which).await,
@@ -254,9 +263,9 @@ impl Journal {
         &self,
         done: impl Future<Output = Result<T, QueueError>>,
     ) -> Result<T, QueueError> {
-        let before = self.queue.restarts();
+        let before = self.restarts();
         let done = done.await?;
-        if self.queue.restarts() == before {
+        if self.restarts() == before {
             return Ok(done);
         }
         Err(QueueError::Unavailable {
@@ -348,7 +357,7 @@ impl Journal {
 
     /// Whether a batch was opened and has not ended, as far as is kept.
     pub async fn has(&self, project: &ProjectId, batch: &BatchId) -> Result<bool, StoreError> {
-        if self.queue.restarts().is_none() {
+        if self.restarts().is_none() {
             return Ok(false);
         }
         let path = layout::journal_entry(&self.name, project, batch, JournalEntry::Open);
@@ -404,7 +413,7 @@ impl Journal {
 
     /// Removes all entries of a batch.
     pub async fn forget(&self, project: &ProjectId, batch: &BatchId) -> Result<(), StoreError> {
-        if self.queue.restarts().is_none() {
+        if self.restarts().is_none() {
             return Ok(());
         }
         let prefix = layout::journal_batch(&self.name, project, batch);

@@ -154,7 +154,7 @@ impl Plan {
 
 /// Runs rounds until the process aborts; ends at once where the queue loses nothing.
 pub async fn run(shared: Arc<Shared>) {
-    let mut plan = Plan::new(shared.queue.restarts(), Instant::now());
+    let mut plan = Plan::new(shared.journal.restarts(), Instant::now());
     let mut ticks = tokio::time::interval(LOOK_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while plan.seen.is_some() {
@@ -162,7 +162,7 @@ pub async fn run(shared: Arc<Shared>) {
             _ = ticks.tick() => {}
             () = shared.shutdown.aborted() => return,
         }
-        if !plan.is_due(shared.queue.restarts(), Instant::now())
+        if !plan.is_due(shared.journal.restarts(), Instant::now())
             || shared.queue.condition().await != Condition::Serving
         {
             continue;

@@ -45,7 +45,7 @@ impl World {
         let store = store.with_faults(faults.clone());
         let of = Arc::clone(&queue) as Arc<dyn Queue>;
         Self {
-            journal: Journal::new(of, store.clone(), "test"),
+            journal: Journal::new(of, store.clone(), "test", true),
             server,
             queue,
             store,
@@ -373,7 +373,7 @@ async fn what_was_under_way_while_the_server_was_replaced_is_not_acknowledged() 
         ..StoreLimits::default()
     };
     let store = world.store.clone().with_limits(limits);
-    let journal = Journal::new(world.journal_queue(), store, "test");
+    let journal = Journal::new(world.journal_queue(), store, "test", true);
     let submitting = journal.submit(chunk("b", 0, &[job("a")]), None);
     let queue = Arc::clone(&world.queue);
     let replacing = async {
@@ -497,7 +497,7 @@ async fn of_two_chunks_with_one_number_the_one_that_was_taken_is_kept() {
     assert!(matches!(refused, Err(QueueError::Refused(_))));
     world.lose_all_of("b").await;
     // A coordinator that has not driven yet.
-    let journal = Journal::new(world.journal_queue(), world.store.clone(), "test");
+    let journal = Journal::new(world.journal_queue(), world.store.clone(), "test", true);
     let refused = journal.submit(other(), None).await;
     assert!(matches!(refused, Err(QueueError::Refused(_))));
     world.go(true).await;
