@@ -69,6 +69,9 @@ pub struct CoordinatorConfig {
     /// What a write to Redis must have reached before it counts: `fast`, `replicated` or `durable`.
     #[serde(default)]
     pub queue_acknowledge: Acknowledge,
+    /// Whether what Redis acknowledged is kept in the object store too, until its batch has ended.
+    #[serde(default)]
+    pub queue_journal: bool,
     /// Folder of the embedded queue's file; not needed with Redis.
     #[serde(default)]
     pub data_dir: PathBuf,
@@ -180,6 +183,7 @@ impl CoordinatorConfig {
             queue_name: default_queue_name(),
             queue_shards: default_queue_shards(),
             queue_acknowledge: Acknowledge::default(),
+            queue_journal: false,
             data_dir: data_dir.into(),
             store_url: store_url.into(),
             tls: None,

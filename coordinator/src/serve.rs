@@ -213,6 +213,7 @@ fn share(
             Arc::clone(&deps.queue),
             deps.store.clone(),
             &config.queue_name,
+            config.queue_journal,
         ),
         auth: Arc::new(Auth::new(config.tokens.clone())),
         config: Arc::new(config),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use espalier_tests::harness::client::Client;
-use espalier_tests::harness::cluster::Cluster;
+use espalier_tests::harness::cluster::{Cluster, Setup};
 use espalier_tests::harness::model::{self, sum_job};
 use espalier_tests::harness::redis::RedisServer;
 use espalier_tests::harness::wait_for;
@@ -29,7 +29,13 @@ impl World {
         // Synced, so that a copy of its folder is a state that it was in.
         let redis = RedisServer::start_with(&[("appendfsync", "always")]).await;
         let model_url = model::start().await;
-        let cluster = Cluster::start_on(&redis.url(), 2, &model_url, LEASE_MS).await;
+        let cluster = Cluster::start_with(Setup {
+            coordinators: 2,
+            lease_ttl_ms: LEASE_MS,
+            journal: true,
+            ..Setup::new(&redis.url(), &model_url)
+        })
+        .await;
         let client = cluster.client().await;
         Self {
             redis,

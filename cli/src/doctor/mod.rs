@@ -163,7 +163,7 @@ fn findings_text(findings: &[Finding]) -> String {
             cut(&plain(seen), 400)
         ));
         if !fix.is_empty() {
-            lines.push(format!("      {:width$}  → {fix}", ""));
+            lines.push(format!("      {:width$}  → {}", "", plain(fix)));
         }
     }
     lines.join("\n")

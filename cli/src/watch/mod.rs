@@ -15,7 +15,7 @@ use tonic::{Code, Status};
 use crate::client::{Client, root_cause};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
-use crate::output::{count, note};
+use crate::output::{count, note, plain};
 use crate::{json, progress};
 pub use report::Report;
 
@@ -95,7 +95,10 @@ pub async fn follow(context: &Context, client: &Client, batch: &str) -> Outcome 
         if std::mem::take(&mut watched.moved) {
             away = Away::default();
         }
-        let said = format!("connection lost, trying again: {}", root_cause(&status));
+        let said = plain(&format!(
+            "connection lost, trying again: {}",
+            root_cause(&status)
+        ));
         let wait = away.after(status)?;
         watched.bar.set_message(said);
         tokio::time::sleep(wait).await;

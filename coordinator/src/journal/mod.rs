@@ -2,26 +2,32 @@
 //! that what was lost can be given to it again.
 //!
 //! The API opens, fills, closes and cancels batches through [`Journal`]: an answer goes out when the queue has the
-//! change and the store has its entry, so that nothing is acknowledged that only the queue holds. Where the queue loses
-//! nothing, nothing is kept. `maintenance::journal` removes entries and drives them again. Jobs that results spawn are
-//! not in here: a result that was lost is found again by adoption.
+//! change and after that the store has its entry, so that nothing is acknowledged that only the queue holds, and nothing
+//! is kept that the queue refused. Where the queue loses nothing, or the configuration
+//! has it so, nothing is kept. `maintenance::journal` removes entries
+//! and drives them again. Jobs that results spawn are not in here: a result that was lost is found again by adoption.
 
+mod again;
 mod record;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, ProjectId};
 use espalier_core::layout::{self, JournalEntry};
-use espalier_core::queue::{BatchView, Cancelled, ItemResult, Refusal, Selector};
+use espalier_core::queue::{BatchView, Cancelled, ItemResult, Selector};
 use espalier_core::time::Timestamp;
-use espalier_runtime::store::{LIST_MAX, Store, StoreError};
+use espalier_runtime::store::{Created, LIST_MAX, Store, StoreError};
 use espalier_runtime::tasks::{self, with_deadline};
 use espalier_runtime::telemetry;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
 
-use crate::queue::{Answer, Chunk, ChunkReply, OpenBatch, Queue, QueueError};
+use crate::queue::{Chunk, ChunkReply, OpenBatch, Queue, QueueError};
 
 pub use record::Unreadable;
 
@@ -42,6 +48,9 @@ pub enum JournalError {
     /// It is not what this version writes.
     #[error(transparent)]
     Unreadable(#[from] Unreadable),
+    /// The queue was given it, and did not take it.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
 }
 
 /// An object of the journal.
@@ -64,23 +73,46 @@ pub struct Journal {
     store: Store,
     /// Tells queues that share a store apart.
     name: String,
+    /// Whether anything is kept.
+    keeps: bool,
     places: Semaphore,
+    /// One more than the queue's restarts when all that is kept was driven last; 0 before that.
+    whole: AtomicU64,
 }
 
 impl Journal {
-    /// Of the queue with this name.
-    pub fn new(queue: Arc<dyn Queue>, store: Store, name: &str) -> Self {
+    /// Of the queue with this name; with `keeps` false it passes on and keeps nothing.
+    pub fn new(queue: Arc<dyn Queue>, store: Store, name: &str, keeps: bool) -> Self {
         Self {
             queue,
             store,
             name: name.to_owned(),
+            keeps,
             places: Semaphore::new(WRITES_MAX),
+            whole: AtomicU64::new(0),
         }
+    }
+
+    /// How often the queue may have lost something so far; none where nothing is kept, as it never does or must not matter.
+    pub fn restarts(&self) -> Option<u64> {
+        self.queue.restarts().filter(|_| self.keeps)
+    }
+
+    /// Whether the queue has all that is kept, as far as this process knows: it was driven since the server was restarted
+    /// or replaced last.
+    pub fn is_whole(&self) -> bool {
+        let restarts = self.restarts();
+        restarts.is_none_or(|restarts| self.whole.load(Ordering::Acquire) == restarts + 1)
+    }
+
+    /// All that is kept was driven after so many restarts.
+    pub fn note_whole(&self, restarts: u64) {
+        self.whole.fetch_max(restarts + 1, Ordering::AcqRel);
     }
 
     /// Opens a batch. Kept after the queue has it: one that is open with other defaults stays as it is.
     pub async fn open_batch(&self, request: OpenBatch) -> Result<BatchView, QueueError> {
-        if self.queue.restarts().is_none() {
+        if self.restarts().is_none() {
             return self.queue.open_batch(request).await;
         }
         self.unless_replaced(async {
@@ -94,44 +126,97 @@ impl Journal {
     }
 
     /// Adds a chunk. `known` is the digest under which the queue knows its number: one that comes with another is
-    /// refused, and must not take the place of what was taken.
+    /// refused.
     pub async fn submit(
         &self,
         chunk: Chunk,
         known: Option<[u8; 32]>,
     ) -> Result<ChunkReply, QueueError> {
         let is_other = known.is_some_and(|digest| digest != chunk.digest);
-        if self.queue.restarts().is_none() || is_other {
+        if self.restarts().is_none() || is_other {
             return self.queue.submit(chunk).await;
         }
         let turn = with_deadline("journal.turn", WRITE_LIMIT, self.places.acquire()).await;
         let Ok(Ok(_turn)) = turn else {
-            return Err(self.away("it takes too long"));
+            return Err(self.busy());
         };
+        self.unless_replaced(self.submit_and_keep(chunk)).await
+    }
+
+    async fn submit_and_keep(&self, chunk: Chunk) -> Result<ChunkReply, QueueError> {
+        self.check_number(&chunk).await?;
         let (project, batch) = (chunk.project.clone(), chunk.batch.clone());
         let entry = JournalEntry::Chunk(chunk.n);
         let encoded = tasks::blocking("journal.encode", move || {
             let row = record::encode_chunk(&chunk);
             (chunk, row)
         });
-        let (chunk, row) = encoded
-            .await
-            .map_err(|error| self.away(&error.to_string()))?;
-        self.unless_replaced(async {
-            let asked = self.queue.submit(chunk);
-            let reply = self
-                .both(&project, &batch, entry, row.clone(), asked)
-                .await?;
-            let is_rejected = |item: &ItemResult| matches!(item, ItemResult::Rejected(_));
-            if reply.items.iter().any(is_rejected) {
-                // What the client was told is not in the queue must not enter it later.
-                let left = record::without_rejected(row, &reply.items);
-                let left = left.map_err(|error| self.away(&error.to_string()))?;
-                self.keep(&project, &batch, entry, left).await?;
+        let (chunk, row) = encoded.await.map_err(|error| self.away(&error))?;
+        let reply = self.queue.submit(chunk).await?;
+        let row = if reply.items.iter().any(is_rejected) {
+            // What the client was told is not in the queue must not enter it later.
+            let taken = record::taken(row, &reply.items);
+            taken.map_err(|error| self.away(&error))?
+        } else {
+            Some(row)
+        };
+        if let Some(row) = row {
+            self.keep_chunk(&project, &batch, entry, row).await?;
+        }
+        Ok(reply)
+    }
+
+    /// Until all is driven the queue may not know that a number is taken. What took it was acknowledged.
+    async fn check_number(&self, chunk: &Chunk) -> Result<(), QueueError> {
+        if self.is_whole() {
+            return Ok(());
+        }
+        let entry = JournalEntry::Chunk(chunk.n);
+        let kept = async {
+            match self.read(&chunk.project, &chunk.batch, entry).await {
+                Err(error) if error.is_not_found() => Ok(None),
+                read => read.map(Some),
             }
-            Ok(reply)
-        })
-        .await
+        }
+        .boxed();
+        let Some(kept) = self.in_time("journal.read", kept).await? else {
+            return Ok(());
+        };
+        let digest = tasks::blocking("journal.decode", move || record::digest_of_chunk(kept));
+        let digest = digest.await.map_err(|error| self.away(&error))?;
+        // One that cannot be read cannot be driven either.
+        if digest.is_ok_and(|digest| digest != chunk.digest) {
+            let rule = "was submitted before with other jobs; give new jobs a new number";
+            return Err(FieldError::new("chunk", chunk.n, rule).into());
+        }
+        Ok(())
+    }
+
+    /// Keeps what the queue took of a chunk. What is kept since the chunk came before was acknowledged, and stays beside it,
+    /// whatever the door makes of the same chunk now.
+    async fn keep_chunk(
+        &self,
+        project: &ProjectId,
+        batch: &BatchId,
+        entry: JournalEntry,
+        row: Bytes,
+    ) -> Result<(), QueueError> {
+        let path = layout::journal_entry(&self.name, project, batch, entry);
+        let created = self.store.create(&path, row.clone()).boxed();
+        if self.in_time("journal.write", created).await? == Created::New {
+            return Ok(());
+        }
+        let kept = self.store.get(&path).boxed();
+        let kept = self.in_time("journal.read", kept).await?;
+        let before = kept.clone();
+        let merged = tasks::blocking("journal.merge", move || record::merged(kept, row));
+        let merged = merged.await.map_err(|error| self.away(&error))?;
+        let merged = merged.map_err(|error| self.away(&error))?;
+        if merged == before {
+            return Ok(());
+        }
+        self.in_time("journal.write", self.store.put(&path, merged).boxed())
+            .await
     }
 
     /// Closes a batch.
@@ -140,64 +225,36 @@ impl Journal {
         project: ProjectId,
         batch: BatchId,
     ) -> Result<BatchView, QueueError> {
-        let asked = self.queue.close_batch(project.clone(), batch.clone());
-        self.marked(&project, &batch, JournalEntry::Closed, asked)
-            .await
+        if self.restarts().is_none() {
+            return self.queue.close_batch(project, batch).await;
+        }
+        self.unless_replaced(async {
+            self.complete(&project, &batch).await?;
+            let asked = self.queue.close_batch(project.clone(), batch.clone());
+            let view = asked.await?;
+            self.keep(&project, &batch, JournalEntry::Closed, Bytes::new())
+                .await?;
+            Ok(view)
+        })
+        .await
     }
 
     /// Cancels. A whole batch stays cancelled; single jobs may lose that together with all else that is lost.
     pub async fn cancel(&self, which: Selector) -> Result<Cancelled, QueueError> {
-        let asked = self.queue.cancel(which.clone());
-        match &which {
-            Selector::Batch(project, batch) => {
-                self.marked(project, batch, JournalEntry::Cancelled, asked)
-                    .await
+        let (project, batch) = match &which {
+            Selector::Batch(project, batch) if self.restarts().is_some() => {
+                (project.clone(), batch.clone())
             }
-            _ => asked.await,
-        }
-    }
-
-    async fn marked<T>(
-        &self,
-        project: &ProjectId,
-        batch: &BatchId,
-        mark: JournalEntry,
-        asked: Answer<'_, T>,
-    ) -> Result<T, QueueError> {
-        if self.queue.restarts().is_none() {
-            return asked.await;
-        }
-        let both = self.both(project, batch, mark, Bytes::new(), asked);
-        self.unless_replaced(both).await
-    }
-
-    /// Asks the queue and keeps the entry side by side. An entry is taken away if the batch was closed before, or never
-    /// opened; where the queue has lost the batch, it will be driven.
-    async fn both<T>(
-        &self,
-        project: &ProjectId,
-        batch: &BatchId,
-        entry: JournalEntry,
-        row: Bytes,
-        asked: Answer<'_, T>,
-    ) -> Result<T, QueueError> {
-        let (answer, kept) = tokio::join!(asked, self.keep(project, batch, entry, row));
-        let error = match answer {
-            Ok(answer) => return kept.map(|()| answer),
-            Err(error) => error,
+            _ => return self.queue.cancel(which).await,
         };
-        let is_refused = match &error {
-            QueueError::Refused(Refusal::BatchClosed { .. }) => true,
-            QueueError::Refused(Refusal::UnknownBatch { .. }) => {
-                !self.has(project, batch).await.unwrap_or(true)
-            }
-            _ => false,
-        };
-        if is_refused && let Err(error) = self.remove(project, batch, entry).await {
-            let error = telemetry::error_chain(&error);
-            tracing::warn!(%project, %batch, error, "an entry of what was refused stays in the journal");
-        }
-        Err(error)
+        self.unless_replaced(async {
+            self.complete(&project, &batch).await?;
+            let cancelled = self.queue.cancel(which).await?;
+            self.keep(&project, &batch, JournalEntry::Cancelled, Bytes::new())
+                .await?;
+            Ok(cancelled)
+        })
+        .await
     }
 
     /// Does not acknowledge what may have gone to a server that was replaced meanwhile: whoever drives the journal after
@@ -206,9 +263,9 @@ impl Journal {
         &self,
         done: impl Future<Output = Result<T, QueueError>>,
     ) -> Result<T, QueueError> {
-        let before = self.queue.restarts();
+        let before = self.restarts();
         let done = done.await?;
-        if self.queue.restarts() == before {
+        if self.restarts() == before {
             return Ok(done);
         }
         Err(QueueError::Unavailable {
@@ -225,24 +282,46 @@ impl Journal {
         row: Bytes,
     ) -> Result<(), QueueError> {
         let path = layout::journal_entry(&self.name, project, batch, entry);
-        match with_deadline("journal.write", WRITE_LIMIT, self.store.put(&path, row)).await {
-            Ok(Ok(())) => Ok(()),
+        self.in_time("journal.write", self.store.put(&path, row).boxed())
+            .await
+    }
+
+    /// What the store answers within the limit, in the terms of a queue that cannot answer without it.
+    async fn in_time<T>(
+        &self,
+        what: &'static str,
+        asked: BoxFuture<'_, Result<T, StoreError>>,
+    ) -> Result<T, QueueError> {
+        match with_deadline(what, WRITE_LIMIT, asked).await {
+            Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => {
                 tracing::error!(
                     error = telemetry::error_chain(&error),
-                    "an entry of the journal could not be written"
+                    "the store did not do what the journal asked"
                 );
-                Err(self.away(error.kind.as_str()))
+                Err(self.away(&error.kind.as_str()))
             }
-            Err(timeout) => Err(self.away(&timeout.to_string())),
+            Err(timeout) => Err(self.away(&timeout)),
         }
     }
 
-    fn away(&self, why: &str) -> QueueError {
+    fn away(&self, why: &dyn std::fmt::Display) -> QueueError {
         let url = self.store.url();
         QueueError::Unavailable {
             reason: format!(
                 "what was asked could not be kept in the object store {url} ({why}), and a failover of Redis would lose it"
+            ),
+            retry_after: RETRY_AFTER,
+        }
+    }
+
+    fn busy(&self) -> QueueError {
+        QueueError::Unavailable {
+            reason: format!(
+                "{WRITES_MAX} chunks are on their way into Redis and the object store {}, and none of them made room for \
+                 another within {} s",
+                self.store.url(),
+                WRITE_LIMIT.as_secs()
             ),
             retry_after: RETRY_AFTER,
         }
@@ -253,8 +332,15 @@ impl Journal {
         &self,
         after: Option<&str>,
     ) -> Result<(Vec<Entry>, Option<String>), StoreError> {
-        let prefix = layout::journal(&self.name);
-        let page = self.store.list(&prefix, after, LIST_MAX).await?;
+        self.list_under(&layout::journal(&self.name), after).await
+    }
+
+    async fn list_under(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+    ) -> Result<(Vec<Entry>, Option<String>), StoreError> {
+        let page = self.store.list(prefix, after, LIST_MAX).await?;
         let next = page.last().filter(|_| page.len() == LIST_MAX);
         let next = next.map(|object| object.path.clone());
         let entries = page.into_iter().filter_map(|object| {
@@ -271,7 +357,7 @@ impl Journal {
 
     /// Whether a batch was opened and has not ended, as far as is kept.
     pub async fn has(&self, project: &ProjectId, batch: &BatchId) -> Result<bool, StoreError> {
-        if self.queue.restarts().is_none() {
+        if self.restarts().is_none() {
             return Ok(false);
         }
         let path = layout::journal_entry(&self.name, project, batch, JournalEntry::Open);
@@ -325,20 +411,9 @@ impl Journal {
         self.store.get(&path).await
     }
 
-    /// Removes one entry.
-    pub async fn remove(
-        &self,
-        project: &ProjectId,
-        batch: &BatchId,
-        entry: JournalEntry,
-    ) -> Result<(), StoreError> {
-        let path = layout::journal_entry(&self.name, project, batch, entry);
-        self.store.delete(&path).await
-    }
-
     /// Removes all entries of a batch.
     pub async fn forget(&self, project: &ProjectId, batch: &BatchId) -> Result<(), StoreError> {
-        if self.queue.restarts().is_none() {
+        if self.restarts().is_none() {
             return Ok(());
         }
         let prefix = layout::journal_batch(&self.name, project, batch);
@@ -352,6 +427,10 @@ impl Journal {
             }
         }
     }
+}
+
+fn is_rejected(item: &ItemResult) -> bool {
+    matches!(item, ItemResult::Rejected(_))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //!
 //! A field that a later version adds is ignored here; one that changes what the others mean raises [`VERSION`].
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -142,13 +143,41 @@ pub fn decode_chunk(
     })
 }
 
-/// The bytes of a chunk without the jobs that the queue did not take, by what it said of each.
-pub fn without_rejected(bytes: Bytes, items: &[ItemResult]) -> Result<Bytes, Unreadable> {
+/// The bytes of a chunk without the jobs that the queue did not take, by what it said of each; none where it took none.
+pub fn taken(bytes: Bytes, items: &[ItemResult]) -> Result<Option<Bytes>, Unreadable> {
     let mut row = ChunkRow::decode(bytes).map_err(unreadable)?;
     let mut items = items.iter();
     row.jobs
         .retain(|_| !matches!(items.next(), Some(ItemResult::Rejected(_))));
+    Ok((!row.jobs.is_empty()).then(|| row.encode_to_vec().into()))
+}
+
+/// What is kept of a chunk together with what the queue took when it came again. Of two jobs with one id the newer is in
+/// the queue. Another chunk, or one that this version cannot read, gives way to the newer.
+pub fn merged(kept: Bytes, newer: Bytes) -> Result<Bytes, Unreadable> {
+    let new = ChunkRow::decode(newer.clone()).map_err(unreadable)?;
+    let mut row = match ChunkRow::decode(kept) {
+        Ok(row) if row.version == VERSION && row.digest == new.digest => row,
+        _ => return Ok(newer),
+    };
+    let ids = row.jobs.iter().enumerate();
+    let places: HashMap<String, usize> = ids.map(|(n, job)| (job.id.clone(), n)).collect();
+    for job in new.jobs {
+        match places.get(&job.id) {
+            // The very job: how it was asked for at first stays.
+            Some(n) if row.jobs[*n].spec_digest == job.spec_digest => {}
+            Some(n) => row.jobs[*n] = job,
+            None => row.jobs.push(job),
+        }
+    }
     Ok(row.encode_to_vec().into())
+}
+
+/// The digest of the chunk as it was sent.
+pub fn digest_of_chunk(bytes: Bytes) -> Result<[u8; 32], Unreadable> {
+    let row = ChunkRow::decode(bytes).map_err(unreadable)?;
+    check_version(row.version)?;
+    digest(&row.digest)
 }
 
 fn job_row(submission: &Submission) -> JobRow {
@@ -284,18 +313,44 @@ mod tests {
         assert_eq!(hex, include_str!("golden/chunk-v1.txt").trim());
     }
 
+    fn read(bytes: Bytes) -> Chunk {
+        let of = chunk();
+        decode_chunk(&of.project, &of.batch, of.n, bytes).unwrap()
+    }
+
     #[test]
     fn what_the_queue_rejected_is_left_out() {
-        let written = chunk();
         let rejected = ItemResult::Rejected(FieldError::new("id", "root", "is taken"));
-        let items = [rejected, ItemResult::Accepted];
-        let bytes = without_rejected(encode_chunk(&written), &items).unwrap();
-        let read = decode_chunk(&written.project, &written.batch, 3, bytes).unwrap();
-        let left = Chunk {
-            jobs: vec![full()],
-            ..written
+        let items = [rejected.clone(), ItemResult::Accepted];
+        let bytes = taken(encode_chunk(&chunk()), &items).unwrap();
+        let jobs = vec![full()];
+        same(&read(bytes.unwrap()), &Chunk { jobs, ..chunk() });
+        let none = [rejected.clone(), rejected];
+        assert_eq!(taken(encode_chunk(&chunk()), &none).unwrap(), None);
+    }
+
+    #[test]
+    fn a_chunk_that_comes_again_takes_nothing_away() {
+        let kept = encode_chunk(&chunk());
+        let of = |jobs: Vec<Submission>| encode_chunk(&Chunk { jobs, ..chunk() });
+        let mut asked_again = full();
+        asked_again.job.traceparent = None;
+        assert_eq!(merged(kept.clone(), of(vec![asked_again])).unwrap(), kept);
+
+        let (mut other, mut more) = (full(), full());
+        other.job.spec_digest = [8; 32];
+        more.job.id = "more".parse().unwrap();
+        let all = read(merged(kept.clone(), of(vec![more, other])).unwrap());
+        let ids: Vec<_> = all.jobs.iter().map(|job| job.job.id.as_str()).collect();
+        assert_eq!(ids, ["root", "a", "more"]);
+        assert_eq!(all.jobs[1].job.spec_digest, [8; 32]);
+
+        let another = Chunk {
+            digest: [1; 32],
+            ..chunk()
         };
-        same(&read, &left);
+        let another = encode_chunk(&another);
+        assert_eq!(merged(kept, another.clone()).unwrap(), another);
     }
 
     #[test]

@@ -84,8 +84,11 @@ async fn round(shared: &Shared, keep: Duration) -> Result<usize, RetentionError>
         }
     }
     // A client that went away never closes its batches. What it submitted has ended, and stays for as long again.
-    for (project, batch) in shared.queue.close_idle(keep, BATCHES_MAX).await? {
-        tracing::info!(%project, %batch, "an idle batch was closed");
+    // One that lacks what the queue lost is not idle, and takes nothing any more when it is closed.
+    if shared.journal.is_whole() {
+        for (project, batch) in shared.queue.close_idle(keep, BATCHES_MAX).await? {
+            tracing::info!(%project, %batch, "an idle batch was closed");
+        }
     }
     let purged = shared.queue.purge(keep, BATCHES_MAX).await?;
     // In place of one that was retried, the queue forgot another. Nothing names its objects but this answer.

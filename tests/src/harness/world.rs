@@ -118,10 +118,9 @@ impl World {
         }
     }
 
-    /// Kills a worker. Its MCP servers are left to themselves.
+    /// Kills a worker. Its MCP servers are left to themselves. Only coordinators tell the history: it gets no hole.
     pub fn kill_worker(&mut self, number: usize) {
         self.workers[number].process.kill();
-        self.holes = true;
     }
 
     /// Starts another worker in the place of one that was killed.

@@ -18,7 +18,7 @@ use super::{Away, Watch};
 use crate::client::{Client, root_cause};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome};
-use crate::output::note;
+use crate::output::{note, plain};
 use look::Look;
 use rates::{History, Rates};
 use terminal::Terminal;
@@ -69,7 +69,10 @@ pub async fn run(context: &Context, args: &Watch) -> Outcome {
             }
             Err(status) => {
                 let wait = away.after(status.clone())?;
-                let said = format!("connection lost, trying again: {}", root_cause(&status));
+                let said = plain(&format!(
+                    "connection lost, trying again: {}",
+                    root_cause(&status)
+                ));
                 match &mut screen {
                     Some(screen) => screen.show(None, &said)?,
                     None => note(said),

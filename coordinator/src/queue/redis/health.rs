@@ -11,10 +11,11 @@ use espalier_core::queue::Event;
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::tasks::with_deadline;
-use espalier_runtime::telemetry::metrics;
+use espalier_runtime::telemetry::{error_chain, metrics};
 use tokio::sync::broadcast;
 use tokio::time::MissedTickBehavior;
 
+use super::Shards;
 use super::link::{Acknowledge, Link};
 use super::server::{self, Server};
 use crate::queue::{Condition, QueueError};
@@ -116,6 +117,7 @@ pub async fn watch(
     acknowledge: Acknowledge,
     health: Arc<Health>,
     first: Server,
+    shards: Shards,
     events: broadcast::Sender<Event>,
 ) {
     let mut identity = first.identity();
@@ -126,11 +128,11 @@ pub async fn watch(
         let looked = with_deadline("queue.look", LOOK_LIMIT, server::ask(&link, acknowledge));
         let reason = match looked.await {
             Ok(Ok(server)) => {
-                if let Err(unfit) =
-                    changed(&server, &mut identity, acknowledge, &health, &link, &events)
-                {
+                let fit = is_fit(&server, &identity, acknowledge, &shards).await;
+                if let Err(unfit) = fit {
                     unfit
                 } else {
+                    changed(&server, &mut identity, &health, &link, &events);
                     health.note(&server);
                     continue;
                 }
@@ -143,23 +145,40 @@ pub async fn watch(
     }
 }
 
-/// Says that another server, or another history, has taken the place of the one before: what that one had not passed on
-/// is lost. Whoever acts on events asks anew. One on which no queue may lie is refused.
-fn changed(
+/// Whether a queue may lie on a server that has taken the place of another. It may come back empty, so that it is told
+/// of layout, shards and shares again.
+async fn is_fit(
     server: &Server,
-    identity: &mut String,
+    identity: &str,
     acknowledge: Acknowledge,
-    health: &Health,
-    link: &Link,
-    events: &broadcast::Sender<Event>,
+    shards: &Shards,
 ) -> Result<(), String> {
-    let present = server.identity();
-    if present == *identity {
+    if server.identity() == identity {
         return Ok(());
     }
     server
         .check(acknowledge)
         .map_err(|unfit| unfit.to_string())?;
+    let joined = with_deadline("queue.join", LOOK_LIMIT, shards.join()).await;
+    match joined {
+        Ok(joined) => joined.map_err(|error| error_chain(&error)),
+        Err(timeout) => Err(timeout.to_string()),
+    }
+}
+
+/// Says that another server, or another history, has taken the place of the one before: what that one had not passed on
+/// is lost. Whoever acts on events asks anew.
+fn changed(
+    server: &Server,
+    identity: &mut String,
+    health: &Health,
+    link: &Link,
+    events: &broadcast::Sender<Event>,
+) {
+    let present = server.identity();
+    if present == *identity {
+        return;
+    }
     tracing::warn!(
         before = *identity,
         now = present,
@@ -172,7 +191,6 @@ fn changed(
     metrics().queue_failovers.add(1, &[]);
     // Nobody listens: nobody has missed anything.
     let _ = events.send(Event::Missed);
-    Ok(())
 }
 
 /// The server's clock as it is known here: the machine's own time and by how much the server's is ahead of it. Never goes

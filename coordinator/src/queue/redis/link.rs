@@ -58,7 +58,8 @@ pub struct Link {
     present: Mutex<Present>,
     /// Places of writes that wait, and the connections of those that are done.
     waiting: Semaphore,
-    idle: std::sync::Mutex<Vec<Connection>>,
+    /// Each with the generation that it was made in.
+    idle: std::sync::Mutex<Vec<(u64, Connection)>>,
     /// How often it was connected, and more: tells a broken connection from the one that replaced it.
     made: AtomicU64,
 }
@@ -176,12 +177,12 @@ impl Link {
         let Ok(Ok(_turn)) = turn else {
             return Err(not_reached(wanted));
         };
-        let mut connection = self.waiting_connection().await?;
+        let (generation, mut connection) = self.waiting_connection().await?;
         let mut both = Pipeline::with_capacity(2);
         both.add_command(cmd.clone()).add_command(wait);
         match connection.ask_both(&both).await {
             Ok((answer, reached)) if has_reached(&reached) => {
-                self.idle().push(connection);
+                self.idle().push((generation, connection));
                 Ok(answer)
             }
             Ok(_) => Err(not_reached(wanted)),
@@ -192,17 +193,38 @@ impl Link {
         }
     }
 
-    async fn waiting_connection(&self) -> Result<Connection, QueueError> {
-        if let Some(idle) = self.idle().pop() {
-            return Ok(idle);
+    /// One to the same server as the connection that everybody shares: what waits on another server's disk or replica
+    /// says nothing of this one.
+    async fn waiting_connection(&self) -> Result<(u64, Connection), QueueError> {
+        let known = self.generation();
+        {
+            let mut idle = self.idle();
+            idle.retain(|(generation, _)| *generation == known);
+            if let Some(found) = idle.pop() {
+                return Ok(found);
+            }
         }
         // Where there is no server, one try to connect answers all; where there is another one, its generation begins.
-        self.run(&redis::cmd("PING")).await?;
-        let connected = self.address.connect().await;
-        connected.map_err(|error| unavailable(&error))
+        let whoami = redis::cmd("INFO").arg("server").take();
+        let shared = run_id(&self.run(&whoami).await?);
+        let generation = self.generation();
+        let connecting = async {
+            let mut connection = self.address.connect().await?;
+            let own = run_id(&connection.ask(&whoami).await?);
+            Ok::<_, RedisError>((own, connection))
+        };
+        let (own, connection) = connecting.await.map_err(|error| unavailable(&error))?;
+        if own == shared {
+            return Ok((generation, connection));
+        }
+        *self.present.lock().await = Present::No;
+        Err(QueueError::Unavailable {
+            reason: "another Redis has become the primary".to_owned(),
+            retry_after: PAUSE,
+        })
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<(u64, Connection)>> {
         // No code that may panic runs under the lock.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -282,6 +304,16 @@ impl Connection {
         let mut next = || answers.next().unwrap_or(Value::Nil).extract_error();
         Ok((next()?, next()?))
     }
+}
+
+/// Which process the server is, of what it says of itself.
+fn run_id(info: &Value) -> Option<String> {
+    let Value::BulkString(info) = info else {
+        return None;
+    };
+    let info = String::from_utf8_lossy(info);
+    let line = info.lines().find_map(|line| line.strip_prefix("run_id:"));
+    line.map(|id| id.trim().to_owned())
 }
 
 /// Whether what waited counts a replica, or the disk of the server.

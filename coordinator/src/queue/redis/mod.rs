@@ -115,7 +115,7 @@ pub enum ConnectError {
     /// Another version of this program wrote the queue.
     #[error(
         "the queue has layout {found} and this version reads layout {LAYOUT}: let the version that wrote it bring its \
-         jobs to their end, or give this one another `queue_name`"
+         jobs to their end, and give this one another `queue_name`"
     )]
     OtherLayout {
         /// The layout that it has.
@@ -185,9 +185,12 @@ impl Redis {
             Arc::new(Core::new(Arc::clone(&link), prefix, config.clock.clone()))
         };
         let cores: Vec<Arc<Core>> = (0..config.shards).map(core).collect();
-        for core in &cores {
-            join(core, config.shards, &config.machine).await?;
-        }
+        let open_batches_max = config.machine.open_batches_max;
+        let shards = Shards {
+            cores: cores.clone(),
+            machine: config.machine,
+        };
+        shards.join().await?;
         let (events, _) = broadcast::channel(EVENTS_MAX);
         let first = listen::subscribe(&cores).await?;
         let listening = listen::listen(cores.clone(), first, events.clone());
@@ -196,6 +199,7 @@ impl Redis {
             config.acknowledge,
             Arc::clone(&health),
             server,
+            shards,
             events.clone(),
         );
         let [first_core, ..] = &cores[..] else {
@@ -212,7 +216,7 @@ impl Redis {
                 .into_iter()
                 .map(|core| Shard::start(core, tasks))
                 .collect(),
-            open_batches_max: config.machine.open_batches_max,
+            open_batches_max,
             next_shard: AtomicUsize::new(0),
             events,
             closed: AtomicBool::new(false),
@@ -289,16 +293,27 @@ fn check(config: &RedisConfig) -> Result<(), FieldError> {
     Ok(())
 }
 
-/// The first coordinator of a queue says how many shards it has; the others must say the same.
-async fn join(core: &Core, asked: u16, machine: &MachineConfig) -> Result<(), ConnectError> {
-    let (found, layout) = core.join(asked, machine).await?;
-    if found != asked {
-        return Err(ConnectError::Shards { found, asked });
+/// What a coordinator tells every shard when it comes.
+struct Shards {
+    cores: Vec<Arc<Core>>,
+    machine: MachineConfig,
+}
+
+impl Shards {
+    /// The first coordinator of a queue says how many shards it has; the others must say the same.
+    async fn join(&self) -> Result<(), ConnectError> {
+        let asked = u16::try_from(self.cores.len()).unwrap_or(u16::MAX);
+        for core in &self.cores {
+            let (found, layout) = core.join(asked, &self.machine).await?;
+            if found != asked {
+                return Err(ConnectError::Shards { found, asked });
+            }
+            if layout != LAYOUT {
+                return Err(ConnectError::OtherLayout { found: layout });
+            }
+        }
+        Ok(())
     }
-    if layout != LAYOUT {
-        return Err(ConnectError::OtherLayout { found: layout });
-    }
-    Ok(())
 }
 
 impl Queue for Redis {

@@ -6,6 +6,7 @@ use espalier_runtime::tasks::Tasks;
 use espalier_testbed::redis::RedisServer;
 use espalier_testbed::wait_for;
 
+use super::super::core::LAYOUT;
 use super::super::{ConnectError, Redis, RedisConfig, Unfit};
 use super::*;
 use crate::queue::{OpenBatch, Queue};
@@ -121,6 +122,8 @@ async fn a_server_that_is_away_is_known_at_once_and_one_that_is_another_is_told(
     server.resume();
     wait_until(&queue, "it to serve", |seen| *seen == Condition::Serving).await;
 
+    // It comes back empty.
+    server.cli(&["FLUSHALL"]).await;
     server.restart().await;
     let told = async {
         loop {
@@ -134,6 +137,14 @@ async fn a_server_that_is_away_is_known_at_once_and_one_that_is_another_is_told(
         .expect("listeners are told");
     wait_for("it to take work", SEEN_DEADLINE, || {
         queue.open_batch(batch("b"))
+    })
+    .await;
+    // It is told again how many shards there are, and their layout.
+    wait_for("the shard to be joined", SEEN_DEADLINE, || async {
+        let known = server.cli(&["HMGET", "{test:0}:m", "shards", "v"]).await;
+        let fields: Vec<&str> = known.split_whitespace().collect();
+        let joined = fields == ["1", &LAYOUT.to_string()];
+        joined.then_some(()).ok_or(known)
     })
     .await;
 }

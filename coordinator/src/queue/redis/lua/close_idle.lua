@@ -8,7 +8,8 @@ for _, b in ipairs(numbers) do
   local active = 0
   for n = 1, 4 do active = active + (tonumber(v[n]) or 0) end
   local newest = call('ZRANGE', prefix .. 'be:' .. b, 0, 0, 'REV')[1]
-  local since = newest and load(b .. ':' .. newest).c or v[5]
+  local job = newest and load(b .. ':' .. newest)
+  local since = job and job.c or v[5]
   if active == 0 and tonumber(since) <= before then
     close(b)
     closed[#closed + 1] = v[6]

@@ -13,12 +13,16 @@ local function deps_of(ref)
   return names
 end
 
--- The fields of a row with their values, as those of a hash are listed.
+local APART = {ref = true, b = true, id = true, o = true}
+
+-- The fields of a row with their values, as those of a hash are listed, but for those that are told apart.
 local function listed(job)
   local fields = {}
   for name, value in pairs(job) do
-    fields[#fields + 1] = name
-    fields[#fields + 1] = type(value) == 'number' and format('%.0f', value) or value
+    if not APART[name] then
+      fields[#fields + 1] = name
+      fields[#fields + 1] = type(value) == 'number' and format('%.0f', value) or value
+    end
   end
   return fields
 end

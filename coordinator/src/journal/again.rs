@@ -1,0 +1,168 @@
+//! Giving the queue again what is kept.
+
+use espalier_core::error::FieldError;
+use espalier_core::id::{BatchId, JobId, ProjectId};
+use espalier_core::layout::{self, JournalEntry};
+use espalier_core::queue::{ItemResult, Refusal};
+use espalier_runtime::store::StoreError;
+use espalier_runtime::telemetry::{self, metrics};
+use futures::FutureExt;
+use futures::future::try_join_all;
+
+use super::{Journal, JournalError, RETRY_AFTER};
+use crate::queue::QueueError;
+
+/// Chunks about which the queue is asked at once.
+const ASKED_MAX: usize = 64;
+
+/// What came of giving the queue a chunk again.
+#[derive(Debug, Default)]
+pub struct Given {
+    /// Jobs that it had lost.
+    pub new: u64,
+    /// Jobs that it does not take, and why.
+    pub rejected: Vec<(JobId, FieldError)>,
+}
+
+impl Journal {
+    /// Gives the queue a chunk as it is kept; nothing, where the entry is gone since it was listed.
+    pub async fn give(
+        &self,
+        project: &ProjectId,
+        batch: &BatchId,
+        n: u32,
+    ) -> Result<Given, JournalError> {
+        let chunk = match self.chunk(project, batch, n).await {
+            Err(JournalError::Store(error)) if error.is_not_found() => return Ok(Given::default()),
+            chunk => chunk?,
+        };
+        let ids: Vec<_> = chunk.jobs.iter().map(|job| job.job.id.clone()).collect();
+        let reply = self.queue.submit(chunk).await?;
+        let mut given = Given::default();
+        for (job, item) in ids.into_iter().zip(reply.items) {
+            match item {
+                ItemResult::Accepted => given.new += 1,
+                ItemResult::AlreadyThere => {}
+                ItemResult::Rejected(error) => given.rejected.push((job, error)),
+            }
+        }
+        metrics().queue_redriven.add(given.new, &[]);
+        Ok(given)
+    }
+
+    /// Those of the chunks that the queue does not know.
+    pub async fn lacking(
+        &self,
+        project: &ProjectId,
+        batch: &BatchId,
+        chunks: &[u32],
+    ) -> Result<Vec<u32>, QueueError> {
+        let mut lacking = Vec::new();
+        for some in chunks.chunks(ASKED_MAX) {
+            let asked = some
+                .iter()
+                .map(|n| self.queue.chunk_digest(project.clone(), batch.clone(), *n));
+            let digests = try_join_all(asked).await?;
+            let unknown = some
+                .iter()
+                .zip(digests)
+                .filter(|(_, known)| known.is_none());
+            lacking.extend(unknown.map(|(n, _)| *n));
+        }
+        Ok(lacking)
+    }
+
+    /// Gives the queue what it lacks of a batch that is about to be closed: a closed batch takes nothing new. Until all is
+    /// driven it may lack parts of chunks that it knows.
+    pub(super) async fn complete(
+        &self,
+        project: &ProjectId,
+        batch: &BatchId,
+    ) -> Result<(), QueueError> {
+        let found = self.queue.batch(project.clone(), batch.clone()).await?;
+        let Some(found) = found else {
+            let (project, batch) = (project.clone(), batch.clone());
+            return Err(Refusal::UnknownBatch { project, batch }.into());
+        };
+        if found.closed {
+            return Ok(());
+        }
+        let (restarts, is_whole) = (self.restarts(), self.is_whole());
+        let chunks = self.chunks(project, batch).boxed();
+        let mut chunks = self.in_time("journal.list", chunks).await?;
+        if is_whole {
+            chunks = self.lacking(project, batch, &chunks).await?;
+        }
+        for n in chunks {
+            let given = self.give(project, batch, n).await;
+            self.judge(project, batch, given, is_whole)?;
+        }
+        if self.restarts() != restarts {
+            return Err(not_yet(batch));
+        }
+        Ok(())
+    }
+
+    /// Whether a batch may be closed after what came of a chunk of it: what no try can bring back must not keep it open.
+    fn judge(
+        &self,
+        project: &ProjectId,
+        batch: &BatchId,
+        given: Result<Given, JournalError>,
+        is_whole: bool,
+    ) -> Result<(), QueueError> {
+        let error = match given {
+            // Jobs that they depend on may not be there yet.
+            Ok(given) if !given.rejected.is_empty() && !is_whole => return Err(not_yet(batch)),
+            Ok(given) => {
+                for (job, error) in given.rejected {
+                    tracing::error!(%project, %batch, %job, error = %error, "an acknowledged job cannot be given again");
+                }
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        match error {
+            JournalError::Store(error) => {
+                let url = self.store.url();
+                let error = telemetry::error_chain(&error);
+                tracing::error!(%project, %batch, error, "a chunk that the queue lost cannot be read");
+                Err(QueueError::Unavailable {
+                    reason: format!(
+                        "the queue has lost a part of batch `{batch}`, and the object store {url} does not give it back"
+                    ),
+                    retry_after: RETRY_AFTER,
+                })
+            }
+            JournalError::Unreadable(_) | JournalError::Queue(QueueError::Refused(_)) => {
+                tracing::error!(%project, %batch, error = %error, "acknowledged work cannot be given again");
+                Ok(())
+            }
+            JournalError::Queue(error) => Err(error),
+        }
+    }
+
+    /// The chunks of a batch that are kept.
+    async fn chunks(&self, project: &ProjectId, batch: &BatchId) -> Result<Vec<u32>, StoreError> {
+        let prefix = layout::journal_batch(&self.name, project, batch);
+        let (mut chunks, mut after) = (Vec::new(), None);
+        loop {
+            let (entries, next) = self.list_under(&prefix, after.as_deref()).await?;
+            chunks.extend(entries.iter().filter_map(|entry| match entry.entry {
+                JournalEntry::Chunk(n) => Some(n),
+                _ => None,
+            }));
+            after = next;
+            if after.is_none() {
+                return Ok(chunks);
+            }
+        }
+    }
+}
+
+fn not_yet(batch: &BatchId) -> QueueError {
+    QueueError::Unavailable {
+        reason: format!("the queue has lost a part of batch `{batch}` and is being given it again"),
+        retry_after: RETRY_AFTER,
+    }
+}
