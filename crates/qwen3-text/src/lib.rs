@@ -12,11 +12,13 @@
 
 mod asset;
 mod bytes;
+mod detokenizer;
 pub mod ids;
 mod template;
 mod tokenizer;
 
 pub use asset::{LoadError, TOKENIZER_SHA256};
+pub use detokenizer::Detokenizer;
 pub use template::{
     CHAT_TEMPLATE_SHA256, ChatTemplate, Conversation, Mended, Prompt, TemplateError,
 };
