@@ -13,12 +13,16 @@
 mod asset;
 mod bytes;
 mod detokenizer;
+mod fuzz;
 pub mod ids;
+mod output;
 mod template;
 mod tokenizer;
 
 pub use asset::{LoadError, TOKENIZER_SHA256};
 pub use detokenizer::Detokenizer;
+pub use fuzz::fuzz_output_parser;
+pub use output::{CallError, Delta, OutputParser, ParserOptions};
 pub use template::{
     CHAT_TEMPLATE_SHA256, ChatTemplate, Conversation, Mended, Prompt, TemplateError,
 };
