@@ -22,6 +22,10 @@ impl Detokenizer {
         }
     }
 
+    pub(crate) fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
     /// Adds an id; gives the text that is certain since. An unknown id changes nothing.
     pub fn push(&mut self, id: u32) -> Result<String, UnknownId> {
         let mut text = String::new();

@@ -189,6 +189,7 @@ fn whole(tokenizer: &Tokenizer, options: ParserOptions, ids: &[u32]) -> Answer {
         match kind {
             ids::THOUGHT_OPEN => answer.reasoning.push_str(text.trim_matches('\n')),
             ids::CALL_OPEN => answer.calls.push(whole_call(&text, next.is_none())),
+            _ if !options.reasoning && !options.tool_calls => answer.content.push_str(&text),
             _ => answer.content.push_str(whole_content(&text, kind, next)),
         }
         let (Some(at), Some(next)) = (at, next) else {

@@ -69,7 +69,8 @@ pub struct ParserOptions {
     /// Whether the prompt ends within reasoning (Thinking-2507's template opens it); see
     /// [`ParserOptions::after_prompt`].
     pub in_thought: bool,
-    /// Whether thoughts are told apart from content. If not, their borders are text.
+    /// Whether thoughts are told apart from content. If not, their borders are text. Without thoughts and calls, all of
+    /// an answer is content, as it is.
     pub reasoning: bool,
     /// Whether calls are told apart from content. If not, their borders are text.
     pub tool_calls: bool,
@@ -85,6 +86,11 @@ impl ParserOptions {
             reasoning: true,
             tool_calls: true,
         }
+    }
+
+    /// Whether all is content: then it is given as it is, line breaks at its ends included.
+    fn is_plain(self) -> bool {
+        !self.reasoning && !self.tool_calls
     }
 }
 
@@ -131,7 +137,10 @@ impl OutputParser {
     pub fn new(tokenizer: Tokenizer, options: ParserOptions) -> Self {
         let state = match options.in_thought && options.reasoning {
             true => State::Reasoning(Part::default()),
-            false => State::Content(Part::default()),
+            false => State::Content(Part {
+                begun: options.is_plain(),
+                ..Part::default()
+            }),
         };
         Self {
             options,
@@ -165,13 +174,14 @@ impl OutputParser {
         std::mem::take(&mut self.deltas)
     }
 
-    /// Ends the answer; gives the rest. What is pushed afterwards belongs to another answer's content.
+    /// Ends the answer; gives the rest. What is pushed afterwards belongs to another answer to the same prompt.
     pub fn finish(&mut self) -> Vec<Delta> {
         let rest = self.detokenizer.finish();
         self.text(&rest);
         self.leave(State::Content(Part::default()), true);
-        self.calls = 0;
-        std::mem::take(&mut self.deltas)
+        let deltas = std::mem::take(&mut self.deltas);
+        *self = Self::new(self.detokenizer.tokenizer().clone(), self.options);
+        deltas
     }
 
     /// Whether `id` means another state; see the table of this module.

@@ -162,7 +162,7 @@ fn reasoning_may_be_open_in_the_prompt() {
 
 #[test]
 fn parts_that_are_not_asked_for_stay_content() {
-    let text = format!("<think>\nhm\n</think>\n\nx{CALL}");
+    let text = format!("\n\n<think>\nhm\n</think>\n\nx{CALL}\n\n");
     let plain = ParserOptions {
         in_thought: true,
         reasoning: false,
@@ -225,6 +225,11 @@ fn arguments_come_in_several_forms() {
             r#"{"id": {"x": "{"}, "n\u0061me": "f\"\u00e9", "arguments":{},"z":[1,2]}"#,
             "f\"é",
             "{}",
+        ),
+        (
+            r#"{"a\\": 1, "b\"": 2, "name": "f\\", "arguments": {"a\\": "\\", "b\"": "\""}}"#,
+            "f\\",
+            r#"{"a\\": "\\", "b\"": "\""}"#,
         ),
         (r#"{"name": "f"}"#, "f", "{}"),
         (r#"{"name": "f", "arguments": null}"#, "f", "{}"),
@@ -342,12 +347,13 @@ fn deltas_come_as_early_as_they_can() {
 
 #[test]
 fn a_finished_parser_begins_anew() {
-    let mut parser = OutputParser::new(tokenizer().clone(), options());
+    let in_thought = ParserOptions::after_prompt(&[ids::THOUGHT_OPEN]);
+    let mut parser = OutputParser::new(tokenizer().clone(), in_thought);
     for _ in 0..2 {
-        let ids = tokenizer().encode(CALL);
+        let ids = tokenizer().encode(&format!("hm</think>{CALL}"));
         let mut deltas: Vec<Delta> = ids.into_iter().flat_map(|id| parser.push(id)).collect();
         deltas.extend(parser.finish());
-        assert!(shown(&deltas).starts_with("name 0: \"f\"\n"));
+        assert!(shown(&deltas).starts_with("reasoning: \"hm\"\nname 0: \"f\"\n"));
     }
 }
 

@@ -12,6 +12,7 @@ mod marks;
 mod mend;
 mod python;
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::LazyLock;
 
@@ -140,7 +141,9 @@ impl ChatTemplate {
         let marked = self.render_as("marked", &variables)?;
         let controls =
             marks::align(&text, &marked).map_err(|control| TemplateError::Unmarked { control })?;
-        for control in marks::outside(&text, &controls) {
+        // Content may spell one a million times: each is looked for once.
+        let spelled: BTreeSet<_> = marks::outside(&text, &controls).collect();
+        for control in spelled {
             // Content that spells it explains it; otherwise the template made it where no mark was put.
             if !conversation.spells(control) {
                 return Err(TemplateError::Unmarked { control });
@@ -210,20 +213,17 @@ fn message(message: &serde_json::Value) -> Value {
     let Some(fields) = message.as_object() else {
         return Value::from(Serde(message));
     };
-    let named = |name: &&&str| fields.get(**name).is_some_and(|value| !value.is_null());
-    let reasoning = REASONING_FIELDS.iter().find(named);
     let shown = fields.iter().filter(|(_, value)| !value.is_null());
     let shown = shown.map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
-    let mut shown: Vec<(&str, Value)> = shown.collect();
-    if let Some(name) = reasoning {
-        let reasoning = Value::from(Serde(&fields[*name]));
-        shown.retain(|(name, _)| *name != REASONING_FIELDS[0]);
-        if !fields.contains_key("thinking") {
-            shown.push(("thinking", reasoning.clone()));
-        }
-        shown.push((REASONING_FIELDS[0], reasoning));
-    }
-    Value::from_pairs(shown)
+    let named = |name: &&&str| fields.get(**name).is_some_and(|value| !value.is_null());
+    let Some(reasoning) = REASONING_FIELDS.iter().find(named) else {
+        return Value::from_pairs(shown);
+    };
+    let reasoning = Value::from(Serde(&fields[*reasoning]));
+    // Of equal names the first has the place, the last the value.
+    let first = ("thinking", reasoning.clone());
+    let last = (REASONING_FIELDS[0], reasoning);
+    Value::from_pairs(std::iter::once(first).chain(shown).chain([last]))
 }
 
 /// What a template said with `raise_exception`.

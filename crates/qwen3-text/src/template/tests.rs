@@ -229,6 +229,36 @@ fn a_template_whose_control_texts_cannot_be_told_apart_says_so() {
     }
 }
 
+/// Read from transformers, where a template that writes its messages as JSON shows what it is given.
+#[test]
+fn messages_have_no_nulls_and_reasoning_has_its_usual_name() {
+    let template = ChatTemplate::parse("{{ messages[0] | tojson }}").unwrap();
+    for (message, shown) in [
+        (
+            json!({"b": 1, "a": null, "c": [null]}),
+            r#"{"b": 1, "c": [null]}"#,
+        ),
+        (
+            json!({"reasoning": "r", "role": "x"}),
+            r#"{"thinking": "r", "reasoning": "r", "role": "x", "reasoning_content": "r"}"#,
+        ),
+        (
+            json!({"role": "x", "reasoning_content": null, "thinking": "t", "reasoning": "r"}),
+            r#"{"thinking": "t", "role": "x", "reasoning": "r", "reasoning_content": "t"}"#,
+        ),
+        (
+            json!({"reasoning_content": "c", "thinking": "t"}),
+            r#"{"thinking": "t", "reasoning_content": "c"}"#,
+        ),
+    ] {
+        let conversation = Conversation {
+            messages: vec![message],
+            ..Conversation::default()
+        };
+        assert_eq!(template.render(&conversation).unwrap(), shown);
+    }
+}
+
 #[test]
 fn defects_of_recorded_conversations_are_mended() {
     let calls = json!([
