@@ -77,8 +77,8 @@ struct Call {
     error: Option<CallError>,
 }
 
-/// Reads `data` as an answer and panics if the parser breaks a rule: the deltas, joined, must equal the whole reading,
-/// come in order, and be the same when the answer ends after any of its ids. For `cargo fuzz` and the like:
+/// Reads `data` as an answer and panics if the parser breaks a rule: the deltas must come in order and, joined, equal
+/// the whole reading. For `cargo fuzz` and the like:
 /// `fuzz_target!(|data: &[u8]| espalier_qwen3_text::fuzz_output_parser(data));`
 pub fn fuzz_output_parser(data: &[u8]) {
     let Ok(tokenizer) = Tokenizer::shared() else {
