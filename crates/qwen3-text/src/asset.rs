@@ -2,7 +2,7 @@
 //!
 //! The `tokenizers` crate could read the file whole, but its pipeline keeps an alignment of 16 bytes for each byte of
 //! text at every step and turns `<tool_call>` in a web page into the control token. So only its BPE model, its regex
-//! and its normaliser are used, and the parts of the file are read here.
+//! and its normaliser are used, and the parts of the file are read here. Its added tokens are `ids::CONTROL`.
 
 use serde::Deserialize;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
@@ -42,19 +42,10 @@ pub enum LoadError {
 pub(crate) struct Parts {
     pub(crate) model: BPE,
     pub(crate) split: SysRegex,
-    pub(crate) added: Vec<AddedToken>,
-}
-
-/// A token that is not made by BPE: text of control meaning, with its id.
-#[derive(Deserialize)]
-pub(crate) struct AddedToken {
-    pub(crate) id: u32,
-    pub(crate) content: String,
 }
 
 #[derive(Deserialize)]
 struct File {
-    added_tokens: Vec<AddedToken>,
     normalizer: Normalizer,
     pre_tokenizer: PreTokenizer,
     model: Model,
@@ -115,11 +106,7 @@ pub(crate) fn load() -> Result<Parts, LoadError> {
             part: "model",
             source,
         })?;
-    Ok(Parts {
-        model,
-        split,
-        added: file.added_tokens,
-    })
+    Ok(Parts { model, split })
 }
 
 fn decompress() -> Result<Vec<u8>, LoadError> {
@@ -129,6 +116,8 @@ fn decompress() -> Result<Vec<u8>, LoadError> {
 #[cfg(test)]
 mod tests {
     use sha2::{Digest, Sha256};
+
+    use crate::ids::{CONTROL, SPECIAL, VOCABULARY};
 
     #[test]
     fn the_asset_is_the_file_its_readme_names() {
@@ -140,5 +129,21 @@ mod tests {
             readme.contains(&hex),
             "assets/README.md does not name {hex}"
         );
+    }
+
+    #[test]
+    fn control_texts_and_ids_are_those_of_the_file() {
+        let file: serde_json::Value =
+            serde_json::from_slice(&super::decompress().unwrap()).unwrap();
+        let added = file["added_tokens"].as_array().unwrap();
+        assert_eq!(added.len(), CONTROL.len());
+        for (token, (id, text)) in added.iter().zip(CONTROL) {
+            assert_eq!(
+                (&token["id"], &token["content"]),
+                (&id.into(), &text.into())
+            );
+            assert_eq!(token["special"], SPECIAL.contains(&id), "{text}");
+        }
+        assert_eq!(CONTROL[25].0 + 1, VOCABULARY);
     }
 }

