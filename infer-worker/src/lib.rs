@@ -1,1 +1,3 @@
 //! Serves Qwen3 and its adapters over an OpenAI-compatible API.
+
+pub mod executor;
