@@ -1,3 +1,4 @@
 //! Serves Qwen3 and its adapters over an OpenAI-compatible API.
 
+pub mod blocks;
 pub mod executor;
