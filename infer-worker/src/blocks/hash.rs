@@ -107,6 +107,9 @@ mod tests {
         let mut whole = HashChain::new(root);
         whole.extend(&ids);
         assert_eq!(whole.hashes(), grown.hashes());
-        assert_eq!(whole.hashes()[1], root.child(&ids[..16]).child(&ids[16..32]));
+        assert_eq!(
+            whole.hashes()[1],
+            root.child(&ids[..16]).child(&ids[16..32])
+        );
     }
 }

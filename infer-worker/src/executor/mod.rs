@@ -190,7 +190,7 @@ pub enum ExecutorError {
 /// Runs a model.
 ///
 /// Steps take effect in the order of their tickets: what a step writes into KV blocks is there for the next one. The
-/// result of a row depends on its own sequence only, bit for bit.
+/// result of a row depends on its own sequence only, bit for bit. Dropping the executor ends what is in flight.
 pub trait Executor: Send {
     /// The weights of an adapter, read and checked beforehand, off the engine's thread.
     type Adapter: Send + 'static;

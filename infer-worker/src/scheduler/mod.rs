@@ -23,7 +23,7 @@ mod queue;
 mod request;
 mod sequence;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -346,14 +346,19 @@ impl Scheduler {
         self.sequences.is_empty() && self.in_flight.is_empty()
     }
 
+    /// Whether a request runs or waits to run. Then, with no step in flight, there is one to decide.
+    pub fn has_work(&self) -> bool {
+        self.waiting.len() + self.running.len() > 0
+    }
+
+    /// Whether a request has not ended yet.
+    pub fn knows(&self, id: RequestId) -> bool {
+        self.sequences.contains_key(&id)
+    }
+
     /// How many steps are in flight.
     pub fn steps_in_flight(&self) -> usize {
         self.in_flight.len()
-    }
-
-    /// All requests that have not ended, in no order.
-    pub fn requests(&self) -> impl Iterator<Item = RequestId> {
-        self.sequences.keys().copied()
     }
 
     /// What has happened so far, and what is there now.

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use super::*;
 use crate::executor::{AdapterSlot, Penalties};
 
-mod fake;
+pub(crate) mod fake;
 mod property;
 
 use fake::{Fake, VOCAB};
 
-pub(super) fn limits(kv_blocks: u32) -> Limits {
+pub(crate) fn limits(kv_blocks: u32) -> Limits {
     Limits {
         kv_blocks,
         tokens: 4096,
@@ -19,7 +19,7 @@ pub(super) fn limits(kv_blocks: u32) -> Limits {
     }
 }
 
-fn config(max_num_seqs: usize, tokens: usize, max_model_len: usize) -> Config {
+pub(crate) fn config(max_num_seqs: usize, tokens: usize, max_model_len: usize) -> Config {
     Config {
         max_num_seqs,
         max_num_batched_tokens: tokens,
@@ -31,10 +31,10 @@ fn config(max_num_seqs: usize, tokens: usize, max_model_len: usize) -> Config {
 
 /// What came of a request.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Answer {
-    ids: Vec<u32>,
-    end: Option<FinishReason>,
-    cached: u32,
+pub(crate) struct Answer {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) end: Option<FinishReason>,
+    pub(crate) cached: u32,
 }
 
 /// A scheduler and its executor.
@@ -113,13 +113,13 @@ impl World {
     }
 }
 
-fn ids(count: usize, salt: u32) -> Vec<u32> {
+pub(crate) fn ids(count: usize, salt: u32) -> Vec<u32> {
     let mix = |i: u32| (i.wrapping_mul(2_654_435_761) ^ salt.wrapping_mul(40_503)) >> 7;
     (0..count as u32).map(|i| mix(i) % VOCAB).collect()
 }
 
 /// What the model answers when nothing else runs.
-fn alone(request: &Request, max_model_len: usize) -> Answer {
+pub(crate) fn alone(request: &Request, max_model_len: usize) -> Answer {
     let mut tokens = request.prompt.clone();
     let limit = max_model_len.min(tokens.len() + request.max_tokens as usize);
     let digest = request.adapter.as_ref().map(|a| *a.digest());
