@@ -376,7 +376,6 @@ impl Scheduler {
     /// One token of each running answer.
     fn go_on_with_answers(&mut self, plan: &mut Plan) {
         let ranks: Vec<Rank> = self.running.iter().copied().collect();
-        let mut out_of_blocks = false;
         for rank in ranks {
             if plan.tokens_left == 0 {
                 return;
@@ -389,17 +388,13 @@ impl Scheduler {
                 continue;
             }
             if sequence.blocks.len() * BLOCK_TOKENS == sequence.computed {
-                let block = if out_of_blocks {
-                    None
-                } else {
-                    self.block_for(rank)
-                };
-                // Nobody who ranks lower may take the block that this one waits for.
-                let (Some(block), Some(sequence)) = (block, self.running_mut(rank)) else {
-                    out_of_blocks = true;
+                // Where there is none, those that rank after it get none either: it comes first in the next step.
+                let Some(block) = self.block_for(rank) else {
                     continue;
                 };
-                sequence.blocks.push(block);
+                if let Some(sequence) = self.running_mut(rank) {
+                    sequence.blocks.push(block);
+                }
             }
             self.push_row(rank.id, 1, plan);
         }
