@@ -8,7 +8,7 @@
 //!
 //! - *Order.* Online requests go before batch ones, each by arrival: into the running ones, and for blocks. Of those
 //!   that wait nobody is passed over, but one whose next block somebody is just computing. While a batch request waits,
-//!   at most [`ONLINE_PER_BATCH`](queue::ONLINE_PER_BATCH) online requests are admitted before one ranks as online.
+//!   at most [`ONLINE_PER_BATCH`] online requests are admitted before one ranks as online.
 //! - *A step* has one token of each running answer first, then chunks of running prompts, then new requests, until its
 //!   tokens are used up.
 //! - *Blocks* for all ids that are known are taken when a request is admitted, and one by one for its answer. Where
