@@ -42,6 +42,7 @@ struct World {
     scheduler: Scheduler,
     fake: Fake,
     answers: HashMap<RequestId, Answer>,
+    ended: Vec<RequestId>,
 }
 
 impl World {
@@ -50,6 +51,7 @@ impl World {
             scheduler: Scheduler::new(config, limits).unwrap(),
             fake: Fake::new(limits),
             answers: HashMap::new(),
+            ended: Vec::new(),
         }
     }
 
@@ -84,6 +86,7 @@ impl World {
                 } => {
                     answer.end = Some(reason);
                     answer.cached = cached_tokens;
+                    self.ended.push(id);
                 }
             }
         }
@@ -329,16 +332,13 @@ fn blocks_are_of_one_adapter_content_and_one_version_of_weights() {
 fn out_of_blocks_the_last_to_arrive_gives_way_and_its_answer_stays_the_same() {
     let mut world = World::new(config(8, 256, 160), limits(12));
     let request = |salt| Request::new(ids(40, salt), 100);
-    let added: Vec<_> = (0..4)
-        .map(|salt| (salt, world.add(request(salt))))
-        .collect();
+    let added: Vec<_> = (0..4).map(|salt| world.add(request(salt))).collect();
     world.run();
-    let mut ended = vec![];
-    for (salt, id) in added {
-        assert_eq!(world.answers[&id].ids, alone(&request(salt), 160).ids);
-        ended.push(id);
+    for (salt, id) in (0..).zip(&added) {
+        assert_eq!(world.answers[id].ids, alone(&request(salt), 160).ids);
     }
     assert!(world.scheduler.counters().preemptions > 0);
+    assert_eq!(world.ended, added, "who came first ends first");
 }
 
 #[test]
@@ -447,6 +447,19 @@ fn a_held_request_uses_no_blocks_and_goes_on_where_it_was() {
     assert!(!world.decide());
     world.scheduler.resume(a);
     assert_eq!(world.answers[&a].ids.len(), so_far);
+    world.run();
+    assert_eq!(world.answers[&a].ids, alone(&request(), 160).ids);
+}
+
+#[test]
+fn a_request_that_is_resumed_at_once_waits_for_what_is_in_flight() {
+    let mut world = World::new(config(8, 256, 160), limits(12));
+    let request = || Request::new(ids(40, 1), 50);
+    let a = world.add(request());
+    assert!(world.decide());
+    world.scheduler.hold(a);
+    world.scheduler.resume(a);
+    assert!(!world.decide(), "its next id is not known");
     world.run();
     assert_eq!(world.answers[&a].ids, alone(&request(), 160).ids);
 }

@@ -128,7 +128,7 @@ fn play(setting: &Setting, asks: &[Ask]) -> (World, Vec<Option<RequestId>>) {
             }
             if ask
                 .holds
-                .is_some_and(|after| ask.arrives + after + 10 == turn)
+                .is_some_and(|after| ask.arrives + after + ask.prompt % 10 == turn)
             {
                 world.scheduler.resume(id);
             }
