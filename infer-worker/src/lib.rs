@@ -1,1 +1,6 @@
 //! Serves Qwen3 and its adapters over an OpenAI-compatible API.
+
+pub mod blocks;
+pub mod engine;
+pub mod executor;
+pub mod scheduler;

@@ -1,0 +1,229 @@
+//! What runs the model: takes steps of ragged rows over paged KV memory, and gives back the ids that it drew.
+//!
+//! An executor knows sequences only as names and decides nothing: which rows run, where their keys and values lie and
+//! when a block may be written again is the [scheduler's](crate::scheduler). The thread of [`engine`](crate::engine)
+//! calls it and nobody else.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Tokens whose keys and values one KV block holds.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// A KV block: tokens `16·i..16·(i+1)` of a sequence lie in its `i`-th block. Below [`Limits::kv_blocks`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockId(pub u32);
+
+/// A sequence that is running. Never used again for another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeqId(pub u64);
+
+/// A version of an adapter that was loaded. Never used again for another version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AdapterSlot(pub u32);
+
+/// A step that was submitted. Tickets grow, and results come in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+/// The ids that go into a row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// These, at least one.
+    Ids(Vec<u32>),
+    /// One: the id that the step submitted just before this one draws for this sequence. It may still be in flight.
+    Sampled,
+}
+
+impl Input {
+    /// How many tokens it is.
+    pub fn tokens(&self) -> usize {
+        match self {
+            Self::Ids(ids) => ids.len(),
+            Self::Sampled => 1,
+        }
+    }
+}
+
+/// One sequence's part of a step. A sequence has at most one row in a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// Whose it is.
+    pub seq: SeqId,
+    /// What goes in.
+    pub input: Input,
+    /// The position of its first token. Keys and values of all positions before it are in `blocks`, written by steps
+    /// that were submitted earlier.
+    pub start: u32,
+    /// Covers positions `0..start + input.tokens()`, in order. No block that this row writes is in another row of the
+    /// step; blocks that it only reads may be.
+    pub blocks: Vec<BlockId>,
+    /// The adapter, or the base model.
+    pub adapter: Option<AdapterSlot>,
+    /// How the token after the row's last is drawn. `None`: a chunk of a prompt that is not the last.
+    pub sample: Option<Sampling>,
+}
+
+/// How one id is drawn. Drawn from the same logits with the same values, it is the same id, whatever else runs.
+///
+/// In this order: penalties, bias, mask, temperature, `top_k`, `top_p`, `min_p`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0: the most likely id, the lowest of equals. Finite and not negative.
+    pub temperature: f32,
+    /// Only so many of the most likely. 0: all.
+    pub top_k: u32,
+    /// Only the most likely whose probabilities first add up to this. In (0, 1].
+    pub top_p: f32,
+    /// Only ids at least this likely relative to the most likely. In [0, 1].
+    pub min_p: f32,
+    /// Key of the counter-based random numbers (Philox).
+    pub seed: u64,
+    /// Their counter: how many ids the sequence drew before. The scheduler sets it.
+    pub step: u32,
+    /// Against repeating.
+    pub penalties: Option<Penalties>,
+    /// Added to logits: ids and values.
+    pub bias: Option<Arc<[(u32, f32)]>>,
+    /// Which ids are allowed: bit `id % 32` of word `id / 32`. Ids beyond its end are not. `None`: all.
+    pub allowed: Option<Arc<[u32]>>,
+    /// How many of the most likely ids to report beside the drawn one. `None` and 0: none.
+    pub logprobs: Option<u8>,
+}
+
+impl Default for Sampling {
+    /// Greedy.
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            step: 0,
+            penalties: None,
+            bias: None,
+            allowed: None,
+            logprobs: None,
+        }
+    }
+}
+
+/// Penalties on ids that were seen, as OpenAI (presence, frequency) and CTRL (repetition) define them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Penalties {
+    /// Subtracted once from the logit of each id in the answer so far.
+    pub presence: f32,
+    /// Subtracted as often as the id is in the answer so far.
+    pub frequency: f32,
+    /// Positive logits of ids in prompt or answer are divided by it, negative ones multiplied. 1: none.
+    pub repetition: f32,
+    /// What was seen, each id once. Complete: a sequence with penalties has no id in flight. The scheduler sets it.
+    pub seen: Arc<[Seen]>,
+}
+
+/// An id that penalties are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// The id.
+    pub id: u32,
+    /// How often it is in the answer so far. 0: it is in the prompt only.
+    pub in_answer: u32,
+}
+
+/// Rows that run as one ragged batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// At least one, at most [`Limits::rows`]; their inputs together at most [`Limits::tokens`].
+    pub rows: Vec<Row>,
+}
+
+/// An id that was drawn.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Drawn {
+    /// For whom.
+    pub seq: SeqId,
+    /// The id. Never a padding id of the vocabulary.
+    pub id: u32,
+    /// Its log-probability under the model: log-softmax of the f32 logits before penalties, bias, mask and temperature.
+    pub logprob: f32,
+    /// The most likely ids and theirs, the most likely first, as many as [`Sampling::logprobs`] asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// A step that came to its end.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Done {
+    /// Which.
+    pub ticket: Ticket,
+    /// One for each row with a [`Row::sample`], in the order of rows.
+    pub drawn: Vec<Drawn>,
+}
+
+/// What an executor can take. Does not change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// KV blocks that there are.
+    pub kv_blocks: u32,
+    /// Tokens of a step.
+    pub tokens: u32,
+    /// Rows of a step.
+    pub rows: u32,
+    /// Ids that can be drawn are below this.
+    pub vocab: u32,
+    /// Steps that may be in flight: 2 where a step runs while the host prepares the next, 1 where there is nothing to
+    /// overlap (an ended sequence then never runs a step too many).
+    pub steps_in_flight: u32,
+}
+
+/// Why an executor cannot go on, or cannot take an adapter.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecutorError {
+    /// The device is gone or answered with an error: nothing that runs can be saved.
+    #[error("the device failed: {0}")]
+    Device(String),
+    /// The adapter does not fit the model or the memory kept for adapters. The executor goes on without it.
+    #[error("adapter refused: {0}")]
+    Adapter(String),
+}
+
+/// Runs a model.
+///
+/// Steps take effect in the order of their tickets: what a step writes into KV blocks is there for the next one. The
+/// result of a row depends on its own sequence only, bit for bit. Dropping the executor ends what is in flight.
+pub trait Executor: Send {
+    /// The weights of an adapter, read and checked beforehand, off the engine's thread.
+    type Adapter: Send + 'static;
+
+    /// What it can take.
+    fn limits(&self) -> Limits;
+
+    /// Begins a step. At most [`Limits::steps_in_flight`] are in flight.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Device`]: nothing is in flight any more.
+    fn submit(&mut self, step: Step) -> Result<Ticket, ExecutorError>;
+
+    /// The result of the oldest step in flight; `None` when it is not there after `wait`. An executor without a
+    /// thread of its own computes here, and may take longer.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Device`]: nothing is in flight any more.
+    fn poll(&mut self, wait: Duration) -> Result<Option<Done>, ExecutorError>;
+
+    /// Makes an adapter ready for rows of steps submitted from now on. Steps may be in flight.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Adapter`]: it does not fit. [`ExecutorError::Device`].
+    fn load_adapter(
+        &mut self,
+        slot: AdapterSlot,
+        adapter: Self::Adapter,
+    ) -> Result<(), ExecutorError>;
+
+    /// Forgets an adapter that no step in flight uses and no later step will.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Device`].
+    fn drop_adapter(&mut self, slot: AdapterSlot) -> Result<(), ExecutorError>;
+}

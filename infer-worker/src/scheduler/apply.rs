@@ -1,0 +1,79 @@
+//! What the result of a step means.
+
+use super::{Event, FinishReason, RequestId, Scheduler, publish, release};
+use crate::executor::{Done, Drawn, SeqId};
+
+/// A result that is not that of the oldest step in flight.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the executor drew for {drawn:?}, and the oldest step in flight has {expected:?}")]
+pub struct Unexpected {
+    /// For whom it has ids.
+    pub drawn: Vec<SeqId>,
+    /// For whom ids were due.
+    pub expected: Vec<SeqId>,
+}
+
+impl Scheduler {
+    /// Takes the result of the oldest step in flight: gives requests their ids, ends those that are done, and gives
+    /// back blocks.
+    ///
+    /// # Errors
+    /// It is another step's. The scheduler is of no use any more.
+    pub fn apply(&mut self, done: Done) -> Result<Vec<(RequestId, Event)>, Unexpected> {
+        let flight = self.in_flight.pop_front();
+        let (step, expected) = flight.map_or((0, Vec::new()), |f| (f.step, f.draws));
+        let as_expected = done.drawn.iter().map(|drawn| &drawn.seq).eq(&expected);
+        if step == 0 || !as_expected {
+            let drawn = done.drawn.iter().map(|drawn| drawn.seq).collect();
+            return Err(Unexpected { drawn, expected });
+        }
+        let ended = self
+            .leaving
+            .extract_if(.., |leaving| leaving.last_step <= step);
+        for leaving in ended.collect::<Vec<_>>() {
+            release(leaving, &mut self.pool);
+        }
+        let mut events = Vec::with_capacity(done.drawn.len());
+        for drawn in done.drawn {
+            self.accept(drawn, &mut events);
+        }
+        Ok(events)
+    }
+
+    fn accept(&mut self, drawn: Drawn, events: &mut Vec<(RequestId, Event)>) {
+        let request = RequestId(drawn.seq.0);
+        let Some(sequence) = self.sequences.get_mut(&request) else {
+            // It ended, or was aborted, after this step was decided.
+            self.counters.dropped_tokens += 1;
+            return;
+        };
+        let Drawn {
+            id, logprob, top, ..
+        } = drawn;
+        sequence.accept(id);
+        if self.config.prefix_caching {
+            publish(sequence, &mut self.pool);
+        }
+        self.counters.drawn_tokens += 1;
+        events.push((request, Event::Token { id, logprob, top }));
+        let reason = if sequence.request.stop_ids.contains(&id) {
+            FinishReason::Stop
+        } else if sequence.tokens.len() >= sequence.limit {
+            FinishReason::Length
+        } else if let Err(error) = sequence.advance_grammar(id) {
+            tracing::warn!(request = request.0, %error, "grammar failed");
+            FinishReason::Error
+        } else {
+            return;
+        };
+        let cached_tokens = sequence.cached_tokens.unwrap_or_default();
+        self.abort(request);
+        events.push((
+            request,
+            Event::Finished {
+                reason,
+                cached_tokens,
+            },
+        ));
+    }
+}
