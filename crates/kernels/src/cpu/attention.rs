@@ -136,7 +136,7 @@ impl Kernel for Call<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
         let rows = self.tile.tokens * self.group;
-        let most = if L::WIDE { 8 } else { 4 };
+        let most = if L::WIDE { 8 } else { L::ROWS };
         let length = self.positions().next_multiple_of(BLOCK_TOKENS);
         let mut scores = std::mem::take(self.scores);
         scores.resize(rows * length, 0.0);
@@ -144,13 +144,15 @@ impl Kernel for Call<'_> {
             let part = &mut scores[first * length..];
             match most.min(rows - first) {
                 1 => self.score::<L, 1>(lanes, first, length, part),
-                2 => self.score::<L, 2>(lanes, first, length, part),
-                3 => self.score::<L, 3>(lanes, first, length, part),
-                4 => self.score::<L, 4>(lanes, first, length, part),
-                5 => self.score::<L, 5>(lanes, first, length, part),
-                6 => self.score::<L, 6>(lanes, first, length, part),
-                7 => self.score::<L, 7>(lanes, first, length, part),
-                _ => self.score::<L, 8>(lanes, first, length, part),
+                2 if L::ROWS >= 2 => self.score::<L, 2>(lanes, first, length, part),
+                3 if L::ROWS >= 3 => self.score::<L, 3>(lanes, first, length, part),
+                4 if L::WIDE => self.score::<L, 4>(lanes, first, length, part),
+                5 if L::WIDE => self.score::<L, 5>(lanes, first, length, part),
+                6 if L::WIDE => self.score::<L, 6>(lanes, first, length, part),
+                7 if L::WIDE => self.score::<L, 7>(lanes, first, length, part),
+                8 if L::WIDE => self.score::<L, 8>(lanes, first, length, part),
+                // At least one row, and at most `most`.
+                _ => {}
             }
         }
         let mut inverse = vec![0.0; rows];
@@ -158,13 +160,19 @@ impl Kernel for Call<'_> {
             let seen = self.seen(row);
             *inverse = softmax(&mut scores[row * length..][..length], seen, self.scale);
         }
-        for first in (0..rows).step_by(4) {
+        let most = L::ROWS.min(4);
+        for first in (0..rows).step_by(most) {
             let part = &scores[first * length..];
-            match 4.min(rows - first) {
+            match most.min(rows - first) {
                 1 => self.mix_all::<L, 1>(lanes, first, length, part, &inverse[first..]),
-                2 => self.mix_all::<L, 2>(lanes, first, length, part, &inverse[first..]),
-                3 => self.mix_all::<L, 3>(lanes, first, length, part, &inverse[first..]),
-                _ => self.mix_all::<L, 4>(lanes, first, length, part, &inverse[first..]),
+                2 if L::ROWS >= 2 => {
+                    self.mix_all::<L, 2>(lanes, first, length, part, &inverse[first..])
+                }
+                3 if L::ROWS >= 3 => {
+                    self.mix_all::<L, 3>(lanes, first, length, part, &inverse[first..])
+                }
+                4 if L::WIDE => self.mix_all::<L, 4>(lanes, first, length, part, &inverse[first..]),
+                _ => {}
             }
         }
         *self.scores = scores;

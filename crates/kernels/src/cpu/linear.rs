@@ -474,7 +474,7 @@ impl Panels<'_> {
     /// All rows of an area against one panel, a few rows at a time.
     #[inline(always)]
     fn tiles<L: Lanes, P: Panel>(&self, lanes: L, area: &Area, panel: P) {
-        let most = if L::WIDE { 6 } else { 3 };
+        let most = L::ROWS;
         let count = area.rows.len();
         let tiles = count.div_ceil(most);
         for tile in 0..tiles {
@@ -482,11 +482,13 @@ impl Panels<'_> {
             let rows = area.rows.start + part.start..area.rows.start + part.end;
             match rows.len() {
                 1 => self.tile::<L, P, 1>(lanes, area, rows.start, panel),
-                2 => self.tile::<L, P, 2>(lanes, area, rows.start, panel),
-                3 => self.tile::<L, P, 3>(lanes, area, rows.start, panel),
-                4 => self.tile::<L, P, 4>(lanes, area, rows.start, panel),
-                5 => self.tile::<L, P, 5>(lanes, area, rows.start, panel),
-                _ => self.tile::<L, P, 6>(lanes, area, rows.start, panel),
+                2 if L::ROWS >= 2 => self.tile::<L, P, 2>(lanes, area, rows.start, panel),
+                3 if L::ROWS >= 3 => self.tile::<L, P, 3>(lanes, area, rows.start, panel),
+                4 if L::ROWS >= 4 => self.tile::<L, P, 4>(lanes, area, rows.start, panel),
+                5 if L::ROWS >= 5 => self.tile::<L, P, 5>(lanes, area, rows.start, panel),
+                6 if L::ROWS >= 6 => self.tile::<L, P, 6>(lanes, area, rows.start, panel),
+                // Tiles have at least one row and at most `L::ROWS`.
+                _ => {}
             }
         }
     }
@@ -509,19 +511,22 @@ impl Panels<'_> {
         // weights; `y` is this thread's where panels and rows are, and a narrow panel goes through `edge`.
         unsafe {
             let y = self.y.start().add(row * n + column);
-            if width == PANEL {
-                over_columns::<L, P, ROWS>(lanes, x.as_ptr(), k, depth, panel, y, n, area.goes_on);
+            let narrow = width < PANEL;
+            let (to, stride) = if narrow {
+                (edge.as_mut_ptr(), PANEL)
+            } else {
+                (y, n)
+            };
+            if narrow {
+                for r in 0..ROWS {
+                    std::ptr::copy_nonoverlapping(y.add(r * n), to.add(r * PANEL), width);
+                }
+            }
+            let x = x.as_ptr();
+            over_columns::<L, P, ROWS>(lanes, x, k, depth, panel, to, stride, area.goes_on);
+            if !narrow {
                 return;
             }
-            for r in 0..ROWS {
-                std::ptr::copy_nonoverlapping(
-                    y.add(r * n),
-                    edge.as_mut_ptr().add(r * PANEL),
-                    width,
-                );
-            }
-            let to = edge.as_mut_ptr();
-            over_columns::<L, P, ROWS>(lanes, x.as_ptr(), k, depth, panel, to, PANEL, area.goes_on);
             for r in 0..ROWS {
                 std::ptr::copy_nonoverlapping(edge.as_ptr().add(r * PANEL), y.add(r * n), width);
             }

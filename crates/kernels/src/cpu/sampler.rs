@@ -1,6 +1,6 @@
 //! Draws a token from fp32 logits.
 //!
-//! Order: penalties, bias, mask; then, unless the temperature is 0: temperature, min-p, top-k, top-p, and one draw by
+//! Order: penalties, bias, mask; then, unless the temperature is 0: temperature, top-k, top-p, min-p, and one draw by
 //! inverse distribution in the order of ids. The random number is Philox4x32-10 at counter `step` under key `seed`, so
 //! it depends on nothing else. Log-probabilities are of the logits as the model gave them, before all of this.
 
@@ -255,27 +255,22 @@ fn sample(isa: Isa, logits: &[f32], how: &Draw<'_>) -> Result<u32, DrawError> {
             inverse_temperature,
         },
     );
-    if how.min_p > 0.0 {
-        // The largest weight is 1.
-        for weight in weights.iter_mut().filter(|weight| **weight < how.min_p) {
-            *weight = 0.0;
-        }
-    }
     let random = uniform(how.seed, how.step);
     let top_k = if how.top_k == 0 {
         weights.len()
     } else {
         how.top_k as usize
     };
+    // The largest weight is 1, so that min-p is a bound on weights.
     if top_k < weights.len() || how.top_p < 1.0 {
         let mut kept = kept(&weights, top_k, how.top_p);
+        kept.retain(|id| weights[*id as usize] >= how.min_p);
         kept.sort_unstable();
-        Ok(pick(
-            kept.iter().map(|id| (*id, weights[*id as usize])),
-            random,
-        ))
+        let kept = kept.iter().map(|id| (*id, weights[*id as usize]));
+        Ok(pick(kept, random))
     } else {
-        Ok(pick((0_u32..).zip(weights.iter().copied()), random))
+        let all = (0_u32..).zip(weights.iter().copied());
+        Ok(pick(all.filter(|(_, weight)| *weight >= how.min_p), random))
     }
 }
 

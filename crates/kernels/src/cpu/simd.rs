@@ -12,6 +12,8 @@ pub(crate) trait Lanes: Copy {
     type V: Copy;
     /// Room for 24 accumulators beside operands: AVX-512's 32 registers of 16 lanes.
     const WIDE: bool;
+    /// Rows of a tile that its registers hold.
+    const ROWS: usize;
     fn zero(self) -> Self::V;
     fn splat(self, x: f32) -> Self::V;
     /// `a · b + c`, rounded once.
@@ -61,6 +63,7 @@ pub(crate) struct Portable(());
 impl Lanes for Portable {
     type V = [f32; 16];
     const WIDE: bool = false;
+    const ROWS: usize = 1;
     #[inline(always)]
     fn zero(self) -> [f32; 16] {
         [0.0; 16]
@@ -132,6 +135,7 @@ mod x86 {
     impl Lanes for Avx512 {
         type V = __m512;
         const WIDE: bool = true;
+        const ROWS: usize = 6;
         #[inline(always)]
         fn zero(self) -> __m512 {
             // SAFETY: see above.
@@ -182,6 +186,7 @@ mod x86 {
     impl Lanes for Avx2 {
         type V = [__m256; 2];
         const WIDE: bool = false;
+        const ROWS: usize = 3;
         #[inline(always)]
         fn zero(self) -> [__m256; 2] {
             // SAFETY: see above.

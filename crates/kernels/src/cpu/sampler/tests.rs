@@ -100,6 +100,14 @@ fn draws_follow_the_exact_distribution() {
         min_p,
         &only(exact.clone(), |_, p| p >= 0.3 * sorted[0]),
     );
+    // top-p is of all probabilities, before min-p takes its share.
+    let both = Draw {
+        top_p: 0.6,
+        min_p: 0.3,
+        ..plain
+    };
+    let keep = |_: usize, p: f64| p >= sorted[needed - 1] && p >= 0.3 * sorted[0];
+    check(&logits, both, &only(exact.clone(), keep));
     let odd = [0xaaaa_aaaa, 0xaaaa_aaaa];
     let masked = Draw {
         allowed: Some(&odd),
