@@ -4,6 +4,8 @@
 //! when a block may be written again is the [scheduler's](crate::scheduler). The thread of [`engine`](crate::engine)
 //! calls it and nobody else.
 
+pub mod cpu;
+
 use std::sync::Arc;
 use std::time::Duration;
 

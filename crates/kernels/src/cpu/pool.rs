@@ -1,0 +1,335 @@
+//! Threads that run one function side by side, each on its own fixed share. Nothing is stolen or handed over: which
+//! thread computes what depends on the number of threads alone.
+
+#![expect(
+    unsafe_code,
+    reason = "threads borrow the caller's closure and parts of one slice"
+)]
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// The instructions that kernels are compiled for and chosen by at run time. All give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    /// Any machine.
+    Portable,
+    /// x86-64 with AVX2 and FMA.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// The best that this machine has.
+    #[must_use]
+    pub fn detect() -> Self {
+        [Self::Avx512, Self::Avx2]
+            .into_iter()
+            .find(|isa| isa.is_available())
+            .unwrap_or(Self::Portable)
+    }
+
+    /// Whether this machine has it.
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+}
+
+/// A job's closure with its lifetime taken off; see [`Pool::run`] for why that holds.
+#[derive(Clone, Copy)]
+struct Job(*const (dyn Fn(usize) + Sync));
+// SAFETY: the closure is `Sync`, so other threads may call it through a shared reference.
+unsafe impl Send for Job {}
+
+struct Slot {
+    job: Option<Job>,
+    stop: bool,
+}
+
+struct Shared {
+    slot: Mutex<Slot>,
+    start: Condvar,
+    /// Counts jobs: a thread runs when it is ahead of what the thread has seen.
+    turn: AtomicUsize,
+    running: AtomicUsize,
+    panicked: AtomicBool,
+}
+
+/// How often a thread looks for the next job before it sleeps: some tens of microseconds, the time between two ops.
+const SPINS: usize = 20_000;
+
+/// A fixed number of threads, the caller among them.
+pub struct Pool {
+    shared: Arc<Shared>,
+    others: Vec<JoinHandle<()>>,
+    /// One job at a time.
+    turn: Mutex<()>,
+    isa: Isa,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pool {
+    /// `threads` threads (at least one) with the best instructions of this machine.
+    ///
+    /// # Panics
+    /// When the system gives no thread.
+    #[must_use]
+    pub fn new(threads: usize) -> Self {
+        Self::with_isa(threads, Isa::detect())
+    }
+
+    /// As [`Pool::new`], with chosen instructions.
+    ///
+    /// # Panics
+    /// When the machine has not got them.
+    #[must_use]
+    pub fn with_isa(threads: usize, isa: Isa) -> Self {
+        assert!(isa.is_available(), "this machine has no {isa:?}");
+        let shared = Arc::new(Shared {
+            slot: Mutex::new(Slot {
+                job: None,
+                stop: false,
+            }),
+            start: Condvar::new(),
+            turn: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+        });
+        let others = (1..threads.max(1))
+            .map(|index| {
+                let shared = Arc::clone(&shared);
+                std::thread::Builder::new()
+                    .name(format!("kernel-{index}"))
+                    .spawn(move || work(&shared, index))
+                    .unwrap_or_else(|error| panic!("no thread for kernels: {error}"))
+            })
+            .collect();
+        Self {
+            shared,
+            others,
+            turn: Mutex::new(()),
+            isa,
+        }
+    }
+
+    /// The instructions that kernels run with.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The number of threads, the caller's included.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.others.len() + 1
+    }
+
+    /// Calls `job(0..threads)`, each number on a thread of its own, and returns when all have.
+    ///
+    /// # Panics
+    /// When a call panicked.
+    pub fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+        if self.others.is_empty() {
+            return job(0);
+        }
+        let _turn = lock(&self.turn);
+        let shared = &*self.shared;
+        shared.running.store(self.others.len(), Ordering::Relaxed);
+        {
+            let mut slot = lock(&shared.slot);
+            // SAFETY: only the lifetime is taken off. The closure outlives every call: this function does not return
+            // or unwind before `running` is 0, and no thread calls a job twice.
+            let job: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(job) };
+            slot.job = Some(Job(job));
+            shared.turn.fetch_add(1, Ordering::Release);
+        }
+        shared.start.notify_all();
+        let own = catch_unwind(AssertUnwindSafe(|| job(0)));
+        let mut spins = 0;
+        while shared.running.load(Ordering::Acquire) != 0 {
+            spins += 1;
+            if spins < SPINS {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        if let Err(panic) = own {
+            resume_unwind(panic);
+        }
+        assert!(
+            !shared.panicked.swap(false, Ordering::Relaxed),
+            "a kernel panicked on another thread"
+        );
+    }
+
+    /// Splits `0..items` into equal ranges, one a thread, in order.
+    pub fn split(&self, items: usize, job: &(dyn Fn(Range<usize>) + Sync)) {
+        let threads = self.threads();
+        self.run(&|index| {
+            let range = share(items, index, threads);
+            if !range.is_empty() {
+                job(range);
+            }
+        });
+    }
+}
+
+/// The `index`th of `shares` equal parts of `0..items`.
+pub(crate) fn share(items: usize, index: usize, shares: usize) -> Range<usize> {
+    items * index / shares..items * (index + 1) / shares
+}
+
+fn work(shared: &Shared, index: usize) {
+    let mut seen = 0;
+    loop {
+        let mut spins = 0;
+        while shared.turn.load(Ordering::Acquire) == seen && spins < SPINS {
+            spins += 1;
+            std::hint::spin_loop();
+        }
+        let job = {
+            let mut slot = lock(&shared.slot);
+            while shared.turn.load(Ordering::Acquire) == seen && !slot.stop {
+                slot = shared
+                    .start
+                    .wait(slot)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            if slot.stop {
+                return;
+            }
+            slot.job
+        };
+        seen += 1;
+        if let Some(Job(job)) = job {
+            // SAFETY: `Pool::run` keeps the closure alive until `running` is counted down below.
+            let job = unsafe { &*job };
+            if catch_unwind(AssertUnwindSafe(|| job(index))).is_err() {
+                shared.panicked.store(true, Ordering::Relaxed);
+            }
+        }
+        shared.running.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        lock(&self.shared.slot).stop = true;
+        self.shared.start.notify_all();
+        for thread in self.others.drain(..) {
+            // A thread ends by itself only; its panics were reported by `run`.
+            let _ended = thread.join();
+        }
+    }
+}
+
+/// A slice of which threads write parts that do not overlap.
+pub(crate) struct Parts<'a, T> {
+    start: *mut T,
+    len: usize,
+    of: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: parts are handed out as `&mut`, so sharing this is like sending those.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self {
+            start: slice.as_mut_ptr(),
+            len: slice.len(),
+            of: PhantomData,
+        }
+    }
+
+    /// The part `range`.
+    ///
+    /// # Safety
+    /// No other part that lives at the same time overlaps it.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "the caller promises that parts do not overlap"
+    )]
+    pub(crate) unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "{range:?} of {}",
+            self.len
+        );
+        // SAFETY: inside the slice; not aliased, by this function's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+
+    /// The start of the slice, for writes of strided parts.
+    pub(crate) fn start(&self) -> *mut T {
+        self.start
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_share_runs_once_and_shares_cover_all() {
+        for threads in [1, 2, 3, 7] {
+            let pool = Pool::new(threads);
+            for items in [0, 1, 2, 5, 100] {
+                for _ in 0..50 {
+                    let mut counts = vec![0_u32; items];
+                    let parts = Parts::new(&mut counts);
+                    pool.split(items, &|range| {
+                        // SAFETY: shares do not overlap.
+                        for count in unsafe { parts.part(range) } {
+                            *count += 1;
+                        }
+                    });
+                    assert!(
+                        counts.iter().all(|count| *count == 1),
+                        "{threads} {counts:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(3);
+        for bad in 0..3 {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(&|index| assert_ne!(index, bad));
+            }));
+            assert!(outcome.is_err(), "thread {bad}");
+        }
+        let count = AtomicUsize::new(0);
+        pool.run(&|_| {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(count.into_inner(), 3);
+    }
+}

@@ -1,0 +1,337 @@
+//! PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`.
+
+use std::path::{Path, PathBuf};
+
+use espalier_kernels::cpu::lora::LoraPair;
+use espalier_kernels::cpu::{Form, PackedLinear, Pool, RowSource};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorSource};
+use crate::config::Config;
+
+/// Why an adapter is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum LoraError {
+    /// A file cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The configuration is not JSON.
+    #[error("adapter_config.json is not JSON")]
+    Json(#[source] serde_json::Error),
+    /// A field's value cannot be served.
+    #[error("adapter_config.json: `{field}` {rule}, got {value}")]
+    Field {
+        /// Its name.
+        field: String,
+        /// What it holds.
+        value: String,
+        /// What it must be.
+        rule: String,
+    },
+    /// The weights are refused: another base, a missing tensor, a broken file.
+    #[error("adapter_model.safetensors")]
+    Weights(#[from] CheckpointError),
+    /// A tensor that adapts nothing of this model.
+    #[error("adapter tensor {0} adapts no projection of this model")]
+    Unknown(String),
+    /// A tensor with NaN or infinities.
+    #[error("adapter tensor {0} holds values that are not finite")]
+    NotFinite(String),
+    /// It holds nothing.
+    #[error("the adapter has no tensors")]
+    Empty,
+}
+
+/// Places of a layer that are adapted: projections of one input are packed together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Site {
+    Qkv,
+    O,
+    GateUp,
+    Down,
+}
+
+/// A loaded adapter.
+pub struct Lora {
+    layers: Vec<[Vec<LoraPair>; 4]>,
+    digest: [u8; 32],
+}
+
+/// A projection: its name, its place, inputs, outputs, and where its outputs start in the packed row.
+struct Target {
+    name: &'static str,
+    site: Site,
+    inputs: usize,
+    outputs: usize,
+    offset: usize,
+}
+
+fn targets(config: &Config) -> [Target; 7] {
+    let (hidden, wide) = (config.hidden_size, config.intermediate_size);
+    let (q, kv) = (
+        config.heads * config.head_dim,
+        config.kv_heads * config.head_dim,
+    );
+    let target = |name, site, inputs, outputs, offset| Target {
+        name,
+        site,
+        inputs,
+        outputs,
+        offset,
+    };
+    [
+        target("self_attn.q_proj", Site::Qkv, hidden, q, 0),
+        target("self_attn.k_proj", Site::Qkv, hidden, kv, q),
+        target("self_attn.v_proj", Site::Qkv, hidden, kv, q + kv),
+        target("self_attn.o_proj", Site::O, q, hidden, 0),
+        target("mlp.gate_proj", Site::GateUp, hidden, wide, 0),
+        target("mlp.up_proj", Site::GateUp, hidden, wide, wide),
+        target("mlp.down_proj", Site::Down, wide, hidden, 0),
+    ]
+}
+
+impl Lora {
+    /// Loads a folder that PEFT (or Espalier's trainer) wrote, for a model of `base`.
+    ///
+    /// # Errors
+    /// When a file is missing or broken, a setting is not plain LoRA, or a tensor does not fit the base.
+    pub fn load(folder: &Path, base: &Config, pool: &Pool) -> Result<Self, LoraError> {
+        let path = folder.join("adapter_config.json");
+        let text =
+            std::fs::read_to_string(&path).map_err(|source| LoraError::Read { path, source })?;
+        let settings = Settings::parse(&text)?;
+        let path = folder.join("adapter_model.safetensors");
+        let weights = Checkpoint::open_file(&path)?;
+        let bytes = std::fs::read(&path).map_err(|source| LoraError::Read { path, source })?;
+        let digest = Sha256::new()
+            .chain_update(settings.digest_text())
+            .chain_update(&bytes);
+        let mut lora = Self {
+            layers: Vec::new(),
+            digest: digest.finalize().into(),
+        };
+        let mut found = 0;
+        for layer in 0..base.layers {
+            let mut sites = [const { Vec::new() }; 4];
+            for target in targets(base) {
+                if base.is_sparse(layer) && target.name.starts_with("mlp.") {
+                    continue;
+                }
+                if let Some(pair) = settings.pair(&weights, layer, &target, pool)? {
+                    sites[target.site as usize].push(pair);
+                    found += 2;
+                }
+            }
+            lora.layers.push(sites);
+        }
+        if found < weights.names().count() {
+            return Err(LoraError::Unknown(unknown(&weights, base)));
+        }
+        if found == 0 {
+            return Err(LoraError::Empty);
+        }
+        Ok(lora)
+    }
+
+    /// SHA-256 of what it computes with: settings and weights. Names the adapter's content in caches and traces.
+    #[must_use]
+    pub fn digest(&self) -> [u8; 32] {
+        self.digest
+    }
+
+    pub(crate) fn pairs(&self, layer: usize, site: Site) -> &[LoraPair] {
+        &self.layers[layer][site as usize]
+    }
+}
+
+fn tensor_name(module: &str, which: &str) -> String {
+    format!("base_model.model.{module}.{which}.weight")
+}
+
+/// The first name that no projection of the base has.
+fn unknown(weights: &Checkpoint, base: &Config) -> String {
+    let known = |name: &str| {
+        (0..base.layers).any(|layer| {
+            targets(base)
+                .iter()
+                .filter(|t| !(base.is_sparse(layer) && t.name.starts_with("mlp.")))
+                .any(|t| {
+                    let module = format!("model.layers.{layer}.{}", t.name);
+                    ["lora_A", "lora_B"]
+                        .iter()
+                        .any(|which| tensor_name(&module, which) == name)
+                })
+        })
+    };
+    let mut names: Vec<&str> = weights.names().filter(|name| !known(name)).collect();
+    names.sort_unstable();
+    names
+        .first()
+        .map_or_else(String::new, |name| (*name).to_owned())
+}
+
+struct Settings {
+    r: f64,
+    alpha: f64,
+    rslora: bool,
+    rank_pattern: Vec<(String, f64)>,
+    alpha_pattern: Vec<(String, f64)>,
+}
+
+/// Settings that make it something else than plain LoRA, unless they are absent, null, false, empty or `"none"`.
+const REFUSED: [&str; 13] = [
+    "modules_to_save",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "fan_in_fan_out",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+];
+
+fn refuse<T>(field: &str, value: Option<&Value>, rule: &str) -> Result<T, LoraError> {
+    Err(LoraError::Field {
+        field: field.to_owned(),
+        value: value.map_or_else(|| "nothing".to_owned(), Value::to_string),
+        rule: rule.to_owned(),
+    })
+}
+
+impl Settings {
+    fn parse(text: &str) -> Result<Self, LoraError> {
+        let map: Map<String, Value> = serde_json::from_str(text).map_err(LoraError::Json)?;
+        if map.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+            return refuse("peft_type", map.get("peft_type"), "must be \"LORA\"");
+        }
+        for name in REFUSED {
+            let off = match map.get(name) {
+                None | Some(Value::Null | Value::Bool(false)) => true,
+                Some(Value::String(text)) => text.is_empty() || text == "none",
+                Some(Value::Array(items)) => items.is_empty(),
+                Some(Value::Object(items)) => items.is_empty(),
+                Some(_) => false,
+            };
+            if !off {
+                return refuse(name, map.get(name), "must be off: plain LoRA is served");
+            }
+        }
+        let number = |name: &str| match map.get(name).and_then(Value::as_f64) {
+            Some(number) if number.is_finite() && number > 0.0 => Ok(number),
+            _ => refuse(name, map.get(name), "must be a finite number above 0"),
+        };
+        let rslora = match map.get("use_rslora") {
+            None | Some(Value::Null) => false,
+            Some(Value::Bool(flag)) => *flag,
+            other => return refuse("use_rslora", other, "must be true or false"),
+        };
+        Ok(Self {
+            r: number("r")?,
+            alpha: number("lora_alpha")?,
+            rslora,
+            rank_pattern: pattern(&map, "rank_pattern")?,
+            alpha_pattern: pattern(&map, "alpha_pattern")?,
+        })
+    }
+
+    /// What of the settings changes the numbers.
+    fn digest_text(&self) -> String {
+        format!(
+            "{} {} {} {:?} {:?}\n",
+            self.r, self.alpha, self.rslora, self.rank_pattern, self.alpha_pattern
+        )
+    }
+
+    /// The pair for a projection, if the file has one.
+    fn pair(
+        &self,
+        weights: &Checkpoint,
+        layer: usize,
+        target: &Target,
+        pool: &Pool,
+    ) -> Result<Option<LoraPair>, LoraError> {
+        let module = format!("model.layers.{layer}.{}", target.name);
+        let names = [
+            tensor_name(&module, "lora_A"),
+            tensor_name(&module, "lora_B"),
+        ];
+        if !names.iter().any(|name| weights.has(name)) {
+            return Ok(None);
+        }
+        let r = matching(&self.rank_pattern, &module).unwrap_or(self.r);
+        let alpha = matching(&self.alpha_pattern, &module).unwrap_or(self.alpha);
+        let rank = r as usize;
+        let a = weights.tensor(&names[0], &[rank, target.inputs])?;
+        let b = weights.tensor(&names[1], &[target.outputs, rank])?;
+        let pack = |name: &str, k: usize, values: Vec<f32>| {
+            if values.iter().any(|value| !value.is_finite()) {
+                return Err(LoraError::NotFinite(name.to_owned()));
+            }
+            PackedLinear::pack(pool, Form::F32, k, &[RowSource::F32(&values)]).map_err(|source| {
+                CheckpointError::Memory {
+                    what: name.to_owned(),
+                    source,
+                }
+                .into()
+            })
+        };
+        Ok(Some(LoraPair {
+            a: pack(&names[0], target.inputs, a.to_vec())?,
+            b: pack(&names[1], rank, b.to_vec())?,
+            scale: (alpha / if self.rslora { r.sqrt() } else { r }) as f32,
+            offset: target.offset,
+        }))
+    }
+}
+
+/// Ranks or alphas by module, in the file's order: the first that matches counts.
+fn pattern(map: &Map<String, Value>, name: &str) -> Result<Vec<(String, f64)>, LoraError> {
+    let items = match map.get(name) {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Object(items)) => items,
+        other => return refuse(name, other, "must be an object of numbers"),
+    };
+    let mut pattern = Vec::new();
+    for (module, value) in items {
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '.';
+        if !module.chars().all(plain) {
+            return refuse(
+                name,
+                map.get(name),
+                "must name modules, without regular expressions",
+            );
+        }
+        match value.as_f64() {
+            Some(number) if number.is_finite() && number > 0.0 => {
+                pattern.push((module.clone(), number));
+            }
+            _ => return refuse(name, map.get(name), "must hold finite numbers above 0"),
+        }
+    }
+    Ok(pattern)
+}
+
+/// PEFT's rule: a pattern is the end of the module's name, from a dot on.
+fn matching(pattern: &[(String, f64)], module: &str) -> Option<f64> {
+    let matches = |name: &str| {
+        module
+            .strip_suffix(name)
+            .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    };
+    pattern
+        .iter()
+        .find(|(name, _)| matches(name))
+        .map(|(_, number)| *number)
+}
