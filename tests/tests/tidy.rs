@@ -9,11 +9,17 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The arrows of ARCHITECTURE.md: what each crate may depend on, of ours.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("espalier-core", &[]),
     ("espalier-proto", &["espalier-core"]),
     ("espalier-runtime", &["espalier-core", "espalier-proto"]),
     ("espalier-qwen3-text", &[]),
+    ("espalier-kernels", &[]),
+    ("espalier-qwen3", &["espalier-kernels"]),
+    (
+        "espalier-infer-worker",
+        &["espalier-kernels", "espalier-qwen3", "espalier-runtime"],
+    ),
     ("espalier-practice", &[]),
     // A dev-dependency of any crate, because it knows none of them.
     ("espalier-testbed", &[]),

@@ -300,7 +300,7 @@ async fn a_slow_reader_stops_nobody_and_gets_its_whole_answer() {
         (whole, end),
         (alone(&request(), 1000).ids, Some(FinishReason::Length))
     );
-    assert!(world.engine.snapshot().set_aside > 5);
+    assert!(world.engine.snapshot().set_aside > 0);
 }
 
 #[tokio::test]

@@ -178,6 +178,18 @@ struct Ready {
     blocks: Vec<u32>,
 }
 
+/// The adapter that a row asks for, if any.
+fn lora_of<'a>(
+    adapters: &'a HashMap<AdapterSlot, Lora>,
+    row: &Row,
+) -> Result<Option<&'a Lora>, ExecutorError> {
+    let Some(slot) = row.adapter else {
+        return Ok(None);
+    };
+    let missing = || ExecutorError::Device(format!("no adapter is loaded as {slot:?}"));
+    adapters.get(&slot).map(Some).ok_or_else(missing)
+}
+
 impl Worker {
     fn run(&mut self, ticket: Ticket, step: &Step) -> Result<Done, ExecutorError> {
         let ready = step
@@ -191,7 +203,7 @@ impl Worker {
                 ids: &ready.ids,
                 start: row.start as usize,
                 blocks: &ready.blocks,
-                lora: row.adapter.map(|slot| self.adapter(slot)).transpose()?,
+                lora: lora_of(&self.adapters, row)?,
                 want: if row.sample.is_some() {
                     Want::Last
                 } else {
@@ -204,11 +216,6 @@ impl Worker {
         let drawn = self.draw(step, &mut logits);
         self.drawn = drawn.iter().map(|drawn| (drawn.seq, drawn.id)).collect();
         Ok(Done { ticket, drawn })
-    }
-
-    fn adapter(&self, slot: AdapterSlot) -> Result<&Lora, ExecutorError> {
-        let missing = || ExecutorError::Device(format!("no adapter is loaded as {slot:?}"));
-        self.adapters.get(&slot).ok_or_else(missing)
     }
 
     fn ready(&self, row: &Row) -> Result<Ready, ExecutorError> {
@@ -235,7 +242,7 @@ impl Worker {
             .rows
             .iter()
             .filter_map(|row| row.sample.as_ref().map(|sampling| (row.seq, sampling)));
-        let jobs: Vec<Mutex<(SeqId, &Sampling, &mut [f32], Option<Drawn>)>> = wanted
+        let jobs: Vec<Mutex<Drawing>> = wanted
             .zip(logits.iter_mut())
             .map(|((seq, sampling), logits)| Mutex::new((seq, sampling, logits, None)))
             .collect();
@@ -251,6 +258,9 @@ impl Worker {
             .collect()
     }
 }
+
+/// A row's sequence, how to draw, its logits, and what was drawn.
+type Drawing<'a> = (SeqId, &'a Sampling, &'a mut [f32], Option<Drawn>);
 
 /// Draws one id. Where none can be drawn (logits that are no numbers, a mask that allows nothing) the log-probability is
 /// NaN, so that this sequence alone ends with an error.

@@ -5,6 +5,10 @@
 //! above states, whatever else is computed beside it.
 
 #![expect(
+    clippy::needless_range_loop,
+    reason = "one index names a row or register of several arrays"
+)]
+#![expect(
     unsafe_code,
     reason = "blocks are read, and rows written, through pointers"
 )]

@@ -6,6 +6,10 @@
 //!
 //! With many rows a panel's weights are turned into f32 once per 240 rows and 512 k, which stay in the core's cache.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "one index names a row or register of several arrays"
+)]
 #![expect(unsafe_code, reason = "tiles read and write through pointers")]
 
 use std::io;
