@@ -1,1 +1,3 @@
 //! Every numerical op once: `cpu` and `cuda` side by side.
+
+pub mod cuda;
