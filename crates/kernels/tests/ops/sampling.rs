@@ -29,36 +29,32 @@ pub fn greedy(ops: &dyn Ops) {
     assert_eq!(ids, [Some(700), Some(1_499), Some(0)]);
 }
 
-/// What may be drawn and how likely: min-p and top-k, then top-p over what is left; equals of the last kept stay.
+/// What may be drawn and how likely: top-k, top-p over what that left, min-p.
 fn exact(x: &[f32], how: &How) -> BTreeMap<u32, f64> {
-    let mut all: Vec<(u32, f64)> = x
-        .iter()
-        .enumerate()
-        .map(|(i, x)| (i as u32, f64::from(x / how.temperature)))
-        .collect();
+    let value = |x: &f32| f64::from(x / how.temperature);
+    let mut all: Vec<(u32, f64)> = (0..).zip(x.iter().map(value)).collect();
     all.sort_by(|a, b| b.1.total_cmp(&a.1));
     let top = all[0].1;
-    let mut lowest = if how.min_p > 0.0 {
-        top + f64::from(how.min_p).ln()
-    } else {
-        f64::NEG_INFINITY
-    };
-    if how.top_k > 0 && (how.top_k as usize) < all.len() {
-        lowest = lowest.max(all[how.top_k as usize - 1].1);
+    let mass = |x: f64| (x - top).exp();
+    if how.top_k > 0 {
+        all.truncate(how.top_k as usize);
     }
-    all.retain(|(_, x)| *x >= lowest);
-    let total: f64 = all.iter().map(|(_, x)| (x - top).exp()).sum();
-    let mut mass = 0.0;
-    let kept = all.iter().take_while(|(_, x)| {
-        let before = mass;
-        mass += (x - top).exp() / total;
-        before < f64::from(how.top_p)
-    });
-    let kept = kept.count();
+    let total: f64 = all.iter().map(|(_, x)| mass(*x)).sum();
+    let mut before = 0.0;
+    let mut reached = |x: f64| {
+        let is_over = before >= f64::from(how.top_p) * total;
+        before += mass(x);
+        is_over
+    };
+    let kept = all
+        .iter()
+        .position(|(_, x)| reached(*x))
+        .unwrap_or(all.len());
     all.truncate(kept);
-    let total: f64 = all.iter().map(|(_, x)| (x - top).exp()).sum();
+    all.retain(|(_, x)| mass(*x) >= f64::from(how.min_p));
+    let total: f64 = all.iter().map(|(_, x)| mass(*x)).sum();
     all.into_iter()
-        .map(|(id, x)| (id, (x - top).exp() / total))
+        .map(|(id, x)| (id, mass(x) / total))
         .collect()
 }
 

@@ -101,7 +101,7 @@ impl SampleRow {
 pub struct Sample<'a> {
     /// `[rows]`; [`NONE`] where no id can be drawn: all are masked, or a logit is NaN.
     pub ids: &'a mut Buffer<u32>,
-    /// `[rows]`: of the drawn ids, by the model's own logits over all columns.
+    /// `[rows]`: of the drawn ids, by the model's own logits, what pads the table left out.
     pub logprobs: &'a mut Buffer<f32>,
     /// `[rows, TOP_MAX]`, most likely first.
     pub top_ids: &'a mut Buffer<u32>,

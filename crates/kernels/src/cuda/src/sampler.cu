@@ -1,9 +1,9 @@
 // One id a row from fp32 logits, with its log-probability and the most likely ids. One block of 1024 threads a row.
 //
-// In this order: penalties, bias, mask; ids from `ids_end` on are never drawn; division by the temperature; min-p and
-// top-k; top-p over what these left; a draw. All filters keep whatever equals the last value kept. Masses are 40-bit fixed
+// In this order: penalties, bias, mask; division by the temperature; top-k; top-p over what that left; min-p; a draw. Ids
+// from `ids_end` on pad the table: they are not looked at. All filters keep whatever equals the last value kept. Masses are 40-bit fixed
 // point, so that sums do not depend on an order: a row, its seed and its step give the same id in every batch.
-// Log-probabilities are those of the model: of the logits as they came, over all columns, at temperature 1.
+// Log-probabilities are those of the model: of the logits as they came, at temperature 1.
 
 #define THREADS 1024
 #define TOP_MAX 20
@@ -81,6 +81,14 @@ __device__ u64 block_sum64(u64 x, u64 *room) {
     u64 all = 0;
     for (int w = 0; w < THREADS / 32; w++) all += room[w];
     return all;
+}
+
+// What values with keys from `lowest` on weigh together.
+__device__ u64 mass_from(const float *x, u32 count, float top, u32 lowest, u64 *room) {
+    u64 mass = 0;
+    for (u32 i = threadIdx.x; i < count; i += THREADS)
+        if (key_of(x[i]) >= lowest) mass += mass_of(x[i], top);
+    return block_sum64(mass, room);
 }
 
 // The largest key so that values with it or a larger one weigh at least `wanted` together: one each, or their mass.
@@ -185,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
 
     // What the model said.
     float top = -INFINITE, nans = 0.0f;
-    for (u32 i = threadIdx.x; i < columns; i += THREADS) {
+    for (u32 i = threadIdx.x; i < ids_end; i += THREADS) {
         float value = raw[i];
         top = fmaxf(top, value);
         if (value != value) nans += 1.0f;
@@ -201,11 +209,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     top = block_max(top, room);
     nans = block_sum(nans, room);
     float sum = 0.0f;
-    for (u32 i = threadIdx.x; i < columns; i += THREADS) sum += expf(raw[i] - top);
+    for (u32 i = threadIdx.x; i < ids_end; i += THREADS) sum += expf(raw[i] - top);
     const float lse = top + logf(block_sum(sum, room));
 
     // What may be drawn.
-    for (u32 i = row.bias_from + threadIdx.x; i < row.bias_to; i += THREADS) x[bias_ids[i]] += bias_values[i];
+    for (u32 i = row.bias_from + threadIdx.x; i < row.bias_to; i += THREADS)
+        if (bias_ids[i] < ids_end) x[bias_ids[i]] += bias_values[i];
     __syncthreads();
     const u32 words = (columns + 31) / 32;
     const float inverse = row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
@@ -219,27 +228,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     __syncthreads();
     const u64 best = largest(x, ids_end, ~0ull, room64);
     candidates = block_sum64(candidates, room64);
-    if (threadIdx.x == 0) answer = best && nans == 0.0f ? ~(u32)best : NONE;
+    if (threadIdx.x == 0) answer = best && nans == 0.0f && top < INFINITE ? ~(u32)best : NONE;
     __syncthreads();
 
     if (row.temperature > 0.0f && answer != NONE) {
         const float most = x[answer];
         u32 lowest = key_of(-INFINITE) + 1;
-        if (row.min_p > 0.0f) lowest = max(lowest, key_of(most + logf(row.min_p)));
         if (row.top_k > 0 && row.top_k < candidates)
-            lowest = max(lowest, select_key<false>(x, ids_end, most, key_of(-INFINITE) + 1, row.top_k, bins, found));
-        u64 total = 0;
-        for (u32 i = threadIdx.x; i < ids_end; i += THREADS)
-            if (key_of(x[i]) >= lowest) total += mass_of(x[i], most);
-        total = block_sum64(total, room64);
-        if (row.top_p < 1.0f) {
+            lowest = select_key<false>(x, ids_end, most, lowest, row.top_k, bins, found);
+        u64 total = mass_from(x, ids_end, most, lowest, room64);
+        if (row.top_p < 1.0f || row.min_p > 0.0f) {
             u64 wanted = (u64)((double)total * (double)row.top_p);
             wanted = wanted < 1 ? 1 : wanted > total ? total : wanted;
-            lowest = max(lowest, select_key<true>(x, ids_end, most, lowest, wanted, bins, found));
-            total = 0;
-            for (u32 i = threadIdx.x; i < ids_end; i += THREADS)
-                if (key_of(x[i]) >= lowest) total += mass_of(x[i], most);
-            total = block_sum64(total, room64);
+            if (row.top_p < 1.0f) lowest = select_key<true>(x, ids_end, most, lowest, wanted, bins, found);
+            if (row.min_p > 0.0f) lowest = max(lowest, key_of(most + logf(row.min_p)));
+            total = mass_from(x, ids_end, most, lowest, room64);
         }
         const u64 target = __umul64hi(philox(row.seed_low, row.seed_high, row.step), total);
         __syncthreads();
