@@ -63,11 +63,12 @@ const ARROWS: [(&str, &[&str]); 13] = [
 ];
 
 /// Only these may use these: a backend or a format stays behind its door.
-const DOORS: [(&str, &[&str]); 4] = [
+const DOORS: [(&str, &[&str]); 5] = [
     ("redb", &["espalier-coordinator"]),
     ("object_store", &["espalier-runtime"]),
     ("rmcp", &["espalier-agent-worker"]),
     ("tokenizers", &["espalier-qwen3-text"]),
+    ("cudarc", &["espalier-kernels"]),
 ];
 
 const LINES_MAX: usize = 900;
