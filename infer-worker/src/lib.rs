@@ -1,6 +1,8 @@
 //! Serves Qwen3 and its adapters over an OpenAI-compatible API.
 
+pub mod api;
 pub mod blocks;
 pub mod engine;
 pub mod executor;
+pub mod grammar;
 pub mod scheduler;
