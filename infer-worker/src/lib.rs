@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod blocks;
+pub mod config;
 pub mod engine;
 pub mod executor;
 pub mod grammar;

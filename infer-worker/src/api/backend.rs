@@ -51,11 +51,11 @@ pub trait Backend: Send + Sync + 'static {
         thoughts: Thoughts,
     ) -> Result<Box<dyn Constraint>, GrammarError>;
 
-    /// Starts an answer. Dropping the receiver ends it and frees what it holds.
+    /// Starts answers, of which all are taken or none. Dropping a receiver ends its answer and frees what it holds.
     fn submit(
         &self,
-        generation: Generation,
-    ) -> BoxFuture<'_, Result<mpsc::Receiver<Event>, SubmitError>>;
+        generations: Vec<Generation>,
+    ) -> BoxFuture<'_, Result<Vec<mpsc::Receiver<Event>>, SubmitError>>;
 
     /// Loads an adapter, or a new version of one: requests that come afterwards run on it.
     fn load_adapter(&self, source: AdapterSource) -> BoxFuture<'_, Result<Model, AdapterError>>;

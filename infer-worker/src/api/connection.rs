@@ -4,12 +4,14 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::{OnFailure, Tasks, Unfinished};
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -82,7 +84,12 @@ async fn connection(
     // A token is a small write that must not wait for the next.
     let _ = stream.set_nodelay(true);
     let io = TokioIo::new(Stalling::new(stream, limits::WRITE_STALL_MAX));
-    let service = TowerToHyperService::new(router);
+    let router = TowerToHyperService::new(router);
+    let asked = AtomicBool::new(false);
+    let service = service_fn(|request| {
+        asked.store(true, Ordering::Relaxed);
+        router.call(request)
+    });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits::HEADER_READ_MAX);
@@ -90,6 +97,10 @@ async fn connection(
     tokio::select! {
         ended = connection.as_mut() => return ended,
         () = shutdown.draining() => {}
+    }
+    // hyper would wait for the first request of a connection that has had none.
+    if !asked.load(Ordering::Relaxed) {
+        return Ok(());
     }
     connection.as_mut().graceful_shutdown();
     connection.await

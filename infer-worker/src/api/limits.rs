@@ -28,19 +28,32 @@ pub(super) const PREPARING_MAX: usize = 4;
 /// Longest wait for a place among those.
 pub(super) const PREPARE_WAIT_MAX: Duration = Duration::from_secs(30);
 
+/// A body over its limit is read on for so much and thrown away: a client that is cut off while it sends may never see
+/// the answer.
+const DISCARDED_BYTES_MAX: usize = 64 << 20;
+
 /// The whole body, within bounds of size and time.
 pub(super) async fn read(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
     let whole = async {
         let mut pieces = body.into_data_stream();
         let mut whole = BytesMut::new();
+        let mut bytes = 0;
         while let Some(piece) = pieces.next().await {
             let piece = piece.map_err(|_| ApiError::body("the body was cut"))?;
-            if whole.len() + piece.len() > bytes_max {
-                return Err(ApiError::body_too_large(bytes_max));
+            bytes += piece.len();
+            if bytes > bytes_max + DISCARDED_BYTES_MAX {
+                break;
             }
-            whole.extend_from_slice(&piece);
+            if bytes <= bytes_max {
+                whole.extend_from_slice(&piece);
+            } else {
+                whole = BytesMut::new();
+            }
         }
-        Ok(whole.freeze())
+        match bytes > bytes_max {
+            true => Err(ApiError::body_too_large(bytes_max)),
+            false => Ok(whole.freeze()),
+        }
     };
     let read = with_deadline("api.body", BODY_READ_MAX, whole).await;
     read.unwrap_or(Err(ApiError::too_slow(BODY_READ_MAX)))

@@ -22,7 +22,9 @@ mod prepare;
 mod reply;
 mod stop;
 
+use std::hash::BuildHasher as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -62,6 +64,8 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// Names answers.
     pub ids: Arc<dyn IdSource>,
+    /// Where the seeds of requests begin that bring none; without, somewhere else in each process.
+    pub seed: Option<u64>,
 }
 
 #[derive(Clone)]
@@ -72,7 +76,25 @@ struct App {
     ids: Arc<dyn IdSource>,
     metrics: Arc<Metrics>,
     preparing: Arc<Semaphore>,
+    seeds: Arc<Seeds>,
     keep_alive: Duration,
+}
+
+/// Seeds of requests that bring none: far apart, because the answers of one request count on from theirs.
+struct Seeds(AtomicU64);
+
+impl Seeds {
+    /// An odd number without a pattern (2⁶⁴ divided by the golden ratio): no seed comes twice.
+    const STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
+
+    fn new(first: Option<u64>) -> Self {
+        let random = || std::hash::RandomState::new().hash_one(());
+        Self(AtomicU64::new(first.unwrap_or_else(random)))
+    }
+
+    fn next(&self) -> u64 {
+        self.0.fetch_add(Self::STRIDE, Ordering::Relaxed)
+    }
 }
 
 /// All of the API.
@@ -88,6 +110,7 @@ fn router_with(parts: Parts, keep_alive: Duration) -> Router {
         ids: parts.ids,
         metrics: Arc::default(),
         preparing: Arc::new(Semaphore::new(limits::PREPARING_MAX)),
+        seeds: Arc::new(Seeds::new(parts.seed)),
         keep_alive,
     };
     let keyed = Router::new()

@@ -1,6 +1,5 @@
 //! From a body to answers that run: parse, render and encode off the async threads, then submit.
 
-use std::hash::BuildHasher as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -66,20 +65,20 @@ impl App {
             })
     }
 
-    /// Starts all answers; if one does not start, those that did end.
+    /// Starts all answers.
     pub(super) async fn submit(
         &self,
         prepared: Prepared,
         began: Instant,
     ) -> Result<Answers, ApiError> {
         let name = self.ids.fresh();
-        let random = std::hash::RandomState::new().hash_one(&name);
+        let random = self.seeds.next();
         let options = prepared.options;
         let param = match prepared.dialect {
             Dialect::Chat => "messages",
             Dialect::Completion => "prompt",
         };
-        let mut started = Vec::with_capacity(prepared.constraints.len());
+        let (mut generations, mut choices) = (Vec::new(), Vec::new());
         for (i, constraint) in prepared.constraints.into_iter().enumerate() {
             let prompt = &prepared.prompts[i / options.n];
             let room = prepared.context_tokens - prompt.ids.len();
@@ -88,7 +87,7 @@ impl App {
             if prepared.calls == Calls::Forbidden {
                 sampling.bias.push((self.backend.call_open(), NEVER));
             }
-            let generation = Generation {
+            generations.push(Generation {
                 prompt: prompt.ids.as_slice().into(),
                 target: prepared.target.clone(),
                 sampling,
@@ -97,14 +96,15 @@ impl App {
                 ignore_eos: options.ignore_eos,
                 priority: options.priority,
                 constraint,
-            };
-            let submitted = self.backend.submit(generation).await;
-            let receiver = submitted.map_err(|error| ApiError::submit(error, param))?;
+            });
             let form = form(prepared.dialect, prepared.calls, prompt.thoughts);
             let parser = self.backend.parser(form);
-            let choice = Choice::new(parser, &options.stops, prepared.calls == Calls::One);
-            started.push((choice, receiver));
+            let one_call = prepared.calls == Calls::One;
+            choices.push(Choice::new(parser, &options.stops, one_call));
         }
+        let submitted = self.backend.submit(generations).await;
+        let receivers = submitted.map_err(|error| ApiError::submit(error, param))?;
+        let started = choices.into_iter().zip(receivers).collect();
         let prefix = match prepared.dialect {
             Dialect::Chat => "chatcmpl",
             Dialect::Completion => "cmpl",

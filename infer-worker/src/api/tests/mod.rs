@@ -43,6 +43,7 @@ impl Server {
             api_key: key.map(Secret::new),
             clock: Arc::new(ManualClock::new(Timestamp::from_ms(7_000))),
             ids: Arc::new(SequentialIds::new("t")),
+            seed: Some(100),
         };
         let router = router_with(parts, keep_alive);
         let shutdown = Shutdown::new();

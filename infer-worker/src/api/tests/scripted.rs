@@ -100,6 +100,40 @@ impl Scripted {
             .expect("the answer goes on");
     }
 
+    fn start(&self, generation: Generation) -> Result<mpsc::Receiver<Event>, SubmitError> {
+        let prompt: Vec<u8> = generation.prompt.iter().map(|&id| id as u8).collect();
+        let asked = (
+            generation.target.clone(),
+            generation.sampling.clone(),
+            generation.tokens_max,
+        );
+        self.asked.lock().unwrap().push(asked);
+        match &prompt[..] {
+            b"full" => {
+                return Err(SubmitError::Full {
+                    retry_after: Duration::from_millis(1_500),
+                });
+            }
+            b"stopped" => return Err(SubmitError::Stopped),
+            b"gone" => {
+                return Err(SubmitError::UnknownModel {
+                    name: "toy".to_owned(),
+                });
+            }
+            _ => {}
+        }
+        let (sender, receiver) = mpsc::channel(16);
+        let aborts = Arc::clone(&self.aborts);
+        self.tasks
+            .spawn("test.generation", OnFailure::Log, async move {
+                if !play(generation, sender).await {
+                    aborts.count.fetch_add(1, Ordering::SeqCst);
+                    aborts.one_more.notify_one();
+                }
+            });
+        Ok(receiver)
+    }
+
     pub(super) fn aborted_count(&self) -> usize {
         self.aborts.count.load(Ordering::SeqCst)
     }
@@ -128,14 +162,16 @@ async fn play(generation: Generation, events: mpsc::Sender<Event>) -> bool {
         if endless {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        let mut id = if endless { u32::from(b'x') } else { id };
+        let id = if endless { u32::from(b'x') } else { id };
         if let Some(constraint) = &mut constraint {
             let mask = constraint.allowed().unwrap();
             let allowed = |id: u32| {
                 mask.get(id as usize / 32)
                     .is_some_and(|word| word >> (id % 32) & 1 == 1)
             };
-            id = if allowed(id) { id } else { END };
+            if !allowed(id) {
+                break;
+            }
             constraint.push(id).unwrap();
         }
         if prompt.ends_with("broken") && sent == 2 {
@@ -351,42 +387,11 @@ impl Backend for Scripted {
 
     fn submit(
         &self,
-        generation: Generation,
-    ) -> BoxFuture<'_, Result<mpsc::Receiver<Event>, SubmitError>> {
-        let prompt: Vec<u8> = generation.prompt.iter().map(|&id| id as u8).collect();
-        let refusal = match &prompt[..] {
-            b"full" => Some(SubmitError::Full {
-                retry_after: Duration::from_millis(1_500),
-            }),
-            b"stopped" => Some(SubmitError::Stopped),
-            b"gone" => Some(SubmitError::UnknownModel {
-                name: "toy".to_owned(),
-            }),
-            _ => None,
-        };
-        let asked = (
-            generation.target.clone(),
-            generation.sampling.clone(),
-            generation.tokens_max,
-        );
-        self.asked.lock().unwrap().push(asked);
-        async move {
-            if let Some(refusal) = refusal {
-                return Err(refusal);
-            }
-            let (sender, receiver) = mpsc::channel(16);
-            let played = play(generation, sender);
-            let aborts = Arc::clone(&self.aborts);
-            self.tasks
-                .spawn("test.generation", OnFailure::Log, async move {
-                    if !played.await {
-                        aborts.count.fetch_add(1, Ordering::SeqCst);
-                        aborts.one_more.notify_one();
-                    }
-                });
-            Ok(receiver)
-        }
-        .boxed()
+        generations: Vec<Generation>,
+    ) -> BoxFuture<'_, Result<Vec<mpsc::Receiver<Event>>, SubmitError>> {
+        let start = |generation| self.start(generation);
+        let started = generations.into_iter().map(start).collect();
+        std::future::ready(started).boxed()
     }
 
     fn load_adapter(&self, source: AdapterSource) -> BoxFuture<'_, Result<Model, AdapterError>> {
