@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use espalier_core::time::Timestamp;
 use espalier_runtime::tasks;
 use serde_json::json;
 
@@ -112,7 +113,7 @@ impl App {
         let head = Head {
             dialect: prepared.dialect,
             id: format!("{prefix}-{name}"),
-            created_s: self.clock.now().0 / 1_000,
+            created_s: self.clock.now().since(Timestamp::default()).as_secs(),
             model: prepared.target.name,
             adapter_digest: prepared.target.digest,
             logprobs: options.sampling.logprobs.is_some(),

@@ -226,6 +226,7 @@ async fn draining_ends_when_the_answers_have_ended() {
         .await
         .unwrap();
     server.shutdown.drain();
+    server.backend.go.notify_one();
     let told = events(&response.text().await.unwrap());
     assert_eq!(told.last().unwrap()["choices"][0]["finish_reason"], "stop");
     server

@@ -65,6 +65,8 @@ pub(super) struct Scripted {
     tasks: Tasks,
     adapters: Mutex<BTreeMap<String, u64>>,
     aborts: Arc<Aborts>,
+    /// Lets one answer go on that says `slow`.
+    pub(super) go: Arc<Notify>,
     /// How each answer was asked for.
     pub(super) asked: Mutex<Vec<(Target, Sampling, usize)>>,
 }
@@ -82,6 +84,7 @@ impl Default for Scripted {
             tasks: Tasks::new(Shutdown::new()),
             adapters: Mutex::default(),
             aborts: Arc::default(),
+            go: Arc::default(),
             asked: Mutex::default(),
         }
     }
@@ -124,9 +127,10 @@ impl Scripted {
         }
         let (sender, receiver) = mpsc::channel(16);
         let aborts = Arc::clone(&self.aborts);
+        let go = Arc::clone(&self.go);
         self.tasks
             .spawn("test.generation", OnFailure::Log, async move {
-                if !play(generation, sender).await {
+                if !play(generation, sender, go).await {
                     aborts.count.fetch_add(1, Ordering::SeqCst);
                     aborts.one_more.notify_one();
                 }
@@ -140,7 +144,7 @@ impl Scripted {
 }
 
 /// Sends the script as the engine would; says whether somebody listened to the end.
-async fn play(generation: Generation, events: mpsc::Sender<Event>) -> bool {
+async fn play(generation: Generation, events: mpsc::Sender<Event>, go: Arc<Notify>) -> bool {
     let bytes: Vec<u8> = generation.prompt.iter().map(|&id| id as u8).collect();
     let prompt = String::from_utf8_lossy(&bytes).into_owned();
     let script = prompt.rsplit('\u{1}').next().unwrap_or_default().to_owned();
@@ -157,7 +161,7 @@ async fn play(generation: Generation, events: mpsc::Sender<Event>) -> bool {
         .take(if endless { usize::MAX } else { ids.len() });
     for id in script {
         if prompt.ends_with("slow") && sent == 2 {
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            go.notified().await;
         }
         if endless {
             tokio::time::sleep(Duration::from_millis(1)).await;
