@@ -18,7 +18,12 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("espalier-qwen3", &["espalier-kernels"]),
     (
         "espalier-infer-worker",
-        &["espalier-kernels", "espalier-qwen3", "espalier-runtime"],
+        &[
+            "espalier-core",
+            "espalier-kernels",
+            "espalier-qwen3",
+            "espalier-runtime",
+        ],
     ),
     ("espalier-practice", &[]),
     // A dev-dependency of any crate, because it knows none of them.
