@@ -102,12 +102,14 @@ async fn a_store_that_is_away_for_20_s_and_then_crawls_for_a_minute_costs_a_clus
     let to_store = Proxy::start(server.address()).await;
     let endpoint = format!("http://{}", to_store.address());
     let environment = S3Server::environment_at(&endpoint);
+    // Shorter than both faults, and longer than a machine that is busy makes a renewal wait.
     let setup = Setup {
+        lease_ttl_ms: 10_000,
         store_url: Some(S3Server::store_url("cluster")),
         environment: environment.map(|(k, v)| (k.to_owned(), v)).into(),
-        ..Setup::new("", "")
+        ..Setup::new("", &model::start().await)
     };
-    let mut world = start(redis, setup, 2).await;
+    let mut world = World::start(redis, setup, 2, SLOTS).await;
     world.submit("b", &toy_jobs(JOBS)).await;
     let crawling = Direction {
         delay: Duration::from_secs(1),
