@@ -1,3 +1,5 @@
+//! What the door refuses, and in which words.
+
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;

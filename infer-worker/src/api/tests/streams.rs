@@ -1,3 +1,5 @@
+//! Answers that are streamed.
+
 use espalier_core::chat::Message;
 use espalier_core::spec::Sampling;
 use espalier_runtime::model::{ChatRequest, ChatTurn, ModelClient, ModelEndpoint};

@@ -1,3 +1,5 @@
+//! Answers that come whole.
+
 use serde_json::json;
 
 use super::scripted::ids_of;
