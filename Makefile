@@ -44,7 +44,7 @@ setup-servers: setup ## Installs what a cluster needs on top: Redis, an S3 serve
 	@python3 -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update -qq; $(APT) install -y -qq --no-install-recommends python3-venv; }
 	@$(MAKE) --no-print-directory $(PYTHON_READY)
 
-setup-test: setup-servers ## Installs what testing needs on top: cargo-nextest, Python's gRPC tools, clocks that are wrong
+setup-test: setup-servers ## Installs what testing needs on top: cargo-nextest, Python's gRPC tools, the compiler of CUDA kernels, clocks that are wrong
 	$(call need,faketime,faketime)
 	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked
 

@@ -1,6 +1,9 @@
 //! Serves Qwen3 and its adapters over an OpenAI-compatible API.
 
+pub mod api;
 pub mod blocks;
+pub mod config;
 pub mod engine;
 pub mod executor;
+pub mod grammar;
 pub mod scheduler;

@@ -18,7 +18,12 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("espalier-qwen3", &["espalier-kernels"]),
     (
         "espalier-infer-worker",
-        &["espalier-kernels", "espalier-qwen3", "espalier-runtime"],
+        &[
+            "espalier-core",
+            "espalier-kernels",
+            "espalier-qwen3",
+            "espalier-runtime",
+        ],
     ),
     ("espalier-practice", &[]),
     // A dev-dependency of any crate, because it knows none of them.
@@ -63,11 +68,12 @@ const ARROWS: [(&str, &[&str]); 13] = [
 ];
 
 /// Only these may use these: a backend or a format stays behind its door.
-const DOORS: [(&str, &[&str]); 4] = [
+const DOORS: [(&str, &[&str]); 5] = [
     ("redb", &["espalier-coordinator"]),
     ("object_store", &["espalier-runtime"]),
     ("rmcp", &["espalier-agent-worker"]),
     ("tokenizers", &["espalier-qwen3-text"]),
+    ("cudarc", &["espalier-kernels"]),
 ];
 
 const LINES_MAX: usize = 900;

@@ -5,3 +5,4 @@
 
 pub mod buffer;
 pub mod cpu;
+pub mod cuda;

@@ -100,20 +100,21 @@ fn close(len: usize, indent: Option<usize>, depth: usize, out: &mut String) {
     }
 }
 
-/// Python's `repr` of a float: the shortest digits that read back the same, with an exponent below 1e-4 and from 1e16.
+/// Python's `repr` of a float: the shortest digits that read back the same, of two equally near the even ones, with an
+/// exponent below 1e-4 and from 1e16.
 fn float(value: f64) -> String {
-    let scientific = format!("{value:e}");
+    let scientific = even(value, format!("{value:e}"));
     let Some((digits, exponent)) = scientific.split_once('e') else {
-        // Not finite, which JSON does not hold and which Python writes so.
+        // Not finite, which JSON does not hold.
         return scientific.to_lowercase();
     };
+    let decimals = digits.split_once('.').map_or(0, |(_, after)| after.len());
     match exponent.parse::<i32>() {
         Ok(exponent @ -4..16) => {
-            let fixed = format!("{value}");
-            if exponent >= 0 && !fixed.contains('.') {
-                fixed + ".0"
-            } else {
-                fixed
+            let decimals = decimals as i32 - exponent;
+            match usize::try_from(decimals) {
+                Ok(decimals @ 1..) => format!("{value:.decimals$}"),
+                _ => format!("{value:.1}"),
             }
         }
         Ok(exponent) => {
@@ -121,6 +122,17 @@ fn float(value: f64) -> String {
             format!("{digits}e{sign}{:02}", exponent.unsigned_abs())
         }
         Err(_) => scientific,
+    }
+}
+
+/// `shortest` with its last digit even, where an odd one is as near.
+fn even(value: f64, shortest: String) -> String {
+    let digits = shortest.chars().take_while(|c| *c != 'e');
+    let decimals = digits.skip_while(|c| *c != '.').skip(1).count();
+    let rounded = format!("{value:.decimals$e}");
+    match rounded.parse() == Ok(value) {
+        true => rounded,
+        false => shortest,
     }
 }
 
@@ -158,6 +170,8 @@ mod tests {
             (0.00001234, "1.234e-05"),
             (9_999_999_999_999_998.0, "9999999999999998.0"),
             (1e16, "1e+16"),
+            // As near to .3.
+            (7_570_953_080_563_634.0 / 8.0, "946369135070454.2"),
             (1.5e300, "1.5e+300"),
             (5e-324, "5e-324"),
             (-2.5e-10, "-2.5e-10"),
@@ -165,6 +179,11 @@ mod tests {
         ] {
             assert_eq!(float(value), text);
         }
+        // Read with its last digit only by serde_json's `float_roundtrip`.
+        let read: Json = serde_json::from_str("3.9957357531725414e-19").unwrap();
+        let mut written = String::new();
+        write_json(&read, None, 0, &mut written);
+        assert_eq!(written, "3.9957357531725414e-19");
     }
 
     #[test]

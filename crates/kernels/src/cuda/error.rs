@@ -1,0 +1,125 @@
+//! What can go wrong on the way to a GPU and on it.
+
+use cudarc::cublaslt::result::CublasError;
+use cudarc::driver::DriverError;
+use cudarc::nvrtc::result::NvrtcError;
+
+/// Why the GPU cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    /// A library is missing.
+    #[error("`{library}` was not found, {purpose}: {remedy}")]
+    Missing {
+        /// Name of the library as its file is called.
+        library: &'static str,
+        /// What it is needed for.
+        purpose: &'static str,
+        /// What brings it.
+        remedy: &'static str,
+    },
+    /// There is no such device.
+    #[error("device cuda:{ordinal} does not exist: the driver shows {count}")]
+    NoDevice {
+        /// The number asked for.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The device is older than the kernels.
+    #[error(
+        "cuda:{ordinal} has compute capability {major}.{minor}: bf16 kernels need 8.0 at least"
+    )]
+    TooOld {
+        /// Its number.
+        ordinal: usize,
+        /// Its compute capability.
+        major: u32,
+        /// The part after the dot.
+        minor: u32,
+    },
+    /// A call of the driver failed.
+    #[error("the CUDA driver refused to {tried}")]
+    Driver {
+        /// What was tried.
+        tried: String,
+        /// Its answer.
+        #[source]
+        source: DriverError,
+    },
+    /// cuBLASLt failed.
+    #[error("cuBLASLt refused to {tried}")]
+    Linear {
+        /// What was tried.
+        tried: String,
+        /// Its answer.
+        #[source]
+        source: CublasError,
+    },
+    /// NVRTC failed.
+    #[error("NVRTC refused to {tried}")]
+    Compiler {
+        /// What was tried.
+        tried: String,
+        /// Its answer.
+        #[source]
+        source: NvrtcError,
+    },
+    /// A kernel does not compile.
+    #[error("{kernel} does not compile: {log}")]
+    Compile {
+        /// File and variant.
+        kernel: String,
+        /// What the compiler says.
+        log: String,
+    },
+    /// A buffer or a number does not fit the operation.
+    #[error("{operation}: `{name}` {rule}, got {got}")]
+    Shape {
+        /// The operation.
+        operation: &'static str,
+        /// The buffer or number.
+        name: &'static str,
+        /// What it must be.
+        rule: String,
+        /// What it is.
+        got: usize,
+    },
+    /// Something was done while a graph is recorded that a graph cannot hold.
+    #[error("cannot {tried} while a graph is recorded")]
+    Recording {
+        /// What was tried.
+        tried: &'static str,
+    },
+}
+
+/// Names what a call of the driver was to do.
+pub(super) trait Tried<T> {
+    fn tried(self, tried: impl Into<String>) -> Result<T, CudaError>;
+}
+
+impl<T> Tried<T> for Result<T, DriverError> {
+    fn tried(self, tried: impl Into<String>) -> Result<T, CudaError> {
+        self.map_err(|source| CudaError::Driver {
+            tried: tried.into(),
+            source,
+        })
+    }
+}
+
+impl<T> Tried<T> for Result<T, CublasError> {
+    fn tried(self, tried: impl Into<String>) -> Result<T, CudaError> {
+        self.map_err(|source| CudaError::Linear {
+            tried: tried.into(),
+            source,
+        })
+    }
+}
+
+impl<T> Tried<T> for Result<T, NvrtcError> {
+    fn tried(self, tried: impl Into<String>) -> Result<T, CudaError> {
+        self.map_err(|source| CudaError::Compiler {
+            tried: tried.into(),
+            source,
+        })
+    }
+}

@@ -1,0 +1,32 @@
+//! The CUDA side: every kernel compiles for every architecture, wherever NVRTC is; and where a GPU is, the ops are right.
+//! A test whose needs are not met shows as ignored, with the reason.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod compiles;
+mod device_tests;
+mod on_device;
+#[path = "../ops/mod.rs"]
+mod ops;
+mod runner;
+
+use runner::{Needs, Test};
+
+fn main() -> std::process::ExitCode {
+    let compile = compiles::TESTS.iter().map(|(name, run)| Test {
+        name,
+        needs: Needs::Nvrtc,
+        run: Box::new(run),
+    });
+    let shared = ops::TESTS.iter().map(|(name, body)| Test {
+        name,
+        needs: Needs::Device,
+        run: Box::new(move || body(&on_device::Cuda::open())),
+    });
+    let own = device_tests::TESTS.iter().map(|(name, run)| Test {
+        name,
+        needs: Needs::Device,
+        run: Box::new(run),
+    });
+    runner::run(compile.chain(shared).chain(own).collect())
+}

@@ -1,0 +1,257 @@
+//! Runs the answers of one request, all at once, and tells what happens in the order in which it does.
+//!
+//! Nothing runs in a task of its own: whoever waits drives it, and whoever stops waiting drops the receivers, which ends
+//! the generation and frees what it held.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::response::sse;
+use futures::stream::{self, AbortHandle, SelectAll, Stream, StreamExt as _};
+use tokio::sync::mpsc;
+
+use super::backend::{Backend, Ended, Event, Token};
+use super::choice::{Choice, Finish, Piece};
+use super::error::ApiError;
+use super::metrics::Metrics;
+use super::reply::{Answer, Head, Usage};
+
+/// Longest silence of an engine that has begun an answer, or has it in its queue. Beyond it the engine hangs.
+const SILENCE_MAX: Duration = Duration::from_secs(600);
+
+/// Answers that were submitted.
+pub(super) struct Answers {
+    pub(super) head: Head,
+    pub(super) include_usage: bool,
+    backend: Arc<dyn Backend>,
+    metrics: Arc<Metrics>,
+    choices: Vec<Option<Choice>>,
+    events: SelectAll<ChoiceEvents>,
+    usage: Usage,
+    clocks: Vec<Progress>,
+    /// Ends the generation of an answer that needs no more of it.
+    enough: Vec<AbortHandle>,
+}
+
+type ChoiceEvents = stream::BoxStream<'static, (usize, Option<Event>)>;
+
+/// When an answer was asked for, and when its last token came.
+struct Progress {
+    began: Instant,
+    last: Option<Instant>,
+}
+
+/// What happened to one answer.
+struct Step {
+    choice: usize,
+    pieces: Vec<Piece>,
+    token: Option<Token>,
+    finish: Option<Finish>,
+}
+
+impl Answers {
+    pub(super) fn new(
+        head: Head,
+        include_usage: bool,
+        backend: Arc<dyn Backend>,
+        metrics: Arc<Metrics>,
+        began: Instant,
+        started: Vec<(Choice, mpsc::Receiver<Event>)>,
+    ) -> Self {
+        let prompt_tokens = head.prompts.iter().map(Vec::len).sum();
+        metrics.prompt_tokens(prompt_tokens);
+        let mut events = SelectAll::new();
+        let mut choices = Vec::with_capacity(started.len());
+        let mut enough = Vec::with_capacity(started.len());
+        for (i, (choice, receiver)) in started.into_iter().enumerate() {
+            let (of_choice, handle) = stream::abortable(events_of(i, receiver));
+            events.push(of_choice.boxed());
+            choices.push(Some(choice));
+            enough.push(handle);
+        }
+        let clocks = choices
+            .iter()
+            .map(|_| Progress { began, last: None })
+            .collect();
+        Self {
+            head,
+            include_usage,
+            backend,
+            metrics,
+            choices,
+            events,
+            usage: Usage {
+                prompt_tokens,
+                ..Usage::default()
+            },
+            clocks,
+            enough,
+        }
+    }
+
+    /// The next thing that happens; none when all answers have ended.
+    async fn next(&mut self) -> Result<Option<Step>, ApiError> {
+        loop {
+            if self.choices.iter().all(Option::is_none) {
+                return Ok(None);
+            }
+            let wait = espalier_runtime::tasks::with_deadline(
+                "api.engine",
+                SILENCE_MAX,
+                self.events.next(),
+            );
+            let (i, event) = match wait.await {
+                Ok(Some(found)) => found,
+                Ok(None) => return Err(ApiError::internal()),
+                Err(_) => return Err(ApiError::stopped()),
+            };
+            // A choice that ended by itself may have had events under way.
+            let Some(choice) = self.choices[i].as_mut() else {
+                continue;
+            };
+            let step = match event {
+                Some(Event::Token(token)) => {
+                    self.usage.completion_tokens += 1;
+                    let clock = &mut self.clocks[i];
+                    self.metrics.token(&mut clock.last, clock.began);
+                    let pieces = choice.push(&token);
+                    Step {
+                        choice: i,
+                        pieces,
+                        token: Some(token),
+                        finish: choice.finish(),
+                    }
+                }
+                Some(Event::Finished {
+                    reason,
+                    cached_tokens,
+                }) => {
+                    self.usage.cached_tokens += cached_tokens;
+                    if matches!(reason, Ended::Abort) {
+                        return Err(ApiError::stopped());
+                    }
+                    if matches!(reason, Ended::Error) {
+                        return Err(ApiError::internal());
+                    }
+                    let pieces = choice.end(reason);
+                    Step {
+                        choice: i,
+                        pieces,
+                        token: None,
+                        finish: choice.finish(),
+                    }
+                }
+                // The engine went without a word.
+                None => return Err(ApiError::stopped()),
+            };
+            if let Some(finish) = step.finish {
+                self.choices[i] = None;
+                self.enough[i].abort();
+                self.metrics
+                    .finished(finish.as_str(), self.clocks[i].began.elapsed());
+            }
+            return Ok(Some(step));
+        }
+    }
+
+    /// Waits for all of them.
+    pub(super) async fn whole(mut self) -> Result<serde_json::Value, ApiError> {
+        let open = || (Vec::new(), Vec::new(), None);
+        let mut parts: Vec<_> = self.choices.iter().map(|_| open()).collect();
+        while let Some(step) = self.next().await? {
+            let (pieces, tokens, finish) = &mut parts[step.choice];
+            pieces.extend(step.pieces);
+            tokens.extend(step.token);
+            *finish = step.finish.or(*finish);
+        }
+        let answer = |(pieces, tokens, finish): (_, _, Option<Finish>)| Answer {
+            pieces,
+            tokens,
+            finish: finish.unwrap_or(Finish::Stop),
+        };
+        let answers: Vec<Answer> = parts.into_iter().map(answer).collect();
+        Ok(self.head.whole(&answers, self.usage, &*self.backend))
+    }
+
+    /// Tells them as they come: openings, chunks in the order in which tokens are drawn, usage, and the mark of the end.
+    pub(super) fn stream(self) -> impl Stream<Item = sse::Event> + Send + 'static {
+        let openings: Vec<sse::Event> = (0..self.choices.len())
+            .filter_map(|choice| self.head.opening(choice).map(|chunk| event(&chunk)))
+            .collect();
+        let waiting = self.choices.iter().map(|_| Vec::new()).collect();
+        let state = Some(Told {
+            answers: self,
+            waiting,
+        });
+        let rest = stream::unfold(state, |state| async move {
+            let mut told: Told = state?;
+            let (events, goes_on) = told.next().await;
+            Some((events, goes_on.then_some(told)))
+        });
+        stream::iter(openings).chain(rest.flat_map(stream::iter))
+    }
+}
+
+/// Answers, and the tokens of each that no chunk has told yet.
+struct Told {
+    answers: Answers,
+    waiting: Vec<Vec<Token>>,
+}
+
+impl Told {
+    /// The next events, and whether more follow.
+    async fn next(&mut self) -> (Vec<sse::Event>, bool) {
+        match self.answers.next().await {
+            Ok(Some(step)) => {
+                let waiting = &mut self.waiting[step.choice];
+                waiting.extend(step.token);
+                // Ids and log-probabilities of tokens without text of their own come with the next text.
+                if step.pieces.is_empty() && step.finish.is_none() {
+                    return (Vec::new(), true);
+                }
+                let tokens = std::mem::take(waiting);
+                let answers = &self.answers;
+                let chunk = answers.head.chunk(
+                    step.choice,
+                    &step.pieces,
+                    &tokens,
+                    step.finish,
+                    &*answers.backend,
+                );
+                (chunk.iter().map(event).collect(), true)
+            }
+            Ok(None) => {
+                let usage = self
+                    .answers
+                    .include_usage
+                    .then(|| self.answers.head.usage_chunk(self.answers.usage));
+                let mut events: Vec<sse::Event> = usage.iter().map(event).collect();
+                events.push(done());
+                (events, false)
+            }
+            Err(error) => {
+                self.answers.metrics.failed(error.status().as_u16());
+                (vec![event(&error.to_json()), done()], false)
+            }
+        }
+    }
+}
+
+fn event(json: &serde_json::Value) -> sse::Event {
+    sse::Event::default().data(json.to_string())
+}
+
+fn done() -> sse::Event {
+    sse::Event::default().data("[DONE]")
+}
+
+/// The events of one answer and, if the channel closes without a last one, that it did.
+fn events_of(choice: usize, receiver: mpsc::Receiver<Event>) -> ChoiceEvents {
+    stream::unfold(Some(receiver), move |receiver| async move {
+        let mut receiver = receiver?;
+        let event = receiver.recv().await;
+        let more = matches!(event, Some(Event::Token(_)));
+        Some(((choice, event), more.then_some(receiver)))
+    })
+    .boxed()
+}

@@ -1,0 +1,270 @@
+//! One answer on its way from ids to what clients see. Pure: events in, pieces out.
+
+use super::backend::{Delta, Ended, Parser, Token};
+use super::stop::StopText;
+
+/// What a client is told next of an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Piece {
+    Reasoning(String),
+    Content(String),
+    /// A call begins.
+    Call {
+        index: usize,
+        name: String,
+    },
+    /// More of its arguments.
+    Arguments {
+        index: usize,
+        text: String,
+    },
+}
+
+/// Why an answer ended, as clients are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Finish {
+    Stop,
+    Length,
+    ToolCalls,
+}
+
+impl Finish {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
+        }
+    }
+}
+
+/// Which text stop strings are looked for in: they do not reach from thoughts into content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Channel {
+    Reasoning,
+    Content,
+}
+
+/// An answer that runs.
+pub(super) struct Choice {
+    parser: Box<dyn Parser>,
+    stop: StopText,
+    channel: Channel,
+    /// The answer ends after its first call.
+    one_call: bool,
+    calls: usize,
+    finish: Option<Finish>,
+}
+
+impl Choice {
+    pub(super) fn new(parser: Box<dyn Parser>, stops: &[String], one_call: bool) -> Self {
+        Self {
+            parser,
+            stop: StopText::new(stops),
+            channel: Channel::Content,
+            one_call,
+            calls: 0,
+            finish: None,
+        }
+    }
+
+    /// Why the answer ended here: by a stop string, or by its one call. What generates it may be dropped then.
+    pub(super) fn finish(&self) -> Option<Finish> {
+        self.finish
+    }
+
+    /// The next id. After a finish nothing comes out.
+    pub(super) fn push(&mut self, token: &Token) -> Vec<Piece> {
+        if self.finish.is_some() {
+            return Vec::new();
+        }
+        let deltas = self.parser.push(token.id);
+        self.take(deltas)
+    }
+
+    /// The engine ended the answer.
+    pub(super) fn end(&mut self, ended: Ended) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        if self.finish.is_none() {
+            let deltas = self.parser.finish();
+            pieces = self.take(deltas);
+        }
+        if self.finish.is_none() {
+            self.release(&mut pieces);
+        }
+        self.finish.get_or_insert(match ended {
+            Ended::Length => Finish::Length,
+            _ if self.calls > 0 => Finish::ToolCalls,
+            _ => Finish::Stop,
+        });
+        pieces
+    }
+
+    fn take(&mut self, deltas: Vec<Delta>) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for delta in deltas {
+            match delta {
+                Delta::Reasoning(text) => self.text(Channel::Reasoning, &text, &mut pieces),
+                Delta::Content(text) => self.text(Channel::Content, &text, &mut pieces),
+                Delta::ToolCall { index, name } => {
+                    self.release(&mut pieces);
+                    self.calls += 1;
+                    pieces.push(Piece::Call { index, name });
+                }
+                Delta::ToolArguments { index, text } => {
+                    pieces.push(Piece::Arguments { index, text })
+                }
+                Delta::ToolCallDone { .. } if self.one_call => {
+                    self.finish = Some(Finish::ToolCalls)
+                }
+                Delta::ToolCallDone { .. } => {}
+            }
+            if self.finish.is_some() {
+                break;
+            }
+        }
+        pieces
+    }
+
+    fn text(&mut self, channel: Channel, text: &str, pieces: &mut Vec<Piece>) {
+        if channel != self.channel {
+            self.release(pieces);
+            self.channel = channel;
+        }
+        let shown = self.stop.push(text);
+        push_text(channel, shown.text, pieces);
+        if shown.stopped {
+            self.finish = Some(Finish::Stop);
+        }
+    }
+
+    /// Shows what only looked like the start of a stop string.
+    fn release(&mut self, pieces: &mut Vec<Piece>) {
+        let text = self.stop.finish();
+        push_text(self.channel, text, pieces);
+    }
+}
+
+fn push_text(channel: Channel, text: String, pieces: &mut Vec<Piece>) {
+    if text.is_empty() {
+        return;
+    }
+    pieces.push(match channel {
+        Channel::Reasoning => Piece::Reasoning(text),
+        Channel::Content => Piece::Content(text),
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Gives the deltas of a list, one entry an id.
+    struct Script(Vec<Vec<Delta>>);
+
+    impl Parser for Script {
+        fn push(&mut self, id: u32) -> Vec<Delta> {
+            std::mem::take(&mut self.0[id as usize])
+        }
+        fn finish(&mut self) -> Vec<Delta> {
+            Vec::new()
+        }
+    }
+
+    fn run(
+        script: Vec<Vec<Delta>>,
+        stops: &[&str],
+        one_call: bool,
+        ended: Ended,
+    ) -> (Vec<Piece>, Option<Finish>) {
+        let stops: Vec<String> = stops.iter().map(|&stop| stop.to_owned()).collect();
+        let ids = script.len() as u32;
+        let mut choice = Choice::new(Box::new(Script(script)), &stops, one_call);
+        let mut pieces = Vec::new();
+        for id in 0..ids {
+            let token = Token {
+                id,
+                logprob: 0.0,
+                top: Vec::new(),
+            };
+            pieces.extend(choice.push(&token));
+        }
+        pieces.extend(choice.end(ended));
+        (pieces, choice.finish())
+    }
+
+    fn content(text: &str) -> Delta {
+        Delta::Content(text.to_owned())
+    }
+
+    fn call(index: usize) -> Vec<Delta> {
+        let text = "{}".to_owned();
+        let name = "f".to_owned();
+        vec![
+            Delta::ToolCall { index, name },
+            Delta::ToolArguments { index, text },
+            Delta::ToolCallDone { index },
+        ]
+    }
+
+    #[test]
+    fn a_stop_string_ends_the_answer_before_it() {
+        let script = vec![
+            vec![content("a E")],
+            vec![content("ND b")],
+            vec![content("c")],
+        ];
+        let (pieces, finish) = run(script, &["END"], false, Ended::Length);
+        assert_eq!(pieces, [Piece::Content("a ".to_owned())]);
+        assert_eq!(finish, Some(Finish::Stop));
+    }
+
+    #[test]
+    fn what_is_held_back_comes_before_what_follows() {
+        let script = vec![
+            vec![Delta::Reasoning("hm E".to_owned())],
+            vec![content("ND")],
+            call(0),
+        ];
+        let (pieces, finish) = run(script, &["END"], false, Ended::Stop);
+        let call = Piece::Call {
+            index: 0,
+            name: "f".to_owned(),
+        };
+        let arguments = Piece::Arguments {
+            index: 0,
+            text: "{}".to_owned(),
+        };
+        let reasoning = |text: &str| Piece::Reasoning(text.to_owned());
+        assert_eq!(
+            pieces,
+            [
+                reasoning("hm "),
+                reasoning("E"),
+                Piece::Content("ND".to_owned()),
+                call,
+                arguments
+            ]
+        );
+        assert_eq!(finish, Some(Finish::ToolCalls));
+    }
+
+    #[test]
+    fn one_call_is_one_call() {
+        let (pieces, finish) = run(vec![call(0), call(1)], &[], true, Ended::Length);
+        assert_eq!((pieces.len(), finish), (2, Some(Finish::ToolCalls)));
+        let (pieces, finish) = run(vec![call(0), call(1)], &[], false, Ended::Stop);
+        assert_eq!((pieces.len(), finish), (4, Some(Finish::ToolCalls)));
+    }
+
+    #[test]
+    fn too_long_is_told_also_when_there_were_calls() {
+        assert_eq!(
+            run(vec![call(0)], &[], false, Ended::Length).1,
+            Some(Finish::Length)
+        );
+        let (pieces, finish) = run(vec![vec![content("a E")]], &["END"], false, Ended::Length);
+        assert_eq!(pieces.len(), 2, "what was held back is shown at the end");
+        assert_eq!(finish, Some(Finish::Length));
+    }
+}

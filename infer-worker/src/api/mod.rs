@@ -1,0 +1,212 @@
+//! The OpenAI-compatible API: HTTP in, ids out, and the way back.
+//!
+//! A request is read within bounds, checked, rendered and encoded off the async threads, and submitted. Past
+//! [`backend`] there are token ids only. What it is not: it knows no scheduler, no model and no tokenizer; the
+//! [`Backend`](backend::Backend) brings them.
+
+mod adapters;
+mod answers;
+mod auth;
+pub mod backend;
+mod chat;
+mod choice;
+mod completion;
+mod connection;
+mod conversation;
+mod error;
+mod fields;
+mod limits;
+mod metrics;
+mod options;
+mod prepare;
+mod reply;
+mod stop;
+
+use std::hash::BuildHasher as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderValue, Method, StatusCode, Uri};
+use axum::middleware::Next;
+use axum::response::sse::{KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use espalier_runtime::clock::Clock;
+use espalier_runtime::config::Secret;
+use espalier_runtime::ids::IdSource;
+use futures::StreamExt as _;
+use tokio::sync::Semaphore;
+
+pub use connection::serve;
+pub use error::ApiError;
+
+use answers::Answers;
+use auth::Gate;
+use backend::Backend;
+use metrics::Metrics;
+use reply::Dialect;
+
+/// Names the fields of a request that mean nothing here.
+const IGNORED: &str = "x-espalier-ignored-fields";
+
+/// What the API is made of.
+pub struct Parts {
+    /// Everything behind it.
+    pub backend: Arc<dyn Backend>,
+    /// What requests must show, if anything. `/health` and `/metrics` are open to all.
+    pub api_key: Option<Secret>,
+    /// Dates answers.
+    pub clock: Arc<dyn Clock>,
+    /// Names answers.
+    pub ids: Arc<dyn IdSource>,
+    /// Where the seeds of requests begin that bring none; without, somewhere else in each process.
+    pub seed: Option<u64>,
+}
+
+#[derive(Clone)]
+struct App {
+    backend: Arc<dyn Backend>,
+    gate: Gate,
+    clock: Arc<dyn Clock>,
+    ids: Arc<dyn IdSource>,
+    metrics: Arc<Metrics>,
+    preparing: Arc<Semaphore>,
+    seeds: Arc<Seeds>,
+    keep_alive: Duration,
+}
+
+/// Seeds of requests that bring none: far apart, because the answers of one request count on from theirs.
+struct Seeds(AtomicU64);
+
+impl Seeds {
+    /// An odd number without a pattern (2⁶⁴ divided by the golden ratio): no seed comes twice.
+    const STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
+
+    fn new(first: Option<u64>) -> Self {
+        let random = || std::hash::RandomState::new().hash_one(());
+        Self(AtomicU64::new(first.unwrap_or_else(random)))
+    }
+
+    fn next(&self) -> u64 {
+        self.0.fetch_add(Self::STRIDE, Ordering::Relaxed)
+    }
+}
+
+/// All of the API.
+pub fn router(parts: Parts) -> Router {
+    router_with(parts, limits::KEEP_ALIVE)
+}
+
+fn router_with(parts: Parts, keep_alive: Duration) -> Router {
+    let app = App {
+        backend: parts.backend,
+        gate: Gate::new(parts.api_key.as_ref()),
+        clock: parts.clock,
+        ids: parts.ids,
+        metrics: Arc::default(),
+        preparing: Arc::new(Semaphore::new(limits::PREPARING_MAX)),
+        seeds: Arc::new(Seeds::new(parts.seed)),
+        keep_alive,
+    };
+    let keyed = Router::new()
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(completions))
+        .route("/v1/models", get(adapters::models))
+        .route("/v1/adapters", get(adapters::list).post(adapters::load))
+        .route("/v1/adapters/{*name}", delete(adapters::unload))
+        .fallback(no_such_place)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(axum::middleware::from_fn_with_state(app.clone(), check_key));
+    Router::new()
+        .route("/health", get(health))
+        .route("/metrics", get(render_metrics))
+        .merge(keyed)
+        .layer(axum::middleware::from_fn_with_state(
+            app.clone(),
+            count_failures,
+        ))
+        .with_state(app)
+}
+
+async fn check_key(
+    State(app): State<App>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    app.gate.check(request.headers())?;
+    Ok(next.run(request).await)
+}
+
+async fn count_failures(State(app): State<App>, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    let status = response.status().as_u16();
+    if status >= 400 {
+        app.metrics.failed(status);
+    }
+    response
+}
+
+async fn no_such_place(method: Method, uri: Uri) -> ApiError {
+    ApiError::no_such_place(StatusCode::NOT_FOUND, method.as_str(), uri.path())
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::no_such_place(StatusCode::METHOD_NOT_ALLOWED, method.as_str(), uri.path())
+}
+
+async fn health(State(app): State<App>) -> Result<&'static str, ApiError> {
+    match app.backend.load().healthy {
+        true => Ok("ok"),
+        false => Err(ApiError::stopped()),
+    }
+}
+
+async fn render_metrics(State(app): State<App>) -> Response {
+    let models = app.backend.models();
+    let base = models.first().map_or("", |base| &base.name);
+    let page = app.metrics.render(&app.backend.load(), base);
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4")], page).into_response()
+}
+
+async fn chat_completions(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
+    complete(app, body, Dialect::Chat).await
+}
+
+async fn completions(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
+    complete(app, body, Dialect::Completion).await
+}
+
+async fn complete(app: App, body: Body, dialect: Dialect) -> Result<Response, ApiError> {
+    let began = Instant::now();
+    let body = limits::read(body, limits::BODY_BYTES_MAX).await?;
+    let prepared = app.prepare(body, dialect).await?;
+    let (ignored, stream) = (prepared.ignored.clone(), prepared.stream);
+    let answers = app.submit(prepared, began).await?;
+    let mut response = match stream {
+        true => app.stream(answers),
+        false => axum::Json(answers.whole().await?).into_response(),
+    };
+    if !ignored.is_empty() {
+        tracing::debug!(ignored, "fields that mean nothing here");
+        if let Ok(ignored) = HeaderValue::from_str(&ignored) {
+            response.headers_mut().insert(IGNORED, ignored);
+        }
+    }
+    Ok(response)
+}
+
+impl App {
+    fn stream(&self, answers: Answers) -> Response {
+        let events = answers.stream().map(Ok::<_, std::convert::Infallible>);
+        let keep_alive = KeepAlive::new().interval(self.keep_alive);
+        Sse::new(events).keep_alive(keep_alive).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,252 @@
+//! From a body to answers that run: parse, render and encode off the async threads, then submit.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use espalier_core::time::Timestamp;
+use espalier_runtime::tasks;
+use serde_json::json;
+
+use super::App;
+use super::answers::Answers;
+use super::backend::{Backend, Form, Generation, Rendered, Target};
+use super::chat::{Calls, ChatPrompt, ChatRequest};
+use super::choice::Choice;
+use super::completion::{CompletionRequest, TextPrompt};
+use super::error::ApiError;
+use super::limits;
+use super::options::Options;
+use super::reply::{Dialect, Head};
+use crate::grammar::{Constraint, Grammar, GrammarError, Thoughts};
+
+/// Keeps an id from being drawn, whatever its logit is.
+const NEVER: f32 = -1e9;
+
+/// A request that is ready for the engine.
+pub(super) struct Prepared {
+    dialect: Dialect,
+    options: Options,
+    target: Target,
+    prompts: Vec<Rendered>,
+    calls: Calls,
+    /// One for each answer.
+    constraints: Vec<Option<Box<dyn Constraint>>>,
+    context_tokens: usize,
+    pub(super) stream: bool,
+    pub(super) ignored: String,
+}
+
+impl App {
+    /// Everything that computes.
+    pub(super) async fn prepare(
+        &self,
+        body: Bytes,
+        dialect: Dialect,
+    ) -> Result<Prepared, ApiError> {
+        let place = Arc::clone(&self.preparing).acquire_owned();
+        let place = tasks::with_deadline("api.prepare", limits::PREPARE_WAIT_MAX, place).await;
+        let Ok(Ok(place)) = place else {
+            return Err(ApiError::full(Duration::from_secs(1)));
+        };
+        let backend = Arc::clone(&self.backend);
+        let work = move || {
+            // The place is held by the work, not by who waits for it: a client that goes does not make room for more.
+            let _place = place;
+            match dialect {
+                Dialect::Chat => prepare_chat(&*backend, &body),
+                Dialect::Completion => prepare_completion(&*backend, &body),
+            }
+        };
+        tasks::blocking("api.prepare", work)
+            .await
+            .unwrap_or_else(|error| {
+                tracing::error!(error = %error, "a request could not be prepared");
+                Err(ApiError::internal())
+            })
+    }
+
+    /// Starts all answers.
+    pub(super) async fn submit(
+        &self,
+        prepared: Prepared,
+        began: Instant,
+    ) -> Result<Answers, ApiError> {
+        let name = self.ids.fresh();
+        let random = self.seeds.next();
+        let options = prepared.options;
+        let param = match prepared.dialect {
+            Dialect::Chat => "messages",
+            Dialect::Completion => "prompt",
+        };
+        let (mut generations, mut choices) = (Vec::new(), Vec::new());
+        for (i, constraint) in prepared.constraints.into_iter().enumerate() {
+            let prompt = &prepared.prompts[i / options.n];
+            let room = prepared.context_tokens - prompt.ids.len();
+            let mut sampling = options.sampling.clone();
+            sampling.seed = options.seed_of(i, random);
+            if prepared.calls == Calls::Forbidden {
+                sampling.bias.push((self.backend.call_open(), NEVER));
+            }
+            generations.push(Generation {
+                prompt: prompt.ids.as_slice().into(),
+                target: prepared.target.clone(),
+                sampling,
+                tokens_max: options.tokens_max.unwrap_or(room).min(room),
+                stop_ids: options.stop_ids.clone(),
+                ignore_eos: options.ignore_eos,
+                priority: options.priority,
+                constraint,
+            });
+            let form = form(prepared.dialect, prepared.calls, prompt.thoughts);
+            let parser = self.backend.parser(form);
+            let one_call = prepared.calls == Calls::One;
+            choices.push(Choice::new(parser, &options.stops, one_call));
+        }
+        let submitted = self.backend.submit(generations).await;
+        let receivers = submitted.map_err(|error| ApiError::submit(error, param))?;
+        let started = choices.into_iter().zip(receivers).collect();
+        let prefix = match prepared.dialect {
+            Dialect::Chat => "chatcmpl",
+            Dialect::Completion => "cmpl",
+        };
+        let head = Head {
+            dialect: prepared.dialect,
+            id: format!("{prefix}-{name}"),
+            created_s: self.clock.now().since(Timestamp::default()).as_secs(),
+            model: prepared.target.name,
+            adapter_digest: prepared.target.digest,
+            logprobs: options.sampling.logprobs.is_some(),
+            return_token_ids: options.return_token_ids,
+            prompts: prepared
+                .prompts
+                .into_iter()
+                .map(|prompt| prompt.ids)
+                .collect(),
+            n: options.n,
+        };
+        let (backend, metrics) = (Arc::clone(&self.backend), Arc::clone(&self.metrics));
+        Ok(Answers::new(
+            head,
+            options.include_usage,
+            backend,
+            metrics,
+            began,
+            started,
+        ))
+    }
+}
+
+fn form(dialect: Dialect, calls: Calls, thoughts: Thoughts) -> Form {
+    match dialect {
+        Dialect::Completion => Form::Plain,
+        Dialect::Chat => Form::Chat {
+            thoughts,
+            tools: matches!(calls, Calls::One | Calls::Several),
+        },
+    }
+}
+
+fn prepare_chat(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError> {
+    let request = ChatRequest::parse(body, &backend.defaults(), backend.vocabulary())?;
+    let target = target(backend, &request.options)?;
+    let (prompt, param) = match request.prompt {
+        ChatPrompt::Ids(ids) => (backend.rendered(ids), "prompt_token_ids"),
+        ChatPrompt::Conversation(conversation) => {
+            let rendered = backend.render(&conversation);
+            let rendered =
+                rendered.map_err(|error| ApiError::about("messages", error.to_string()))?;
+            (rendered, "messages")
+        }
+    };
+    let context_tokens = backend.context_tokens();
+    check_length(&prompt, context_tokens, param)?;
+    let constrain = |_| match &request.grammar {
+        None => Ok(None),
+        Some(grammar) => {
+            let constraint = backend.constrain(grammar, prompt.thoughts);
+            constraint
+                .map(Some)
+                .map_err(|error| grammar_refusal(grammar, error))
+        }
+    };
+    let constraints = (0..request.options.n)
+        .map(constrain)
+        .collect::<Result<_, _>>()?;
+    Ok(Prepared {
+        dialect: Dialect::Chat,
+        stream: request.options.stream,
+        options: request.options,
+        target,
+        prompts: vec![prompt],
+        calls: request.calls,
+        constraints,
+        context_tokens,
+        ignored: request.ignored,
+    })
+}
+
+fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError> {
+    let request = CompletionRequest::parse(body, &backend.defaults(), backend.vocabulary())?;
+    let target = target(backend, &request.options)?;
+    let context_tokens = backend.context_tokens();
+    let rendered = |prompt| {
+        let ids = match prompt {
+            TextPrompt::Ids(ids) => ids,
+            TextPrompt::Text(text) => backend.encode(&text),
+        };
+        let thoughts = Thoughts::Over;
+        let prompt = Rendered { ids, thoughts };
+        check_length(&prompt, context_tokens, "prompt").map(|()| prompt)
+    };
+    let prompts: Vec<Rendered> = request
+        .prompts
+        .into_iter()
+        .map(rendered)
+        .collect::<Result<_, _>>()?;
+    let answers = prompts.len() * request.options.n;
+    Ok(Prepared {
+        dialect: Dialect::Completion,
+        stream: request.options.stream,
+        options: request.options,
+        target,
+        prompts,
+        calls: Calls::Unknown,
+        constraints: (0..answers).map(|_| None).collect(),
+        context_tokens,
+        ignored: request.ignored,
+    })
+}
+
+/// The model that a request names, or the base model.
+fn target(backend: &dyn Backend, options: &Options) -> Result<Target, ApiError> {
+    let base = || backend.models().first().map(|base| base.name.clone());
+    let name = options.model.clone().or_else(base).unwrap_or_default();
+    backend
+        .target(&name)
+        .ok_or_else(|| ApiError::unknown_model(&name))
+}
+
+fn check_length(prompt: &Rendered, context_tokens: usize, param: &str) -> Result<(), ApiError> {
+    let tokens = prompt.ids.len();
+    if tokens == 0 {
+        return Err(ApiError::field(
+            param,
+            "must have at least one token",
+            &json!(""),
+        ));
+    }
+    if tokens >= context_tokens {
+        return Err(ApiError::prompt_too_long(param, tokens, context_tokens));
+    }
+    Ok(())
+}
+
+fn grammar_refusal(grammar: &Grammar, error: GrammarError) -> ApiError {
+    let param = match grammar {
+        Grammar::Json { .. } => "response_format",
+        Grammar::Calls { .. } => "tools",
+        Grammar::JsonOrCalls { .. } => "response_format",
+    };
+    ApiError::about(param, format!("`{param}`: {error}"))
+}

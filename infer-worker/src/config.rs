@@ -1,0 +1,238 @@
+//! The options of the process, under the names that vLLM's users know, checked before anything is opened.
+
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use clap::Parser;
+use espalier_runtime::config::Secret;
+
+use crate::api::backend::AdapterSource;
+
+/// Serves a Qwen3 model over an OpenAI-compatible API.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "espalier-infer-worker", version)]
+pub struct Options {
+    /// A folder with config.json and safetensors, a repository of the Hugging Face hub, or s3://….
+    #[arg(long, env = "ESPALIER_INFER_WORKER_MODEL")]
+    pub model: String,
+    /// What requests call the model [the value of --model].
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// The address to listen at; 0.0.0.0 is every one of this machine.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: IpAddr,
+    /// The port; 0 takes a free one.
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// What requests must show as a bearer token.
+    #[arg(long, env = "ESPALIER_INFER_WORKER_API_KEY", hide_env_values = true, value_parser = api_key)]
+    pub api_key: Option<Secret>,
+    /// Longest prompt and answer together, in tokens [the model's].
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(16..))]
+    pub max_model_len: Option<u32>,
+    /// Answers that run at once.
+    #[arg(long, value_name = "COUNT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_num_seqs: u32,
+    /// Tokens of a step, prompts and answers together.
+    #[arg(long, value_name = "TOKENS", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(16..))]
+    pub max_num_batched_tokens: u32,
+    /// Requests that may wait; one more is answered with 429.
+    #[arg(long, value_name = "COUNT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_queue: u32,
+    /// Share of the device's memory to use, in (0, 1].
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = share)]
+    pub gpu_memory_utilization: f64,
+    /// An adapter to load at the start, by the name that requests give. May be repeated.
+    #[arg(long = "adapter", value_name = "NAME=PATH", value_parser = adapter)]
+    pub adapters: Vec<AdapterSource>,
+    /// auto (a GPU where there is one), cpu, or cuda:N.
+    #[arg(long, default_value = "auto")]
+    pub device: Device,
+    /// How weights are held: auto (whichever is fastest there), f32, bf16, or q8.
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+    /// Where the seeds of requests begin that bring none [somewhere else at each start].
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+/// What the model runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// A GPU where there is one, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU of that number.
+    Cuda(u32),
+}
+
+/// How weights are held in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dtype {
+    /// Whichever is fastest on the device.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats with 8 bits of exponent.
+    #[value(alias = "bfloat16")]
+    Bf16,
+    /// 8-bit integers with a scale a block.
+    Q8,
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.strip_prefix("cuda:").unwrap_or(match text {
+            "cuda" => "0",
+            _ => "",
+        });
+        match (text, number.parse()) {
+            ("auto", _) => Ok(Self::Auto),
+            ("cpu", _) => Ok(Self::Cpu),
+            (_, Ok(number)) => Ok(Self::Cuda(number)),
+            _ => Err("must be auto, cpu or cuda:N".to_owned()),
+        }
+    }
+}
+
+impl Options {
+    /// What requests call the base model.
+    pub fn base_name(&self) -> &str {
+        self.served_model_name.as_deref().unwrap_or(&self.model)
+    }
+
+    /// Rules that concern more than one option.
+    ///
+    /// # Errors
+    /// Names the options and the rule.
+    pub fn check(&self) -> Result<(), String> {
+        let (seqs, tokens) = (self.max_num_seqs, self.max_num_batched_tokens);
+        if tokens < seqs {
+            return Err(format!(
+                "`--max-num-batched-tokens` must be at least `--max-num-seqs` ({seqs}), got {tokens}"
+            ));
+        }
+        let base = self.base_name();
+        for (i, adapter) in self.adapters.iter().enumerate() {
+            let before = self.adapters[..i]
+                .iter()
+                .any(|other| other.name == adapter.name);
+            if before || adapter.name == base {
+                let name = &adapter.name;
+                return Err(format!(
+                    "`--adapter` must have a name of its own, got `{name}` again"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn api_key(text: &str) -> Result<Secret, String> {
+    match text.is_empty() || text.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        true => Err("must be one word".to_owned()),
+        false => Ok(Secret::new(text)),
+    }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok();
+    let share = share.filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| "must be in (0, 1]".to_owned())
+}
+
+fn adapter(text: &str) -> Result<AdapterSource, String> {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && !path.is_empty() => Ok(AdapterSource {
+            name: name.to_owned(),
+            path: path.to_owned(),
+        }),
+        _ => Err("must be NAME=PATH".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(more: &[&str]) -> Result<Options, String> {
+        let arguments = ["worker", "--model", "m"].iter().chain(more);
+        let options = Options::try_parse_from(arguments).map_err(|error| error.to_string())?;
+        options.check().map(|()| options)
+    }
+
+    #[test]
+    fn every_option_is_read() {
+        let options = read(&[
+            "--served-model-name",
+            "q",
+            "--host",
+            "0.0.0.0",
+            "--port",
+            "0",
+            "--api-key",
+            "sk-1",
+            "--max-model-len",
+            "4096",
+            "--max-num-seqs",
+            "8",
+            "--max-num-batched-tokens",
+            "512",
+            "--gpu-memory-utilization",
+            "0.5",
+            "--adapter",
+            "a=/x=y",
+            "--adapter",
+            "b=s3://z",
+            "--device",
+            "cuda:1",
+            "--dtype",
+            "bfloat16",
+            "--seed",
+            "7",
+        ])
+        .unwrap();
+        assert_eq!((options.base_name(), options.port), ("q", 0));
+        assert_eq!(
+            (
+                options.adapters[0].name.as_str(),
+                options.adapters[0].path.as_str()
+            ),
+            ("a", "/x=y")
+        );
+        assert_eq!(
+            (options.device, options.dtype),
+            (Device::Cuda(1), Dtype::Bf16)
+        );
+        assert!(
+            !format!("{options:?}").contains("sk-1"),
+            "the key is in the log"
+        );
+        assert_eq!(read(&[]).unwrap().base_name(), "m");
+    }
+
+    #[test]
+    fn wrong_options_say_the_rule() {
+        for (arguments, rule) in [
+            (["--device", "gpu"], "must be auto, cpu or cuda:N"),
+            (["--device", "cuda:x"], "must be auto, cpu or cuda:N"),
+            (["--gpu-memory-utilization", "0"], "must be in (0, 1]"),
+            (["--gpu-memory-utilization", "NaN"], "must be in (0, 1]"),
+            (["--adapter", "a"], "must be NAME=PATH"),
+            (["--adapter", "m=/x"], "name of its own"),
+            (["--max-num-seqs", "0"], "0 is not in 1..=4096"),
+            (
+                ["--max-num-batched-tokens", "16"],
+                "must be at least `--max-num-seqs` (256), got 16",
+            ),
+            (["--api-key", "a b"], "must be one word"),
+            (["--port", "70000"], "70000 is not in 0..=65535"),
+        ] {
+            let error = read(&arguments).unwrap_err();
+            assert!(error.contains(rule), "{arguments:?}: {error}");
+        }
+    }
+}
