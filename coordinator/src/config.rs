@@ -70,7 +70,7 @@ pub struct CoordinatorConfig {
     #[serde(default)]
     pub queue_acknowledge: Acknowledge,
     /// Whether what Redis acknowledged is kept in the object store too, until its batch has ended.
-    #[serde(default)]
+    #[serde(default = "default_queue_journal")]
     pub queue_journal: bool,
     /// Folder of the embedded queue's file; not needed with Redis.
     #[serde(default)]
@@ -142,6 +142,10 @@ fn default_queue_name() -> String {
     "espalier".to_owned()
 }
 
+fn default_queue_journal() -> bool {
+    true
+}
+
 fn default_queue_shards() -> u16 {
     1
 }
@@ -183,7 +187,7 @@ impl CoordinatorConfig {
             queue_name: default_queue_name(),
             queue_shards: default_queue_shards(),
             queue_acknowledge: Acknowledge::default(),
-            queue_journal: false,
+            queue_journal: default_queue_journal(),
             data_dir: data_dir.into(),
             store_url: store_url.into(),
             tls: None,

@@ -31,7 +31,7 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_C
   queue_name         tells queues on one Redis apart [espalier]
   queue_shards       parts of the queue, more than 1 for a Redis Cluster only; fixed at its first use [1]
   queue_acknowledge  what a write to Redis has reached when it counts: fast, replicated (a replica) or durable (disk)
-  queue_journal      whether batches are kept in the object store too, and given again to a Redis that lost them [false]
+  queue_journal      whether batches are kept in the object store too, and given again to a Redis that lost them [true]
   data_dir           folder of the embedded queue; not needed with Redis
   store_url          object store, the same as the workers', such as file:///var/lib/espalier/store or s3://bucket/prefix
   tokens             a list of name, sha256, project (\"*\" for workers and operators) and roles (submit, read, worker,

@@ -32,7 +32,6 @@ impl World {
         let cluster = Cluster::start_with(Setup {
             coordinators: 2,
             lease_ttl_ms: LEASE_MS,
-            journal: true,
             ..Setup::new(&redis.url(), &model_url)
         })
         .await;

@@ -1,8 +1,10 @@
 //! Giving the queue again what is kept.
 
+use std::collections::BTreeSet;
+
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, ProjectId};
-use espalier_core::layout::{self, JournalEntry};
+use espalier_core::layout::{self, ChunkRange, JournalEntry};
 use espalier_core::queue::{ItemResult, Refusal};
 use espalier_runtime::store::StoreError;
 use espalier_runtime::telemetry::{self, metrics};
@@ -25,40 +27,44 @@ pub struct Given {
 }
 
 impl Journal {
-    /// Gives the queue a chunk as it is kept; nothing, where the entry is gone since it was listed.
+    /// Gives the queue chunks as they are kept; nothing, where the entry is gone since it was listed.
     pub async fn give(
         &self,
         project: &ProjectId,
         batch: &BatchId,
-        n: u32,
+        range: ChunkRange,
     ) -> Result<Given, JournalError> {
-        let chunk = match self.chunk(project, batch, n).await {
+        let chunks = match self.read_chunks(project, batch, range).await {
             Err(JournalError::Store(error)) if error.is_not_found() => return Ok(Given::default()),
-            chunk => chunk?,
+            chunks => chunks?,
         };
-        let ids: Vec<_> = chunk.jobs.iter().map(|job| job.job.id.clone()).collect();
-        let reply = self.queue.submit(chunk).await?;
         let mut given = Given::default();
-        for (job, item) in ids.into_iter().zip(reply.items) {
-            match item {
-                ItemResult::Accepted => given.new += 1,
-                ItemResult::AlreadyThere => {}
-                ItemResult::Rejected(error) => given.rejected.push((job, error)),
+        for chunk in chunks {
+            let ids: Vec<_> = chunk.jobs.iter().map(|job| job.job.id.clone()).collect();
+            let reply = self.queue.submit(chunk).await?;
+            for (job, item) in ids.into_iter().zip(reply.items) {
+                match item {
+                    ItemResult::Accepted => given.new += 1,
+                    ItemResult::AlreadyThere => {}
+                    ItemResult::Rejected(error) => given.rejected.push((job, error)),
+                }
             }
         }
         metrics().queue_redriven.add(given.new, &[]);
         Ok(given)
     }
 
-    /// Those of the chunks that the queue does not know.
+    /// Those of the objects that hold chunks which the queue does not know.
     pub async fn lacking(
         &self,
         project: &ProjectId,
         batch: &BatchId,
-        chunks: &[u32],
-    ) -> Result<Vec<u32>, QueueError> {
-        let mut lacking = Vec::new();
-        for some in chunks.chunks(ASKED_MAX) {
+        chunks: &[ChunkRange],
+    ) -> Result<Vec<ChunkRange>, QueueError> {
+        let numbers = chunks.iter().flat_map(|range| range.numbers());
+        let numbers: Vec<u32> = numbers.collect();
+        let mut lacking = BTreeSet::new();
+        for some in numbers.chunks(ASKED_MAX) {
             let asked = some
                 .iter()
                 .map(|n| self.queue.chunk_digest(project.clone(), batch.clone(), *n));
@@ -69,7 +75,8 @@ impl Journal {
                 .filter(|(_, known)| known.is_none());
             lacking.extend(unknown.map(|(n, _)| *n));
         }
-        Ok(lacking)
+        let holds = |range: &&ChunkRange| lacking.range(range.numbers()).next().is_some();
+        Ok(chunks.iter().filter(holds).copied().collect())
     }
 
     /// Gives the queue what it lacks of a batch that is about to be closed: a closed batch takes nothing new. Until all is
@@ -93,8 +100,8 @@ impl Journal {
         if is_whole {
             chunks = self.lacking(project, batch, &chunks).await?;
         }
-        for n in chunks {
-            let given = self.give(project, batch, n).await;
+        for range in chunks {
+            let given = self.give(project, batch, range).await;
             self.judge(project, batch, given, is_whole)?;
         }
         if self.restarts() != restarts {
@@ -142,14 +149,18 @@ impl Journal {
         }
     }
 
-    /// The chunks of a batch that are kept.
-    async fn chunks(&self, project: &ProjectId, batch: &BatchId) -> Result<Vec<u32>, StoreError> {
+    /// The objects with chunks of a batch that are kept, in the order of their first numbers.
+    pub(super) async fn chunks(
+        &self,
+        project: &ProjectId,
+        batch: &BatchId,
+    ) -> Result<Vec<ChunkRange>, StoreError> {
         let prefix = layout::journal_batch(&self.name, project, batch);
         let (mut chunks, mut after) = (Vec::new(), None);
         loop {
             let (entries, next) = self.list_under(&prefix, after.as_deref()).await?;
             chunks.extend(entries.iter().filter_map(|entry| match entry.entry {
-                JournalEntry::Chunk(n) => Some(n),
+                JournalEntry::Chunks(range) => Some(range),
                 _ => None,
             }));
             after = next;

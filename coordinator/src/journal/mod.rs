@@ -3,12 +3,12 @@
 //!
 //! The API opens, fills, closes and cancels batches through [`Journal`]: an answer goes out when the queue has the
 //! change and after that the store has its entry, so that nothing is acknowledged that only the queue holds, and nothing
-//! is kept that the queue refused. Where the queue loses nothing, or the configuration
-//! has it so, nothing is kept. `maintenance::journal` removes entries
-//! and drives them again. Jobs that results spawn are not in here: a result that was lost is found again by adoption.
+//! is kept that the queue refused. Where the queue loses nothing, or the configuration has it so, nothing is kept.
+//! `maintenance::journal` removes entries and drives them again. Jobs that results spawn are not in here: a result that was lost is found again by adoption.
 
 mod again;
 mod record;
+mod writer;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,10 +17,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, ProjectId};
-use espalier_core::layout::{self, JournalEntry};
+use espalier_core::layout::{self, ChunkRange, JournalEntry};
 use espalier_core::queue::{BatchView, Cancelled, ItemResult, Selector};
 use espalier_core::time::Timestamp;
-use espalier_runtime::store::{Created, LIST_MAX, Store, StoreError};
+use espalier_runtime::store::{LIST_MAX, Store, StoreError};
 use espalier_runtime::tasks::{self, with_deadline};
 use espalier_runtime::telemetry;
 use futures::FutureExt;
@@ -30,12 +30,20 @@ use tokio::sync::Semaphore;
 use crate::queue::{Chunk, ChunkReply, OpenBatch, Queue, QueueError};
 
 pub use record::Unreadable;
+use writer::{Taken, WRITE_LIMIT, Writer};
 
-/// How long the store may take to keep an entry, and an entry may wait for its turn. Clients send again what was not
-/// acknowledged.
-const WRITE_LIMIT: Duration = Duration::from_secs(10);
-/// Chunks that are written at once, each of at most 8 MiB: bounds memory, and hides the latency of a store.
-const WRITES_MAX: usize = 16;
+/// How long a chunk may wait for room. Clients send again what was not acknowledged.
+const ROOM_LIMIT: Duration = Duration::from_secs(10);
+/// How long it may take to be kept: the write before its own, and its own.
+const KEEP_LIMIT: Duration = Duration::from_secs(20);
+/// Bytes of chunks that are on their way at once: bounds memory.
+const ROOM_BYTES: usize = 128 << 20;
+/// What a job takes of it beside its spec.
+const JOB_BYTES: usize = 256;
+/// The unit in which room is counted.
+const ROOM_UNIT: usize = 1 << 10;
+/// Bytes of a chunk above which encoding it is work for another thread.
+const ENCODED_APART: usize = 64 << 10;
 /// When a client should try again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -75,7 +83,9 @@ pub struct Journal {
     name: String,
     /// Whether anything is kept.
     keeps: bool,
-    places: Semaphore,
+    writer: Writer,
+    /// In units of [`ROOM_UNIT`].
+    room: Semaphore,
     /// One more than the queue's restarts when all that is kept was driven last; 0 before that.
     whole: AtomicU64,
 }
@@ -84,13 +94,20 @@ impl Journal {
     /// Of the queue with this name; with `keeps` false it passes on and keeps nothing.
     pub fn new(queue: Arc<dyn Queue>, store: Store, name: &str, keeps: bool) -> Self {
         Self {
+            writer: Writer::new(store.clone(), name),
+            room: Semaphore::new(ROOM_BYTES / ROOM_UNIT),
             queue,
             store,
             name: name.to_owned(),
             keeps,
-            places: Semaphore::new(WRITES_MAX),
             whole: AtomicU64::new(0),
         }
+    }
+
+    /// As if so many chunks were on their way that only a small one finds room.
+    #[cfg(test)]
+    pub(crate) fn leave_room_for_one(&self) {
+        self.room.forget_permits(ROOM_BYTES / ROOM_UNIT - 1);
     }
 
     /// How often the queue may have lost something so far; none where nothing is kept, as it never does or must not matter.
@@ -136,8 +153,9 @@ impl Journal {
         if self.restarts().is_none() || is_other {
             return self.queue.submit(chunk).await;
         }
-        let turn = with_deadline("journal.turn", WRITE_LIMIT, self.places.acquire()).await;
-        let Ok(Ok(_turn)) = turn else {
+        let room = self.room.acquire_many(room_of(&chunk));
+        let room = with_deadline("journal.room", ROOM_LIMIT, room).await;
+        let Ok(Ok(_room)) = room else {
             return Err(self.busy());
         };
         self.unless_replaced(self.submit_and_keep(chunk)).await
@@ -146,12 +164,8 @@ impl Journal {
     async fn submit_and_keep(&self, chunk: Chunk) -> Result<ChunkReply, QueueError> {
         self.check_number(&chunk).await?;
         let (project, batch) = (chunk.project.clone(), chunk.batch.clone());
-        let entry = JournalEntry::Chunk(chunk.n);
-        let encoded = tasks::blocking("journal.encode", move || {
-            let row = record::encode_chunk(&chunk);
-            (chunk, row)
-        });
-        let (chunk, row) = encoded.await.map_err(|error| self.away(&error))?;
+        let n = chunk.n;
+        let (chunk, row) = self.encoded(chunk).await?;
         let reply = self.queue.submit(chunk).await?;
         let row = if reply.items.iter().any(is_rejected) {
             // What the client was told is not in the queue must not enter it later.
@@ -161,9 +175,30 @@ impl Journal {
             Some(row)
         };
         if let Some(row) = row {
-            self.keep_chunk(&project, &batch, entry, row).await?;
+            let taken = Taken {
+                project,
+                batch,
+                n,
+                row,
+            };
+            let kept = self.writer.keep(taken);
+            let kept = with_deadline("journal.keep", KEEP_LIMIT, kept).await;
+            let kept = kept.map_err(|timeout| self.away(&timeout))?;
+            kept.map_err(|why| self.away(&why))?;
         }
         Ok(reply)
+    }
+
+    async fn encoded(&self, chunk: Chunk) -> Result<(Chunk, Bytes), QueueError> {
+        let encode = |chunk: Chunk| {
+            let row = record::encode_chunk(&chunk);
+            (chunk, row)
+        };
+        if bytes_of(&chunk) < ENCODED_APART {
+            return Ok(encode(chunk));
+        }
+        let encoded = tasks::blocking("journal.encode", move || encode(chunk));
+        encoded.await.map_err(|error| self.away(&error))
     }
 
     /// Until all is driven the queue may not know that a number is taken. What took it was acknowledged.
@@ -171,52 +206,38 @@ impl Journal {
         if self.is_whole() {
             return Ok(());
         }
-        let entry = JournalEntry::Chunk(chunk.n);
-        let kept = async {
-            match self.read(&chunk.project, &chunk.batch, entry).await {
-                Err(error) if error.is_not_found() => Ok(None),
-                read => read.map(Some),
+        let kept = self.kept_of(&chunk.project, &chunk.batch, chunk.n).boxed();
+        for bytes in self.in_time("journal.read", kept).await? {
+            let digests = tasks::blocking("journal.decode", move || record::digests(bytes));
+            let digests = digests.await.map_err(|error| self.away(&error))?;
+            // One that cannot be read cannot be driven either.
+            let known = digests.ok().and_then(|of| of.get(&chunk.n).copied());
+            if known.is_some_and(|digest| digest != chunk.digest) {
+                let rule = "was submitted before with other jobs; give new jobs a new number";
+                return Err(FieldError::new("chunk", chunk.n, rule).into());
             }
-        }
-        .boxed();
-        let Some(kept) = self.in_time("journal.read", kept).await? else {
-            return Ok(());
-        };
-        let digest = tasks::blocking("journal.decode", move || record::digest_of_chunk(kept));
-        let digest = digest.await.map_err(|error| self.away(&error))?;
-        // One that cannot be read cannot be driven either.
-        if digest.is_ok_and(|digest| digest != chunk.digest) {
-            let rule = "was submitted before with other jobs; give new jobs a new number";
-            return Err(FieldError::new("chunk", chunk.n, rule).into());
         }
         Ok(())
     }
 
-    /// Keeps what the queue took of a chunk. What is kept since the chunk came before was acknowledged, and stays beside it,
-    /// whatever the door makes of the same chunk now.
-    async fn keep_chunk(
+    /// The objects in which a chunk may lie.
+    async fn kept_of(
         &self,
         project: &ProjectId,
         batch: &BatchId,
-        entry: JournalEntry,
-        row: Bytes,
-    ) -> Result<(), QueueError> {
-        let path = layout::journal_entry(&self.name, project, batch, entry);
-        let created = self.store.create(&path, row.clone()).boxed();
-        if self.in_time("journal.write", created).await? == Created::New {
-            return Ok(());
+        n: u32,
+    ) -> Result<Vec<Bytes>, StoreError> {
+        let mut kept = Vec::new();
+        for range in self.chunks(project, batch).await? {
+            if range.numbers().contains(&n) {
+                let entry = JournalEntry::Chunks(range);
+                match self.read(project, batch, entry).await {
+                    Err(error) if error.is_not_found() => {}
+                    read => kept.push(read?),
+                }
+            }
         }
-        let kept = self.store.get(&path).boxed();
-        let kept = self.in_time("journal.read", kept).await?;
-        let before = kept.clone();
-        let merged = tasks::blocking("journal.merge", move || record::merged(kept, row));
-        let merged = merged.await.map_err(|error| self.away(&error))?;
-        let merged = merged.map_err(|error| self.away(&error))?;
-        if merged == before {
-            return Ok(());
-        }
-        self.in_time("journal.write", self.store.put(&path, merged).boxed())
-            .await
+        Ok(kept)
     }
 
     /// Closes a batch.
@@ -318,10 +339,11 @@ impl Journal {
     fn busy(&self) -> QueueError {
         QueueError::Unavailable {
             reason: format!(
-                "{WRITES_MAX} chunks are on their way into Redis and the object store {}, and none of them made room for \
+                "{} MiB of chunks are on their way into Redis and the object store {}, and none of them made room for \
                  another within {} s",
+                ROOM_BYTES >> 20,
                 self.store.url(),
-                WRITE_LIMIT.as_secs()
+                ROOM_LIMIT.as_secs()
             ),
             retry_after: RETRY_AFTER,
         }
@@ -378,17 +400,18 @@ impl Journal {
         Ok(record::decode_open(project, batch, bytes)?)
     }
 
-    /// A chunk as the queue was given it, less what it did not take.
-    pub async fn chunk(
+    /// Chunks of one object as the queue was given them, less what it did not take.
+    async fn read_chunks(
         &self,
         project: &ProjectId,
         batch: &BatchId,
-        n: u32,
-    ) -> Result<Chunk, JournalError> {
-        let bytes = self.read(project, batch, JournalEntry::Chunk(n)).await?;
+        range: ChunkRange,
+    ) -> Result<Vec<Chunk>, JournalError> {
+        let entry = JournalEntry::Chunks(range);
+        let bytes = self.read(project, batch, entry).await?;
         let (project, batch) = (project.clone(), batch.clone());
         let decoded = tasks::blocking("journal.decode", move || {
-            record::decode_chunk(&project, &batch, n, bytes)
+            record::decode_chunks(&project, &batch, bytes)
         });
         let decoded = decoded.await.map_err(|error| Unreadable::because(&error))?;
         Ok(decoded?)
@@ -431,6 +454,17 @@ impl Journal {
 
 fn is_rejected(item: &ItemResult) -> bool {
     matches!(item, ItemResult::Rejected(_))
+}
+
+fn bytes_of(chunk: &Chunk) -> usize {
+    let jobs = chunk.jobs.iter();
+    jobs.map(|job| job.spec.len() + JOB_BYTES).sum()
+}
+
+/// Room that a chunk takes on its way, at most all there is.
+fn room_of(chunk: &Chunk) -> u32 {
+    let units = bytes_of(chunk).min(ROOM_BYTES) / ROOM_UNIT;
+    u32::try_from(units).unwrap_or(u32::MAX).max(1)
 }
 
 #[cfg(test)]

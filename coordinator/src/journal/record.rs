@@ -3,7 +3,7 @@
 //!
 //! A field that a later version adds is ignored here; one that changes what the others mean raises [`VERSION`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use prost::Message;
 use crate::queue::{Chunk, OpenBatch, Submission};
 
 /// The version that this code writes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// An entry that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -43,9 +43,17 @@ struct OpenRow {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct ChunkRow {
+struct ChunksRow {
     #[prost(uint32, tag = "1")]
     version: u32,
+    #[prost(message, repeated, tag = "2")]
+    chunks: Vec<ChunkRow>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ChunkRow {
+    #[prost(uint32, tag = "1")]
+    n: u32,
     #[prost(bytes = "bytes", tag = "2")]
     digest: Bytes,
     #[prost(message, repeated, tag = "3")]
@@ -110,59 +118,91 @@ pub fn decode_open(
     Ok((OpenBatch { batch, defaults }, Timestamp(row.opened_us)))
 }
 
-/// The bytes of a chunk.
+/// The bytes of a chunk. Those of several chunks, one after the other, are the bytes of all of them: so protobuf reads
+/// a message that comes in parts.
 pub fn encode_chunk(chunk: &Chunk) -> Bytes {
     let row = ChunkRow {
-        version: VERSION,
+        n: chunk.n,
         digest: Bytes::copy_from_slice(&chunk.digest),
         jobs: chunk.jobs.iter().map(job_row).collect(),
     };
-    row.encode_to_vec().into()
+    encode_rows(vec![row])
 }
 
-/// Reads them back.
-pub fn decode_chunk(
+fn encode_rows(chunks: Vec<ChunkRow>) -> Bytes {
+    let version = VERSION;
+    ChunksRow { version, chunks }.encode_to_vec().into()
+}
+
+/// Reads chunks back, in the order of their numbers.
+pub fn decode_chunks(
     project: &ProjectId,
     batch: &BatchId,
-    n: u32,
     bytes: Bytes,
-) -> Result<Chunk, Unreadable> {
-    let row = ChunkRow::decode(bytes).map_err(unreadable)?;
-    check_version(row.version)?;
-    let jobs = row
-        .jobs
-        .into_iter()
-        .map(submission)
-        .collect::<Result<_, _>>()?;
+) -> Result<Vec<Chunk>, Unreadable> {
+    let rows = decode_rows(bytes)?.into_values();
+    rows.map(|row| chunk(project, batch, row)).collect()
+}
+
+fn chunk(project: &ProjectId, batch: &BatchId, row: ChunkRow) -> Result<Chunk, Unreadable> {
+    let jobs = row.jobs.into_iter().map(submission);
     Ok(Chunk {
         project: project.clone(),
         batch: batch.clone(),
-        n,
+        n: row.n,
         digest: digest(&row.digest)?,
-        jobs,
+        jobs: jobs.collect::<Result<_, _>>()?,
     })
+}
+
+/// By number. Of one that is there more than once, the later ones were taken later.
+fn decode_rows(bytes: Bytes) -> Result<BTreeMap<u32, ChunkRow>, Unreadable> {
+    let read = ChunksRow::decode(bytes).map_err(unreadable)?;
+    check_version(read.version)?;
+    let mut rows: BTreeMap<u32, ChunkRow> = BTreeMap::new();
+    for newer in read.chunks {
+        match rows.get_mut(&newer.n) {
+            Some(row) => merge(row, newer),
+            None => {
+                rows.insert(newer.n, newer);
+            }
+        }
+    }
+    Ok(rows)
 }
 
 /// The bytes of a chunk without the jobs that the queue did not take, by what it said of each; none where it took none.
 pub fn taken(bytes: Bytes, items: &[ItemResult]) -> Result<Option<Bytes>, Unreadable> {
-    let mut row = ChunkRow::decode(bytes).map_err(unreadable)?;
+    let mut read = ChunksRow::decode(bytes).map_err(unreadable)?;
     let mut items = items.iter();
-    row.jobs
-        .retain(|_| !matches!(items.next(), Some(ItemResult::Rejected(_))));
-    Ok((!row.jobs.is_empty()).then(|| row.encode_to_vec().into()))
+    for chunk in &mut read.chunks {
+        let mut is_taken = |_: &JobRow| !matches!(items.next(), Some(ItemResult::Rejected(_)));
+        chunk.jobs.retain(&mut is_taken);
+    }
+    let is_empty = read.chunks.iter().all(|chunk| chunk.jobs.is_empty());
+    Ok((!is_empty).then(|| encode_rows(read.chunks)))
 }
 
-/// What is kept of a chunk together with what the queue took when it came again. Of two jobs with one id the newer is in
-/// the queue. Another chunk, or one that this version cannot read, gives way to the newer.
-pub fn merged(kept: Bytes, newer: Bytes) -> Result<Bytes, Unreadable> {
-    let new = ChunkRow::decode(newer.clone()).map_err(unreadable)?;
-    let mut row = match ChunkRow::decode(kept) {
-        Ok(row) if row.version == VERSION && row.digest == new.digest => row,
-        _ => return Ok(newer),
+/// What is kept of chunks together with what the queue took when they came again; none where that adds nothing. What
+/// this version cannot read gives way to the newer.
+pub fn merged(kept: Bytes, newer: Bytes) -> Result<Option<Bytes>, Unreadable> {
+    let Ok(rows) = decode_rows(kept.clone()) else {
+        return Ok(Some(newer));
     };
+    let both = decode_rows([kept, newer].concat().into())?;
+    Ok((both != rows).then(|| encode_rows(both.into_values().collect())))
+}
+
+/// Adds to a chunk what the queue took of it later. Of two jobs with one id the newer is in the queue; another chunk
+/// gives way to the newer.
+fn merge(row: &mut ChunkRow, newer: ChunkRow) {
+    if row.digest != newer.digest {
+        *row = newer;
+        return;
+    }
     let ids = row.jobs.iter().enumerate();
     let places: HashMap<String, usize> = ids.map(|(n, job)| (job.id.clone(), n)).collect();
-    for job in new.jobs {
+    for job in newer.jobs {
         match places.get(&job.id) {
             // The very job: how it was asked for at first stays.
             Some(n) if row.jobs[*n].spec_digest == job.spec_digest => {}
@@ -170,14 +210,12 @@ pub fn merged(kept: Bytes, newer: Bytes) -> Result<Bytes, Unreadable> {
             None => row.jobs.push(job),
         }
     }
-    Ok(row.encode_to_vec().into())
 }
 
-/// The digest of the chunk as it was sent.
-pub fn digest_of_chunk(bytes: Bytes) -> Result<[u8; 32], Unreadable> {
-    let row = ChunkRow::decode(bytes).map_err(unreadable)?;
-    check_version(row.version)?;
-    digest(&row.digest)
+/// The digest of each chunk as it was sent, by number.
+pub fn digests(bytes: Bytes) -> Result<BTreeMap<u32, [u8; 32]>, Unreadable> {
+    let rows = decode_rows(bytes)?.into_iter();
+    rows.map(|(n, row)| Ok((n, digest(&row.digest)?))).collect()
 }
 
 fn job_row(submission: &Submission) -> JobRow {
@@ -286,8 +324,13 @@ mod tests {
     #[test]
     fn what_was_written_reads_back() {
         let written = chunk();
-        let read = |bytes| decode_chunk(&written.project, &written.batch, 3, bytes);
-        same(&read(encode_chunk(&written)).unwrap(), &written);
+        same(&read(encode_chunk(&written)), &written);
+        let next = Chunk { n: 4, ..chunk() };
+        let both = [encode_chunk(&next), encode_chunk(&written)].concat();
+        let both = decode_chunks(&written.project, &written.batch, both.into()).unwrap();
+        assert_eq!(both.len(), 2);
+        same(&both[0], &written);
+        same(&both[1], &next);
 
         let open = OpenBatch {
             batch: NewBatch {
@@ -310,12 +353,14 @@ mod tests {
         let jobs = vec![full()];
         let bytes = encode_chunk(&Chunk { jobs, ..chunk() });
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(hex, include_str!("golden/chunk-v1.txt").trim());
+        assert_eq!(hex, include_str!("golden/chunks-v2.txt").trim());
     }
 
     fn read(bytes: Bytes) -> Chunk {
         let of = chunk();
-        decode_chunk(&of.project, &of.batch, of.n, bytes).unwrap()
+        let mut chunks = decode_chunks(&of.project, &of.batch, bytes).unwrap();
+        assert_eq!(chunks.len(), 1);
+        chunks.remove(0)
     }
 
     #[test]
@@ -335,12 +380,14 @@ mod tests {
         let of = |jobs: Vec<Submission>| encode_chunk(&Chunk { jobs, ..chunk() });
         let mut asked_again = full();
         asked_again.job.traceparent = None;
-        assert_eq!(merged(kept.clone(), of(vec![asked_again])).unwrap(), kept);
+        let again = of(vec![asked_again]);
+        assert_eq!(merged(kept.clone(), again).unwrap(), None);
 
         let (mut other, mut more) = (full(), full());
         other.job.spec_digest = [8; 32];
         more.job.id = "more".parse().unwrap();
-        let all = read(merged(kept.clone(), of(vec![more, other])).unwrap());
+        let all = merged(kept.clone(), of(vec![more, other])).unwrap();
+        let all = read(all.unwrap());
         let ids: Vec<_> = all.jobs.iter().map(|job| job.job.id.as_str()).collect();
         assert_eq!(ids, ["root", "a", "more"]);
         assert_eq!(all.jobs[1].job.spec_digest, [8; 32]);
@@ -350,18 +397,24 @@ mod tests {
             ..chunk()
         };
         let another = encode_chunk(&another);
-        assert_eq!(merged(kept, another.clone()).unwrap(), another);
+        let instead = merged(kept.clone(), another.clone()).unwrap();
+        assert_eq!(instead, Some(another));
+
+        let next = encode_chunk(&Chunk { n: 4, ..chunk() });
+        let both = merged(kept, next).unwrap().unwrap();
+        let numbers: Vec<u32> = digests(both).unwrap().into_keys().collect();
+        assert_eq!(numbers, [3, 4]);
     }
 
     #[test]
     fn a_later_version_is_refused() {
-        let row = ChunkRow {
+        let row = ChunksRow {
             version: VERSION + 1,
-            ..ChunkRow::default()
+            ..ChunksRow::default()
         };
         let bytes = row.encode_to_vec().into();
         let of = chunk();
-        let error = decode_chunk(&of.project, &of.batch, 0, bytes).unwrap_err();
-        assert!(error.to_string().contains("version 2"), "{error}");
+        let error = decode_chunks(&of.project, &of.batch, bytes).unwrap_err();
+        assert!(error.to_string().contains("version 3"), "{error}");
     }
 }

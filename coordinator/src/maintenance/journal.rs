@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use espalier_core::id::{BatchId, ProjectId};
-use espalier_core::layout::JournalEntry;
+use espalier_core::layout::{ChunkRange, JournalEntry};
 use espalier_core::queue::{BatchView, Selector};
 use espalier_core::time::Timestamp;
 use espalier_runtime::backoff::Backoff;
@@ -207,7 +207,7 @@ struct Kept {
     opened: Option<Timestamp>,
     closed: bool,
     cancelled: bool,
-    chunks: Vec<u32>,
+    chunks: Vec<ChunkRange>,
     /// When the newest entry was written.
     newest: Timestamp,
 }
@@ -217,7 +217,7 @@ impl Kept {
         self.newest = self.newest.max(entry.modified);
         match entry.entry {
             JournalEntry::Open => self.opened = Some(entry.modified),
-            JournalEntry::Chunk(n) => self.chunks.push(n),
+            JournalEntry::Chunks(range) => self.chunks.push(range),
             JournalEntry::Closed => self.closed = true,
             JournalEntry::Cancelled => self.cancelled = true,
         }
@@ -419,8 +419,8 @@ impl Round<'_> {
         done: &mut Done,
     ) -> Result<(), RoundError> {
         let (project, batch) = &one.name;
-        for n in std::mem::take(&mut one.kept.chunks) {
-            let given = match self.journal.give(project, batch, n).await {
+        for range in std::mem::take(&mut one.kept.chunks) {
+            let given = match self.journal.give(project, batch, range).await {
                 Ok(given) => given,
                 Err(error) => {
                     one.is_partial |= !is_final(error, project, batch, done)?;
@@ -429,7 +429,7 @@ impl Round<'_> {
             };
             done.jobs += given.new;
             if !given.rejected.is_empty() && !is_last {
-                one.kept.chunks.push(n);
+                one.kept.chunks.push(range);
                 continue;
             }
             for (job, error) in given.rejected {

@@ -9,6 +9,10 @@
 //! _journal/q-{queue}/{project}/{batch}/…              what a shared queue was given, until the batch has ended
 //! ```
 
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
 use crate::error::FieldError;
 use crate::id::{BatchId, Fence, JobKey, ProjectId};
 
@@ -96,12 +100,54 @@ pub fn probe_order_folder(id: &str) -> String {
 pub enum JournalEntry {
     /// It was opened.
     Open,
-    /// A chunk of it, by number, was taken.
-    Chunk(u32),
+    /// Chunks of it were taken.
+    Chunks(ChunkRange),
     /// It was closed.
     Closed,
     /// It was cancelled as a whole.
     Cancelled,
+}
+
+/// Chunks of a batch that are kept in one object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChunkRange {
+    /// Number of the first.
+    pub first: u32,
+    /// Number of the last; less than [`ChunkRange::LEN_MAX`] beyond the first.
+    pub last: u32,
+}
+
+impl ChunkRange {
+    /// Most chunks in one object: bounds what a name can ask for.
+    pub const LEN_MAX: u32 = 4096;
+
+    /// The range of one chunk.
+    pub fn of(n: u32) -> Self {
+        Self { first: n, last: n }
+    }
+
+    /// The numbers in it, in their order.
+    pub fn numbers(self) -> RangeInclusive<u32> {
+        self.first..=self.last
+    }
+}
+
+impl fmt::Display for ChunkRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:010}-{:010}", self.first, self.last)
+    }
+}
+
+impl FromStr for ChunkRange {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (first, last) = text.split_once('-').ok_or(())?;
+        let number = |text: &str| text.parse().map_err(|_| ());
+        let (first, last) = (number(first)?, number(last)?);
+        let is_valid = u32::checked_sub(last, first).is_some_and(|more| more < Self::LEN_MAX);
+        is_valid.then_some(Self { first, last }).ok_or(())
+    }
 }
 
 /// All that coordinators of the queue with this name keep. No project begins with an underscore; queues that share a
@@ -125,7 +171,7 @@ pub fn journal_entry(
     let folder = journal_batch(queue, project, batch);
     match entry {
         JournalEntry::Open => format!("{folder}open"),
-        JournalEntry::Chunk(n) => format!("{folder}chunk-{n:010}"),
+        JournalEntry::Chunks(range) => format!("{folder}chunks-{range}"),
         JournalEntry::Closed => format!("{folder}closed"),
         JournalEntry::Cancelled => format!("{folder}cancelled"),
     }
@@ -141,7 +187,7 @@ pub fn journal_entry_of(queue: &str, path: &str) -> Option<(ProjectId, BatchId, 
         "open" => JournalEntry::Open,
         "closed" => JournalEntry::Closed,
         "cancelled" => JournalEntry::Cancelled,
-        chunk => JournalEntry::Chunk(chunk.strip_prefix("chunk-")?.parse().ok()?),
+        chunks => JournalEntry::Chunks(chunks.strip_prefix("chunks-")?.parse().ok()?),
     };
     let (project, batch) = (project.parse().ok()?, batch.parse().ok()?);
     (journal_entry(queue, &project, &batch, entry) == path).then_some((project, batch, entry))
@@ -243,12 +289,15 @@ mod tests {
     fn an_entry_of_the_journal_names_its_batch_and_no_project_lies_there() {
         let (project, batch): (ProjectId, BatchId) =
             ("shop".parse().unwrap(), "b1".parse().unwrap());
-        let chunk = journal_entry("main", &project, &batch, JournalEntry::Chunk(7));
-        assert_eq!(chunk, "_journal/q-main/shop/b1/chunk-0000000007");
+        let (first, last) = (7, 12);
+        let chunks = JournalEntry::Chunks(ChunkRange { first, last });
+        let path = journal_entry("main", &project, &batch, chunks);
+        assert_eq!(path, "_journal/q-main/shop/b1/chunks-0000000007-0000000012");
         for entry in [
             JournalEntry::Open,
-            JournalEntry::Chunk(0),
-            JournalEntry::Chunk(u32::MAX),
+            chunks,
+            JournalEntry::Chunks(ChunkRange::of(0)),
+            JournalEntry::Chunks(ChunkRange::of(u32::MAX)),
             JournalEntry::Closed,
             JournalEntry::Cancelled,
         ] {
@@ -257,7 +306,16 @@ mod tests {
             assert_eq!(found, Some((project.clone(), batch.clone(), entry)));
             assert_eq!(journal_entry_of("mai", &path), None, "another queue's");
         }
-        for other in ["chunk-7", "chunk-x", "opened", "open/x"] {
+        let backwards = "chunks-0000000002-0000000001";
+        let wide = "chunks-0000000000-0000004096";
+        for other in [
+            "chunks-7-7",
+            "chunks-x",
+            backwards,
+            wide,
+            "opened",
+            "open/x",
+        ] {
             let path = format!("_journal/q-main/shop/b1/{other}");
             assert_eq!(journal_entry_of("main", &path), None, "{path}");
         }

@@ -51,8 +51,6 @@ pub struct Setup {
     pub lease_ttl_ms: u64,
     /// What a write to Redis must have reached before it counts.
     pub acknowledge: &'static str,
-    /// Whether batches are kept in the store too.
-    pub journal: bool,
     /// The object store, where it is not a folder of the test's.
     pub store_url: Option<String>,
     /// Variables of every process, such as those by which a store is reached.
@@ -70,7 +68,6 @@ impl Setup {
             model_url: model_url.to_owned(),
             lease_ttl_ms: 30_000,
             acknowledge: "fast",
-            journal: false,
             store_url: None,
             environment: Vec::new(),
             more: String::new(),
@@ -451,14 +448,12 @@ fn coordinator_config(folder: &Path, address: SocketAddr, setup: &Setup) -> Stri
         .collect();
     format!(
         "listen = \"{address}\"\nqueue = {queue:?}\nqueue_acknowledge = {acknowledge:?}\n\
-         queue_journal = {journal}\n\
          data_dir = {data_dir:?}\nstore_url = {store:?}\nmcp_servers = [\"toy\", \"browser\"]\n\
          lease_ttl_ms = {lease_ttl_ms}\n{clients}\
          [[tokens]]\nname = \"operators\"\nsha256 = \"{operator}\"\nproject = \"*\"\nroles = [\"admin\"]\n\
          [[tokens]]\nname = \"workers\"\nsha256 = \"{worker}\"\nproject = \"*\"\nroles = [\"worker\"]\n{more}",
         queue = setup.queue,
         acknowledge = setup.acknowledge,
-        journal = setup.journal,
         data_dir = folder.join("coordinator"),
         store = store_url(folder, setup),
         lease_ttl_ms = setup.lease_ttl_ms,

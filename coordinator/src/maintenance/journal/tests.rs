@@ -256,7 +256,8 @@ async fn an_ended_batch_leaves_nothing_and_is_not_run_again() {
     world.cancel("cancelled").await;
     assert_eq!(world.go(false).await.removed, 0, "the end may be lost yet");
     assert_eq!(world.later(false, SETTLED).await.removed, 2);
-    let left = ["chunk-0000000000", "open"].map(|name| format!("_journal/q-test/p/purged/{name}"));
+    let left = ["chunks-0000000000-0000000000", "open"]
+        .map(|name| format!("_journal/q-test/p/purged/{name}"));
     assert_eq!(world.objects().await, left);
 
     // As long as it lives it does not look old; what has grown old was forgotten by the queue.
@@ -550,7 +551,7 @@ async fn an_entry_that_cannot_be_read_stands_in_the_way_of_its_batch_only() {
         world.close(batch).await;
     }
     world.lose_all().await;
-    let bad = "p/bad/chunk-0000000000";
+    let bad = "p/bad/chunks-0000000000-0000000000";
     world
         .faults
         .set(move |_, path| path.ends_with(bad).then_some(Fault::Denied));
@@ -581,22 +582,98 @@ async fn whoever_waits_for_others_is_told_so() {
     world
         .faults
         .set(|operation, _| (operation == "create").then_some(Fault::Hang));
+    world.journal.leave_room_for_one();
     let submit = |n: u32| {
         let jobs = [job(&format!("j{n}"))];
         world.journal.submit(chunk("b", n, &jobs), None)
     };
-    let others = futures::future::join_all((0..16).map(submit));
+    let other = submit(0);
     let late = async {
         tokio::task::yield_now().await;
-        submit(16).await
+        submit(1).await
     };
     let answer = tokio::select! {
         biased;
-        others = others => panic!("{others:?}"),
+        other = other => panic!("{other:?}"),
         answer = late => answer,
     };
     let error = answer.unwrap_err().to_string();
-    assert!(error.contains("16 chunks are on their way"), "{error}");
+    assert!(
+        error.contains("128 MiB of chunks are on their way"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn chunks_that_come_while_others_are_written_are_written_together() {
+    let world = World::start().await;
+    for batch in ["b", "other"] {
+        world.open(batch).await;
+    }
+    world.go(true).await;
+    let writes = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&writes);
+    world.faults.set(move |_, _| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        Some(Fault::Late(Duration::from_millis(300)))
+    });
+    let shared = &world;
+    let submitted = (0..400).map(|n| {
+        let batch = if n % 2 == 0 { "b" } else { "other" };
+        let id = format!("j{n}");
+        async move { shared.submit(batch, n / 2, &[job(&id)]).await }
+    });
+    futures::future::join_all(submitted).await;
+    let writes = writes.load(Ordering::Relaxed);
+    assert!(writes < 20, "{writes} writes of 400 chunks");
+
+    world.faults.set(|_, _| None);
+    world.lose_all().await;
+    let done = world.go(true).await;
+    assert_eq!((done.opened, done.jobs), (2, 400));
+    world.close("b").await;
+    assert_eq!(world.batch("b").await.unwrap().counters.total(), 200);
+}
+
+/// Its client may go in the middle of a write that is everybody's.
+#[tokio::test]
+async fn whoever_writes_for_others_and_goes_takes_nothing_with_it() {
+    let world = World::start().await;
+    world.open("b").await;
+    world.go(true).await;
+    let writes = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&writes);
+    world.faults.set(move |_, _| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        Some(Fault::Late(Duration::from_millis(500)))
+    });
+    let submit = |n: u32| {
+        let (world, id) = (&world, format!("j{n}"));
+        Box::pin(async move { world.submit("b", n, &[job(&id)]).await })
+    };
+    let mut writer = submit(0);
+    let begun = wait_for("a write to begin", DEADLINE, || async {
+        let begun = writes.load(Ordering::Relaxed);
+        (begun == 1).then_some(()).ok_or(begun)
+    });
+    tokio::select! {
+        items = &mut writer => panic!("{items:?}"),
+        () = begun => {}
+    }
+    let others = futures::future::join_all((1..20).map(submit));
+    let gone = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        drop(writer);
+    };
+    let (others, ()) = tokio::join!(others, gone);
+    assert!(
+        others
+            .iter()
+            .all(|items| items[..] == [ItemResult::Accepted])
+    );
+    world.faults.set(|_, _| None);
+    world.lose_all().await;
+    assert!(world.go(true).await.jobs >= 19);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use object_store::{Error, Result};
 
@@ -20,6 +21,8 @@ pub enum Fault {
     Hang,
     /// The operation is performed, and then the answer is lost.
     LoseReply,
+    /// The operation is performed, so much later.
+    Late(Duration),
 }
 
 type Plan = dyn FnMut(&'static str, &str) -> Option<Fault> + Send;
@@ -59,8 +62,14 @@ impl Fault {
             Self::Full => ErrorKind::StorageFull,
             Self::Denied => ErrorKind::PermissionDenied,
             Self::Hang => std::future::pending().await,
-            Self::LoseReply => {
-                let _ = operation.await;
+            Self::LoseReply | Self::Late(_) => {
+                if let Self::Late(by) = self {
+                    tokio::time::sleep(by).await;
+                }
+                let answer = operation.await;
+                if self != Self::LoseReply {
+                    return answer;
+                }
                 ErrorKind::ConnectionReset
             }
         };

@@ -357,7 +357,7 @@ impl Store {
             .and_then(|faults| faults.decide(operation, path));
         let performed = async {
             match fault {
-                Some(fault) => fault.perform(performed).await,
+                Some(fault) => Box::pin(fault.perform(performed)).await,
                 None => performed.await,
             }
         };
