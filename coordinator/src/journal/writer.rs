@@ -22,6 +22,11 @@ pub const WRITE_LIMIT: Duration = Duration::from_secs(10);
 const WRITES_MAX: usize = 16;
 /// Bytes of chunks in one object, beyond which the next chunk begins another.
 const OBJECT_BYTES: usize = 8 << 20;
+/// How long those who are not alone wait for more, so that a fast store gets few requests too (PostgreSQL's
+/// `commit_delay` and `commit_siblings`).
+const GATHER: Duration = Duration::from_millis(20);
+/// Bytes above which a write is worth its request as it is.
+const WORTH_A_WRITE: usize = 64 << 10;
 
 /// What the queue took of a chunk.
 #[derive(Clone, Debug)]
@@ -109,12 +114,21 @@ impl Writer {
     }
 
     async fn write_all(&self) {
+        if self.is_worth_gathering() {
+            tokio::time::sleep(GATHER).await;
+        }
         let waiting = std::mem::take(&mut *self.lock());
         let writes = groups(waiting)
             .into_iter()
             .map(|group| self.write_group(group));
         let mut writes = stream::iter(writes).buffer_unordered(WRITES_MAX);
         while writes.next().await.is_some() {}
+    }
+
+    fn is_worth_gathering(&self) -> bool {
+        let waiting = self.lock();
+        let bytes: usize = waiting.iter().map(|one| one.taken.row.len()).sum();
+        waiting.len() > 1 && bytes < WORTH_A_WRITE
     }
 
     async fn write_group(&self, group: Group) {
