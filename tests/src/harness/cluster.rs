@@ -271,10 +271,10 @@ impl Cluster {
         [one.await, other.await]
     }
 
-    /// What the coordinators have told of grants and ends, in every life of theirs. With `holes`, one was killed.
-    pub fn history(&self, holes: bool) -> Vec<Event> {
+    /// What the coordinators have told of grants and ends, in every life of theirs. With `torn`, one was killed.
+    pub fn history(&self, torn: bool) -> Vec<Event> {
         let logs = self.coordinators.iter().map(|c| c.process.log());
-        logs.flat_map(|log| history::log::read(&log, holes))
+        logs.flat_map(|log| history::log::read(&log, torn))
             .collect()
     }
 

@@ -45,6 +45,8 @@ pub struct World {
     slots: u32,
     killed_workers: Vec<Worker>,
     workers_made: usize,
+    /// A coordinator was killed, so that a line may have no end.
+    torn: bool,
     holes: bool,
     chunks: Vec<Vec<JobKey>>,
     end: Vec<BatchEnd>,
@@ -84,6 +86,7 @@ impl World {
             slots,
             killed_workers: Vec::new(),
             workers_made: 0,
+            torn: false,
             holes: false,
             chunks: Vec::new(),
             end: Vec::new(),
@@ -118,7 +121,8 @@ impl World {
         }
     }
 
-    /// Kills a worker. Its MCP servers are left to themselves. Only coordinators tell the history: it gets no hole.
+    /// Kills a worker. Its MCP servers are left to themselves. Only coordinators tell the history: it gets no hole by that
+    /// alone.
     pub fn kill_worker(&mut self, number: usize) {
         self.workers[number].process.kill();
     }
@@ -133,6 +137,17 @@ impl World {
     /// Kills a coordinator.
     pub fn kill_coordinator(&mut self, number: usize) {
         self.cluster.coordinators[number].process.kill();
+        self.torn = true;
+        self.holes = true;
+    }
+
+    /// Of what happened to batches that are judged from now on, everything is told again.
+    pub fn close_holes(&mut self) {
+        self.holes = false;
+    }
+
+    /// Something may happen that nobody hears of: a worker dies while the answers of Redis to its results are lost.
+    pub fn expect_holes(&mut self) {
         self.holes = true;
     }
 
@@ -228,7 +243,7 @@ impl World {
     fn judge_batches(&self, batches: &BTreeSet<BatchId>) {
         let mut history = History {
             chunks: self.chunks.clone(),
-            events: self.cluster.history(self.holes),
+            events: self.cluster.history(self.torn),
             holes: self.holes,
         };
         history.events.retain(|e| batches.contains(&e.job().batch));

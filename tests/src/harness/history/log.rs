@@ -11,16 +11,16 @@ pub fn filter() -> String {
 }
 
 /// The events of one log, which is JSON, one object a line. A process that is killed may leave half a line; with
-/// `holes` such a line is one of them.
+/// `torn` such a line is one of them.
 ///
 /// # Panics
 /// At a line of the history that does not read.
-pub fn read(log: &str, holes: bool) -> Vec<Event> {
+pub fn read(log: &str, torn: bool) -> Vec<Event> {
     let lines = log.lines().filter(|line| line.contains(HISTORY));
     lines
         .filter_map(|line| match parse(line) {
             Ok(event) => event,
-            Err(_) if holes => None,
+            Err(_) if torn => None,
             Err(error) => panic!("a line of the history does not read: {error}: {line}"),
         })
         .collect()
