@@ -236,7 +236,7 @@ async fn round(world: &mut World, batch: &str, seed: u64) {
         assert_eq!(result.jobs.len(), CHUNKS as usize * CHUNK_JOBS);
         assert!(result.unsolved().is_empty(), "{:#?}", result.unsolved());
     }
-    world.judge_batch(batch);
+    world.judge_batch(batch).await;
 }
 
 /// `ESPALIER_SOAK_ROUNDS` and `ESPALIER_SOAK_SEED` make more of it, or the same again.

@@ -21,7 +21,7 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 
 use super::stored::{INLINE_BYTES_MAX, StoredSpec};
-use super::{Shared, missing_batch, queue_error};
+use super::{Shared, queue_error};
 use crate::queue::Submission;
 use crate::registry::MCP_TAG;
 
@@ -86,12 +86,9 @@ impl Door {
         shared: &Shared,
         project: ProjectId,
         batch: BatchId,
+        encoded: Bytes,
         traceparent: Option<String>,
     ) -> Result<Self, ApiError> {
-        let found = shared.queue.defaults(project.clone(), batch.clone()).await;
-        let Some(encoded) = found.map_err(queue_error)? else {
-            return Err(missing_batch(shared, &project, &batch).await);
-        };
         let defaults = v1::JobSpec::decode(encoded.clone()).map_err(|error| {
             tracing::error!(%project, %batch, error = %error, "stored defaults cannot be read");
             ApiError::Internal("the batch's stored defaults cannot be read".to_owned())

@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey, ProjectId};
-use espalier_core::queue::{ItemResult, JobKind, NewBatch, StateName};
+use espalier_core::queue::{ItemResult, JobKind, NewBatch};
 use espalier_core::spec::{PromptDraft, limits};
 use espalier_proto::convert::{draft_from_wire, field_error_to_wire};
 use espalier_proto::status::ApiError;
@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use telemetry::names::attribute;
 
 use super::door::{Admitted, Door, in_clients_terms};
-use super::{Shared, blocking_error, queue_error};
+use super::{Shared, blocking_error, missing_batch, queue_error};
 use crate::queue::{self, Chunk, ChunkReply, OpenBatch};
 
 /// Most jobs of a chunk: bounds the work of one call.
@@ -83,16 +83,16 @@ pub async fn submit_chunk(
 ) -> Result<v1::SubmitChunkResponse, ApiError> {
     let batch = BatchId::new(&request.batch)?;
     check_size(&request.jobs)?;
-    let door = Door::open(shared, project, batch, traceparent).await?;
     let (chunk, jobs) = (request.chunk, request.jobs);
-    let known = shared
-        .queue
-        .chunk_digest(door.project.clone(), door.batch.clone(), chunk)
-        .await
-        .map_err(queue_error)?;
+    let found = shared.queue.intake(project.clone(), batch.clone(), chunk);
+    let Some(found) = found.await.map_err(queue_error)? else {
+        return Err(missing_batch(shared, &project, &batch).await);
+    };
+    let known = found.digest;
     if known.is_none() {
-        check_room(shared, &door.project, jobs.len()).await?;
+        check_room(shared, &project, found.waiting, jobs.len())?;
     }
+    let door = Door::open(shared, project, batch, found.defaults, traceparent).await?;
     let (door, mut checked) = tasks::blocking("submit.check", move || {
         let checked = check_chunk(&door, chunk, &jobs);
         (door, checked)
@@ -127,15 +127,12 @@ fn check_size(jobs: &[v1::JobSpec]) -> Result<(), FieldError> {
 }
 
 /// Stops admission of a project that has more waiting than it may.
-async fn check_room(shared: &Shared, project: &ProjectId, jobs: usize) -> Result<(), ApiError> {
-    let stats = shared.queue.stats().await.map_err(queue_error)?;
-    let of_project = stats.lines.iter().filter(|line| line.project == *project);
-    let waiting: u64 = of_project
-        .flat_map(|line| {
-            [StateName::Blocked, StateName::Delayed, StateName::Ready]
-                .map(|state| line.counters.get(state))
-        })
-        .sum();
+fn check_room(
+    shared: &Shared,
+    project: &ProjectId,
+    waiting: u64,
+    jobs: usize,
+) -> Result<(), ApiError> {
     let max = shared.config.jobs_waiting_max;
     if waiting + jobs as u64 > max {
         return Err(ApiError::Exhausted(format!(

@@ -292,6 +292,17 @@ pub struct EndedPage {
     pub batch: BatchView,
 }
 
+/// What taking in a chunk has to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Intake {
+    /// The defaults that the batch was opened with: what the chunk's jobs are read on top of.
+    pub defaults: Bytes,
+    /// The digest under which the chunk was taken before.
+    pub digest: Option<[u8; 32]>,
+    /// Jobs of the project that wait: blocked, delayed or ready.
+    pub waiting: u64,
+}
+
 /// A durable queue of jobs.
 ///
 /// # What every backend promises
@@ -365,6 +376,9 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
 
     /// The defaults that a batch was opened with: what a chunk's jobs are read on top of.
     fn defaults(&self, project: ProjectId, batch: BatchId) -> Answer<'_, Option<Bytes>>;
+
+    /// What taking in a chunk has to know of its batch and its project, in one look; none where there is no such batch.
+    fn intake(&self, project: ProjectId, batch: BatchId, chunk: u32) -> Answer<'_, Option<Intake>>;
 
     /// The digest of a chunk that was taken.
     fn chunk_digest(

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use super::{ENTRIES_MAX, QUEUE_BACKOFF, Session, history, lease_from_wire};
 use crate::api::door::{Admitted, Door, in_clients_terms};
-use crate::api::view;
+use crate::api::{queue_error, view};
 use crate::queue::{Finish, FinishAck, JobResult, Outcome, Submission};
 
 /// Most jobs that one result may spawn, as the queue has it.
@@ -188,13 +188,13 @@ impl Session {
         fence: Fence,
         specs: Vec<bytes::Bytes>,
     ) -> Result<Result<Vec<Submission>, FieldError>, ApiError> {
-        let opened = Door::open(&self.shared, key.project.clone(), key.batch.clone(), None).await;
-        let door = match opened {
-            Ok(door) => door,
+        let (project, batch) = (key.project.clone(), key.batch.clone());
+        let found = self.shared.queue.defaults(project.clone(), batch.clone());
+        let Some(defaults) = found.await.map_err(queue_error)? else {
             // The batch was forgotten: the finish will find the same.
-            Err(ApiError::NotFound { .. }) => return Ok(Ok(Vec::new())),
-            Err(error) => return Err(error),
+            return Ok(Ok(Vec::new()));
         };
+        let door = Door::open(&self.shared, project, batch, defaults, None).await?;
         let work = move || {
             let checked = check_spawned(&door, fence, &specs);
             (door, checked)

@@ -16,6 +16,8 @@ use super::proxy::Proxy;
 use super::redis::RedisServer;
 use super::wait_for;
 
+/// How long a coordinator may take to hear what it was not told at once.
+const TOLD_DEADLINE: Duration = Duration::from_secs(20);
 /// How long anything may take that a scenario waits for.
 pub const DEADLINE: Duration = Duration::from_secs(180);
 /// Far shorter than the faults, so that leases would end if nothing were done about it.
@@ -48,6 +50,7 @@ pub struct World {
     /// A coordinator was killed, so that a line may have no end.
     torn: bool,
     holes: bool,
+    had_holes: bool,
     chunks: Vec<Vec<JobKey>>,
     end: Vec<BatchEnd>,
 }
@@ -88,6 +91,7 @@ impl World {
             workers_made: 0,
             torn: false,
             holes: false,
+            had_holes: false,
             chunks: Vec::new(),
             end: Vec::new(),
         };
@@ -138,7 +142,7 @@ impl World {
     pub fn kill_coordinator(&mut self, number: usize) {
         self.cluster.coordinators[number].process.kill();
         self.torn = true;
-        self.holes = true;
+        self.expect_holes();
     }
 
     /// Of what happened to batches that are judged from now on, everything is told again.
@@ -149,6 +153,7 @@ impl World {
     /// Something may happen that nobody hears of: a worker dies while the answers of Redis to its results are lost.
     pub fn expect_holes(&mut self) {
         self.holes = true;
+        self.had_holes = true;
     }
 
     /// Sends the clients to another coordinator.
@@ -228,23 +233,33 @@ impl World {
     /// At a rule that was broken.
     pub fn judge(&self) {
         let ended: BTreeSet<BatchId> = self.end.iter().map(|end| end.batch.clone()).collect();
-        self.judge_batches(&ended);
+        let broken = self.broken(&ended, self.had_holes);
+        assert!(broken.is_empty(), "{broken:#?}");
     }
 
-    /// Judges one batch that was waited for.
+    /// Judges one batch that was waited for, while everything runs on: an end may be in the queue before the coordinator
+    /// whose answer was lost hears of it.
     ///
     /// # Panics
     /// At a rule that was broken.
-    pub fn judge_batch(&self, batch: &str) {
-        let batch = batch.parse().expect("names of tests are valid");
-        self.judge_batches(&BTreeSet::from([batch]));
+    pub async fn judge_batch(&self, batch: &str) {
+        let batches = BTreeSet::from([batch.parse().expect("names of tests are valid")]);
+        wait_for("the rules to hold", TOLD_DEADLINE, || async {
+            let broken = self.broken(&batches, self.holes);
+            if broken.is_empty() {
+                Ok(())
+            } else {
+                Err(broken)
+            }
+        })
+        .await;
     }
 
-    fn judge_batches(&self, batches: &BTreeSet<BatchId>) {
+    fn broken(&self, batches: &BTreeSet<BatchId>, holes: bool) -> Vec<String> {
         let mut history = History {
             chunks: self.chunks.clone(),
             events: self.cluster.history(self.torn),
-            holes: self.holes,
+            holes,
         };
         history.events.retain(|e| batches.contains(&e.job().batch));
         let of_batches = |chunk: &Vec<JobKey>| chunk.iter().all(|key| batches.contains(&key.batch));
@@ -259,8 +274,7 @@ impl World {
             end.jobs.extend(ended.jobs.clone());
             add(&mut end.counts, &ended.counts);
         }
-        let broken = history.broken(&end, AHEAD_MAX);
-        assert!(broken.is_empty(), "{broken:#?}");
+        history.broken(&end, AHEAD_MAX)
     }
 
     /// Waits for a batch of `count` toy jobs and lets everything end. Whatever happened on the way: every job was solved,

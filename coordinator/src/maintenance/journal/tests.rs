@@ -594,8 +594,8 @@ async fn whoever_waits_for_others_is_told_so() {
     };
     let answer = tokio::select! {
         biased;
-        other = other => panic!("{other:?}"),
         answer = late => answer,
+        other = other => panic!("{other:?}"),
     };
     let error = answer.unwrap_err().to_string();
     assert!(

@@ -169,6 +169,8 @@ pub async fn what_is_unknown_is_none(f: Fixture) {
     let (p, b) = batch();
     assert_eq!(f.queue.defaults(p, b).await.unwrap(), None);
     let (p, b) = batch();
+    assert_eq!(f.queue.intake(p, b, 0).await.unwrap(), None);
+    let (p, b) = batch();
     let list = f.queue.jobs(p, b, JobFilter::default(), None, 10).await;
     assert_eq!(list.unwrap_err().to_string(), "batch p/b is not known");
     let batches = f.queue.batches(project("p"), None, 10).await.unwrap();

@@ -33,8 +33,9 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::limits::{check_changes, check_defaults, check_result, parted};
 use super::presence::Presence;
 use super::{
-    Answer, Change, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, JobDetail,
-    JobResult, JobSpec, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal, Shown, Table,
+    Answer, Change, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, Intake,
+    JobDetail, JobResult, JobSpec, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal, Shown,
+    Table,
 };
 use engine::{Call, Chain, Engine, QueueClock, Reply, Turn};
 use store::{OpenDatabase, Reader, StoreError};
@@ -438,6 +439,28 @@ impl Queue for Embedded {
         };
         let finish = |batch: Option<BatchSeq>, reader: &Reader| {
             batch.map(|batch| reader.defaults(batch)).transpose()
+        };
+        self.call(false, 0, apply, finish).boxed()
+    }
+
+    fn intake(&self, project: ProjectId, batch: BatchId, chunk: u32) -> Answer<'_, Option<Intake>> {
+        let apply = move |turn: &mut Turn<'_>| {
+            let Ok(found) = turn.machine.batch(&project, &batch) else {
+                return Ok(None);
+            };
+            let digest = turn.machine.chunk_digest(&project, &batch, chunk);
+            Ok(Some((found.seq, digest, turn.machine.waiting(&project))))
+        };
+        let finish = |found: Option<_>, reader: &Reader| {
+            let intake = |(batch, digest, waiting)| {
+                let defaults = reader.defaults(batch)?;
+                Ok(Intake {
+                    defaults,
+                    digest,
+                    waiting,
+                })
+            };
+            found.map(intake).transpose()
         };
         self.call(false, 0, apply, finish).boxed()
     }

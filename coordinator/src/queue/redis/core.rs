@@ -13,6 +13,7 @@ use bytes::Bytes;
 use espalier_core::id::{BatchId, ProjectId};
 use espalier_core::queue::{JobKind, MachineConfig};
 use espalier_runtime::clock::Clock;
+use futures::future::{try_join, try_join_all};
 use redis::{Cmd, Script, Value};
 
 use super::decode::{self, Reader};
@@ -165,20 +166,26 @@ impl Core {
                 }
             }
         }
-        for b in missing {
-            let before = self.link.generation();
-            if let Some(batch) = self.read_batch(b).await? {
-                let batch = Arc::new(batch);
-                let (mut known, generation) = self.known();
-                if known.batches.len() >= BATCHES_MAX {
-                    known.batches.clear();
-                }
-                if generation == before {
-                    known.batches.insert(b, Arc::clone(&batch));
-                }
-                found.insert(b, batch);
-            }
+        if missing.is_empty() {
+            return Ok(found);
         }
+        let before = self.link.generation();
+        // Side by side, so that all of them wait for the server once.
+        let read = try_join_all(missing.iter().map(|b| self.read_batch(*b))).await?;
+        let (mut known, generation) = self.known();
+        for (b, batch) in missing.into_iter().zip(read) {
+            let Some(batch) = batch.map(Arc::new) else {
+                continue;
+            };
+            if known.batches.len() >= BATCHES_MAX {
+                known.batches.clear();
+            }
+            if generation == before {
+                known.batches.insert(b, Arc::clone(&batch));
+            }
+            found.insert(b, batch);
+        }
+        drop(known);
         Ok(found)
     }
 
@@ -188,7 +195,7 @@ impl Core {
             .arg("name")
             .take();
         let defaults = redis::cmd("GET").arg(self.key(&format!("bd:{b}"))).take();
-        let (name, defaults) = (self.link.run(&name).await?, self.link.run(&defaults).await?);
+        let (name, defaults) = try_join(self.link.run(&name), self.link.run(&defaults)).await?;
         if name == Value::Nil || defaults == Value::Nil {
             return Ok(None);
         }

@@ -62,8 +62,8 @@ use self::health::Health;
 use self::link::Link;
 use self::peers::Peers;
 use super::{
-    Answer, Change, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, JobDetail,
-    JobSpec, OpenBatch, PAGE_MAX, Queue, QueueError, Renewal, Shown, Table,
+    Answer, Change, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, Intake,
+    JobDetail, JobSpec, OpenBatch, PAGE_MAX, Queue, QueueError, Renewal, Shown, Table,
 };
 
 pub use link::Acknowledge;
@@ -142,11 +142,13 @@ struct Shard {
     core: Arc<Core>,
     finishes: Gather<Finish, FinishAck>,
     renewals: Gather<Renewal, RenewReply>,
+    intakes: Gather<(ProjectId, BatchId, u32), Option<Intake>>,
 }
 
 impl Shard {
     fn start(core: Arc<Core>, tasks: &Tasks) -> Self {
         let (finishing, renewing) = (Arc::clone(&core), Arc::clone(&core));
+        let taking = Arc::clone(&core);
         let finish = move |items| {
             let core = Arc::clone(&finishing);
             async move { core.finish(items).await }
@@ -155,10 +157,15 @@ impl Shard {
             let core = Arc::clone(&renewing);
             async move { core.renew(items).await }
         };
+        let take_in = move |chunks| {
+            let core = Arc::clone(&taking);
+            async move { core.intakes(chunks).await }
+        };
         Self {
             core,
             finishes: Gather::start(tasks, "queue.finishes", finish),
             renewals: Gather::start(tasks, "queue.renewals", renew),
+            intakes: Gather::start(tasks, "queue.intakes", take_in),
         }
     }
 }
@@ -486,6 +493,16 @@ impl Queue for Redis {
 
     fn defaults(&self, project: ProjectId, batch: BatchId) -> Answer<'_, Option<Bytes>> {
         async move { self.core(&project)?.defaults(&project, &batch).await }.boxed()
+    }
+
+    fn intake(&self, project: ProjectId, batch: BatchId, chunk: u32) -> Answer<'_, Option<Intake>> {
+        async move {
+            let shard = self.shard(&project)?;
+            let asked = vec![(project, batch, chunk)];
+            let mut found = shard.intakes.ask(asked).await?;
+            Ok(found.pop().flatten())
+        }
+        .boxed()
     }
 
     fn chunk_digest(

@@ -26,8 +26,8 @@ use tokio::sync::broadcast::Receiver;
 use super::commands::{Command, How, Sent, batches, command, key, lease_request, names, selector};
 use super::{Acknowledge, Redis, RedisConfig};
 use crate::queue::{
-    Chunk, Finish, FinishAck, JobDetail, JobResult, OpenBatch, Outcome, Queue, QueueError, Renewal,
-    Submission,
+    Chunk, Finish, FinishAck, Intake, JobDetail, JobResult, OpenBatch, Outcome, Queue, QueueError,
+    Renewal, Submission,
 };
 
 const START: u64 = 1_700_000_000_000_000;
@@ -365,6 +365,14 @@ impl World {
             for chunk in 0..4 {
                 let expected = self.machine.chunk_digest(&project, &batch, chunk);
                 let found = queue.chunk_digest(project.clone(), batch.clone(), chunk);
+                same(Ok(expected), found.await);
+                let found = queue.intake(project.clone(), batch.clone(), chunk);
+                let intake = |_| Intake {
+                    defaults: format!("defaults of {batch}").into(),
+                    digest: expected,
+                    waiting: self.machine.waiting(&project),
+                };
+                let expected = self.machine.batch(&project, &batch).ok().map(intake);
                 same(Ok(expected), found.await);
             }
             let filter = JobFilter {

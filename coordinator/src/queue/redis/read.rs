@@ -14,7 +14,7 @@ use super::core::Core;
 use super::decode::{self, JobReader, Reader};
 use super::encode;
 use super::script::SCRIPTS;
-use crate::queue::{EndedPage, JobDetail, JobSpec, PAGE_MAX, QueueError};
+use crate::queue::{EndedPage, Intake, JobDetail, JobSpec, PAGE_MAX, QueueError};
 
 /// Jobs with their end numbers, and their batch.
 type Jobs = (BatchView, Vec<(u64, JobDetail)>);
@@ -199,6 +199,48 @@ impl Core {
     ) -> Result<Option<Bytes>, QueueError> {
         let found = self.specs(project, batch, &[]).await?;
         Ok(found.map(|(defaults, _)| defaults))
+    }
+
+    /// What the chunks of these batches with these numbers have to know.
+    pub async fn intakes(
+        &self,
+        chunks: Vec<(ProjectId, BatchId, u32)>,
+    ) -> Result<Vec<Option<Intake>>, QueueError> {
+        let mut cmd = self.cmd(&SCRIPTS.read_intakes);
+        cmd.arg(chunks.len());
+        for (project, batch, chunk) in &chunks {
+            cmd.arg(encode::batch_name(project, batch)).arg(*chunk);
+        }
+        let generation = self.link.generation();
+        let mut answer = Reader::of(self.link.run(&cmd).await?)?;
+        let mut rows = Vec::with_capacity(chunks.len());
+        while !answer.is_empty() {
+            let mut row = answer.list()?;
+            rows.push(match row.is_empty() {
+                true => None,
+                false => Some((row.number()?, row.value()?, row.number()?)),
+            });
+        }
+        let numbers = rows.iter().flatten().map(|(b, ..)| *b).collect();
+        let batches = self.known_batches(numbers).await?;
+        let intake = |row: Option<(u32, Value, u64)>| {
+            let Some((b, digest, waiting)) = row else {
+                return Ok(None);
+            };
+            // One that was purged in between is not there either.
+            let Some(batch) = batches.get(&b) else {
+                return Ok(None);
+            };
+            let is_known = digest != Value::BulkString(Vec::new());
+            Ok(Some(Intake {
+                defaults: batch.defaults.clone(),
+                digest: is_known.then(|| decode::digest(digest)).transpose()?,
+                waiting,
+            }))
+        };
+        let intakes = rows.into_iter().map(intake);
+        let intakes = intakes.collect::<Result<_, QueueError>>()?;
+        self.link.unless_since(generation, intakes)
     }
 
     pub async fn chunk_digest(

@@ -77,6 +77,7 @@ scripts! {
     read_specs: Reads, READS, "read_specs.lua";
     read_batches: Reads, READS, "read_batches.lua";
     read_newest: Reads, READS, "read_newest.lua";
+    read_intakes: Reads, READS, "read_intakes.lua";
     read_digests: Reads, READS, "read_digests.lua";
     read_stats: Reads, READS, "read_stats.lua";
     announce: Moves, BARE, "announce.lua";

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::super::batch::Batch;
 use super::super::{
     BatchSeq, BatchView, EndedJob, JobFilter, JobKind, JobSeq, JobView, QueueStats, Refusal,
-    StatLine,
+    StatLine, StateName,
 };
 use super::Machine;
 use crate::id::{BatchId, JobId, JobKey, ProjectId};
@@ -104,6 +104,18 @@ impl Machine {
     pub fn numbers_of(&self, key: &JobKey) -> Option<(BatchSeq, JobSeq)> {
         let seq = self.find_job(key)?;
         Some((self.jobs[&seq].batch, seq))
+    }
+
+    /// Jobs of a project that wait: blocked, delayed or ready.
+    pub fn waiting(&self, project: &ProjectId) -> u64 {
+        let Some(seq) = self.project_by_id.get(project) else {
+            return 0;
+        };
+        let states = [StateName::Blocked, StateName::Delayed, StateName::Ready];
+        let of_kinds = self.projects[seq].counters.iter();
+        of_kinds
+            .flat_map(|counters| states.map(|state| counters.get(state)))
+            .sum()
     }
 
     /// The whole queue in numbers, as of `now`.
