@@ -150,7 +150,7 @@ impl World {
         self.holes = false;
     }
 
-    /// Something may happen that nobody hears of: a worker dies while the answers of Redis to its results are lost.
+    /// Something may happen that nobody hears of, since answers of Redis are lost.
     pub fn expect_holes(&mut self) {
         self.holes = true;
         self.had_holes = true;

@@ -109,7 +109,7 @@ pub struct History {
     pub chunks: Vec<Vec<JobKey>>,
     /// What coordinators said.
     pub events: Vec<Event>,
-    /// A coordinator was killed, or a worker while answers of the queue were lost, so that lines may be missing.
+    /// A coordinator was killed, or answers of the queue were lost, so that lines may be missing.
     pub holes: bool,
 }
 
