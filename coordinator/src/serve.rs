@@ -209,11 +209,13 @@ fn share(
     let me = CoordinatorId::new(UuidIds.fresh())?;
     Ok(Arc::new(Shared {
         peers: Peers::new(me, Arc::clone(&deps.queue)),
-        journal: Journal::new(
+        journal: Journal::start(
             Arc::clone(&deps.queue),
             deps.store.clone(),
             &config.queue_name,
             config.queue_journal,
+            &tasks,
+            &shutdown,
         ),
         auth: Arc::new(Auth::new(config.tokens.clone())),
         config: Arc::new(config),

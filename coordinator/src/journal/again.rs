@@ -1,18 +1,20 @@
 //! Giving the queue again what is kept.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, ProjectId};
 use espalier_core::layout::{self, ChunkRange, JournalEntry};
 use espalier_core::queue::{ItemResult, Refusal};
 use espalier_runtime::store::StoreError;
+use espalier_runtime::tasks;
 use espalier_runtime::telemetry::{self, metrics};
 use futures::FutureExt;
 use futures::future::try_join_all;
 
-use super::{Journal, JournalError, RETRY_AFTER};
-use crate::queue::QueueError;
+use super::{Journal, JournalError, RETRY_AFTER, record};
+use crate::queue::{Chunk, QueueError};
 
 /// Chunks about which the queue is asked at once.
 const ASKED_MAX: usize = 64;
@@ -39,19 +41,41 @@ impl Journal {
             chunks => chunks?,
         };
         let mut given = Given::default();
-        for chunk in chunks {
-            let ids: Vec<_> = chunk.jobs.iter().map(|job| job.job.id.clone()).collect();
-            let reply = self.queue.submit(chunk).await?;
-            for (job, item) in ids.into_iter().zip(reply.items) {
-                match item {
-                    ItemResult::Accepted => given.new += 1,
-                    ItemResult::AlreadyThere => {}
-                    ItemResult::Rejected(error) => given.rejected.push((job, error)),
+        for (n, chunk) in chunks {
+            let chunk = chunk.map_err(JournalError::from);
+            let taken = match chunk {
+                Ok(chunk) => self.give_chunk(chunk, &mut given).await,
+                Err(error) => Err(error),
+            };
+            match taken {
+                Ok(()) => {}
+                // No try brings it back; the chunks beside it are not to share its fate.
+                Err(
+                    error @ (JournalError::Unreadable(_)
+                    | JournalError::Queue(QueueError::Refused(_))),
+                ) => {
+                    tracing::error!(%project, %batch, chunk = n, error = %error, "an acknowledged chunk cannot be given again");
                 }
+                Err(error) => return Err(error),
             }
         }
-        metrics().queue_redriven.add(given.new, &[]);
         Ok(given)
+    }
+
+    async fn give_chunk(&self, chunk: Chunk, given: &mut Given) -> Result<(), JournalError> {
+        let ids: Vec<_> = chunk.jobs.iter().map(|job| job.job.id.clone()).collect();
+        let reply = self.queue.submit(chunk).await?;
+        let mut new = 0;
+        for (job, item) in ids.into_iter().zip(reply.items) {
+            match item {
+                ItemResult::Accepted => new += 1,
+                ItemResult::AlreadyThere => {}
+                ItemResult::Rejected(error) => given.rejected.push((job, error)),
+            }
+        }
+        metrics().queue_redriven.add(new, &[]);
+        given.new += new;
+        Ok(())
     }
 
     /// Those of the objects that hold chunks which the queue does not know.
@@ -75,8 +99,34 @@ impl Journal {
                 .filter(|(_, known)| known.is_none());
             lacking.extend(unknown.map(|(n, _)| *n));
         }
-        let holds = |range: &&ChunkRange| lacking.range(range.numbers()).next().is_some();
-        Ok(chunks.iter().filter(holds).copied().collect())
+        let mut found = Vec::new();
+        for range in chunks {
+            let unknown: BTreeSet<u32> = lacking.range(range.numbers()).copied().collect();
+            if !unknown.is_empty() && self.holds(project, batch, *range, &unknown).await? {
+                found.push(*range);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether the object with this name holds one of these numbers: some between its first and its last may be missing.
+    async fn holds(
+        &self,
+        project: &ProjectId,
+        batch: &BatchId,
+        range: ChunkRange,
+        numbers: &BTreeSet<u32>,
+    ) -> Result<bool, QueueError> {
+        if range.first == range.last {
+            return Ok(true);
+        }
+        let entry = JournalEntry::Chunks(range);
+        let read = self.read(project, batch, entry).boxed();
+        let bytes = self.in_time("journal.read", read).await?;
+        // One that cannot be read is told of by whoever gives it again.
+        let held = tasks::blocking("journal.decode", move || record::digests(bytes));
+        let held = held.await.map_err(|error| self.away(&error))?;
+        Ok(held.map_or(true, |held| held.keys().any(|n| numbers.contains(n))))
     }
 
     /// Gives the queue what it lacks of a batch that is about to be closed: a closed batch takes nothing new. Until all is
@@ -95,7 +145,7 @@ impl Journal {
             return Ok(());
         }
         let (restarts, is_whole) = (self.restarts(), self.is_whole());
-        let chunks = self.chunks(project, batch).boxed();
+        let chunks = self.chunks(project, batch, 0..=u32::MAX).boxed();
         let mut chunks = self.in_time("journal.list", chunks).await?;
         if is_whole {
             chunks = self.lacking(project, batch, &chunks).await?;
@@ -149,23 +199,28 @@ impl Journal {
         }
     }
 
-    /// The objects with chunks of a batch that are kept, in the order of their first numbers.
+    /// The objects with chunks of a batch that are kept and whose first number is one of these, in the order of those.
     pub(super) async fn chunks(
         &self,
         project: &ProjectId,
         batch: &BatchId,
+        first: RangeInclusive<u32>,
     ) -> Result<Vec<ChunkRange>, StoreError> {
         let prefix = layout::journal_batch(&self.name, project, batch);
-        let (mut chunks, mut after) = (Vec::new(), None);
+        let mut after = layout::journal_chunks_from(&self.name, project, batch, *first.start());
+        let mut chunks = Vec::new();
         loop {
-            let (entries, next) = self.list_under(&prefix, after.as_deref()).await?;
-            chunks.extend(entries.iter().filter_map(|entry| match entry.entry {
+            let (entries, next) = self.list_under(&prefix, Some(&after)).await?;
+            let ranges = entries.iter().filter_map(|entry| match entry.entry {
                 JournalEntry::Chunks(range) => Some(range),
                 _ => None,
-            }));
-            after = next;
-            if after.is_none() {
-                return Ok(chunks);
+            });
+            let before = chunks.len();
+            chunks.extend(ranges.take_while(|range| range.first <= *first.end()));
+            let is_past = chunks.len() - before < entries.len();
+            match next {
+                Some(next) if !is_past => after = next,
+                _ => return Ok(chunks),
             }
         }
     }

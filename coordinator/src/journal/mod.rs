@@ -20,26 +20,31 @@ use espalier_core::id::{BatchId, ProjectId};
 use espalier_core::layout::{self, ChunkRange, JournalEntry};
 use espalier_core::queue::{BatchView, Cancelled, ItemResult, Selector};
 use espalier_core::time::Timestamp;
+use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{LIST_MAX, Store, StoreError};
-use espalier_runtime::tasks::{self, with_deadline};
+use espalier_runtime::tasks::{self, Tasks, with_deadline};
 use espalier_runtime::telemetry;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
 
-use crate::queue::{Chunk, ChunkReply, OpenBatch, Queue, QueueError};
+use crate::queue::{Chunk, ChunkReply, OpenBatch, Queue, QueueError, Submission};
 
 pub use record::Unreadable;
-use writer::{Taken, WRITE_LIMIT, Writer};
+use writer::{WRITE_LIMIT, Writer};
 
 /// How long a chunk may wait for room. Clients send again what was not acknowledged.
 const ROOM_LIMIT: Duration = Duration::from_secs(10);
-/// How long it may take to be kept: the write before its own, and its own.
+/// How long it may take to be kept: the write of its batch that is under way, and its own.
 const KEEP_LIMIT: Duration = Duration::from_secs(20);
 /// Bytes of chunks that are on their way at once: bounds memory.
 const ROOM_BYTES: usize = 128 << 20;
-/// What a job takes of it beside its spec.
+/// What a job takes of it beside its spec, labels and names.
 const JOB_BYTES: usize = 256;
+/// What the name of a dependency or a need takes.
+const NAME_BYTES: usize = 128;
+/// Chunks whose number is looked up in the store at once: each reads an object or more of some MiB.
+const LOOKS_MAX: usize = 8;
 /// The unit in which room is counted.
 const ROOM_UNIT: usize = 1 << 10;
 /// Bytes of a chunk above which encoding it is work for another thread.
@@ -86,16 +91,26 @@ pub struct Journal {
     writer: Writer,
     /// In units of [`ROOM_UNIT`].
     room: Semaphore,
+    /// Of objects that are read for chunks whose number may be taken.
+    looks: Semaphore,
     /// One more than the queue's restarts when all that is kept was driven last; 0 before that.
     whole: AtomicU64,
 }
 
 impl Journal {
-    /// Of the queue with this name; with `keeps` false it passes on and keeps nothing.
-    pub fn new(queue: Arc<dyn Queue>, store: Store, name: &str, keeps: bool) -> Self {
+    /// Of the queue with this name; with `keeps` false it passes on and keeps nothing. Writes until `shutdown` aborts.
+    pub fn start(
+        queue: Arc<dyn Queue>,
+        store: Store,
+        name: &str,
+        keeps: bool,
+        tasks: &Tasks,
+        shutdown: &Shutdown,
+    ) -> Self {
         Self {
-            writer: Writer::new(store.clone(), name),
+            writer: Writer::start(store.clone(), name, tasks, shutdown),
             room: Semaphore::new(ROOM_BYTES / ROOM_UNIT),
+            looks: Semaphore::new(LOOKS_MAX),
             queue,
             store,
             name: name.to_owned(),
@@ -175,13 +190,7 @@ impl Journal {
             Some(row)
         };
         if let Some(row) = row {
-            let taken = Taken {
-                project,
-                batch,
-                n,
-                row,
-            };
-            let kept = self.writer.keep(taken);
+            let kept = self.writer.keep((project, batch), n, row);
             let kept = with_deadline("journal.keep", KEEP_LIMIT, kept).await;
             let kept = kept.map_err(|timeout| self.away(&timeout))?;
             kept.map_err(|why| self.away(&why))?;
@@ -206,6 +215,10 @@ impl Journal {
         if self.is_whole() {
             return Ok(());
         }
+        let look = with_deadline("journal.look", ROOM_LIMIT, self.looks.acquire()).await;
+        let Ok(Ok(_look)) = look else {
+            return Err(self.busy());
+        };
         let kept = self.kept_of(&chunk.project, &chunk.batch, chunk.n).boxed();
         for bytes in self.in_time("journal.read", kept).await? {
             let digests = tasks::blocking("journal.decode", move || record::digests(bytes));
@@ -228,7 +241,9 @@ impl Journal {
         n: u32,
     ) -> Result<Vec<Bytes>, StoreError> {
         let mut kept = Vec::new();
-        for range in self.chunks(project, batch).await? {
+        // The first number of an object that holds it is not farther away.
+        let from = n.saturating_sub(ChunkRange::LEN_MAX);
+        for range in self.chunks(project, batch, from..=n).await? {
             if range.numbers().contains(&n) {
                 let entry = JournalEntry::Chunks(range);
                 match self.read(project, batch, entry).await {
@@ -400,13 +415,13 @@ impl Journal {
         Ok(record::decode_open(project, batch, bytes)?)
     }
 
-    /// Chunks of one object as the queue was given them, less what it did not take.
+    /// Chunks of one object as the queue was given them, by number, less what it did not take.
     async fn read_chunks(
         &self,
         project: &ProjectId,
         batch: &BatchId,
         range: ChunkRange,
-    ) -> Result<Vec<Chunk>, JournalError> {
+    ) -> Result<record::Chunks, JournalError> {
         let entry = JournalEntry::Chunks(range);
         let bytes = self.read(project, batch, entry).await?;
         let (project, batch) = (project.clone(), batch.clone());
@@ -458,7 +473,17 @@ fn is_rejected(item: &ItemResult) -> bool {
 
 fn bytes_of(chunk: &Chunk) -> usize {
     let jobs = chunk.jobs.iter();
-    jobs.map(|job| job.spec.len() + JOB_BYTES).sum()
+    jobs.map(|Submission { job, spec }| {
+        let labels = job
+            .labels
+            .iter()
+            .map(|(key, value)| key.len() + value.len());
+        spec.len()
+            + labels.sum::<usize>()
+            + (job.needs.len() + job.deps.len()) * NAME_BYTES
+            + JOB_BYTES
+    })
+    .sum()
 }
 
 /// Room that a chunk takes on its way, at most all there is.

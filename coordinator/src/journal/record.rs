@@ -14,8 +14,10 @@ use prost::Message;
 
 use crate::queue::{Chunk, OpenBatch, Submission};
 
-/// The version that this code writes.
+/// The version of chunks that this code writes.
 const VERSION: u32 = 2;
+/// That of batches that were opened.
+const OPEN_VERSION: u32 = 1;
 
 /// An entry that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -93,7 +95,7 @@ struct JobRow {
 /// The bytes of a batch that was opened.
 pub fn encode_open(request: &OpenBatch, opened_at: Timestamp) -> Bytes {
     let row = OpenRow {
-        version: VERSION,
+        version: OPEN_VERSION,
         opened_us: opened_at.0,
         params_digest: Bytes::copy_from_slice(&request.batch.params_digest),
         defaults: request.defaults.clone(),
@@ -108,7 +110,7 @@ pub fn decode_open(
     bytes: Bytes,
 ) -> Result<(OpenBatch, Timestamp), Unreadable> {
     let row = OpenRow::decode(bytes).map_err(unreadable)?;
-    check_version(row.version)?;
+    check_version(row.version, OPEN_VERSION)?;
     let batch = NewBatch {
         project: project.clone(),
         batch: batch.clone(),
@@ -134,14 +136,18 @@ fn encode_rows(chunks: Vec<ChunkRow>) -> Bytes {
     ChunksRow { version, chunks }.encode_to_vec().into()
 }
 
-/// Reads chunks back, in the order of their numbers.
+/// Chunks by number, each as far as it can be used.
+pub type Chunks = Vec<(u32, Result<Chunk, Unreadable>)>;
+
+/// Reads chunks back, in the order of their numbers. One that cannot be used says so, and takes no other with it.
 pub fn decode_chunks(
     project: &ProjectId,
     batch: &BatchId,
     bytes: Bytes,
-) -> Result<Vec<Chunk>, Unreadable> {
-    let rows = decode_rows(bytes)?.into_values();
-    rows.map(|row| chunk(project, batch, row)).collect()
+) -> Result<Chunks, Unreadable> {
+    let rows = decode_rows(bytes)?.into_iter();
+    let read = rows.map(|(n, row)| (n, chunk(project, batch, row)));
+    Ok(read.collect())
 }
 
 fn chunk(project: &ProjectId, batch: &BatchId, row: ChunkRow) -> Result<Chunk, Unreadable> {
@@ -158,7 +164,7 @@ fn chunk(project: &ProjectId, batch: &BatchId, row: ChunkRow) -> Result<Chunk, U
 /// By number. Of one that is there more than once, the later ones were taken later.
 fn decode_rows(bytes: Bytes) -> Result<BTreeMap<u32, ChunkRow>, Unreadable> {
     let read = ChunksRow::decode(bytes).map_err(unreadable)?;
-    check_version(read.version)?;
+    check_version(read.version, VERSION)?;
     let mut rows: BTreeMap<u32, ChunkRow> = BTreeMap::new();
     for newer in read.chunks {
         match rows.get_mut(&newer.n) {
@@ -261,13 +267,13 @@ fn submission(row: JobRow) -> Result<Submission, Unreadable> {
     Ok(Submission { job, spec })
 }
 
-fn check_version(version: u32) -> Result<(), Unreadable> {
-    match version {
-        VERSION => Ok(()),
-        other => Err(unreadable(format!(
-            "it has version {other}; this program reads {VERSION}"
-        ))),
+fn check_version(version: u32, known: u32) -> Result<(), Unreadable> {
+    if version == known {
+        return Ok(());
     }
+    Err(unreadable(format!(
+        "it has version {version}; this program reads {known}"
+    )))
 }
 
 fn digest(bytes: &[u8]) -> Result<[u8; 32], Unreadable> {
@@ -329,8 +335,8 @@ mod tests {
         let both = [encode_chunk(&next), encode_chunk(&written)].concat();
         let both = decode_chunks(&written.project, &written.batch, both.into()).unwrap();
         assert_eq!(both.len(), 2);
-        same(&both[0], &written);
-        same(&both[1], &next);
+        same(both[0].1.as_ref().unwrap(), &written);
+        same(both[1].1.as_ref().unwrap(), &next);
 
         let open = OpenBatch {
             batch: NewBatch {
@@ -360,7 +366,7 @@ mod tests {
         let of = chunk();
         let mut chunks = decode_chunks(&of.project, &of.batch, bytes).unwrap();
         assert_eq!(chunks.len(), 1);
-        chunks.remove(0)
+        chunks.remove(0).1.unwrap()
     }
 
     #[test]
@@ -404,6 +410,20 @@ mod tests {
         let both = merged(kept, next).unwrap().unwrap();
         let numbers: Vec<u32> = digests(both).unwrap().into_keys().collect();
         assert_eq!(numbers, [3, 4]);
+    }
+
+    #[test]
+    fn a_chunk_that_cannot_be_used_takes_no_other_with_it() {
+        let row = |n: u32, digest: &'static [u8]| ChunkRow {
+            n,
+            digest: Bytes::from_static(digest),
+            jobs: Vec::new(),
+        };
+        let bytes = encode_rows(vec![row(1, &[1; 32]), row(2, b"short"), row(3, &[3; 32])]);
+        let of = chunk();
+        let read = decode_chunks(&of.project, &of.batch, bytes).unwrap();
+        let shown: Vec<_> = read.iter().map(|(n, chunk)| (*n, chunk.is_ok())).collect();
+        assert_eq!(shown, [(1, true), (2, false), (3, true)]);
     }
 
     #[test]

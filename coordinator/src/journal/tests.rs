@@ -13,7 +13,17 @@ async fn where_the_queue_loses_nothing_nothing_is_kept() {
     let config = EmbeddedConfig::new(folder.path().join("queue.redb"), Arc::new(SystemClock));
     let queue: Arc<dyn Queue> = Arc::new(Embedded::open(config).unwrap());
     let store = Store::open("memory://").await.unwrap();
-    let journal = Journal::new(Arc::clone(&queue), store.clone(), "espalier", true);
+    let shutdown = Shutdown::new();
+    let tasks = Tasks::new(shutdown.clone());
+    let name = "espalier";
+    let journal = Journal::start(
+        Arc::clone(&queue),
+        store.clone(),
+        name,
+        true,
+        &tasks,
+        &shutdown,
+    );
     let (project, batch): (ProjectId, BatchId) = ("p".parse().unwrap(), "b".parse().unwrap());
     let request = OpenBatch {
         batch: NewBatch {

@@ -1,45 +1,43 @@
-//! Writes chunks that the queue took to the object store, all that wait in one go: while one write is under way the next
-//! ones gather, so that thousands of chunks of one job cost no more requests than the store has time for (group commit).
-//! Neighbours of one batch become one object.
+//! Writes chunks that the queue took to the object store, those of one batch together: while one write is under way the
+//! next ones gather, so that thousands of chunks of one job cost no more requests than the store has time for (group
+//! commit). Neighbours become one object.
 
-use std::sync::{Mutex, PoisonError};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::id::{BatchId, ProjectId};
 use espalier_core::layout::{self, ChunkRange, JournalEntry};
+use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Created, Store, StoreError};
-use espalier_runtime::tasks::{self, with_deadline};
+use espalier_runtime::tasks::{self, OnFailure, Tasks, with_deadline};
 use espalier_runtime::telemetry;
-use futures::{StreamExt, stream};
-use tokio::sync::oneshot;
+use futures::StreamExt;
+use futures::future::join_all;
+use futures::stream::FuturesUnordered;
+use tokio::sync::{mpsc, oneshot};
 
 use super::record;
 
 /// How long the store may take for one object.
 pub const WRITE_LIMIT: Duration = Duration::from_secs(10);
-/// Objects that are written at once: hides the latency of a store.
+/// Batches that are written at once: hides the latency of a store.
 const WRITES_MAX: usize = 16;
+/// Chunks on their way to the task; a full channel makes their callers wait.
+const WAITING_MAX: usize = 1_024;
 /// Bytes of chunks in one object, beyond which the next chunk begins another.
 const OBJECT_BYTES: usize = 8 << 20;
-/// How long those who are not alone wait for more, so that a fast store gets few requests too (PostgreSQL's
-/// `commit_delay` and `commit_siblings`).
-const GATHER: Duration = Duration::from_millis(20);
-/// Bytes above which a write is worth its request as it is.
+/// Numbers that may be missing between two chunks of an object: other coordinators take some of a batch.
+const GAP_MAX: u32 = 8;
+/// How long a batch rests after several chunks that were small, so that a fast store gets few requests too: what
+/// `commit_delay` and `commit_siblings` are to PostgreSQL.
+const REST: Duration = Duration::from_millis(20);
+/// Bytes from which a write is worth its request, and needs no rest.
 const WORTH_A_WRITE: usize = 64 << 10;
 
-/// What the queue took of a chunk.
-#[derive(Clone, Debug)]
-pub struct Taken {
-    /// The tenant.
-    pub project: ProjectId,
-    /// The batch.
-    pub batch: BatchId,
-    /// Number of the chunk.
-    pub n: u32,
-    /// What [`record::encode_chunk`] makes of it.
-    pub row: Bytes,
-}
+/// A batch by name.
+type Name = (ProjectId, BatchId);
 
 /// What was not kept, and why.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,93 +46,104 @@ pub struct NotKept(String);
 
 type Kept = Result<(), NotKept>;
 
+/// What the queue took of a chunk, as [`record::encode_chunk`] has it, and who waits for it.
 #[derive(Debug)]
-struct Waiting {
-    taken: Taken,
+struct Taken {
+    n: u32,
+    row: Bytes,
     done: oneshot::Sender<Kept>,
 }
 
 /// The way of chunks into the store.
 #[derive(Debug)]
 pub struct Writer {
-    store: Store,
-    queue_name: String,
-    waiting: Mutex<Vec<Waiting>>,
-    /// Held by the one who writes for all.
-    turn: tokio::sync::Mutex<()>,
-}
-
-/// Chunks that go into one object.
-#[derive(Debug)]
-struct Group {
-    project: ProjectId,
-    batch: BatchId,
-    range: ChunkRange,
-    rows: Vec<Bytes>,
-    bytes: usize,
-    done: Vec<oneshot::Sender<Kept>>,
+    taken: mpsc::Sender<(Name, Taken)>,
 }
 
 impl Writer {
-    /// Of the queue with this name.
-    pub fn new(store: Store, queue_name: &str) -> Self {
-        Self {
-            store,
-            queue_name: queue_name.to_owned(),
-            waiting: Mutex::default(),
-            turn: tokio::sync::Mutex::new(()),
-        }
-    }
-
-    /// Comes back when the store has it. Whoever finds nobody writing writes for all who wait; if its client goes in the
-    /// middle of that, the others begin again.
-    pub async fn keep(&self, taken: Taken) -> Kept {
-        loop {
-            let (done, mut kept) = oneshot::channel();
-            let taken = taken.clone();
-            self.lock().push(Waiting { taken, done });
+    /// Starts the task that writes, for the queue with this name.
+    pub fn start(store: Store, queue_name: &str, tasks: &Tasks, shutdown: &Shutdown) -> Self {
+        let (taken, received) = mpsc::channel(WAITING_MAX);
+        let queue_name = queue_name.to_owned();
+        let objects = Arc::new(Objects { store, queue_name });
+        let shutdown = shutdown.clone();
+        tasks.spawn_apart("journal.writer", OnFailure::ShutDown, async move {
             tokio::select! {
-                biased;
-                kept = &mut kept => match kept {
-                    Ok(kept) => return kept,
-                    Err(_) => continue,
-                },
-                _turn = self.turn.lock() => self.write_all().await,
+                () = write_all(&objects, received) => {}
+                () = shutdown.aborted() => {}
             }
-            // It was among those that were written.
-            if let Ok(kept) = kept.await {
-                return kept;
+        });
+        Self { taken }
+    }
+
+    /// Comes back when the store has the chunk. One whose caller has gone is written nevertheless.
+    pub async fn keep(&self, name: Name, n: u32, row: Bytes) -> Kept {
+        let (done, kept) = oneshot::channel();
+        let sent = self.taken.send((name, Taken { n, row, done })).await;
+        let ended = || NotKept("the coordinator is stopping".to_owned());
+        sent.map_err(|_| ended())?;
+        kept.await.unwrap_or_else(|_| Err(ended()))
+    }
+}
+
+/// Writes what comes, of each batch one write at a time, until nobody can send any more.
+async fn write_all(objects: &Objects, mut taken: mpsc::Receiver<(Name, Taken)>) {
+    let mut waiting: HashMap<Name, Vec<Taken>> = HashMap::new();
+    let (mut busy, mut writing) = (HashSet::new(), FuturesUnordered::new());
+    loop {
+        tokio::select! {
+            received = taken.recv() => match received {
+                Some((name, chunk)) => waiting.entry(name).or_default().push(chunk),
+                None => return,
+            },
+            Some(name) = writing.next() => drop(busy.remove(&name)),
+        }
+        while let Ok((name, chunk)) = taken.try_recv() {
+            waiting.entry(name).or_default().push(chunk);
+        }
+        let free: Vec<Name> = waiting
+            .keys()
+            .filter(|name| !busy.contains(*name))
+            .take(WRITES_MAX - writing.len())
+            .cloned()
+            .collect();
+        for name in free {
+            if let Some(chunks) = waiting.remove(&name) {
+                busy.insert(name.clone());
+                writing.push(objects.write(name, chunks));
             }
         }
     }
+}
 
-    /// No code that may panic runs under this lock.
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Waiting>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Where the objects go.
+struct Objects {
+    store: Store,
+    queue_name: String,
+}
 
-    async fn write_all(&self) {
-        if self.is_worth_gathering() {
-            tokio::time::sleep(GATHER).await;
+impl Objects {
+    /// Writes chunks of one batch, and rests where that saves requests.
+    async fn write(&self, name: Name, chunks: Vec<Taken>) -> Name {
+        let bytes: usize = chunks.iter().map(|chunk| chunk.row.len()).sum();
+        let rests = chunks.len() > 1 && bytes < WORTH_A_WRITE;
+        let writes = groups(chunks);
+        join_all(
+            writes
+                .into_iter()
+                .map(|group| self.write_group(&name, group)),
+        )
+        .await;
+        if rests {
+            tokio::time::sleep(REST).await;
         }
-        let waiting = std::mem::take(&mut *self.lock());
-        let writes = groups(waiting)
-            .into_iter()
-            .map(|group| self.write_group(group));
-        let mut writes = stream::iter(writes).buffer_unordered(WRITES_MAX);
-        while writes.next().await.is_some() {}
+        name
     }
 
-    fn is_worth_gathering(&self) -> bool {
-        let waiting = self.lock();
-        let bytes: usize = waiting.iter().map(|one| one.taken.row.len()).sum();
-        waiting.len() > 1 && bytes < WORTH_A_WRITE
-    }
-
-    async fn write_group(&self, group: Group) {
+    async fn write_group(&self, (project, batch): &Name, group: Group) {
         let entry = JournalEntry::Chunks(group.range);
-        let path = layout::journal_entry(&self.queue_name, &group.project, &group.batch, entry);
-        let written = self.write(&path, joined(group.rows));
+        let path = layout::journal_entry(&self.queue_name, project, batch, entry);
+        let written = self.write_object(&path, joined(group.rows));
         let kept = match with_deadline("journal.write", WRITE_LIMIT, written).await {
             Ok(kept) => kept,
             Err(timeout) => Err(NotKept(timeout.to_string())),
@@ -146,7 +155,7 @@ impl Writer {
 
     /// What is kept since a chunk came before was acknowledged, and stays beside it, whatever the door makes of the same
     /// chunk now.
-    async fn write(&self, path: &str, rows: Bytes) -> Kept {
+    async fn write_object(&self, path: &str, rows: Bytes) -> Kept {
         if self.store.create(path, rows.clone()).await? == Created::New {
             return Ok(());
         }
@@ -168,41 +177,31 @@ impl From<StoreError> for NotKept {
     }
 }
 
-/// One chunk is not copied.
-fn joined(mut rows: Vec<Bytes>) -> Bytes {
-    match rows.len() {
-        1 => rows.remove(0),
-        _ => rows.concat().into(),
-    }
+/// Chunks that go into one object.
+#[derive(Debug)]
+struct Group {
+    range: ChunkRange,
+    rows: Vec<Bytes>,
+    bytes: usize,
+    done: Vec<oneshot::Sender<Kept>>,
 }
 
 /// Neighbours together, in the order in which they came where a number came twice.
-fn groups(mut waiting: Vec<Waiting>) -> Vec<Group> {
-    waiting.sort_by(|a, b| {
-        let name = |one: &Waiting| {
-            (
-                one.taken.project.clone(),
-                one.taken.batch.clone(),
-                one.taken.n,
-            )
-        };
-        name(a).cmp(&name(b))
-    });
+fn groups(mut chunks: Vec<Taken>) -> Vec<Group> {
+    chunks.sort_by_key(|chunk| chunk.n);
     let mut groups: Vec<Group> = Vec::new();
-    for Waiting { taken, done } in waiting {
+    for Taken { n, row, done } in chunks {
         match groups.last_mut() {
-            Some(group) if group.takes(&taken) => {
-                group.range.last = taken.n;
-                group.bytes += taken.row.len();
-                group.rows.push(taken.row);
+            Some(group) if group.takes(n, row.len()) => {
+                group.range.last = n;
+                group.bytes += row.len();
+                group.rows.push(row);
                 group.done.push(done);
             }
             _ => groups.push(Group {
-                project: taken.project,
-                batch: taken.batch,
-                range: ChunkRange::of(taken.n),
-                bytes: taken.row.len(),
-                rows: vec![taken.row],
+                range: ChunkRange::of(n),
+                bytes: row.len(),
+                rows: vec![row],
                 done: vec![done],
             }),
         }
@@ -211,17 +210,56 @@ fn groups(mut waiting: Vec<Waiting>) -> Vec<Group> {
 }
 
 impl Group {
-    /// One number is never written in two objects of one name at once: what came twice is no reason for another group.
-    fn takes(&self, next: &Taken) -> bool {
-        if (&self.project, &self.batch) != (&next.project, &next.batch) {
-            return false;
-        }
-        let has_room = self.bytes + next.row.len() <= OBJECT_BYTES
-            && next.n - self.range.first < ChunkRange::LEN_MAX;
-        match next.n - self.range.last {
-            0 => true,
-            1 => has_room,
-            _ => false,
-        }
+    /// What came twice is never written in two objects at once, which could be two writes of one name.
+    fn takes(&self, n: u32, bytes: usize) -> bool {
+        let has_room = self.bytes + bytes <= OBJECT_BYTES
+            && n - self.range.first < ChunkRange::LEN_MAX
+            && n - self.range.last <= GAP_MAX;
+        n == self.range.last || has_room
+    }
+}
+
+/// One chunk is not copied.
+fn joined(mut rows: Vec<Bytes>) -> Bytes {
+    match rows.len() {
+        1 => rows.remove(0),
+        _ => rows.concat().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranges(chunks: &[(u32, usize)]) -> Vec<(u32, u32, usize)> {
+        let taken = |(n, bytes): &(u32, usize)| Taken {
+            n: *n,
+            row: vec![0; *bytes].into(),
+            done: oneshot::channel().0,
+        };
+        let groups = groups(chunks.iter().map(taken).collect());
+        let shown = |group: &Group| (group.range.first, group.range.last, group.rows.len());
+        groups.iter().map(shown).collect()
+    }
+
+    #[test]
+    fn neighbours_and_what_came_twice_become_one_object() {
+        assert_eq!(ranges(&[]), []);
+        assert_eq!(ranges(&[(7, 1)]), [(7, 7, 1)]);
+        assert_eq!(ranges(&[(5, 1), (3, 1), (4, 1), (3, 1)]), [(3, 5, 4)]);
+        // Two coordinators take turns.
+        assert_eq!(ranges(&[(0, 1), (2, 1), (4, 1)]), [(0, 4, 3)]);
+        assert_eq!(ranges(&[(0, 1), (9, 1)]), [(0, 0, 1), (9, 9, 1)]);
+    }
+
+    #[test]
+    fn an_object_has_bounds() {
+        let big = OBJECT_BYTES;
+        let parted = [(0, 0, 1), (1, 1, 2), (2, 2, 1)];
+        assert_eq!(ranges(&[(0, big), (1, big), (1, big), (2, big)]), parted);
+        let many: Vec<_> = (0..=ChunkRange::LEN_MAX).map(|n| (n, 1)).collect();
+        let last = ChunkRange::LEN_MAX - 1;
+        let expected = [(0, last, last as usize + 1), (last + 1, last + 1, 1)];
+        assert_eq!(ranges(&many), expected);
     }
 }

@@ -177,6 +177,19 @@ pub fn journal_entry(
     }
 }
 
+/// Where a listing goes on that is to begin with the objects whose first chunk is `first`.
+pub fn journal_chunks_from(
+    queue: &str,
+    project: &ProjectId,
+    batch: &BatchId,
+    first: u32,
+) -> String {
+    format!(
+        "{}chunks-{first:010}-",
+        journal_batch(queue, project, batch)
+    )
+}
+
 /// The batch and the entry that lie at `path` in the journal of a queue; none where it is another object.
 pub fn journal_entry_of(queue: &str, path: &str) -> Option<(ProjectId, BatchId, JournalEntry)> {
     let parts: Vec<&str> = path.strip_prefix(&journal(queue))?.split('/').collect();
@@ -293,6 +306,8 @@ mod tests {
         let chunks = JournalEntry::Chunks(ChunkRange { first, last });
         let path = journal_entry("main", &project, &batch, chunks);
         assert_eq!(path, "_journal/q-main/shop/b1/chunks-0000000007-0000000012");
+        let from = |first| journal_chunks_from("main", &project, &batch, first);
+        assert!(from(7) < path && from(8) > path);
         for entry in [
             JournalEntry::Open,
             chunks,
