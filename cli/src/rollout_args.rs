@@ -8,10 +8,11 @@ use clap::Args;
 /// What a rollout needs.
 #[derive(Args, Clone, Debug, Default)]
 pub struct RolloutArgs {
-    /// OpenAI-compatible endpoint, up to and including the version, such as http://localhost:8000/v1
+    /// OpenAI-compatible endpoint, up to and including the version, such as http://localhost:8000/v1 [default for `up`:
+    /// the model is served in the same process]
     #[arg(long, value_name = "URL")]
     pub model_url: Option<String>,
-    /// Name of the model at that endpoint
+    /// Name of the model at that endpoint; without one, what `espalier-infer-worker --model` takes
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
     /// Environment variable that holds the endpoint's API key

@@ -1,10 +1,13 @@
 //! The options of the process, under the names that vLLM's users know, checked before anything is opened.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::Parser;
-use espalier_runtime::config::Secret;
+use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::telemetry::TelemetryConfig;
 
 use crate::api::backend::AdapterSource;
 
@@ -15,6 +18,12 @@ pub struct Options {
     /// A folder with config.json and safetensors, a repository of the Hugging Face hub, or s3://….
     #[arg(long, env = "ESPALIER_INFER_WORKER_MODEL")]
     pub model: String,
+    /// Branch, tag or commit of the hub's repository [main].
+    #[arg(long, value_name = "NAME")]
+    pub revision: Option<String>,
+    /// Where what is fetched is kept [the hub's cache; ~/.cache/espalier for s3://].
+    #[arg(long, value_name = "FOLDER")]
+    pub download_dir: Option<PathBuf>,
     /// What requests call the model [the value of --model].
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
@@ -33,27 +42,48 @@ pub struct Options {
     /// Answers that run at once.
     #[arg(long, value_name = "COUNT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_num_seqs: u32,
-    /// Tokens of a step, prompts and answers together.
-    #[arg(long, value_name = "TOKENS", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(16..))]
-    pub max_num_batched_tokens: u32,
+    /// Tokens of a step, prompts and answers together [512 on the CPU, 8192 on a GPU].
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(16..))]
+    pub max_num_batched_tokens: Option<u32>,
     /// Requests that may wait; one more is answered with 429.
     #[arg(long, value_name = "COUNT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_queue: u32,
-    /// Share of the device's memory to use, in (0, 1].
+    /// Memory for keys and values, such as 4GiB or a number of bytes [on the CPU half of what is left beside the model, at
+    /// most 16GiB].
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// Computes every prompt anew.
+    #[arg(long)]
+    pub no_enable_prefix_caching: bool,
+    /// Share of a GPU's memory to use, in (0, 1].
     #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = share)]
     pub gpu_memory_utilization: f64,
     /// An adapter to load at the start, by the name that requests give. May be repeated.
     #[arg(long = "adapter", value_name = "NAME=PATH", value_parser = adapter)]
     pub adapters: Vec<AdapterSource>,
+    /// Adapters that may be loaded at once.
+    #[arg(long, value_name = "COUNT", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_loras: u32,
     /// auto (a GPU where there is one), cpu, or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: Device,
-    /// How weights are held: auto (whichever is fastest there), f32, bf16, or q8.
+    /// How weights are held: auto (bf16, which is what Qwen3's numbers are), f32, bf16, or q8 (half the memory, and on the
+    /// CPU faster, but not quite the same numbers).
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+    /// Threads that compute on the CPU [one for each core that this process may use].
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub cpu_threads: Option<u32>,
     /// Where the seeds of requests begin that bring none [somewhere else at each start].
     #[arg(long)]
     pub seed: Option<u64>,
+    /// Seconds that answers have to end when the process is told to.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
+    pub shutdown_timeout: u32,
+    /// Where traces, metrics and logs go, by OTLP over gRPC, such as http://localhost:4317 [the variable
+    /// OTEL_EXPORTER_OTLP_ENDPOINT].
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<String>,
 }
 
 /// What the model runs on.
@@ -70,7 +100,7 @@ pub enum Device {
 /// How weights are held in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dtype {
-    /// Whichever is fastest on the device.
+    /// As the checkpoint has them.
     Auto,
     /// 32-bit floats.
     F32,
@@ -99,9 +129,32 @@ impl FromStr for Device {
 }
 
 impl Options {
+    /// Those for `model` with all others as they are without being told.
+    ///
+    /// # Errors
+    /// The text of a rule that `model` breaks.
+    pub fn of(model: &str) -> Result<Self, String> {
+        let options = Self::try_parse_from(["espalier-infer-worker", "--model", model]);
+        options.map_err(|error| error.to_string())
+    }
+
     /// What requests call the base model.
     pub fn base_name(&self) -> &str {
         self.served_model_name.as_deref().unwrap_or(&self.model)
+    }
+
+    /// How long answers may run on when the process is told to end.
+    pub fn drain_limit(&self) -> Duration {
+        Duration::from_secs(self.shutdown_timeout.into())
+    }
+
+    /// Logs and export.
+    pub fn telemetry(&self, environment: &Environment) -> TelemetryConfig {
+        let config = TelemetryConfig {
+            otlp_endpoint: self.otlp_traces_endpoint.clone(),
+            ..TelemetryConfig::default()
+        };
+        config.or_from(environment)
     }
 
     /// Rules that concern more than one option.
@@ -110,7 +163,7 @@ impl Options {
     /// Names the options and the rule.
     pub fn check(&self) -> Result<(), String> {
         let (seqs, tokens) = (self.max_num_seqs, self.max_num_batched_tokens);
-        if tokens < seqs {
+        if let Some(tokens) = tokens.filter(|tokens| *tokens < seqs) {
             return Err(format!(
                 "`--max-num-batched-tokens` must be at least `--max-num-seqs` ({seqs}), got {tokens}"
             ));
@@ -136,6 +189,17 @@ fn api_key(text: &str) -> Result<Secret, String> {
         true => Err("must be one word".to_owned()),
         false => Ok(Secret::new(text)),
     }
+}
+
+/// A number of bytes, or of KiB, MiB or GiB.
+fn bytes(text: &str) -> Result<u64, String> {
+    let units = [("GiB", 30), ("MiB", 20), ("KiB", 10), ("", 0)];
+    let read = |(unit, shift): (&str, u32)| {
+        let number: u64 = text.strip_suffix(unit)?.trim().parse().ok()?;
+        number.checked_mul(1 << shift)
+    };
+    let bytes = units.into_iter().find_map(read).filter(|bytes| *bytes > 0);
+    bytes.ok_or_else(|| "must be a number of bytes above 0, or of KiB, MiB or GiB".to_owned())
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -193,6 +257,10 @@ mod tests {
             "bfloat16",
             "--seed",
             "7",
+            "--kv-cache-memory-bytes",
+            "3MiB",
+            "--shutdown-timeout",
+            "5",
         ])
         .unwrap();
         assert_eq!((options.base_name(), options.port), ("q", 0));
@@ -207,6 +275,8 @@ mod tests {
             (options.device, options.dtype),
             (Device::Cuda(1), Dtype::Bf16)
         );
+        assert_eq!(options.kv_cache_memory_bytes, Some(3 << 20));
+        assert_eq!(options.drain_limit(), Duration::from_secs(5));
         assert!(
             !format!("{options:?}").contains("sk-1"),
             "the key is in the log"
@@ -229,6 +299,10 @@ mod tests {
                 "must be at least `--max-num-seqs` (256), got 16",
             ),
             (["--api-key", "a b"], "must be one word"),
+            (
+                ["--kv-cache-memory-bytes", "4 GB"],
+                "must be a number of bytes",
+            ),
             (["--port", "70000"], "70000 is not in 0..=65535"),
         ] {
             let error = read(&arguments).unwrap_err();

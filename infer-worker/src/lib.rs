@@ -6,4 +6,6 @@ pub mod config;
 pub mod engine;
 pub mod executor;
 pub mod grammar;
+pub mod load;
 pub mod scheduler;
+pub mod serve;

@@ -105,7 +105,7 @@ async fn converse(context: &Context, args: &Chat, settings: &Settings) -> Outcom
         ..AgentWorkerConfig::new(
             data_dir.join("chat"),
             store_url.as_str(),
-            settings.endpoint.clone(),
+            settings.served_elsewhere()?.clone(),
             settings.model.as_str(),
         )
     };

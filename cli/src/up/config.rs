@@ -39,6 +39,9 @@ const SLOTS_DEFAULT: u32 = 8;
 /// How long running rollouts may go on after SIGTERM.
 const GRACE_DEFAULT_S: u64 = 30;
 
+/// How a model and its endpoint are named.
+const EXAMPLE: &str = "espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B";
+
 /// Options of `up`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Up {
@@ -122,8 +125,8 @@ pub struct Settings {
     pub grace: Duration,
     /// Hosts whose HTTP hooks verifiers may ask.
     pub http_hook_hosts: Vec<String>,
-    /// Where the model is served.
-    pub endpoint: ModelEndpoint,
+    /// Where the model is served; none: here.
+    pub endpoint: Option<ModelEndpoint>,
     /// The model of jobs that name none.
     pub model: String,
     /// More fields of every request.
@@ -135,6 +138,15 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Where the model is served, for those that serve none.
+    ///
+    /// # Errors
+    /// No endpoint is named.
+    pub fn served_elsewhere(&self) -> Result<&ModelEndpoint, Problem> {
+        let endpoint = self.endpoint.as_ref();
+        endpoint.ok_or_else(|| Problem::refused("no model endpoint is named").fix(EXAMPLE))
+    }
+
     /// Whether other machines can reach it.
     pub fn is_open(&self) -> bool {
         !self.listen.ip().is_loopback()
@@ -179,24 +191,24 @@ impl Settings {
     }
 }
 
+/// Where the model is served, its name, and more fields of every request.
+type NamedModel = (Option<ModelEndpoint>, String, Map<String, Value>);
+
 fn model(
     args: &RolloutArgs,
     file: ModelConfig,
     environment: &Environment,
-) -> Result<(ModelEndpoint, String, Map<String, Value>), Problem> {
-    let endpoint = match (file.endpoint, &args.model_url) {
+) -> Result<NamedModel, Problem> {
+    let mut endpoint = match (file.endpoint, &args.model_url) {
         (Some(endpoint), Some(url)) => Some(ModelEndpoint {
             base_url: url.clone(),
             ..endpoint
         }),
         (endpoint, url) => endpoint.or_else(|| url.clone().map(ModelEndpoint::new)),
     };
-    let example = "espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B";
-    let mut endpoint =
-        endpoint.ok_or_else(|| Problem::refused("no model endpoint is named").fix(example))?;
     let name = args.model.clone().or(file.name);
-    let name = name.ok_or_else(|| Problem::refused("no model is named").fix(example))?;
-    if let Some(variable) = &args.api_key_env {
+    let name = name.ok_or_else(|| Problem::refused("no model is named").fix(EXAMPLE))?;
+    if let (Some(variable), Some(endpoint)) = (&args.api_key_env, &mut endpoint) {
         let key = environment.get(variable).filter(|key| !key.is_empty());
         let missing = || {
             let rule = "must name an environment variable that is set";
@@ -245,8 +257,11 @@ mod tests {
         .unwrap();
         assert_eq!((found.slots, found.model.as_str()), (3, "m"));
         assert_eq!(
-            (found.endpoint.base_url.as_str(), found.endpoint.max_retries),
-            ("http://b/v1", 1)
+            found
+                .endpoint
+                .as_ref()
+                .map(|e| (e.base_url.as_str(), e.max_retries)),
+            Some(("http://b/v1", 1))
         );
         assert_eq!(
             (found.listen, found.grace),
@@ -294,6 +309,8 @@ mod tests {
         let problem = settings(&Up::default(), "", &[]).unwrap_err();
         assert_eq!(problem.exit, Exit::Refused);
         assert!(problem.fix.unwrap().contains("--model-url"));
+        let here = settings(&Up::default(), "[model]\nname = \"m\"", &[]).unwrap();
+        assert_eq!(here.served_elsewhere().unwrap_err().exit, Exit::Refused);
         let rollouts = RolloutArgs {
             model_url: Some("http://b/v1".to_owned()),
             model: Some("m".to_owned()),

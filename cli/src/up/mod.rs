@@ -1,13 +1,16 @@
 //! `espalier up`: coordinator, agent worker, embedded queue and file store in one process, over real gRPC on
-//! loopback, so that what works here works on many machines.
+//! loopback, so that what works here works on many machines. Where no endpoint is named, the model is served in the
+//! process too, over real HTTP on loopback.
 //!
 //! ```text
-//! take the data folder → look at the MCP servers → open store and queue → listen → worker → up.json
-//! SIGTERM: no more jobs → running rollouts end or go back → worker gone → coordinator gone → up.json gone
+//! take the data folder → look at the MCP servers → model → open store and queue → listen → worker → up.json
+//! SIGTERM: no more jobs → running rollouts end or go back → worker gone → model and coordinator gone → up.json gone
 //! ```
-//! The order of the drain matters: the worker hands its last results to the coordinator, so that one goes last.
+//! The order of the drain matters: the worker asks the model until its rollouts have ended, and hands its last results to
+//! the coordinator, so that those two go last.
 
 mod config;
+mod model;
 mod place;
 
 use std::future::Future;
@@ -20,6 +23,7 @@ use espalier_coordinator::{CoordinatorConfig, Role, Scope, TokenConfig};
 use espalier_core::id::ProjectId;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::model::ModelEndpoint;
 use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
@@ -125,6 +129,13 @@ async fn start(
     let environment = &context.environment;
     let data_dir = context.data_dir()?;
     let ready = Box::pin(servers::prepare(settings, environment, tasks)).await?;
+    // What the worker needs until its end, or until it turns out that there will be none.
+    let last = Shutdown::new();
+    let unless_started = DrainOnDrop(Some(last.clone()));
+    let endpoint = match &settings.endpoint {
+        Some(endpoint) => endpoint.clone(),
+        None => Box::pin(model::start(settings, environment, tasks, &last)).await?,
+    };
     let store_url = store_url(settings, &data_dir);
     let store = Store::open(&store_url).await?;
     let listener = listen(settings).await?;
@@ -147,13 +158,14 @@ async fn start(
         store,
         servers: ready.servers,
         playwright_dir: ready.playwright_dir,
+        endpoint,
         data_dir: &data_dir,
         environment,
     };
-    let coordinator_ends = Shutdown::new();
-    let coordinator = coordinator(settings, &parts, listener, coordinator_ends.clone()).await?;
+    let coordinator = coordinator(settings, &parts, listener, last.clone()).await?;
     let worker = worker(settings, &parts, shutdown.clone())?;
-    run_in_order(tasks, shutdown, coordinator_ends, coordinator, worker);
+    run_in_order(tasks, shutdown, last, coordinator, worker);
+    unless_started.disarm();
     let target = Target {
         url: up.url.clone(),
         token: Some(Secret::new(tokens.client)),
@@ -163,6 +175,23 @@ async fn start(
     Ok((up, ready.found))
 }
 
+/// Drains what was started when the rest was not, however that came.
+struct DrainOnDrop(Option<Shutdown>);
+
+impl DrainOnDrop {
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for DrainOnDrop {
+    fn drop(&mut self) {
+        if let Some(shutdown) = &self.0 {
+            shutdown.drain();
+        }
+    }
+}
+
 /// What both halves are made from.
 struct Parts<'a> {
     up: &'a UpFile,
@@ -170,6 +199,7 @@ struct Parts<'a> {
     store: Store,
     servers: Servers,
     playwright_dir: Option<PathBuf>,
+    endpoint: ModelEndpoint,
     data_dir: &'a Path,
     environment: &'a Environment,
 }
@@ -249,7 +279,7 @@ fn worker(settings: &Settings, parts: &Parts<'_>, shutdown: Shutdown) -> Result<
         ..AgentWorkerConfig::new(
             parts.data_dir.join("worker"),
             parts.up.store.as_str(),
-            settings.endpoint.clone(),
+            parts.endpoint.clone(),
             settings.model.as_str(),
         )
     };
@@ -267,15 +297,15 @@ fn worker(settings: &Settings, parts: &Parts<'_>, shutdown: Shutdown) -> Result<
     }))
 }
 
-/// Runs both halves; the coordinator is told to end when the worker has ended.
+/// Runs both halves; those that the worker needs are told to end, by `last`, when it has ended.
 fn run_in_order(
     tasks: &Tasks,
     shutdown: &Shutdown,
-    coordinator_ends: Shutdown,
+    last: Shutdown,
     coordinator: Ending,
     worker: Ending,
 ) {
-    let (outer, aborting) = (shutdown.clone(), coordinator_ends.clone());
+    let (outer, aborting) = (shutdown.clone(), last.clone());
     let (whole, gone) = (shutdown.clone(), CancellationToken::new());
     tasks.spawn("up.coordinator", OnFailure::ShutDown, async move {
         let aborted = async {
@@ -301,7 +331,7 @@ fn run_in_order(
     });
     tasks.spawn("up.worker", OnFailure::ShutDown, async move {
         let ran = worker.await;
-        coordinator_ends.drain();
+        last.drain();
         ran
     });
 }
@@ -338,7 +368,10 @@ fn greet(
         ("coordinator", up.url.clone()),
         (
             "model",
-            format!("{} at {}", settings.model, settings.endpoint.base_url),
+            match &settings.endpoint {
+                Some(endpoint) => format!("{} at {}", settings.model, endpoint.base_url),
+                None => format!("{}, served here", settings.model),
+            },
         ),
         ("rollouts", format!("{} at once", settings.slots)),
         ("store", up.store.clone()),

@@ -6,3 +6,4 @@
 pub mod buffer;
 pub mod cpu;
 pub mod cuda;
+pub mod sampling;

@@ -109,6 +109,81 @@ pub(crate) fn load() -> Result<Parts, LoadError> {
     Ok(Parts { model, split })
 }
 
+/// A tokenizer file of another tokenizer.
+#[derive(Debug, thiserror::Error)]
+pub enum OtherTokenizer {
+    /// The file is not the JSON that a byte-level BPE tokenizer has.
+    #[error("it is no tokenizer file of this kind")]
+    Parse(#[source] serde_json::Error),
+    /// A part differs.
+    #[error("its `{part}` differs")]
+    Part {
+        /// The part of the file.
+        part: &'static str,
+    },
+    /// The embedded file cannot be read.
+    #[error("the embedded tokenizer cannot be compared")]
+    Own(#[source] Box<LoadError>),
+}
+
+/// What of a tokenizer file decides which ids a text has.
+#[derive(Deserialize)]
+struct Meaning {
+    model: MeaningOfModel,
+    added_tokens: Vec<AddedToken>,
+}
+
+#[derive(Deserialize)]
+struct MeaningOfModel {
+    vocab: std::collections::HashMap<String, u32>,
+    merges: Vec<Merge>,
+}
+
+/// Newer files hold pairs, older ones texts with a blank between.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair(String, String),
+    Text(String),
+}
+
+#[derive(Deserialize, PartialEq)]
+struct AddedToken {
+    id: u32,
+    content: String,
+}
+
+impl Merge {
+    fn pair(&self) -> Option<(&str, &str)> {
+        match self {
+            Self::Pair(left, right) => Some((left, right)),
+            Self::Text(text) => text.split_once(' '),
+        }
+    }
+}
+
+/// Whether `json` gives every text the ids that the embedded file gives it.
+pub(crate) fn compare(json: &str) -> Result<(), OtherTokenizer> {
+    let other: Meaning = serde_json::from_str(json).map_err(OtherTokenizer::Parse)?;
+    let own = decompress().map_err(|error| OtherTokenizer::Own(Box::new(error)))?;
+    let own: Meaning = serde_json::from_slice(&own)
+        .map_err(|error| OtherTokenizer::Own(Box::new(LoadError::Parse(error))))?;
+    let merges = |file: &Meaning, other: &Meaning| {
+        let pairs = file.model.merges.iter().map(Merge::pair);
+        pairs.eq(other.model.merges.iter().map(Merge::pair))
+    };
+    for (part, same) in [
+        ("model.vocab", own.model.vocab == other.model.vocab),
+        ("model.merges", merges(&own, &other)),
+        ("added_tokens", own.added_tokens == other.added_tokens),
+    ] {
+        if !same {
+            return Err(OtherTokenizer::Part { part });
+        }
+    }
+    Ok(())
+}
+
 fn decompress() -> Result<Vec<u8>, LoadError> {
     zstd::decode_all(TOKENIZER_ZST).map_err(LoadError::Decompress)
 }
@@ -129,6 +204,24 @@ mod tests {
             readme.contains(&hex),
             "assets/README.md does not name {hex}"
         );
+    }
+
+    #[test]
+    fn a_file_of_the_same_tokenizer_is_known_however_it_is_written() {
+        let own = super::decompress().unwrap();
+        let mut file: serde_json::Value = serde_json::from_slice(&own).unwrap();
+        for merge in file["model"]["merges"].as_array_mut().unwrap() {
+            if let Some([left, right]) = merge.as_array().map(Vec::as_slice) {
+                *merge = format!("{} {}", left.as_str().unwrap(), right.as_str().unwrap()).into();
+            }
+        }
+        super::compare(&file.to_string()).unwrap();
+        file["added_tokens"][0]["content"] = "<|other|>".into();
+        let error = super::compare(&file.to_string()).unwrap_err();
+        assert_eq!(error.to_string(), "its `added_tokens` differs");
+        file["model"]["vocab"]["new"] = 151_643.into();
+        let error = super::compare(&file.to_string()).unwrap_err();
+        assert_eq!(error.to_string(), "its `model.vocab` differs");
     }
 
     #[test]

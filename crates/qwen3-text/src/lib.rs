@@ -19,7 +19,7 @@ mod output;
 mod template;
 mod tokenizer;
 
-pub use asset::{LoadError, TOKENIZER_SHA256};
+pub use asset::{LoadError, OtherTokenizer, TOKENIZER_SHA256};
 pub use detokenizer::Detokenizer;
 pub use fuzz::fuzz_output_parser;
 pub use output::{CallError, Delta, OutputParser, ParserOptions};

@@ -11,7 +11,7 @@ use std::sync::{Arc, LazyLock, OnceLock};
 use tokenizers::tokenizer::normalizer::Range;
 use tokenizers::{Model, NormalizedString, Token};
 
-use crate::asset::{self, LoadError, Parts};
+use crate::asset::{self, LoadError, OtherTokenizer, Parts};
 use crate::template::Prompt;
 use crate::{bytes, ids};
 
@@ -55,6 +55,15 @@ impl Tokenizer {
             parts: Arc::new(asset::load()?),
             spellings: Arc::default(),
         })
+    }
+
+    /// Whether a model's `tokenizer.json` is this tokenizer's, which is the only one there is here. Takes a second where
+    /// the file is not the very same ([`TOKENIZER_SHA256`](crate::TOKENIZER_SHA256)).
+    ///
+    /// # Errors
+    /// How it differs.
+    pub fn is_file(json: &str) -> Result<(), OtherTokenizer> {
+        asset::compare(json)
     }
 
     /// The one of this process, loaded by the first call. The first call blocks: keep it off async threads.

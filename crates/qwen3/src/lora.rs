@@ -62,6 +62,7 @@ pub(crate) enum Site {
 pub struct Lora {
     layers: Vec<[Vec<LoraPair>; 4]>,
     digest: [u8; 32],
+    rank: usize,
 }
 
 /// A projection: its name, its place, inputs, outputs, and where its outputs start in the packed row.
@@ -116,6 +117,7 @@ impl Lora {
         let mut lora = Self {
             layers: Vec::new(),
             digest: digest.finalize().into(),
+            rank: 0,
         };
         let mut found = 0;
         for layer in 0..base.layers {
@@ -125,6 +127,7 @@ impl Lora {
                     continue;
                 }
                 if let Some(pair) = settings.pair(&weights, layer, &target, pool)? {
+                    lora.rank = lora.rank.max(pair.a.outputs());
                     sites[target.site as usize].push(pair);
                     found += 2;
                 }
@@ -144,6 +147,12 @@ impl Lora {
     #[must_use]
     pub fn digest(&self) -> [u8; 32] {
         self.digest
+    }
+
+    /// The largest rank of a projection.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.rank
     }
 
     pub(crate) fn pairs(&self, layer: usize, site: Site) -> &[LoraPair] {

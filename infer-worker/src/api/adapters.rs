@@ -46,31 +46,77 @@ pub(super) async fn load(
     State(app): State<App>,
     body: axum::body::Body,
 ) -> Result<Json<Value>, ApiError> {
-    let body = limits::read(body, limits::ADAPTER_BODY_BYTES_MAX).await?;
-    let mut fields = Fields::parse(&body)?;
-    let name = fields.text("name")?.unwrap_or_default();
+    let mut fields = read(body).await?;
+    let source = source(&mut fields, "name", "path")?;
+    refuse_more(fields)?;
+    let model = app.backend.load_adapter(source).await.map_err(refusal)?;
+    Ok(Json(shown(&model).unwrap_or_default()))
+}
+
+/// The same under vLLM's names.
+pub(super) async fn load_as_vllm(
+    State(app): State<App>,
+    body: axum::body::Body,
+) -> Result<String, ApiError> {
+    let mut fields = read(body).await?;
+    let source = source(&mut fields, "lora_name", "lora_path")?;
+    // A version in the place of one that is there is what happens anyway.
+    fields.flag("load_inplace")?;
+    refuse_more(fields)?;
+    let model = app.backend.load_adapter(source).await.map_err(refusal)?;
+    let name = model.name;
+    Ok(format!(
+        "Success: LoRA adapter '{name}' added successfully."
+    ))
+}
+
+/// Takes one out, under vLLM's names.
+pub(super) async fn unload_as_vllm(
+    State(app): State<App>,
+    body: axum::body::Body,
+) -> Result<String, ApiError> {
+    let mut fields = read(body).await?;
+    let name = fields.text("lora_name")?.unwrap_or_default();
+    app.backend.unload_adapter(&name).await.map_err(refusal)?;
+    Ok(format!(
+        "Success: LoRA adapter '{name}' removed successfully."
+    ))
+}
+
+async fn read(body: axum::body::Body) -> Result<Fields, ApiError> {
+    Fields::parse(&limits::read(body, limits::ADAPTER_BODY_BYTES_MAX).await?)
+}
+
+fn source(
+    fields: &mut Fields,
+    name_field: &str,
+    path_field: &str,
+) -> Result<AdapterSource, ApiError> {
+    let name = fields.text(name_field)?.unwrap_or_default();
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-/:@".contains(c);
     if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(plain) {
         let rule =
             format!("must be 1 to {NAME_BYTES_MAX} letters, digits, or characters of `._-/:@`");
-        return Err(ApiError::field("name", &rule, &json!(name)));
+        return Err(ApiError::field(name_field, &rule, &json!(name)));
     }
-    let path = fields.text("path")?.unwrap_or_default();
+    let path = fields.text(path_field)?.unwrap_or_default();
     if path.is_empty() || path.contains('\0') {
         return Err(ApiError::field(
-            "path",
+            path_field,
             "must name a folder, `s3://…` or a hub repository",
             &json!(path),
         ));
     }
-    // Unlike for a completion, a setting that means nothing here would change what is served.
-    let unknown = fields.into_rest();
-    if let Some((key, value)) = unknown.into_iter().find(|(_, value)| !value.is_null()) {
-        return Err(ApiError::field(key, "is no field of an adapter", &value));
+    Ok(AdapterSource { name, path })
+}
+
+/// Unlike for a completion, a setting that means nothing here would change what is served.
+fn refuse_more(fields: Fields) -> Result<(), ApiError> {
+    let mut unknown = fields.into_rest().into_iter();
+    match unknown.find(|(_, value)| !value.is_null()) {
+        Some((key, value)) => Err(ApiError::field(key, "is no field of an adapter", &value)),
+        None => Ok(()),
     }
-    let source = AdapterSource { name, path };
-    let model = app.backend.load_adapter(source).await.map_err(refusal)?;
-    Ok(Json(shown(&model).unwrap_or_default()))
 }
 
 pub(super) async fn unload(

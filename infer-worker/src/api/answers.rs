@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use axum::response::sse;
 use futures::stream::{self, AbortHandle, SelectAll, Stream, StreamExt as _};
-use tokio::sync::mpsc;
 
-use super::backend::{Backend, Ended, Event, Token};
+use super::backend::{Backend, Ended, Event, Events, Token};
 use super::choice::{Choice, Finish, Piece};
 use super::error::ApiError;
 use super::metrics::Metrics;
+use super::observe::{Observed, Progress};
 use super::reply::{Answer, Head, Usage};
 
 /// Longest silence of an engine that has begun an answer, or has it in its queue. Beyond it the engine hangs.
@@ -24,7 +24,7 @@ pub(super) struct Answers {
     pub(super) head: Head,
     pub(super) include_usage: bool,
     backend: Arc<dyn Backend>,
-    metrics: Arc<Metrics>,
+    told: Told,
     choices: Vec<Option<Choice>>,
     events: SelectAll<ChoiceEvents>,
     usage: Usage,
@@ -35,10 +35,37 @@ pub(super) struct Answers {
 
 type ChoiceEvents = stream::BoxStream<'static, (usize, Option<Event>)>;
 
-/// When an answer was asked for, and when its last token came.
-struct Progress {
-    began: Instant,
-    last: Option<Instant>,
+/// Who is told how the answers go.
+pub(super) struct Told {
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) observed: Observed,
+    pub(super) began: Instant,
+}
+
+impl Told {
+    fn token(&self, progress: &mut Progress) {
+        let first = progress.first.is_none();
+        self.metrics.token(progress);
+        if first {
+            self.observed.first_token(progress.began.elapsed());
+        }
+    }
+
+    fn answer_ended(&self, finish: Finish, progress: &Progress) {
+        self.metrics
+            .finished(finish.as_str(), progress.began.elapsed());
+        self.observed.answer_ended(progress);
+    }
+
+    fn ended(&self, usage: Usage) {
+        self.observed.ended(self.began.elapsed(), usage);
+    }
+
+    /// An answer that broke off after its status was sent.
+    fn failed(&self, error: &ApiError) {
+        self.metrics.failed(error.status().as_u16());
+        self.observed.failed(self.began.elapsed(), error.status());
+    }
 }
 
 /// What happened to one answer.
@@ -54,30 +81,26 @@ impl Answers {
         head: Head,
         include_usage: bool,
         backend: Arc<dyn Backend>,
-        metrics: Arc<Metrics>,
-        began: Instant,
-        started: Vec<(Choice, mpsc::Receiver<Event>)>,
+        told: Told,
+        started: Vec<(Choice, Events)>,
     ) -> Self {
         let prompt_tokens = head.prompts.iter().map(Vec::len).sum();
-        metrics.prompt_tokens(prompt_tokens);
+        told.metrics.prompt_tokens(prompt_tokens);
         let mut events = SelectAll::new();
         let mut choices = Vec::with_capacity(started.len());
         let mut enough = Vec::with_capacity(started.len());
-        for (i, (choice, receiver)) in started.into_iter().enumerate() {
-            let (of_choice, handle) = stream::abortable(events_of(i, receiver));
+        for (i, (choice, of_one)) in started.into_iter().enumerate() {
+            let (of_choice, handle) = stream::abortable(events_of(i, of_one));
             events.push(of_choice.boxed());
             choices.push(Some(choice));
             enough.push(handle);
         }
-        let clocks = choices
-            .iter()
-            .map(|_| Progress { began, last: None })
-            .collect();
+        let clocks = choices.iter().map(|_| Progress::new(told.began)).collect();
         Self {
             head,
             include_usage,
             backend,
-            metrics,
+            told,
             choices,
             events,
             usage: Usage {
@@ -93,6 +116,7 @@ impl Answers {
     async fn next(&mut self) -> Result<Option<Step>, ApiError> {
         loop {
             if self.choices.iter().all(Option::is_none) {
+                self.told.ended(self.usage);
                 return Ok(None);
             }
             let wait = espalier_runtime::tasks::with_deadline(
@@ -112,8 +136,7 @@ impl Answers {
             let step = match event {
                 Some(Event::Token(token)) => {
                     self.usage.completion_tokens += 1;
-                    let clock = &mut self.clocks[i];
-                    self.metrics.token(&mut clock.last, clock.began);
+                    self.told.token(&mut self.clocks[i]);
                     let pieces = choice.push(&token);
                     Step {
                         choice: i,
@@ -147,8 +170,7 @@ impl Answers {
             if let Some(finish) = step.finish {
                 self.choices[i] = None;
                 self.enough[i].abort();
-                self.metrics
-                    .finished(finish.as_str(), self.clocks[i].began.elapsed());
+                self.told.answer_ended(finish, &self.clocks[i]);
             }
             return Ok(Some(step));
         }
@@ -179,26 +201,26 @@ impl Answers {
             .filter_map(|choice| self.head.opening(choice).map(|chunk| event(&chunk)))
             .collect();
         let waiting = self.choices.iter().map(|_| Vec::new()).collect();
-        let state = Some(Told {
+        let state = Some(Streamed {
             answers: self,
             waiting,
         });
         let rest = stream::unfold(state, |state| async move {
-            let mut told: Told = state?;
-            let (events, goes_on) = told.next().await;
-            Some((events, goes_on.then_some(told)))
+            let mut streamed: Streamed = state?;
+            let (events, goes_on) = streamed.next().await;
+            Some((events, goes_on.then_some(streamed)))
         });
         stream::iter(openings).chain(rest.flat_map(stream::iter))
     }
 }
 
 /// Answers, and the tokens of each that no chunk has told yet.
-struct Told {
+struct Streamed {
     answers: Answers,
     waiting: Vec<Vec<Token>>,
 }
 
-impl Told {
+impl Streamed {
     /// The next events, and whether more follow.
     async fn next(&mut self) -> (Vec<sse::Event>, bool) {
         match self.answers.next().await {
@@ -230,7 +252,7 @@ impl Told {
                 (events, false)
             }
             Err(error) => {
-                self.answers.metrics.failed(error.status().as_u16());
+                self.answers.told.failed(&error);
                 (vec![event(&error.to_json()), done()], false)
             }
         }
@@ -245,13 +267,13 @@ fn done() -> sse::Event {
     sse::Event::default().data("[DONE]")
 }
 
-/// The events of one answer and, if the channel closes without a last one, that it did.
-fn events_of(choice: usize, receiver: mpsc::Receiver<Event>) -> ChoiceEvents {
-    stream::unfold(Some(receiver), move |receiver| async move {
-        let mut receiver = receiver?;
-        let event = receiver.recv().await;
+/// The events of one answer and, if they end without a last one, that they did.
+fn events_of(choice: usize, events: Events) -> ChoiceEvents {
+    stream::unfold(Some(events), move |events| async move {
+        let mut events = events?;
+        let event = events.next().await;
         let more = matches!(event, Some(Event::Token(_)));
-        Some(((choice, event), more.then_some(receiver)))
+        Some(((choice, event), more.then_some(events)))
     })
     .boxed()
 }

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use espalier_qwen3_text::{CallError, Delta};
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
 use serde_json::{Map, Value};
-use tokio::sync::mpsc;
 
+use crate::engine::Adapter;
 use crate::grammar::{Constraint, Grammar, GrammarError, Thoughts};
 
 /// Everything behind the API. Methods that are not async compute, and are called off the async threads.
@@ -51,11 +53,11 @@ pub trait Backend: Send + Sync + 'static {
         thoughts: Thoughts,
     ) -> Result<Box<dyn Constraint>, GrammarError>;
 
-    /// Starts answers, of which all are taken or none. Dropping a receiver ends its answer and frees what it holds.
+    /// Starts answers, of which all are taken or none. Dropping the events of one ends it and frees what it holds.
     fn submit(
         &self,
         generations: Vec<Generation>,
-    ) -> BoxFuture<'_, Result<Vec<mpsc::Receiver<Event>>, SubmitError>>;
+    ) -> BoxFuture<'_, Result<Vec<Events>, SubmitError>>;
 
     /// Loads an adapter, or a new version of one: requests that come afterwards run on it.
     fn load_adapter(&self, source: AdapterSource) -> BoxFuture<'_, Result<Model, AdapterError>>;
@@ -66,6 +68,9 @@ pub trait Backend: Send + Sync + 'static {
     /// How busy the engine is.
     fn load(&self) -> Load;
 }
+
+/// What happens to an answer, to its end. Events that end without [`Event::Finished`] are of an engine that is gone.
+pub type Events = BoxStream<'static, Event>;
 
 /// A model that requests may name.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,13 +96,13 @@ pub struct AdapterInfo {
     pub version: u64,
 }
 
-/// A version of a model, as long as a request runs on it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A version of a model. Holding it keeps the version loaded.
+#[derive(Clone, Debug)]
 pub struct Target {
     /// What requests call it.
     pub name: String,
     /// The loaded adapter version, or the base model.
-    pub adapter: Option<u32>,
+    pub adapter: Option<Arc<Adapter>>,
     /// SHA-256 of the adapter's content.
     pub digest: Option<String>,
 }
@@ -152,34 +157,6 @@ pub trait Parser: Send {
     fn push(&mut self, id: u32) -> Vec<Delta>;
     /// What is left at the end.
     fn finish(&mut self) -> Vec<Delta>;
-}
-
-/// A part of an answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Delta {
-    /// More of the thoughts.
-    Reasoning(String),
-    /// More of the visible text.
-    Content(String),
-    /// A call begins. Indexes count from 0.
-    ToolCall {
-        /// Which.
-        index: usize,
-        /// The tool's name.
-        name: String,
-    },
-    /// More of a call's arguments, which are JSON text.
-    ToolArguments {
-        /// Of which call.
-        index: usize,
-        /// The text.
-        text: String,
-    },
-    /// A call is complete.
-    ToolCallDone {
-        /// Which.
-        index: usize,
-    },
 }
 
 /// One answer to generate.
@@ -260,6 +237,8 @@ pub struct Token {
     pub logprob: f32,
     /// The most likely ids, the most likely first.
     pub top: Vec<(u32, f32)>,
+    /// It ends the answer and is no part of its text.
+    pub ends: bool,
 }
 
 /// Why an answer ended.
@@ -292,11 +271,11 @@ pub enum SubmitError {
         /// Of the engine.
         limit: usize,
     },
-    /// The adapter was taken out in between.
-    #[error("`{name}` is not loaded any more")]
-    UnknownModel {
-        /// Its name.
-        name: String,
+    /// A rule of the engine that has no status of its own.
+    #[error("{reason}")]
+    Invalid {
+        /// Field, value and rule.
+        reason: String,
     },
     /// The engine does not run.
     #[error("the engine is not running")]

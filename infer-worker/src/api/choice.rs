@@ -1,6 +1,6 @@
 //! One answer on its way from ids to what clients see. Pure: events in, pieces out.
 
-use super::backend::{Delta, Ended, Parser, Token};
+use super::backend::{CallError, Delta, Ended, Parser, Token};
 use super::stop::StopText;
 
 /// What a client is told next of an answer.
@@ -53,7 +53,15 @@ pub(super) struct Choice {
     /// The answer ends after its first call.
     one_call: bool,
     calls: usize,
+    /// What came of the call that is under way.
+    call: Call,
     finish: Option<Finish>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Call {
+    named: bool,
+    has_arguments: bool,
 }
 
 impl Choice {
@@ -64,6 +72,7 @@ impl Choice {
             channel: Channel::Content,
             one_call,
             calls: 0,
+            call: Call::default(),
             finish: None,
         }
     }
@@ -73,9 +82,9 @@ impl Choice {
         self.finish
     }
 
-    /// The next id. After a finish nothing comes out.
+    /// The next id. After a finish nothing comes out, and nothing of an id that only ends the answer.
     pub(super) fn push(&mut self, token: &Token) -> Vec<Piece> {
-        if self.finish.is_some() {
+        if self.finish.is_some() || token.ends {
             return Vec::new();
         }
         let deltas = self.parser.push(token.id);
@@ -109,21 +118,41 @@ impl Choice {
                 Delta::ToolCall { index, name } => {
                     self.release(&mut pieces);
                     self.calls += 1;
+                    self.call.named = true;
                     pieces.push(Piece::Call { index, name });
                 }
                 Delta::ToolArguments { index, text } => {
+                    self.call.has_arguments = true;
                     pieces.push(Piece::Arguments { index, text })
                 }
-                Delta::ToolCallDone { .. } if self.one_call => {
-                    self.finish = Some(Finish::ToolCalls)
-                }
-                Delta::ToolCallDone { .. } => {}
+                Delta::ToolCallDone { index, error } => self.end_call(index, error, &mut pieces),
             }
             if self.finish.is_some() {
                 break;
             }
         }
         pieces
+    }
+
+    /// A call that is none is told as far as it went, in the model's words, as vLLM does: whoever asked can show them to
+    /// the model. Where even the name is missing, they are content.
+    fn end_call(&mut self, index: usize, error: Option<CallError>, pieces: &mut Vec<Piece>) {
+        let call = std::mem::take(&mut self.call);
+        match error {
+            Some(error) if !call.named => {
+                let close = if error.unfinished { "" } else { "</tool_call>" };
+                let text = format!("<tool_call>{}{close}", error.text);
+                return self.text(Channel::Content, &text, pieces);
+            }
+            Some(error) if !call.has_arguments => pieces.push(Piece::Arguments {
+                index,
+                text: error.text,
+            }),
+            _ => {}
+        }
+        if self.one_call {
+            self.finish = Some(Finish::ToolCalls);
+        }
     }
 
     fn text(&mut self, channel: Channel, text: &str, pieces: &mut Vec<Piece>) {
@@ -186,6 +215,7 @@ mod tests {
                 id,
                 logprob: 0.0,
                 top: Vec::new(),
+                ends: false,
             };
             pieces.extend(choice.push(&token));
         }
@@ -203,8 +233,22 @@ mod tests {
         vec![
             Delta::ToolCall { index, name },
             Delta::ToolArguments { index, text },
-            Delta::ToolCallDone { index },
+            Delta::ToolCallDone { index, error: None },
         ]
+    }
+
+    /// A call that broke off, and what it had given before.
+    fn broken(before: Vec<Delta>, text: &str) -> Vec<Delta> {
+        let error = CallError {
+            reason: "it is no JSON".to_owned(),
+            text: text.to_owned(),
+            unfinished: false,
+        };
+        let done = Delta::ToolCallDone {
+            index: 0,
+            error: Some(error),
+        };
+        before.into_iter().chain([done]).collect()
     }
 
     #[test]
@@ -255,6 +299,51 @@ mod tests {
         assert_eq!((pieces.len(), finish), (2, Some(Finish::ToolCalls)));
         let (pieces, finish) = run(vec![call(0), call(1)], &[], false, Ended::Stop);
         assert_eq!((pieces.len(), finish), (4, Some(Finish::ToolCalls)));
+    }
+
+    #[test]
+    fn a_broken_call_is_told_in_the_models_words() {
+        let call = Piece::Call {
+            index: 0,
+            name: "f".to_owned(),
+        };
+        let arguments = |text: &str| Piece::Arguments {
+            index: 0,
+            text: text.to_owned(),
+        };
+        let name = || Delta::ToolCall {
+            index: 0,
+            name: "f".to_owned(),
+        };
+        let some = Delta::ToolArguments {
+            index: 0,
+            text: "{\"a\":".to_owned(),
+        };
+        let script = vec![broken(vec![name()], "{\"name\": \"f\"")];
+        let (pieces, finish) = run(script, &[], true, Ended::Stop);
+        assert_eq!(pieces, [call.clone(), arguments("{\"name\": \"f\"")]);
+        assert_eq!(finish, Some(Finish::ToolCalls));
+        let script = vec![broken(vec![name(), some], "all of it")];
+        let (pieces, _) = run(script, &[], true, Ended::Stop);
+        assert_eq!(pieces, [call, arguments("{\"a\":")]);
+        let (pieces, finish) = run(vec![broken(vec![], "\nno\n")], &[], true, Ended::Stop);
+        let text = "<tool_call>\nno\n</tool_call>".to_owned();
+        assert_eq!(pieces, [Piece::Content(text)]);
+        assert_eq!(finish, Some(Finish::Stop));
+    }
+
+    #[test]
+    fn an_id_that_ends_the_answer_has_no_text() {
+        let mut choice = Choice::new(Box::new(Script(vec![vec![content("x")]])), &[], false);
+        let token = Token {
+            id: 0,
+            logprob: 0.0,
+            top: Vec::new(),
+            ends: true,
+        };
+        assert_eq!(choice.push(&token), []);
+        assert_eq!(choice.end(Ended::Stop), []);
+        assert_eq!(choice.finish(), Some(Finish::Stop));
     }
 
     #[test]

@@ -163,7 +163,7 @@ impl ApiError {
             SubmitError::TooLong { tokens, limit } => {
                 Self::prompt_too_long(prompt_param, tokens, limit)
             }
-            SubmitError::UnknownModel { name } => Self::unknown_model(&name),
+            SubmitError::Invalid { reason } => Self::body(reason),
             SubmitError::Stopped => Self::stopped(),
         }
     }

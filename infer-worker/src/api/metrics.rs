@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::backend::Load;
+use super::observe::Progress;
 
 /// Upper ends of buckets, in seconds, as vLLM has them.
 const FIRST_TOKEN_S: &[f64] = &[
@@ -57,12 +58,12 @@ impl Metrics {
             .fetch_add(tokens as u64, Ordering::Relaxed);
     }
 
-    /// A token of an answer that was asked for at `began`; `last` is when the one before it came.
-    pub(super) fn token(&self, last: &mut Option<Instant>, began: Instant) {
+    /// Another token of an answer.
+    pub(super) fn token(&self, progress: &mut Progress) {
         let now = Instant::now();
         self.generation_tokens.fetch_add(1, Ordering::Relaxed);
-        match last.replace(now) {
-            None => self.first_token.record(now - began),
+        match progress.token(now) {
+            None => self.first_token.record(now - progress.began),
             Some(last) => self.between_tokens.record(now - last),
         }
     }
@@ -218,10 +219,9 @@ mod tests {
     #[test]
     fn buckets_add_up() {
         let metrics = Metrics::default();
-        let mut last = None;
-        let began = Instant::now();
-        metrics.token(&mut last, began);
-        metrics.token(&mut last, began);
+        let mut progress = Progress::new(Instant::now());
+        metrics.token(&mut progress);
+        metrics.token(&mut progress);
         metrics.finished("stop", Duration::from_millis(700));
         metrics.finished("stop", Duration::from_secs(10_000));
         let page = metrics.render(&Load::default(), "m\"1");

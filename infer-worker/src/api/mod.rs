@@ -17,6 +17,7 @@ mod error;
 mod fields;
 mod limits;
 mod metrics;
+mod observe;
 mod options;
 mod prepare;
 mod reply;
@@ -31,7 +32,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderValue, Method, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::sse::{KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -41,6 +42,7 @@ use espalier_runtime::config::Secret;
 use espalier_runtime::ids::IdSource;
 use futures::StreamExt as _;
 use tokio::sync::Semaphore;
+use tracing::Instrument as _;
 
 pub use connection::serve;
 pub use error::ApiError;
@@ -49,6 +51,7 @@ use answers::Answers;
 use auth::Gate;
 use backend::Backend;
 use metrics::Metrics;
+use observe::Observed;
 use reply::Dialect;
 
 /// Names the fields of a request that mean nothing here.
@@ -119,6 +122,8 @@ fn router_with(parts: Parts, keep_alive: Duration) -> Router {
         .route("/v1/models", get(adapters::models))
         .route("/v1/adapters", get(adapters::list).post(adapters::load))
         .route("/v1/adapters/{*name}", delete(adapters::unload))
+        .route("/v1/load_lora_adapter", post(adapters::load_as_vllm))
+        .route("/v1/unload_lora_adapter", post(adapters::unload_as_vllm))
         .fallback(no_such_place)
         .method_not_allowed_fallback(wrong_method)
         .layer(axum::middleware::from_fn_with_state(app.clone(), check_key));
@@ -173,20 +178,51 @@ async fn render_metrics(State(app): State<App>) -> Response {
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], page).into_response()
 }
 
-async fn chat_completions(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
-    complete(app, body, Dialect::Chat).await
+async fn chat_completions(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    complete(app, &headers, body, Dialect::Chat).await
 }
 
-async fn completions(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
-    complete(app, body, Dialect::Completion).await
+async fn completions(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    complete(app, &headers, body, Dialect::Completion).await
 }
 
-async fn complete(app: App, body: Body, dialect: Dialect) -> Result<Response, ApiError> {
+async fn complete(
+    app: App,
+    headers: &HeaderMap,
+    body: Body,
+    dialect: Dialect,
+) -> Result<Response, ApiError> {
     let began = Instant::now();
+    let mut observed = Observed::begin(dialect, headers);
+    let span = observed.span();
+    let answered = answer(app, body, dialect, began, &mut observed).instrument(span);
+    let answered = answered.await;
+    if let Err(error) = &answered {
+        observed.failed(began.elapsed(), error.status());
+    }
+    answered
+}
+
+async fn answer(
+    app: App,
+    body: Body,
+    dialect: Dialect,
+    began: Instant,
+    observed: &mut Observed,
+) -> Result<Response, ApiError> {
     let body = limits::read(body, limits::BODY_BYTES_MAX).await?;
     let prepared = app.prepare(body, dialect).await?;
+    observed.named(prepared.model());
     let (ignored, stream) = (prepared.ignored.clone(), prepared.stream);
-    let answers = app.submit(prepared, began).await?;
+    let answers = app.submit(prepared, began, observed.clone()).await?;
     let mut response = match stream {
         true => app.stream(answers),
         false => axum::Json(answers.whole().await?).into_response(),

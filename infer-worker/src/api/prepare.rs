@@ -9,13 +9,14 @@ use espalier_runtime::tasks;
 use serde_json::json;
 
 use super::App;
-use super::answers::Answers;
+use super::answers::{Answers, Told};
 use super::backend::{Backend, Form, Generation, Rendered, Target};
 use super::chat::{Calls, ChatPrompt, ChatRequest};
 use super::choice::Choice;
 use super::completion::{CompletionRequest, TextPrompt};
 use super::error::ApiError;
 use super::limits;
+use super::observe::Observed;
 use super::options::Options;
 use super::reply::{Dialect, Head};
 use crate::grammar::{Constraint, Grammar, GrammarError, Thoughts};
@@ -35,6 +36,13 @@ pub(super) struct Prepared {
     context_tokens: usize,
     pub(super) stream: bool,
     pub(super) ignored: String,
+}
+
+impl Prepared {
+    /// What the request calls the model that answers it.
+    pub(super) fn model(&self) -> &str {
+        &self.target.name
+    }
 }
 
 impl App {
@@ -71,6 +79,7 @@ impl App {
         &self,
         prepared: Prepared,
         began: Instant,
+        observed: Observed,
     ) -> Result<Answers, ApiError> {
         let name = self.ids.fresh();
         let random = self.seeds.next();
@@ -104,8 +113,8 @@ impl App {
             choices.push(Choice::new(parser, &options.stops, one_call));
         }
         let submitted = self.backend.submit(generations).await;
-        let receivers = submitted.map_err(|error| ApiError::submit(error, param))?;
-        let started = choices.into_iter().zip(receivers).collect();
+        let events = submitted.map_err(|error| ApiError::submit(error, param))?;
+        let started = choices.into_iter().zip(events).collect();
         let prefix = match prepared.dialect {
             Dialect::Chat => "chatcmpl",
             Dialect::Completion => "cmpl",
@@ -125,13 +134,18 @@ impl App {
                 .collect(),
             n: options.n,
         };
-        let (backend, metrics) = (Arc::clone(&self.backend), Arc::clone(&self.metrics));
+        observed.answered_as(&head.id);
+        let told = Told {
+            metrics: Arc::clone(&self.metrics),
+            observed,
+            began,
+        };
+        let backend = Arc::clone(&self.backend);
         Ok(Answers::new(
             head,
             options.include_usage,
             backend,
-            metrics,
-            began,
+            told,
             started,
         ))
     }

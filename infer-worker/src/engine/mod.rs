@@ -28,9 +28,7 @@ use std::time::{Duration, Instant};
 use espalier_runtime::tasks::with_deadline;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
-pub use crate::scheduler::{
-    Adapter, Event, FinishReason, Grammar, GrammarError, Priority, Refused, Request,
-};
+pub use crate::scheduler::{Adapter, Event, FinishReason, Priority, Refused, Request};
 pub use adapters::{AdapterError, AdapterPort};
 pub use thread::SWEEP_EVERY;
 

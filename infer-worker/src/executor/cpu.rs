@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use espalier_kernels::cpu::sampler::{Draw, draw};
+use espalier_kernels::cpu::sampler::draw;
 use espalier_kernels::cpu::{Isa, KvCache};
 use espalier_qwen3::{Logits, Lora, Model, Part, Want};
 
@@ -265,32 +265,7 @@ type Drawing<'a> = (SeqId, &'a Sampling, &'a mut [f32], Option<Drawn>);
 /// Draws one id. Where none can be drawn (logits that are no numbers, a mask that allows nothing) the log-probability is
 /// NaN, so that this sequence alone ends with an error.
 fn draw_row(isa: Isa, seq: SeqId, sampling: &Sampling, logits: &mut [f32]) -> Drawn {
-    let penalties = sampling.penalties.as_ref();
-    let seen: Vec<(u32, u32)> = penalties
-        .map(|penalties| {
-            penalties
-                .seen
-                .iter()
-                .map(|seen| (seen.id, seen.in_answer))
-                .collect()
-        })
-        .unwrap_or_default();
-    let how = Draw {
-        temperature: sampling.temperature,
-        top_k: sampling.top_k,
-        top_p: sampling.top_p,
-        min_p: sampling.min_p,
-        seed: sampling.seed,
-        step: sampling.step,
-        seen: &seen,
-        repetition: penalties.map_or(1.0, |penalties| penalties.repetition),
-        presence: penalties.map_or(0.0, |penalties| penalties.presence),
-        frequency: penalties.map_or(0.0, |penalties| penalties.frequency),
-        bias: sampling.bias.as_deref().unwrap_or_default(),
-        allowed: sampling.allowed.as_deref(),
-        top: usize::from(sampling.logprobs.unwrap_or(0)),
-    };
-    match draw(isa, logits, &how) {
+    match draw(isa, logits, sampling) {
         Ok(drawn) => Drawn {
             seq,
             id: drawn.id,

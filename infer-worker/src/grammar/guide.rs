@@ -17,6 +17,11 @@ const COMPILED_MAX: usize = 64;
 /// Largest grammar, in bytes of its text.
 const GRAMMAR_BYTES_MAX: usize = 1 << 20;
 
+/// Blanks between two parts of JSON: lines that are indented ten levels deep.
+const JSON_BLANKS: &str = r"[ \n\r\t]{1,40}";
+/// The same in arguments of calls, which models are taught to write in one line.
+const CALL_BLANKS: &str = r"[ \n]{1,4}";
+
 /// What the ids of a model stand for.
 #[derive(Clone, Debug, Default)]
 pub struct Vocabulary {
@@ -225,7 +230,7 @@ fn lark(grammar: &Grammar, call: (u32, u32)) -> String {
     // A `String` takes all that is written.
     let _ = writeln!(text, "start: BLANK? {start}");
     if let Some(schema) = schema {
-        let _ = writeln!(text, "json: %json {schema}");
+        let _ = writeln!(text, "json: %json {}", bounded(schema, JSON_BLANKS));
     }
     if let Some((calls, several)) = calls {
         let more = if several { " (\"\\n\" call)*" } else { "" };
@@ -255,7 +260,20 @@ fn write_call(text: &mut String, name: &str, call: &CallGrammar) {
             schema
         }
     };
+    let schema = bounded(&schema, CALL_BLANKS);
     let _ = writeln!(text, "{name}: {} %json {schema} \"}}\"", json!(head));
+}
+
+/// The schema with a bound on the blanks between two of its parts: without one they are allowed without end, and a model
+/// that likes them does nothing else. Takes the place of whatever the schema itself says to llguidance.
+fn bounded(schema: &serde_json::Value, blanks: &str) -> serde_json::Value {
+    let mut schema = match schema {
+        serde_json::Value::Object(_) => schema.clone(),
+        // `true`, the other schema there is, allows what the empty one does.
+        _ => json!({}),
+    };
+    schema["x-guidance"] = json!({"whitespace_pattern": blanks});
+    schema
 }
 
 #[cfg(test)]

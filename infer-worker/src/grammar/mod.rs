@@ -1,7 +1,8 @@
 //! Answers that must have a form: JSON of a schema, or calls of tools.
 //!
 //! A [`Grammar`] is what a request asks for; a [`Constraint`] is one answer's state, which the engine asks before each
-//! step which ids are allowed, on a thread where computing is no harm. The work of llguidance is hidden here.
+//! step which ids are allowed, on a thread where computing is no harm. The work of llguidance is hidden here, and only
+//! the trait is seen by the [scheduler](crate::scheduler).
 
 mod guide;
 

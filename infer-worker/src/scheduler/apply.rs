@@ -50,6 +50,10 @@ impl Scheduler {
         let Drawn {
             id, logprob, top, ..
         } = drawn;
+        if logprob.is_nan() {
+            tracing::warn!(request = request.0, "no id could be drawn");
+            return self.end(request, FinishReason::Error, events);
+        }
         sequence.accept(id);
         if self.config.prefix_caching {
             publish(sequence, &mut self.pool);
@@ -66,8 +70,18 @@ impl Scheduler {
         } else {
             return;
         };
-        let cached_tokens = sequence.cached_tokens.unwrap_or_default();
+        self.end(request, reason, events);
+    }
+
+    fn end(
+        &mut self,
+        request: RequestId,
+        reason: FinishReason,
+        events: &mut Vec<(RequestId, Event)>,
+    ) {
+        let cached = self.sequences.get(&request).and_then(|s| s.cached_tokens);
         self.abort(request);
+        let cached_tokens = cached.unwrap_or_default();
         events.push((
             request,
             Event::Finished {

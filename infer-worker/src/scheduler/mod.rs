@@ -31,9 +31,7 @@ use std::sync::Arc;
 pub use apply::Unexpected;
 pub use queue::ONLINE_PER_BATCH;
 use queue::{Rank, Waiting};
-pub use request::{
-    Adapter, Event, FinishReason, Grammar, GrammarError, Priority, Refused, Request, RequestId,
-};
+pub use request::{Adapter, Event, FinishReason, Priority, Refused, Request, RequestId};
 use sequence::{Sequence, State};
 
 use crate::blocks::BlockPool;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::blocks::AdapterDigest;
 use crate::executor::{AdapterSlot, Sampling, SeqId};
+use crate::grammar::{Constraint, GrammarError};
 
 /// A request. Grows in the order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -75,26 +76,6 @@ impl fmt::Debug for Adapter {
     }
 }
 
-/// What an answer must look like, id by id.
-pub trait Grammar: Send {
-    /// The ids that may come next, as [`Sampling::allowed`] has them.
-    ///
-    /// # Errors
-    /// None may, or the grammar is in trouble: the request ends with [`FinishReason::Error`].
-    fn allowed(&mut self) -> Result<Arc<[u32]>, GrammarError>;
-
-    /// Goes on by the id that was drawn, which was allowed.
-    ///
-    /// # Errors
-    /// As for [`allowed`](Self::allowed).
-    fn accept(&mut self, id: u32) -> Result<(), GrammarError>;
-}
-
-/// A grammar that cannot go on.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the grammar cannot go on: {0}")]
-pub struct GrammarError(pub String);
-
 /// One answer that is asked for. Several answers to one prompt are as many requests: they share its blocks.
 pub struct Request {
     /// The prompt's ids, at least one.
@@ -110,7 +91,7 @@ pub struct Request {
     /// Who waits.
     pub priority: Priority,
     /// What the answer must look like.
-    pub grammar: Option<Box<dyn Grammar>>,
+    pub grammar: Option<Box<dyn Constraint>>,
 }
 
 impl Request {

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::queue::Rank;
-use super::{Adapter, GrammarError, Priority, Refused, Request, RequestId};
+use super::{Adapter, Priority, Refused, Request, RequestId};
 use crate::blocks::{BlockHash, HashChain};
 use crate::executor::{BLOCK_TOKENS, BlockId, Input, Row, Sampling, Seen};
+use crate::grammar::GrammarError;
 
 /// Where a sequence is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,7 +158,7 @@ impl Sequence {
     /// Tells the grammar, and asks it what may come next.
     pub fn advance_grammar(&mut self, id: u32) -> Result<(), GrammarError> {
         if let Some(grammar) = &mut self.request.grammar {
-            grammar.accept(id)?;
+            grammar.push(id)?;
             self.allowed = Some(grammar.allowed()?);
         }
         Ok(())

@@ -2,7 +2,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::*;
-use crate::executor::{AdapterSlot, Penalties};
+use crate::executor::{AdapterSlot, Done, Penalties};
+use crate::grammar::{Constraint, GrammarError};
 
 pub(crate) mod fake;
 mod property;
@@ -75,6 +76,11 @@ impl World {
         let Some(done) = self.fake.finish_one() else {
             return false;
         };
+        self.take(done);
+        true
+    }
+
+    fn take(&mut self, done: Done) {
         for (id, event) in self.scheduler.apply(done).unwrap() {
             let answer = self.answers.get_mut(&id).unwrap();
             assert_eq!(answer.end, None, "{id:?} goes on after its end");
@@ -90,7 +96,6 @@ impl World {
                 }
             }
         }
-        true
     }
 
     /// Keeps steps in flight until nothing is left to do.
@@ -171,14 +176,16 @@ fn parity_mask(drawn: usize) -> Arc<[u32]> {
     Arc::new([word, word])
 }
 
-impl Grammar for Parity {
+impl Constraint for Parity {
     fn allowed(&mut self) -> Result<Arc<[u32]>, GrammarError> {
         Ok(parity_mask(self.0))
     }
 
-    fn accept(&mut self, id: u32) -> Result<(), GrammarError> {
+    fn push(&mut self, id: u32) -> Result<(), GrammarError> {
         if id as usize % 2 != self.0 % 2 {
-            return Err(GrammarError(format!("{id} was not allowed")));
+            return Err(GrammarError::Run {
+                reason: format!("{id} was not allowed"),
+            });
         }
         self.0 += 1;
         Ok(())
@@ -518,16 +525,18 @@ fn a_result_of_another_step_is_refused() {
 #[test]
 fn a_grammar_that_fails_ends_its_request_only() {
     struct Fails(usize);
-    impl Grammar for Fails {
+    impl Constraint for Fails {
         fn allowed(&mut self) -> Result<Arc<[u32]>, GrammarError> {
             Ok(Arc::new([u32::MAX; 2]))
         }
-        fn accept(&mut self, _: u32) -> Result<(), GrammarError> {
+        fn push(&mut self, _: u32) -> Result<(), GrammarError> {
             self.0 += 1;
             if self.0 < 3 {
                 Ok(())
             } else {
-                Err(GrammarError("no way on".into()))
+                Err(GrammarError::Run {
+                    reason: "no way on".into(),
+                })
             }
         }
     }
@@ -541,6 +550,23 @@ fn a_grammar_that_fails_ends_its_request_only() {
     assert_eq!(
         (world.answers[&a].ids.len(), world.answers[&a].end),
         (3, Some(FinishReason::Error))
+    );
+    assert_eq!(world.answers[&b].end, Some(FinishReason::Length));
+}
+
+#[test]
+fn a_sequence_without_an_id_ends_alone() {
+    let mut world = World::new(config(8, 256, 160), limits(12));
+    let a = world.add(Request::new(ids(40, 1), 50));
+    let b = world.add(Request::new(ids(40, 2), 50));
+    world.decide();
+    let mut done = world.fake.finish_one().unwrap();
+    done.drawn[0].logprob = f32::NAN;
+    world.take(done);
+    world.run();
+    assert_eq!(
+        (&world.answers[&a].ids[..], world.answers[&a].end),
+        (&[][..], Some(FinishReason::Error))
     );
     assert_eq!(world.answers[&b].end, Some(FinishReason::Length));
 }

@@ -6,59 +6,7 @@
 
 use super::pool::Isa;
 use super::simd::{Kernel, Lanes, dispatch, exp};
-
-/// How to draw one token.
-#[derive(Debug, Clone, Copy)]
-pub struct Draw<'a> {
-    /// 0: the largest logit (of equals the lowest id).
-    pub temperature: f32,
-    /// Keep this many; 0: all.
-    pub top_k: u32,
-    /// Keep the fewest whose probabilities reach this; 1: all.
-    pub top_p: f32,
-    /// Keep those with at least this share of the largest probability; 0: all.
-    pub min_p: f32,
-    /// Key of the random number.
-    pub seed: u64,
-    /// Counter of the random number.
-    pub step: u32,
-    /// Tokens that occurred, with how often they were drawn (0: in the prompt only), each id once.
-    pub seen: &'a [(u32, u32)],
-    /// Divides positive and multiplies negative logits of tokens that occurred; 1: none.
-    pub repetition: f32,
-    /// Taken from logits of tokens that were drawn.
-    pub presence: f32,
-    /// Taken once for each time that a token was drawn.
-    pub frequency: f32,
-    /// Added to logits.
-    pub bias: &'a [(u32, f32)],
-    /// Bit `id % 32` of word `id / 32`: the token is allowed. Ids beyond its end are not.
-    pub allowed: Option<&'a [u32]>,
-    /// How many of the most probable tokens to report.
-    pub top: usize,
-}
-
-impl Draw<'_> {
-    /// The most probable token.
-    #[must_use]
-    pub fn greedy() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            seed: 0,
-            step: 0,
-            seen: &[],
-            repetition: 1.0,
-            presence: 0.0,
-            frequency: 0.0,
-            bias: &[],
-            allowed: None,
-            top: 0,
-        }
-    }
-}
+use crate::sampling::{Penalties, Sampling};
 
 /// What was drawn.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,7 +34,7 @@ pub enum DrawError {
 ///
 /// # Errors
 /// When no token is allowed or a logit is NaN.
-pub fn draw(isa: Isa, logits: &mut [f32], how: &Draw<'_>) -> Result<Drawn, DrawError> {
+pub fn draw(isa: Isa, logits: &mut [f32], how: &Sampling) -> Result<Drawn, DrawError> {
     let mut total = Total {
         logits,
         most: 0.0,
@@ -99,16 +47,17 @@ pub fn draw(isa: Isa, logits: &mut [f32], how: &Draw<'_>) -> Result<Drawn, DrawE
     }
     let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
     let mut top: Vec<(u32, f32)> = Vec::new();
-    if how.top > 0 {
-        let best = most_of(logits, how.top);
+    let wanted = usize::from(how.logprobs.unwrap_or(0));
+    if wanted > 0 {
+        let best = most_of(logits, wanted);
         top.extend(best.iter().map(|id| (*id, logprob(logits[*id as usize]))));
     }
     // Processing changes the logits; the drawn token's own is wanted as the model gave it.
-    let touched: Vec<(u32, f32)> = how
-        .seen
-        .iter()
-        .map(|(id, _)| *id)
-        .chain(how.bias.iter().map(|(id, _)| *id))
+    let bias = how.bias.as_deref().unwrap_or_default();
+    let seen = how.penalties.iter().flat_map(|penalties| &*penalties.seen);
+    let touched: Vec<(u32, f32)> = seen
+        .map(|seen| seen.id)
+        .chain(bias.iter().map(|(id, _)| *id))
         .filter(|id| (*id as usize) < logits.len())
         .map(|id| (id, logits[id as usize]))
         .collect();
@@ -180,26 +129,16 @@ fn most_of(logits: &[f32], count: usize) -> Vec<u32> {
     ids
 }
 
-fn adjust(logits: &mut [f32], how: &Draw<'_>) {
-    for (id, times) in how.seen {
-        let Some(logit) = logits.get_mut(*id as usize) else {
-            continue;
-        };
-        *logit = if *logit > 0.0 {
-            *logit / how.repetition
-        } else {
-            *logit * how.repetition
-        };
-        if *times > 0 {
-            *logit -= how.presence + how.frequency * *times as f32;
-        }
+fn adjust(logits: &mut [f32], how: &Sampling) {
+    if let Some(penalties) = &how.penalties {
+        penalise(logits, penalties);
     }
-    for (id, bias) in how.bias {
+    for (id, bias) in how.bias.as_deref().unwrap_or_default() {
         if let Some(logit) = logits.get_mut(*id as usize) {
             *logit += bias;
         }
     }
-    if let Some(allowed) = how.allowed {
+    if let Some(allowed) = &how.allowed {
         for (word, logits) in logits.chunks_mut(32).enumerate() {
             let bits = allowed.get(word).copied().unwrap_or(0);
             for (bit, logit) in logits.iter_mut().enumerate() {
@@ -207,6 +146,22 @@ fn adjust(logits: &mut [f32], how: &Draw<'_>) {
                     *logit = f32::NEG_INFINITY;
                 }
             }
+        }
+    }
+}
+
+fn penalise(logits: &mut [f32], penalties: &Penalties) {
+    for seen in &*penalties.seen {
+        let Some(logit) = logits.get_mut(seen.id as usize) else {
+            continue;
+        };
+        *logit = if *logit > 0.0 {
+            *logit / penalties.repetition
+        } else {
+            *logit * penalties.repetition
+        };
+        if seen.in_answer > 0 {
+            *logit -= penalties.presence + penalties.frequency * seen.in_answer as f32;
         }
     }
 }
@@ -239,7 +194,7 @@ impl Kernel for Weigh<'_> {
     }
 }
 
-fn sample(isa: Isa, logits: &[f32], how: &Draw<'_>) -> Result<u32, DrawError> {
+fn sample(isa: Isa, logits: &[f32], how: &Sampling) -> Result<u32, DrawError> {
     let most = maximum(logits);
     if most.is_nan() {
         return Err(DrawError::NothingAllowed);

@@ -23,6 +23,7 @@ mod s3;
 
 use std::fmt;
 use std::future::Future;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -146,6 +147,12 @@ impl Store {
         }
     }
 
+    /// Opens a store only to read from it, without a probe, which would write: what models are loaded from is often not
+    /// ours to write to.
+    pub fn open_to_read(url: &str) -> Result<Self, StoreError> {
+        Self::open_unprobed(url)
+    }
+
     fn open_unprobed(url: &str) -> Result<Self, StoreError> {
         Ok(Self::over(Backend::open(url)?, url))
     }
@@ -264,6 +271,18 @@ impl Store {
             }
         });
         read.await?.map_err(|size| too_large("get", path, size))
+    }
+
+    /// Reads the bytes of `range`, of an object that may be larger than [`OBJECT_BYTES_MAX`]: whoever reads one in pieces
+    /// bounds the pieces.
+    pub async fn get_range(&self, path: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        const GET: Request = Request::new("get", "store.get_range");
+        check_size("get", path, range.end.saturating_sub(range.start))?;
+        self.retry(GET, path, |backend, at| {
+            let range = range.clone();
+            async move { backend.objects.get_range(&at, range).await }
+        })
+        .await
     }
 
     /// What is known of an object, without its content.

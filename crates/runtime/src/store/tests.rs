@@ -69,6 +69,13 @@ async fn reads_what_was_written(store: &Store) {
     store.put("p/empty", Bytes::new()).await.unwrap();
     assert_eq!(store.get("p/one").await.unwrap(), "22");
     assert_eq!(store.get("p/empty").await.unwrap(), "");
+    store
+        .put("p/long", Bytes::from_static(b"abcdef"))
+        .await
+        .unwrap();
+    assert_eq!(store.get_range("p/long", 2..4).await.unwrap(), "cd");
+    let missing = store.get_range("p/none", 0..1).await.unwrap_err();
+    assert!(missing.is_not_found());
     let meta = store.head("p/one").await.unwrap();
     assert_eq!((meta.path.as_str(), meta.size), ("p/one", 2));
     assert!(meta.modified > Timestamp::from_ms(1_577_836_800_000));

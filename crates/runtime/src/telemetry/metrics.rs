@@ -63,12 +63,23 @@ pub struct Metrics {
     pub execute_tool_duration: Histogram<f64>,
     pub invoke_agent_duration: Histogram<f64>,
     pub mcp_operation_duration: Histogram<f64>,
+    pub server_request_duration: Histogram<f64>,
+    pub server_time_to_first_token: Histogram<f64>,
+    pub server_time_per_output_token: Histogram<f64>,
+    pub infer_waiting: Gauge<u64>,
+    pub infer_running: Gauge<u64>,
+    pub infer_batch_rows: Gauge<u64>,
+    pub infer_kv_used: Gauge<f64>,
+    pub infer_preemptions: Counter<u64>,
+    pub infer_prefix_queries: Counter<u64>,
+    pub infer_prefix_hits: Counter<u64>,
 }
 
 impl Metrics {
     fn new(meter: &Meter) -> Self {
         let counter =
             |name, unit| -> Counter<u64> { meter.u64_counter(name).with_unit(unit).build() };
+        let gauge = |name, unit| -> Gauge<u64> { meter.u64_gauge(name).with_unit(unit).build() };
         let seconds = |name| -> Histogram<f64> {
             meter
                 .f64_histogram(name)
@@ -117,6 +128,19 @@ impl Metrics {
             execute_tool_duration: seconds(metric::GEN_AI_EXECUTE_TOOL_DURATION),
             invoke_agent_duration: seconds(metric::GEN_AI_INVOKE_AGENT_DURATION),
             mcp_operation_duration: seconds(metric::MCP_OPERATION_DURATION),
+            server_request_duration: seconds(metric::GEN_AI_SERVER_REQUEST_DURATION),
+            server_time_to_first_token: seconds(metric::GEN_AI_SERVER_TIME_TO_FIRST_TOKEN),
+            server_time_per_output_token: seconds(metric::GEN_AI_SERVER_TIME_PER_OUTPUT_TOKEN),
+            infer_waiting: gauge(metric::INFER_WAITING, "{request}"),
+            infer_running: gauge(metric::INFER_RUNNING, "{request}"),
+            infer_batch_rows: gauge(metric::INFER_BATCH_ROWS, "{row}"),
+            infer_kv_used: meter
+                .f64_gauge(metric::INFER_KV_USED)
+                .with_unit("1")
+                .build(),
+            infer_preemptions: counter(metric::INFER_PREEMPTIONS, "{preemption}"),
+            infer_prefix_queries: counter(metric::INFER_PREFIX_QUERIES, "{token}"),
+            infer_prefix_hits: counter(metric::INFER_PREFIX_HITS, "{token}"),
         }
     }
 

@@ -105,6 +105,8 @@ pub mod target {
 pub mod operation {
     /// A call of the model.
     pub const CHAT: &str = "chat";
+    /// A call of the model without turns.
+    pub const TEXT_COMPLETION: &str = "text_completion";
     /// A call of a tool.
     pub const EXECUTE_TOOL: &str = "execute_tool";
     /// A whole rollout.
@@ -157,6 +159,26 @@ pub mod metric {
     pub const GEN_AI_OPERATION_DURATION: &str = "gen_ai.client.operation.duration";
     /// Histogram, `s`: time to the first piece of a streamed answer.
     pub const GEN_AI_TIME_TO_FIRST_CHUNK: &str = "gen_ai.client.operation.time_to_first_chunk";
+    /// Histogram, `s`: at the server of a model, a request from its first byte to the last of its answer.
+    pub const GEN_AI_SERVER_REQUEST_DURATION: &str = "gen_ai.server.request.duration";
+    /// Histogram, `s`: at the server of a model, from a request's first byte to the first token.
+    pub const GEN_AI_SERVER_TIME_TO_FIRST_TOKEN: &str = "gen_ai.server.time_to_first_token";
+    /// Histogram, `s`: at the server of a model, time for each token after the first.
+    pub const GEN_AI_SERVER_TIME_PER_OUTPUT_TOKEN: &str = "gen_ai.server.time_per_output_token";
+    /// Gauge, `{request}`: answers that wait for their first step, by model.
+    pub const INFER_WAITING: &str = "espalier.infer.waiting";
+    /// Gauge, `{request}`: answers that run, by model.
+    pub const INFER_RUNNING: &str = "espalier.infer.running";
+    /// Gauge, `{row}`: sequences of the last step, by model.
+    pub const INFER_BATCH_ROWS: &str = "espalier.infer.batch.rows";
+    /// Gauge, `1`: share of the memory for keys and values in use, by model.
+    pub const INFER_KV_USED: &str = "espalier.infer.kv.used";
+    /// Counter, `{preemption}`: answers that gave up their memory and were computed again, by model.
+    pub const INFER_PREEMPTIONS: &str = "espalier.infer.preemptions";
+    /// Counter, `{token}`: tokens of prompts, by model.
+    pub const INFER_PREFIX_QUERIES: &str = "espalier.infer.prefix.queries";
+    /// Counter, `{token}`: of these, tokens that were found computed, by model.
+    pub const INFER_PREFIX_HITS: &str = "espalier.infer.prefix.hits";
     /// Histogram, `s`: duration of a tool call.
     pub const GEN_AI_EXECUTE_TOOL_DURATION: &str = "gen_ai.execute_tool.duration";
     /// Histogram, `s`: duration of a rollout.

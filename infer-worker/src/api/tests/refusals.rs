@@ -124,7 +124,7 @@ async fn an_engine_that_refuses_is_told_by_status() {
     for (script, status, kind) in [
         ("full", 429, "rate_limit_error"),
         ("stopped", 503, "server_error"),
-        ("gone", 404, "not_found_error"),
+        ("invalid", 400, "invalid_request_error"),
         ("broken", 500, "server_error"),
     ] {
         let (found, error) = refused(server.chat(script, json!({}))).await;

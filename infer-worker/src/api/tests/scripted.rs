@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::{OnFailure, Tasks};
-use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use futures::{FutureExt as _, StreamExt as _, stream};
 use serde_json::Value;
 use tokio::sync::{Notify, mpsc};
 
@@ -103,7 +103,7 @@ impl Scripted {
             .expect("the answer goes on");
     }
 
-    fn start(&self, generation: Generation) -> Result<mpsc::Receiver<Event>, SubmitError> {
+    fn start(&self, generation: Generation) -> Result<Events, SubmitError> {
         let prompt: Vec<u8> = generation.prompt.iter().map(|&id| id as u8).collect();
         let asked = (
             generation.target.clone(),
@@ -118,14 +118,14 @@ impl Scripted {
                 });
             }
             b"stopped" => return Err(SubmitError::Stopped),
-            b"gone" => {
-                return Err(SubmitError::UnknownModel {
-                    name: "toy".to_owned(),
+            b"invalid" => {
+                return Err(SubmitError::Invalid {
+                    reason: "`ids` must be below 261".to_owned(),
                 });
             }
             _ => {}
         }
-        let (sender, receiver) = mpsc::channel(16);
+        let (sender, mut receiver) = mpsc::channel(16);
         let aborts = Arc::clone(&self.aborts);
         let go = Arc::clone(&self.go);
         self.tasks
@@ -135,7 +135,7 @@ impl Scripted {
                     aborts.one_more.notify_one();
                 }
             });
-        Ok(receiver)
+        Ok(stream::poll_fn(move |cx| receiver.poll_recv(cx)).boxed())
     }
 
     pub(super) fn aborted_count(&self) -> usize {
@@ -188,6 +188,7 @@ async fn play(generation: Generation, events: mpsc::Sender<Event>, go: Arc<Notif
             id,
             logprob: -0.5,
             top: top.collect(),
+            ends: id == END,
         };
         if events.send(Event::Token(token)).await.is_err() {
             return false;
@@ -248,7 +249,7 @@ impl ByteParser {
             Delta::ToolCall { index, name },
             part(head),
             part(tail),
-            Delta::ToolCallDone { index },
+            Delta::ToolCallDone { index, error: None },
         ]
     }
 }
@@ -318,7 +319,7 @@ impl Backend for Scripted {
         let model = self.models().into_iter().find(|model| model.name == name)?;
         Some(Target {
             name: model.name,
-            adapter: model.adapter.as_ref().map(|adapter| adapter.version as u32),
+            adapter: None,
             digest: model.adapter.map(|adapter| adapter.digest),
         })
     }
@@ -392,7 +393,7 @@ impl Backend for Scripted {
     fn submit(
         &self,
         generations: Vec<Generation>,
-    ) -> BoxFuture<'_, Result<Vec<mpsc::Receiver<Event>>, SubmitError>> {
+    ) -> BoxFuture<'_, Result<Vec<Events>, SubmitError>> {
         let start = |generation| self.start(generation);
         let started = generations.into_iter().map(start).collect();
         std::future::ready(started).boxed()

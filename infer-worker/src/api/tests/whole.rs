@@ -190,6 +190,33 @@ async fn completions_go_on_with_texts() {
 }
 
 #[tokio::test]
+async fn adapters_have_vllms_names_too() {
+    let server = Server::start().await;
+    let text = async |path: &str, body: Value| {
+        let response = server.post(path, &body).send().await.unwrap();
+        (response.status().as_u16(), response.text().await.unwrap())
+    };
+    let body = json!({"lora_name": "a", "lora_path": "/a", "load_inplace": true});
+    let (status, told) = text("/v1/load_lora_adapter", body).await;
+    assert_eq!(
+        (status, &*told),
+        (200, "Success: LoRA adapter 'a' added successfully.")
+    );
+    server.chat_json("hi", json!({"model": "a"})).await;
+    let (status, told) = text("/v1/load_lora_adapter", json!({"lora_name": "b c"})).await;
+    assert_eq!(status, 400);
+    assert!(told.contains("\"param\":\"lora_name\""), "{told}");
+    let (status, _) = text("/v1/unload_lora_adapter", json!({"lora_name": "a"})).await;
+    assert_eq!(status, 200);
+    assert_eq!(
+        text("/v1/unload_lora_adapter", json!({"lora_name": "a"}))
+            .await
+            .0,
+        404
+    );
+}
+
+#[tokio::test]
 async fn adapters_come_are_named_and_go() {
     let server = Server::start().await;
     let adapter = json!({"name": "a/b", "path": "/a"});
@@ -205,7 +232,8 @@ async fn adapters_come_are_named_and_go() {
         (&body["model"], &body["system_fingerprint"]),
         (&json!("a/b"), &json!("d1"))
     );
-    assert_eq!(server.backend.asked.lock().unwrap()[0].0.adapter, Some(2));
+    let asked = server.backend.asked.lock().unwrap()[0].0.clone();
+    assert_eq!((&*asked.name, asked.digest.as_deref()), ("a/b", Some("d1")));
     let get = async |path: &str| -> Value {
         server
             .client

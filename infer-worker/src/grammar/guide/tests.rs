@@ -96,6 +96,19 @@ fn json_follows_its_schema_and_then_the_answer_ends() {
 }
 
 #[test]
+fn blanks_come_to_an_end() {
+    let schema = json!({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"],
+        "x-guidance": {"lenient": true, "whitespace_pattern": " +"}});
+    let guides = guides();
+    let mut constraint = guides
+        .constrain(&json_grammar(schema), Thoughts::Over)
+        .unwrap();
+    accept(&mut *constraint, &bytes("{")).unwrap();
+    let blanks = vec![u32::from(b' '); 100];
+    assert_eq!(accept(&mut *constraint, &blanks), Err(40));
+}
+
+#[test]
 fn control_ids_never_stand_in_a_string() {
     let guides = guides();
     let mut constraint = guides

@@ -1,5 +1,8 @@
+use std::sync::Arc;
+
 use super::*;
 use crate::cpu::simd::tests::numbers;
+use crate::sampling::Seen;
 
 const ISA: Isa = Isa::Portable;
 
@@ -14,14 +17,14 @@ fn probabilities(logits: &[f32], temperature: f64) -> Vec<f64> {
 
 /// Draws 40,000 tokens and compares with the exact distribution. The limit is passed by chance once in 10⁶ or so
 /// (chi-square of up to 60 degrees of freedom), and the seeds are fixed.
-fn check(logits: &[f32], how: Draw<'_>, exact: &[f64]) {
+fn check(logits: &[f32], how: &Sampling, exact: &[f64]) {
     let draws = 40_000;
     let mut counts = vec![0_u32; logits.len()];
     for step in 0..draws {
-        let how = Draw {
+        let how = Sampling {
             seed: 7,
             step,
-            ..how
+            ..how.clone()
         };
         counts[draw(ISA, &mut logits.to_vec(), &how).unwrap().id as usize] += 1;
     }
@@ -46,6 +49,13 @@ fn check(logits: &[f32], how: Draw<'_>, exact: &[f64]) {
     );
 }
 
+fn at_step(how: &Sampling, step: u32) -> Sampling {
+    Sampling {
+        step,
+        ..how.clone()
+    }
+}
+
 fn logits() -> Vec<f32> {
     numbers(5, 40).iter().map(|x| x * 2.0).collect()
 }
@@ -64,72 +74,77 @@ fn only(mut exact: Vec<f64>, keep: impl Fn(usize, f64) -> bool) -> Vec<f64> {
 #[test]
 fn draws_follow_the_exact_distribution() {
     let logits = logits();
-    let plain = Draw {
+    let plain = Sampling {
         temperature: 1.0,
-        ..Draw::greedy()
+        ..Sampling::default()
     };
-    check(&logits, plain, &probabilities(&logits, 1.0));
-    let warm = Draw {
+    check(&logits, &plain, &probabilities(&logits, 1.0));
+    let warm = Sampling {
         temperature: 1.7,
-        ..plain
+        ..plain.clone()
     };
-    check(&logits, warm, &probabilities(&logits, 1.7));
+    check(&logits, &warm, &probabilities(&logits, 1.7));
     let exact = probabilities(&logits, 1.0);
     let mut sorted = exact.clone();
     sorted.sort_by(|a, b| b.total_cmp(a));
-    let top_k = Draw { top_k: 7, ..plain };
-    check(&logits, top_k, &only(exact.clone(), |_, p| p >= sorted[6]));
+    let top_k = Sampling {
+        top_k: 7,
+        ..plain.clone()
+    };
+    check(&logits, &top_k, &only(exact.clone(), |_, p| p >= sorted[6]));
     let needed = (1..)
         .find(|n| sorted[..*n].iter().sum::<f64>() >= 0.6)
         .unwrap();
-    let top_p = Draw {
+    let top_p = Sampling {
         top_p: 0.6,
-        ..plain
+        ..plain.clone()
     };
     check(
         &logits,
-        top_p,
+        &top_p,
         &only(exact.clone(), |_, p| p >= sorted[needed - 1]),
     );
-    let min_p = Draw {
+    let min_p = Sampling {
         min_p: 0.3,
-        ..plain
+        ..plain.clone()
     };
     check(
         &logits,
-        min_p,
+        &min_p,
         &only(exact.clone(), |_, p| p >= 0.3 * sorted[0]),
     );
     // top-p is of all probabilities, before min-p takes its share.
-    let both = Draw {
+    let both = Sampling {
         top_p: 0.6,
         min_p: 0.3,
-        ..plain
+        ..plain.clone()
     };
     let keep = |_: usize, p: f64| p >= sorted[needed - 1] && p >= 0.3 * sorted[0];
-    check(&logits, both, &only(exact.clone(), keep));
-    let odd = [0xaaaa_aaaa, 0xaaaa_aaaa];
-    let masked = Draw {
-        allowed: Some(&odd),
-        ..plain
+    check(&logits, &both, &only(exact.clone(), keep));
+    let odd = Arc::new([0xaaaa_aaaa, 0xaaaa_aaaa]);
+    let masked = Sampling {
+        allowed: Some(odd),
+        ..plain.clone()
     };
-    check(&logits, masked, &only(exact, |id, _| id % 2 == 1));
+    check(&logits, &masked, &only(exact, |id, _| id % 2 == 1));
 }
 
 #[test]
 fn penalties_and_bias_move_logits_and_not_reported_logprobs() {
     let logits = logits();
     let seen = [(3, 2), (4, 0), (9, 1), (500, 1)];
-    let bias = [(4, 1.5), (501, 9.0)];
-    let how = Draw {
-        temperature: 1.0,
-        seen: &seen,
-        repetition: 1.3,
+    let penalties = Penalties {
         presence: 0.4,
         frequency: 0.2,
-        bias: &bias,
-        top: 3,
-        ..Draw::greedy()
+        repetition: 1.3,
+        seen: seen.map(|(id, in_answer)| Seen { id, in_answer }).into(),
+    };
+    let how = Sampling {
+        temperature: 1.0,
+        penalties: Some(penalties),
+        bias: Some(Arc::new([(4, 1.5), (501, 9.0)])),
+        logprobs: Some(3),
+        ..Sampling::default()
     };
     let mut moved = logits.clone();
     for (id, times) in [(3, 2.0), (4, 0.0), (9, 1.0)] {
@@ -140,10 +155,10 @@ fn penalties_and_bias_move_logits_and_not_reported_logprobs() {
         }
     }
     moved[4] += 1.5;
-    check(&logits, how, &probabilities(&moved, 1.0));
+    check(&logits, &how, &probabilities(&moved, 1.0));
     let exact = probabilities(&logits, 1.0);
     for step in 0..200 {
-        let drawn = draw(ISA, &mut logits.clone(), &Draw { step, ..how }).unwrap();
+        let drawn = draw(ISA, &mut logits.clone(), &at_step(&how, step)).unwrap();
         assert!((f64::from(drawn.logprob) - exact[drawn.id as usize].ln()).abs() < 1e-5);
         assert_eq!(drawn.top.len(), 3);
         assert!(drawn.top.windows(2).all(|pair| pair[0].1 >= pair[1].1));
@@ -153,10 +168,10 @@ fn penalties_and_bias_move_logits_and_not_reported_logprobs() {
 #[test]
 fn greedy_takes_the_largest_and_of_equals_the_lowest() {
     let mut logits = vec![1.0, 5.0, 5.0, -1.0];
-    assert_eq!(draw(ISA, &mut logits, &Draw::greedy()).unwrap().id, 1);
-    let how = Draw {
-        allowed: Some(&[0b1101]),
-        ..Draw::greedy()
+    assert_eq!(draw(ISA, &mut logits, &Sampling::default()).unwrap().id, 1);
+    let how = Sampling {
+        allowed: Some(Arc::new([0b1101])),
+        ..Sampling::default()
     };
     assert_eq!(draw(ISA, &mut logits, &how).unwrap().id, 2);
 }
@@ -164,18 +179,18 @@ fn greedy_takes_the_largest_and_of_equals_the_lowest() {
 #[test]
 fn what_cannot_be_drawn_is_an_error() {
     for temperature in [0.0, 1.0] {
-        let none = Draw {
+        let none = Sampling {
             temperature,
-            allowed: Some(&[]),
-            ..Draw::greedy()
+            allowed: Some(Arc::new([])),
+            ..Sampling::default()
         };
         assert_eq!(
             draw(ISA, &mut [1.0, 2.0], &none),
             Err(DrawError::NothingAllowed)
         );
-        let plain = Draw {
+        let plain = Sampling {
             temperature,
-            ..Draw::greedy()
+            ..Sampling::default()
         };
         for bad in [
             [1.0, f32::NAN],
@@ -193,13 +208,13 @@ fn what_cannot_be_drawn_is_an_error() {
 
 #[test]
 fn one_token_is_kept_however_low_top_p_is() {
-    let how = Draw {
+    let how = Sampling {
         temperature: 1.0,
         top_p: 1e-9,
-        ..Draw::greedy()
+        ..Sampling::default()
     };
     for step in 0..50 {
-        let drawn = draw(ISA, &mut [0.0, 3.0, 0.0], &Draw { step, ..how }).unwrap();
+        let drawn = draw(ISA, &mut [0.0, 3.0, 0.0], &at_step(&how, step)).unwrap();
         assert_eq!(drawn.id, 1);
     }
 }

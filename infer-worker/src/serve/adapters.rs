@@ -1,0 +1,185 @@
+//! The adapters that requests may name, each under its newest version.
+//!
+//! A load happens beside everything: only when the executor has the weights does the name change hands, in one
+//! statement. Requests that were taken before hold the version that they began with, and the executor forgets it when
+//! the last of them has ended.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use espalier_core::time::Timestamp;
+use espalier_runtime::clock::Clock;
+use espalier_runtime::telemetry::error_chain;
+use futures::future::BoxFuture;
+
+use crate::api::backend::{AdapterError, AdapterInfo, AdapterSource, Model, Target};
+use crate::engine::{self, Adapter};
+use crate::load::{Fetcher, Source, Wanted};
+
+/// An adapter in the executor.
+pub(super) struct Loaded {
+    /// Holds it there.
+    pub(super) handle: Arc<Adapter>,
+    /// Its largest rank.
+    pub(super) rank: u32,
+}
+
+/// Why a folder is no adapter for the model that runs.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WeightsError {
+    /// It is broken or made for another model.
+    #[error("{0}")]
+    Refused(String),
+    /// The executor did not take it.
+    #[error(transparent)]
+    Engine(#[from] engine::AdapterError),
+}
+
+/// Reads a folder and gives it to the executor: what differs between devices.
+pub(super) type LoadWeights =
+    Box<dyn Fn(PathBuf) -> BoxFuture<'static, Result<Loaded, WeightsError>> + Send + Sync>;
+
+/// The adapters of one engine.
+pub(super) struct Adapters {
+    base: String,
+    max: usize,
+    fetcher: Fetcher,
+    load_weights: LoadWeights,
+    clock: Arc<dyn Clock>,
+    named: Mutex<Named>,
+    /// One load at a time: each takes memory for a whole adapter, and versions follow the order of loads.
+    loading: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct Named {
+    current: BTreeMap<String, (Arc<Adapter>, Model)>,
+    /// How often each name was loaded, also of those that are gone: a version never comes back.
+    versions: BTreeMap<String, u64>,
+}
+
+impl Adapters {
+    pub(super) fn new(
+        base: String,
+        max: usize,
+        fetcher: Fetcher,
+        load_weights: LoadWeights,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        Self {
+            base,
+            max,
+            fetcher,
+            load_weights,
+            clock,
+            named: Mutex::default(),
+            loading: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// By name.
+    pub(super) fn models(&self) -> Vec<Model> {
+        let named = self.lock();
+        named
+            .current
+            .values()
+            .map(|(_, model)| model.clone())
+            .collect()
+    }
+
+    pub(super) fn target(&self, name: &str) -> Option<Target> {
+        let named = self.lock();
+        let (handle, model) = named.current.get(name)?;
+        Some(Target {
+            name: name.to_owned(),
+            adapter: Some(Arc::clone(handle)),
+            digest: model.adapter.as_ref().map(|adapter| adapter.digest.clone()),
+        })
+    }
+
+    /// Loads an adapter, or a new version of one.
+    pub(super) async fn load(&self, source: AdapterSource) -> Result<Model, AdapterError> {
+        let name = source.name;
+        if name == self.base {
+            return Err(AdapterError::NameTaken { name });
+        }
+        let _one = self.loading.lock().await;
+        let refused = |reason: String| AdapterError::Refused {
+            name: name.clone(),
+            reason,
+        };
+        if !self.has_room(&name) {
+            let max = self.max;
+            return Err(refused(format!(
+                "{max} adapters are loaded, and `--max-loras` allows no more"
+            )));
+        }
+        let folder = async {
+            let place = Source::parse(&source.path, None)?;
+            self.fetcher.fetch(&place, Wanted::Adapter).await
+        };
+        let folder = folder.await.map_err(|error| refused(error_chain(&error)))?;
+        let loaded = match (self.load_weights)(folder).await {
+            Ok(loaded) => loaded,
+            Err(WeightsError::Engine(engine::AdapterError::Stopped(_))) => {
+                return Err(AdapterError::Stopped);
+            }
+            Err(error) => return Err(refused(error_chain(&error))),
+        };
+        let model = self.name(&name, source.path, loaded);
+        let info = model.adapter.as_ref();
+        tracing::info!(
+            adapter = name,
+            version = info.map(|info| info.version),
+            digest = info.map(|info| &*info.digest),
+            "adapter loaded"
+        );
+        Ok(model)
+    }
+
+    fn name(&self, name: &str, path: String, loaded: Loaded) -> Model {
+        let mut named = self.lock();
+        let version = named.versions.entry(name.to_owned()).or_default();
+        *version += 1;
+        let digest = loaded
+            .handle
+            .digest()
+            .iter()
+            .map(|byte| format!("{byte:02x}"));
+        let model = Model {
+            name: name.to_owned(),
+            created_s: self.clock.now().since(Timestamp::default()).as_secs(),
+            adapter: Some(AdapterInfo {
+                digest: digest.collect(),
+                path,
+                rank: loaded.rank,
+                version: *version,
+            }),
+        };
+        named
+            .current
+            .insert(name.to_owned(), (loaded.handle, model.clone()));
+        model
+    }
+
+    fn has_room(&self, name: &str) -> bool {
+        let named = self.lock();
+        named.current.contains_key(name) || named.current.len() < self.max
+    }
+
+    /// Takes one out: requests that run on it go on to their end.
+    pub(super) fn unload(&self, name: &str) -> Result<(), AdapterError> {
+        match self.lock().current.remove(name) {
+            Some(_) => Ok(()),
+            None => Err(AdapterError::Unknown {
+                name: name.to_owned(),
+            }),
+        }
+    }
+
+    /// No code that may panic runs under the lock, and what it holds is valid after every statement.
+    fn lock(&self) -> MutexGuard<'_, Named> {
+        self.named.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

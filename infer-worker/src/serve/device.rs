@@ -1,0 +1,144 @@
+//! What the model runs on: the one place that knows which executors there are.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_kernels::cpu::{Form, Pool};
+use espalier_qwen3::{Config, Lora};
+use espalier_runtime::tasks::{BlockingFailed, blocking};
+use espalier_runtime::telemetry::error_chain;
+use futures::FutureExt as _;
+
+use super::adapters::{LoadWeights, Loaded, WeightsError};
+use super::memory::{self, Gib, MemoryError, Wish, form_name};
+use crate::config::{Device, Dtype, Options};
+use crate::engine::{AdapterPort, Engine, EngineConfig, StartError};
+use crate::executor::cpu::{CpuConfig, CpuExecutor};
+use crate::load::model::ModelFiles;
+use crate::scheduler;
+
+/// Tokens of a step on the CPU without being told: more makes answers wait for prompts, and is no faster.
+const CPU_STEP_TOKENS: u32 = 512;
+/// How long a step may take on the CPU: a large model, few cores, and all tokens that a step may have.
+const CPU_STEP_LIMIT: Duration = Duration::from_secs(600);
+
+/// Why a model does not run.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DeviceError {
+    #[error("`--device` {rule}")]
+    Device { rule: &'static str },
+    #[error("the model cannot be loaded")]
+    Model(#[from] espalier_qwen3::ModelError),
+    #[error("there is not enough memory")]
+    Memory(#[from] MemoryError),
+    #[error("no memory for keys and values, or no thread")]
+    Executor(#[source] std::io::Error),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Blocking(#[from] BlockingFailed),
+}
+
+/// A model that runs.
+pub(super) struct Running {
+    pub(super) engine: Engine,
+    pub(super) load_weights: LoadWeights,
+    pub(super) context_tokens: usize,
+}
+
+/// Loads the weights and starts the engine on the device that `options` name.
+pub(super) async fn start(options: &Options, files: &ModelFiles) -> Result<Running, DeviceError> {
+    match options.device {
+        Device::Auto | Device::Cpu => start_cpu(options, files).await,
+        Device::Cuda(_) => Err(DeviceError::Device {
+            rule: "must be auto or cpu: this build runs no models on GPUs",
+        }),
+    }
+}
+
+async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, DeviceError> {
+    let form = match options.dtype {
+        // Faster forms than the checkpoint's own change its numbers: that is somebody's decision.
+        Dtype::Auto | Dtype::Bf16 => Form::Bf16,
+        Dtype::F32 => Form::F32,
+        Dtype::Q8 => Form::Q8,
+    };
+    memory::check_weights(&files.config, form, memory::available())?;
+    let threads = match options.cpu_threads {
+        Some(threads) => threads as usize,
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    let folder = files.folder.clone();
+    let load = move || espalier_qwen3::Model::load(&folder, form, Arc::new(Pool::new(threads)));
+    let model = blocking("model.load", load).await??;
+    let step_tokens = options
+        .max_num_batched_tokens
+        .unwrap_or(CPU_STEP_TOKENS.max(options.max_num_seqs));
+    let wish = Wish {
+        kv_bytes: options.kv_cache_memory_bytes,
+        context_tokens: options.max_model_len.map(|tokens| tokens as usize),
+        sequences: options.max_num_seqs as usize,
+        step_tokens: step_tokens as usize,
+    };
+    let block_bytes = model.kv_shape(1).block_bytes() as u64;
+    let plan = memory::plan(&files.config, block_bytes, wish, memory::available())?;
+    tracing::info!(
+        device = "cpu",
+        instructions = ?model.pool().isa(),
+        threads,
+        weights = form_name(form),
+        weights_read_a_token = %Gib(model.weight_bytes() as u64),
+        kv = %Gib(u64::from(plan.kv_blocks) * block_bytes),
+        kv_form = "f32",
+        context_tokens = plan.context_tokens,
+        "model loaded"
+    );
+    let executor = CpuExecutor::start(
+        model,
+        CpuConfig {
+            kv_blocks: plan.kv_blocks,
+            tokens: step_tokens,
+            rows: options.max_num_seqs,
+            steps_in_flight: 1,
+        },
+    );
+    let config = EngineConfig {
+        max_queue: options.max_queue as usize,
+        step_limit: CPU_STEP_LIMIT,
+        ..EngineConfig::new(scheduler::Config {
+            max_num_seqs: options.max_num_seqs as usize,
+            max_num_batched_tokens: step_tokens as usize,
+            max_model_len: plan.context_tokens,
+            prefix_caching: !options.no_enable_prefix_caching,
+            weight_version: 1,
+        })
+    };
+    let (engine, port) = Engine::start(executor.map_err(DeviceError::Executor)?, config)?;
+    Ok(Running {
+        engine,
+        load_weights: cpu_adapters(port, files.config.clone()),
+        context_tokens: plan.context_tokens,
+    })
+}
+
+/// Reads adapters beside the steps that run, on a thread of their own, so that no answer waits for them.
+fn cpu_adapters(port: AdapterPort<Box<Lora>>, base: Config) -> LoadWeights {
+    let (base, pool) = (Arc::new(base), Arc::new(Pool::new(1)));
+    Box::new(move |folder: PathBuf| {
+        let (port, base, pool) = (port.clone(), Arc::clone(&base), Arc::clone(&pool));
+        async move {
+            let read = blocking("adapter.load", move || Lora::load(&folder, &base, &pool));
+            let refused = |error: &dyn std::error::Error| WeightsError::Refused(error.to_string());
+            let lora = read.await.map_err(|error| refused(&error))?;
+            let lora = lora.map_err(|error| WeightsError::Refused(error_chain(&error)))?;
+            let (digest, rank) = (lora.digest(), lora.rank());
+            let handle = port.load(digest, Box::new(lora)).await?;
+            Ok(Loaded {
+                handle,
+                rank: u32::try_from(rank).unwrap_or(u32::MAX),
+            })
+        }
+        .boxed()
+    })
+}

@@ -1,0 +1,184 @@
+//! One inference worker from start to end: model, engine and API together, and a drain in order.
+
+mod adapters;
+mod backend;
+mod device;
+mod gauges;
+mod memory;
+mod text;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_core::time::Timestamp;
+use espalier_runtime::clock::{Clock, SystemClock};
+use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::ids::UuidIds;
+use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::tasks::{BlockingFailed, OnFailure, Tasks, Unfinished, blocking};
+use tokio::net::TcpListener;
+
+use crate::api::backend::{AdapterError, Backend as _, Model};
+use crate::api::{self, Parts};
+use crate::config::Options;
+use crate::engine::Health;
+use crate::grammar::GrammarError;
+use crate::load::model::{ModelError, ModelFiles};
+use crate::load::{Fetcher, LoadError, Source, Wanted};
+
+use adapters::Adapters;
+use backend::Served;
+use text::Text;
+
+/// How long gauges may take to end: they wait for nothing.
+const TASKS_END_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why a worker could not start, or did not end in order.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The model's files cannot be had.
+    #[error("the model cannot be fetched")]
+    Fetch(#[from] LoadError),
+    /// They are no model that is served here.
+    #[error("the model cannot be served")]
+    Model(#[from] ModelError),
+    /// It does not run on this machine.
+    #[error("the model does not run here")]
+    Device(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The vocabulary cannot be used for grammars.
+    #[error("grammars cannot be made for the model")]
+    Grammar(#[from] GrammarError),
+    /// An adapter of the command line was not loaded.
+    #[error("an adapter cannot be loaded")]
+    Adapter(#[from] AdapterError),
+    /// Answers that did not end in time.
+    #[error("answers were broken off")]
+    Unfinished(#[from] Unfinished),
+    /// The engine failed.
+    #[error("the engine failed: {0}")]
+    Engine(Arc<str>),
+    /// Work off the async threads failed.
+    #[error(transparent)]
+    Blocking(#[from] BlockingFailed),
+}
+
+/// A model that runs, and is not served yet.
+pub struct Worker {
+    served: Arc<Served>,
+    api_key: Option<Secret>,
+    seed: Option<u64>,
+    drain_limit: Duration,
+}
+
+impl Worker {
+    /// Fetches and loads the model and its adapters, and starts the engine. What draining means to it is that it is
+    /// healthy no more.
+    ///
+    /// # Errors
+    /// It could not start.
+    pub async fn start(
+        options: &Options,
+        environment: &Environment,
+        shutdown: &Shutdown,
+    ) -> Result<Self, RunError> {
+        Ok(Self {
+            served: Arc::new(start(options, environment, shutdown).await?),
+            api_key: options.api_key.clone(),
+            seed: options.seed,
+            drain_limit: options.drain_limit(),
+        })
+    }
+
+    /// Serves until `shutdown` drains; then finishes the answers that run, for at most `--shutdown-timeout`.
+    ///
+    /// # Errors
+    /// Answers were broken off, or the engine failed.
+    pub async fn serve(self, listener: TcpListener, shutdown: Shutdown) -> Result<(), RunError> {
+        let served = self.served;
+        let ends = Shutdown::new();
+        let tasks = Tasks::new(ends.clone());
+        let gauges = gauges::run(Arc::clone(&served), ends.clone());
+        tasks.spawn("infer.gauges", OnFailure::Log, gauges);
+        let router = api::router(Parts {
+            backend: Arc::<Served>::clone(&served),
+            api_key: self.api_key,
+            clock: Arc::new(SystemClock),
+            ids: Arc::new(UuidIds),
+            seed: self.seed,
+        });
+        let address = listener.local_addr().map(|address| address.to_string());
+        tracing::info!(
+            address = address.unwrap_or_default(),
+            model = served.base.name,
+            context_tokens = served.context_tokens,
+            "serving"
+        );
+        let ended = api::serve(listener, router, shutdown, self.drain_limit).await;
+        // Nobody is left who would read what still runs.
+        let health = served.engine.stop(Duration::ZERO).await;
+        tracing::info!(health = %health, "engine stopped");
+        ends.abort();
+        tasks.join_all(TASKS_END_LIMIT).await?;
+        match health {
+            Health::Failed(reason) => Err(RunError::Engine(reason)),
+            _ => Ok(ended?),
+        }
+    }
+}
+
+/// Starts a worker and serves it until `shutdown` drains.
+///
+/// # Errors
+/// As for [`Worker::start`] and [`Worker::serve`].
+pub async fn run(
+    options: &Options,
+    environment: &Environment,
+    listener: TcpListener,
+    shutdown: Shutdown,
+) -> Result<(), RunError> {
+    let worker = tokio::select! {
+        worker = Worker::start(options, environment, &shutdown) => worker?,
+        () = shutdown.draining() => return Ok(()),
+    };
+    worker.serve(listener, shutdown).await
+}
+
+async fn start(
+    options: &Options,
+    environment: &Environment,
+    shutdown: &Shutdown,
+) -> Result<Served, RunError> {
+    let fetcher = Fetcher::new(environment, options.download_dir.as_deref());
+    let source = Source::parse(&options.model, options.revision.as_deref())?;
+    let folder = fetcher.fetch(&source, Wanted::Model).await?;
+    let files = read(&folder).await?;
+    let running = device::start(options, &files)
+        .await
+        .map_err(|error| RunError::Device(Box::new(error)))?;
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let base = Model {
+        name: options.base_name().to_owned(),
+        created_s: clock.now().since(Timestamp::default()).as_secs(),
+        adapter: None,
+    };
+    let max = options.max_loras as usize;
+    let adapters = Adapters::new(base.name.clone(), max, fetcher, running.load_weights, clock);
+    let served = Served {
+        engine: running.engine,
+        text: blocking("text.load", move || Text::new(files)).await??,
+        adapters,
+        base,
+        context_tokens: running.context_tokens,
+        shutdown: shutdown.clone(),
+    };
+    for source in &options.adapters {
+        served.load_adapter(source.clone()).await?;
+    }
+    Ok(served)
+}
+
+async fn read(folder: &Path) -> Result<ModelFiles, RunError> {
+    let folder = folder.to_owned();
+    Ok(blocking("model.read", move || ModelFiles::read(&folder)).await??)
+}
