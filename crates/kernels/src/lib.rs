@@ -6,3 +6,5 @@
 pub mod buffer;
 pub mod cpu;
 pub mod cuda;
+
+pub use half::bf16;
