@@ -1,6 +1,7 @@
 //! Serves Qwen3 and its adapters over an OpenAI-compatible API.
 
 pub mod api;
+pub mod bench;
 pub mod blocks;
 pub mod config;
 pub mod engine;

@@ -7,3 +7,5 @@ pub mod buffer;
 pub mod cpu;
 pub mod cuda;
 pub mod sampling;
+
+pub use half::bf16;

@@ -51,11 +51,20 @@ pub enum LoraError {
 
 /// Places of a layer that are adapted: projections of one input are packed together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Site {
+pub enum Site {
+    /// q, k and v.
     Qkv,
+    /// From heads to the residual stream.
     O,
+    /// Gate and up.
     GateUp,
+    /// Down.
     Down,
+}
+
+impl Site {
+    /// All of a layer.
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
 }
 
 /// A loaded adapter.
@@ -155,7 +164,12 @@ impl Lora {
         self.rank
     }
 
-    pub(crate) fn pairs(&self, layer: usize, site: Site) -> &[LoraPair] {
+    /// What it adds at a place of a layer: a pair for each projection that it adapts.
+    ///
+    /// # Panics
+    /// When the base has no such layer.
+    #[must_use]
+    pub fn pairs(&self, layer: usize, site: Site) -> &[LoraPair] {
         &self.layers[layer][site as usize]
     }
 }

@@ -15,6 +15,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, TensorSource};
 use crate::config::{Config, ConfigError};
 use crate::lora::{Lora, Site};
 use crate::rotary::Rotary;
+use crate::tensors::{Gated, Matrix, MlpTensors, Vector};
 
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -167,12 +168,10 @@ impl Model {
             form,
             pool: &pool,
         };
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = load.linear(hidden, &[("model.embed_tokens.weight", vocab)])?;
-        let lm_head = if config.tied {
-            None
-        } else {
-            Some(load.linear(hidden, &[("lm_head.weight", vocab)])?)
+        let embedding = load.linear(&config.embedding())?;
+        let lm_head = match config.lm_head() {
+            None => None,
+            Some(matrix) => Some(load.linear(&matrix)?),
         };
         let layers = (0..config.layers)
             .map(|i| load.layer(&config, i))
@@ -181,7 +180,7 @@ impl Model {
             embedding,
             lm_head,
             layers,
-            final_norm: load.vector("model.norm.weight", hidden)?,
+            final_norm: load.vector(&config.final_norm())?,
             rotary: Rotary::new(&config.rope, config.head_dim),
             config,
             pool,
@@ -484,93 +483,62 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
-        Ok(self.source.tensor(name, &[len])?.to_vec())
+    fn vector(&self, vector: &Vector) -> Result<Vec<f32>, CheckpointError> {
+        Ok(self.source.tensor(&vector.name, &[vector.len])?.to_vec())
     }
 
-    /// Tensors `(name, rows)` of one width, packed one under the other.
-    fn linear(&self, k: usize, parts: &[(&str, usize)]) -> Result<PackedLinear, CheckpointError> {
-        let tensors = parts
+    fn linear(&self, matrix: &Matrix) -> Result<PackedLinear, CheckpointError> {
+        let k = matrix.inputs;
+        let tensors = matrix
+            .parts
             .iter()
             .map(|(name, rows)| self.source.tensor(name, &[*rows, k]))
             .collect::<Result<Vec<_>, _>>()?;
         let rows: Vec<_> = tensors.iter().map(|tensor| tensor.rows()).collect();
         PackedLinear::pack(self.pool, self.form, k, &rows).map_err(|source| {
             CheckpointError::Memory {
-                what: parts[0].0.to_owned(),
+                what: matrix.parts[0].0.clone(),
                 source,
             }
         })
     }
 
     fn layer(&self, config: &Config, index: usize) -> Result<Layer, CheckpointError> {
-        let name = |rest: &str| format!("model.layers.{index}.{rest}.weight");
-        let (hidden, dim) = (config.hidden_size, config.head_dim);
-        let (q, kv) = (config.heads * dim, config.kv_heads * dim);
+        let tensors = config.layer_tensors(index);
         Ok(Layer {
-            input_norm: self.vector(&name("input_layernorm"), hidden)?,
-            qkv: self.linear(
-                hidden,
-                &[
-                    (&name("self_attn.q_proj"), q),
-                    (&name("self_attn.k_proj"), kv),
-                    (&name("self_attn.v_proj"), kv),
-                ],
-            )?,
-            q_norm: self.vector(&name("self_attn.q_norm"), dim)?,
-            k_norm: self.vector(&name("self_attn.k_norm"), dim)?,
-            o: self.linear(q, &[(&name("self_attn.o_proj"), hidden)])?,
-            post_norm: self.vector(&name("post_attention_layernorm"), hidden)?,
-            mlp: match &config.moe {
-                Some(moe) if moe.sparse[index] => self.sparse(hidden, moe, &name)?,
-                _ => {
-                    let (gate_up, down) =
-                        self.gated(hidden, config.intermediate_size, &name, "mlp")?;
-                    Mlp::Dense { gate_up, down }
-                }
+            input_norm: self.vector(&tensors.input_norm)?,
+            qkv: self.linear(&tensors.qkv)?,
+            q_norm: self.vector(&tensors.q_norm)?,
+            k_norm: self.vector(&tensors.k_norm)?,
+            o: self.linear(&tensors.o)?,
+            post_norm: self.vector(&tensors.post_norm)?,
+            mlp: match &tensors.mlp {
+                MlpTensors::Dense(gated) => Mlp::Dense {
+                    gate_up: self.linear(&gated.gate_up)?,
+                    down: self.linear(&gated.down)?,
+                },
+                MlpTensors::Sparse { router, experts } => self.sparse(router, experts)?,
             },
         })
     }
 
-    fn gated(
-        &self,
-        hidden: usize,
-        width: usize,
-        name: &dyn Fn(&str) -> String,
-        at: &str,
-    ) -> Result<(PackedLinear, PackedLinear), CheckpointError> {
-        let of = |which: &str| name(&format!("{at}.{which}"));
-        Ok((
-            self.linear(
-                hidden,
-                &[(&of("gate_proj"), width), (&of("up_proj"), width)],
-            )?,
-            self.linear(width, &[(&of("down_proj"), hidden)])?,
-        ))
-    }
-
-    fn sparse(
-        &self,
-        hidden: usize,
-        moe: &crate::config::Moe,
-        name: &dyn Fn(&str) -> String,
-    ) -> Result<Mlp, CheckpointError> {
+    fn sparse(&self, router: &Matrix, tensors: &[Gated]) -> Result<Mlp, CheckpointError> {
         let mut experts = Experts {
             gate_up: Vec::new(),
             down: Vec::new(),
         };
-        for expert in 0..moe.experts {
-            let at = format!("mlp.experts.{expert}");
-            let (gate_up, down) = self.gated(hidden, moe.intermediate_size, name, &at)?;
-            experts.gate_up.push(gate_up);
-            experts.down.push(down);
+        for expert in tensors {
+            experts.gate_up.push(self.linear(&expert.gate_up)?);
+            experts.down.push(self.linear(&expert.down)?);
         }
         // The router decides; it is small, and stays as exact as the checkpoint.
-        let router = Self {
+        let exact = Self {
             form: Form::F32,
             ..*self
         };
-        let router = router.linear(hidden, &[(&name("mlp.gate"), moe.experts)])?;
-        Ok(Mlp::Sparse { router, experts })
+        Ok(Mlp::Sparse {
+            router: exact.linear(router)?,
+            experts,
+        })
     }
 }

@@ -1,6 +1,19 @@
 //! Angles of the rotary embedding, with and without YaRN.
 
-use crate::config::{Rope, Yarn};
+use crate::config::{Config, Rope, Yarn};
+
+impl Config {
+    /// `[positions, head_dim]`: of each position `head_dim / 2` cosines, then as many sines.
+    #[must_use]
+    pub fn turns(&self, positions: usize) -> Vec<f32> {
+        let rotary = Rotary::new(&self.rope, self.head_dim);
+        let mut turns = Vec::with_capacity(positions * self.head_dim);
+        for position in 0..positions {
+            rotary.push(position, &mut turns);
+        }
+        turns
+    }
+}
 
 /// Frequencies of a model's heads.
 pub(crate) struct Rotary {

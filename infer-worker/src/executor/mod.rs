@@ -5,6 +5,7 @@
 //! calls it and nobody else.
 
 pub mod cpu;
+pub mod cuda;
 
 use std::time::Duration;
 
@@ -128,7 +129,9 @@ pub enum ExecutorError {
 /// Runs a model.
 ///
 /// Steps take effect in the order of their tickets: what a step writes into KV blocks is there for the next one. The
-/// result of a row depends on its own sequence only, bit for bit. Dropping the executor ends what is in flight.
+/// result of a row depends on its own sequence only: on the CPU bit for bit; on a GPU but for the last bits of bf16, which
+/// may follow the size of the batch, so that ids are the same wherever the most likely is ahead by more than that.
+/// Dropping the executor ends what is in flight.
 pub trait Executor: Send {
     /// The weights of an adapter, read and checked beforehand, off the engine's thread.
     type Adapter: Send + 'static;

@@ -15,6 +15,7 @@
 use std::io;
 use std::ops::Range;
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::pool::{Parts, Pool, share};
@@ -105,6 +106,38 @@ impl RowSource<'_> {
                 halves(bytes, out, &|pair| bf16::from_le_bytes(pair).to_f32());
             }
             Self::F16Bytes(bytes) => halves(bytes, out, &|pair| f16::from_le_bytes(pair).to_f32()),
+        }
+    }
+}
+
+impl RowSource<'_> {
+    /// Copies numbers from `start` on, rounded to bf16 where they are wider.
+    ///
+    /// # Panics
+    /// When there are fewer than `out` takes.
+    pub fn bf16_into(&self, start: usize, out: &mut [bf16]) {
+        let range = start..start + out.len();
+        match self {
+            Self::F32(values) => out.convert_from_f32_slice(&values[range]),
+            Self::F32Bytes(bytes) => {
+                let (words, _) = bytes[range.start * 4..range.end * 4].as_chunks::<4>();
+                for (out, word) in out.iter_mut().zip(words) {
+                    *out = bf16::from_f32(f32::from_le_bytes(*word));
+                }
+            }
+            Self::Bf16Bytes(bytes) => {
+                // As they are: a loop that is seen to be a copy.
+                let (pairs, _) = bytes[range.start * 2..range.end * 2].as_chunks::<2>();
+                for (out, pair) in out.iter_mut().zip(pairs) {
+                    *out = bf16::from_le_bytes(*pair);
+                }
+            }
+            Self::F16Bytes(bytes) => {
+                let (pairs, _) = bytes[range.start * 2..range.end * 2].as_chunks::<2>();
+                for (out, pair) in out.iter_mut().zip(pairs) {
+                    *out = bf16::from_f32(f16::from_le_bytes(*pair).to_f32());
+                }
+            }
         }
     }
 }

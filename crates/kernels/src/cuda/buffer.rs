@@ -5,11 +5,11 @@
     reason = "memory is taken from the driver and copied by address"
 )]
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaEvent, CudaSlice, DevicePtr, DeviceRepr, HostSlice, PinnedHostSlice, ValidAsZeroBits,
-    result,
+    CudaEvent, CudaSlice, DevicePtr, DeviceRepr, PinnedHostSlice, ValidAsZeroBits, result,
 };
 use half::bf16;
 
@@ -24,13 +24,21 @@ impl Element for bf16 {}
 impl Element for f32 {}
 impl Element for u32 {}
 impl Element for u8 {}
+impl Element for [u32; 2] {}
 impl Element for [u32; 4] {}
 impl Element for SampleRow {}
 
-/// `len` values on the device. The memory is given back when the buffer and all graphs that name it are gone.
+/// Kernels move 16 bytes at a time: memory is taken in whole ones, and buffers begin at one.
+const UNIT_BYTES: usize = 16;
+
+/// `len` values on the device. The memory is given back when the buffer, all its parts and all graphs that name it are
+/// gone.
 pub struct Buffer<T: Element> {
-    slice: Arc<CudaSlice<T>>,
+    memory: Arc<CudaSlice<u8>>,
+    /// Where it begins in the memory.
+    start_bytes: usize,
     len: usize,
+    of: PhantomData<T>,
 }
 
 impl<T: Element> Buffer<T> {
@@ -44,11 +52,37 @@ impl<T: Element> Buffer<T> {
         self.len() == 0
     }
 
+    /// `len` values of another kind in the same memory, from this buffer's value `start` on. What is written to the one
+    /// is read from the other.
+    ///
+    /// # Errors
+    /// When they do not lie within this buffer, or do not begin at a whole 16 bytes.
+    pub fn part<U: Element>(&self, start: usize, len: usize) -> Result<Buffer<U>, CudaError> {
+        let start_bytes = start * size_of::<T>();
+        let holds = (self.len * size_of::<T>()).saturating_sub(start_bytes) / size_of::<U>();
+        within("part", 0, len, holds)?;
+        let refused = || CudaError::Shape {
+            operation: "part",
+            name: "start",
+            rule: format!("must be at a multiple of {UNIT_BYTES} bytes"),
+            got: start_bytes,
+        };
+        if !start_bytes.is_multiple_of(UNIT_BYTES) {
+            return Err(refused());
+        }
+        Ok(Buffer {
+            memory: Arc::clone(&self.memory),
+            start_bytes: self.start_bytes + start_bytes,
+            len,
+            of: PhantomData,
+        })
+    }
+
     /// Its address, for use on `device`'s stream. While a graph is recorded, the graph keeps the memory.
     pub(super) fn address(&self, device: &Device) -> u64 {
-        device.keep(|| self.slice.clone());
+        device.keep(|| self.memory.clone());
         // Events are not tracked, so there is nothing to record when the guard goes.
-        self.slice.device_ptr(device.stream()).0
+        self.memory.device_ptr(device.stream()).0 + self.start_bytes as u64
     }
 }
 
@@ -60,14 +94,16 @@ impl Device {
     pub fn zeroed<T: Element>(&self, len: usize) -> Result<Buffer<T>, CudaError> {
         self.not_recording("take memory")?;
         let bytes = len * size_of::<T>();
-        // A length of zero has no address; one element stands in for it.
-        let slice = self
+        // A length of zero has no address; a unit stands in for it.
+        let memory = self
             .stream()
-            .alloc_zeros(len.max(1))
+            .alloc_zeros(bytes.next_multiple_of(UNIT_BYTES).max(UNIT_BYTES))
             .tried(format!("give {bytes} bytes of memory"))?;
         Ok(Buffer {
-            slice: Arc::new(slice),
+            memory: Arc::new(memory),
+            start_bytes: 0,
             len,
+            of: PhantomData,
         })
     }
 
@@ -93,6 +129,7 @@ impl Device {
     ) -> Result<(), CudaError> {
         self.not_recording("copy from the host")?;
         within("write", start, values.len(), buffer.len())?;
+        self.bind()?;
         let to = buffer.address(self) + (start * size_of::<T>()) as u64;
         // SAFETY: the range lies in the buffer, which lives. Pageable memory is read before the call returns.
         unsafe { result::memcpy_htod_async(to, values, self.stream().cu_stream()) }
@@ -105,12 +142,14 @@ impl Device {
     /// When the copy or what was launched before failed.
     pub fn read<T: Element>(&self, buffer: &Buffer<T>) -> Result<Vec<T>, CudaError> {
         self.not_recording("copy to the host")?;
-        let mut values = self
-            .stream()
-            .clone_dtoh(&*buffer.slice)
+        self.bind()?;
+        // SAFETY: zero is a value of every element.
+        let mut values = vec![unsafe { std::mem::zeroed::<T>() }; buffer.len()];
+        let from = buffer.address(self);
+        // SAFETY: both hold as many values, and live until the copy has ended below.
+        unsafe { result::memcpy_dtoh_async(&mut values, from, self.stream().cu_stream()) }
             .tried("copy to the host")?;
         self.synchronize()?;
-        values.truncate(buffer.len());
         Ok(values)
     }
 
@@ -125,6 +164,7 @@ impl Device {
         len: usize,
     ) -> Result<(), CudaError> {
         within("clear", start, len, buffer.len())?;
+        self.bind()?;
         let at = buffer.address(self) + (start * size_of::<T>()) as u64;
         // SAFETY: the range lies in the buffer, which lives; zero is a value of every element.
         unsafe { result::memset_d8_async(at, 0, len * size_of::<T>(), self.stream().cu_stream()) }
@@ -136,8 +176,10 @@ impl Device {
     /// # Errors
     /// When the system has no room.
     pub fn pinned<T: Element>(&self, len: usize) -> Result<Pinned<T>, CudaError> {
+        let event = self.context().new_event(None).tried("make an event")?;
         Ok(Pinned {
             slice: self.pinned_zeroes(len)?,
+            event,
         })
     }
 
@@ -164,24 +206,28 @@ impl Device {
         Ok(slice)
     }
 
-    /// Starts to copy the first `len` values of `from` to the start of `to`.
+    /// Starts to copy the first `len` values of `from` to `to`, from its value `start` on.
     ///
     /// # Errors
     /// When they do not fit, or a graph is being recorded.
     pub fn upload<T: Element>(
         &self,
         to: &mut Buffer<T>,
+        start: usize,
         from: &Pinned<T>,
         len: usize,
     ) -> Result<(), CudaError> {
         self.not_recording("copy from the host")?;
-        within("upload", 0, len, to.len().min(from.slice.len()))?;
-        let address = to.address(self);
-        // SAFETY: the guard records an event when it goes; `Pinned::values` and the memory's end wait for that event.
-        let (values, _recorded) = unsafe { from.slice.stream_synced_slice(self.stream()) };
-        // SAFETY: the range lies in both, and both live until the event.
+        within("upload", start, len, to.len())?;
+        within("upload", 0, len, from.slice.len())?;
+        self.bind()?;
+        let address = to.address(self) + (start * size_of::<T>()) as u64;
+        // SAFETY: this memory waits for the event, recorded below, before it is written, read or freed.
+        let values = unsafe { from.values_unwaited() }?;
+        // SAFETY: the range lies in both, and both live until the copy has ended.
         unsafe { result::memcpy_htod_async(address, &values[..len], self.stream().cu_stream()) }
-            .tried("copy to the device")
+            .tried("copy to the device")?;
+        from.event.record(self.stream()).tried("record an event")
     }
 
     /// Starts to copy the first `len` values of `from`, as they are after what was launched before.
@@ -196,17 +242,18 @@ impl Device {
     ) -> Result<(), CudaError> {
         self.not_recording("copy to the host")?;
         within("download", 0, len, from.len().min(to.slice.len()))?;
-        let address = from.address(self);
-        {
-            // SAFETY: the guard records an event when it goes; reading and the memory's end wait for that event.
-            let (values, _recorded) = unsafe { to.slice.stream_synced_mut_slice(self.stream()) };
-            // SAFETY: as above, and the range lies in both.
-            unsafe {
-                result::memcpy_dtoh_async(&mut values[..len], address, self.stream().cu_stream())
-            }
-            .tried("copy to the host")?;
-        }
+        self.bind()?;
         to.len = len;
+        if len == 0 {
+            return to.event.record(self.stream()).tried("record an event");
+        }
+        let address = from.address(self);
+        let to_start = to.slice.as_mut_ptr().tried("copy to the host")?;
+        // SAFETY: `len` was checked; the memory is this buffer's, which waits for the event before it is read or freed.
+        let values = unsafe { std::slice::from_raw_parts_mut(to_start, len) };
+        // SAFETY: as above, and the range lies in both.
+        unsafe { result::memcpy_dtoh_async(values, address, self.stream().cu_stream()) }
+            .tried("copy to the host")?;
         to.event.record(self.stream()).tried("record an event")
     }
 }
@@ -230,6 +277,8 @@ fn within(
 /// Host memory that the device reads by itself.
 pub struct Pinned<T: Element> {
     slice: PinnedHostSlice<T>,
+    /// The end of the last upload. cudarc's own is not recorded where events are not tracked.
+    event: CudaEvent,
 }
 
 impl<T: Element> Pinned<T> {
@@ -238,7 +287,24 @@ impl<T: Element> Pinned<T> {
     /// # Errors
     /// When that upload failed.
     pub fn values(&mut self) -> Result<&mut [T], CudaError> {
+        self.event.synchronize().tried("wait for a copy")?;
         self.slice.as_mut_slice().tried("wait for a copy")
+    }
+
+    /// The values, which an upload may be reading.
+    ///
+    /// # Safety
+    /// They must not be written before the event of that upload.
+    unsafe fn values_unwaited(&self) -> Result<&[T], CudaError> {
+        // The slice's own event is never recorded, so this waits for nothing.
+        self.slice.as_slice().tried("find pinned memory")
+    }
+}
+
+impl<T: Element> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        // A copy that failed reads nothing any more.
+        let _ended = self.event.synchronize();
     }
 }
 
@@ -267,5 +333,12 @@ impl<T: Element> Readback<T> {
     pub fn wait(&self) -> Result<&[T], CudaError> {
         self.event.synchronize().tried("wait for a copy")?;
         Ok(&self.slice.as_slice().tried("wait for a copy")?[..self.len])
+    }
+}
+
+impl<T: Element> Drop for Readback<T> {
+    fn drop(&mut self) {
+        // A copy that failed writes nothing any more.
+        let _ended = self.event.synchronize();
     }
 }

@@ -35,6 +35,7 @@ pub enum File {
     Moe,
     Lora,
     Sampler,
+    Tables,
 }
 
 /// Head dimensions that attention is compiled for; 128 is Qwen3's, the others are those of small models.
@@ -45,13 +46,14 @@ pub const GROUPS: [u32; 5] = [1, 2, 4, 5, 8];
 const COMMON: &str = include_str!("src/common.cu");
 
 impl File {
-    const WITHOUT_VARIANTS: [Self; 6] = [
+    const WITHOUT_VARIANTS: [Self; 7] = [
         Self::Embed,
         Self::Norm,
         Self::Mlp,
         Self::Moe,
         Self::Lora,
         Self::Sampler,
+        Self::Tables,
     ];
 
     fn name_and_text(self) -> (&'static str, &'static str) {
@@ -64,6 +66,7 @@ impl File {
             Self::Moe => ("moe.cu", include_str!("src/moe.cu")),
             Self::Lora => ("lora.cu", include_str!("src/lora.cu")),
             Self::Sampler => ("sampler.cu", include_str!("src/sampler.cu")),
+            Self::Tables => ("tables.cu", include_str!("src/tables.cu")),
         }
     }
 }

@@ -135,14 +135,34 @@ impl Device {
         self.multiprocessors
     }
 
-    /// Free and total memory in bytes.
+    /// Free and total memory in bytes. What this process has freed and keeps for later counts as free.
     ///
     /// # Errors
     /// When the driver does not answer.
     pub fn memory(&self) -> Result<(usize, usize), CudaError> {
-        self.context
+        use sys::CUmemPool_attribute_enum::{
+            CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+        };
+        let (free, total) = self
+            .context
             .mem_get_info()
-            .tried("tell how much memory is free")
+            .tried("tell how much memory is free")?;
+        if !self.context.has_async_alloc() {
+            return Ok((free, total));
+        }
+        let pool = pool_of(&self.context)?;
+        let read = |attribute| {
+            let mut bytes = 0u64;
+            // SAFETY: the pool is the device's, and these attributes are 64-bit numbers.
+            unsafe {
+                result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast::<c_void>())
+            }
+            .tried("tell how much memory is kept")?;
+            Ok(bytes as usize)
+        };
+        let reserved: usize = read(CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        let used = read(CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+        Ok((free + reserved.saturating_sub(used), total))
     }
 
     /// Waits for everything that was launched.
@@ -165,6 +185,13 @@ impl Device {
             .borrow()
             .as_ref()
             .map(ToString::to_string)
+    }
+
+    /// Makes this device the calling thread's: calls by address need that, and a device may have moved.
+    pub(super) fn bind(&self) -> Result<(), CudaError> {
+        self.context
+            .bind_to_thread()
+            .tried("serve the calling thread")
     }
 
     pub(super) fn stream(&self) -> &Arc<CudaStream> {
@@ -281,6 +308,11 @@ impl Device {
     }
 }
 
+fn pool_of(context: &CudaContext) -> Result<sys::CUmemoryPool, CudaError> {
+    // SAFETY: the device is open.
+    unsafe { result::device::get_mem_pool(context.cu_device()) }.tried("find its memory pool")
+}
+
 /// Memory that is freed stays with the process: it is asked for again in the next moment.
 fn keep_freed_memory(context: &CudaContext) -> Result<(), CudaError> {
     if !context.has_async_alloc() {
@@ -288,9 +320,7 @@ fn keep_freed_memory(context: &CudaContext) -> Result<(), CudaError> {
     }
     let mut threshold = u64::MAX;
     let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    // SAFETY: the device is open.
-    let pool = unsafe { result::device::get_mem_pool(context.cu_device()) }
-        .tried("find its memory pool")?;
+    let pool = pool_of(context)?;
     // SAFETY: the pool is the device's, and this attribute is a 64-bit number.
     unsafe {
         result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast::<c_void>())

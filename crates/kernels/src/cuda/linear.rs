@@ -132,6 +132,7 @@ impl Linears {
 
     /// `addresses`: weight, x, out.
     fn run(&self, device: &Device, shape: Shape, addresses: [u64; 3]) -> Result<(), CudaError> {
+        device.bind()?;
         let plan = &self.plans[&shape];
         let (one, zero) = (1.0f32, 0.0f32);
         let [weight, x, out] = addresses.map(|a| a as *mut c_void);

@@ -22,6 +22,7 @@ mod error;
 mod graph;
 pub mod library;
 mod linear;
+mod mark;
 mod ops;
 pub mod report;
 
@@ -34,4 +35,5 @@ pub use device::{Device, Options};
 pub use error::CudaError;
 pub use graph::Graph;
 pub use linear::{Linear, Out};
+pub use mark::Mark;
 pub use ops::*;

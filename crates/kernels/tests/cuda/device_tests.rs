@@ -19,6 +19,10 @@ pub const TESTS: &[(&str, fn())] = &[
     ),
     ("graphs_outlive_buffers", graphs_outlive_buffers),
     ("copies_overlap", copies),
+    ("uploads_are_waited_for", uploads_are_waited_for),
+    ("parts_share_memory", parts),
+    ("marks_tell_the_time", marks),
+    ("a_device_moves_to_another_thread", another_thread),
     ("bad_shapes_are_refused", bad_shapes),
     ("a_missing_device_is_named", missing_device),
     ("rows_that_are_left_out_draw_nothing", idle_rows),
@@ -224,7 +228,7 @@ fn copies() {
     let device = open();
     let mut from = device.pinned::<u32>(1000).unwrap();
     let mut to = device.readback::<u32>(1000).unwrap();
-    let mut buffer = device.zeroed::<u32>(1000).unwrap();
+    let mut buffer = device.zeroed::<u32>(1100).unwrap();
     for round in 0..50u32 {
         // Waits for the copy of the round before.
         from.values()
@@ -232,8 +236,9 @@ fn copies() {
             .iter_mut()
             .enumerate()
             .for_each(|(i, x)| *x = round * 1000 + i as u32);
-        device.upload(&mut buffer, &from, 900).unwrap();
-        device.download(&mut to, &buffer, 800).unwrap();
+        device.upload(&mut buffer, 100, &from, 900).unwrap();
+        let part = buffer.part(100, 800).unwrap();
+        device.download(&mut to, &part, 800).unwrap();
         let got = to.wait().unwrap();
         assert_eq!(got.len(), 800);
         assert!(
@@ -244,7 +249,86 @@ fn copies() {
         );
         assert!(to.is_ready().unwrap());
     }
-    assert!(device.upload(&mut buffer, &from, 1001).is_err());
+    assert!(device.upload(&mut buffer, 200, &from, 901).is_err());
+    assert!(device.upload(&mut buffer, 0, &from, 1001).is_err());
+}
+
+/// Memory that an upload reads is not written again before it was read: uploads wait here behind work of milliseconds.
+fn uploads_are_waited_for() {
+    let device = open();
+    let size = 4096;
+    let (x, weight) = (
+        device.zeroed::<bf16>(size * size).unwrap(),
+        device.zeroed::<bf16>(size * size).unwrap(),
+    );
+    let mut product = device.zeroed::<f32>(size * size).unwrap();
+    let mut from = device.pinned::<u32>(1 << 20).unwrap();
+    let mut all = device.zeroed::<u32>(8 << 20).unwrap();
+    for round in 0..8u32 {
+        from.values().unwrap().fill(round);
+        for _ in 0..4 {
+            Linear {
+                x: &x,
+                weight: &weight,
+                out: Out::F32(&mut product),
+                rows: size,
+                width: size,
+                depth: size,
+            }
+            .launch(&device)
+            .unwrap();
+        }
+        device
+            .upload(&mut all, (round as usize) << 20, &from, 1 << 20)
+            .unwrap();
+    }
+    let all = device.read(&all).unwrap();
+    let as_written = |(i, x): (usize, &u32)| *x == (i >> 20) as u32;
+    assert!(all.iter().enumerate().all(as_written));
+}
+
+fn parts() {
+    let device = open();
+    let mut words = device.copied(&(0..64).collect::<Vec<u32>>()).unwrap();
+    let mut pairs = words.part::<[u32; 2]>(8, 20).unwrap();
+    assert_eq!(device.read(&pairs).unwrap()[..2], [[8, 9], [10, 11]]);
+    device.write(&mut pairs, 1, &[[70, 71]]).unwrap();
+    assert_eq!(device.read(&words).unwrap()[8..13], [8, 9, 70, 71, 12]);
+    let inner = pairs.part::<f32>(2, 4).unwrap();
+    let inner: Vec<u32> = device
+        .read(&inner)
+        .unwrap()
+        .iter()
+        .map(|x| x.to_bits())
+        .collect();
+    assert_eq!(inner, [12, 13, 14, 15]);
+    assert!(words.part::<u32>(2, 1).is_err(), "not at 16 bytes");
+    assert!(words.part::<u32>(8, 57).is_err(), "past the end");
+    device.clear(&mut words, 0, 64).unwrap();
+    assert_eq!(device.read(&pairs).unwrap(), [[0, 0]; 20]);
+}
+
+fn marks() {
+    let device = open();
+    let mut buffer = device.zeroed::<u32>(64 << 20).unwrap();
+    let (start, clears) = (device.mark().unwrap(), 8);
+    for _ in 0..clears {
+        device.clear(&mut buffer, 0, 64 << 20).unwrap();
+    }
+    let ms = start.ms_until(&device.mark().unwrap()).unwrap();
+    // 2 GiB take a quarter of a millisecond at the 8 TB/s that nothing reaches.
+    assert!(ms > 0.25 && ms < 1000.0, "{ms}");
+}
+
+/// A device that was opened by one thread serves another.
+fn another_thread() {
+    let device = open();
+    let mut buffer = device.copied(&[1u32, 2, 3, 4]).unwrap();
+    let read = std::thread::spawn(move || {
+        device.write(&mut buffer, 0, &[9]).unwrap();
+        device.read(&buffer).unwrap()
+    });
+    assert_eq!(read.join().unwrap(), [9, 2, 3, 4]);
 }
 
 fn bad_shapes() {
@@ -317,7 +401,7 @@ struct Sampler {
     how: Buffer<SampleRow>,
     ids: Buffer<u32>,
     none: Buffer<u32>,
-    histories: Buffer<u32>,
+    pairs: Buffer<[u32; 2]>,
     drawn: Buffer<u32>,
     floats: [Buffer<f32>; 3],
     top_ids: Buffer<u32>,
@@ -336,7 +420,7 @@ impl Sampler {
             how: device.copied(how).unwrap(),
             ids: device.zeroed(how.len()).unwrap(),
             none: device.zeroed(1).unwrap(),
-            histories: device.zeroed(1).unwrap(),
+            pairs: device.zeroed(1).unwrap(),
             drawn: device.zeroed(how.len()).unwrap(),
             floats: [
                 zeroed(how.len()),
@@ -349,7 +433,7 @@ impl Sampler {
 
     fn launch(&mut self, device: &Device) -> Result<(), CudaError> {
         let [logprobs, top_logprobs, work] = &mut self.floats;
-        let (masks, bias_ids) = (&self.none, &self.none);
+        let masks = &self.none;
         Sample {
             rows: self.how.len(),
             ids: &mut self.ids,
@@ -357,13 +441,11 @@ impl Sampler {
             top_ids: &mut self.top_ids,
             top_logprobs,
             drawn: &mut self.drawn,
-            bias_values: &self.logits,
+            pairs: &self.pairs,
             work,
-            histories: &mut self.histories,
             logits: &self.logits,
             how: &self.how,
             masks,
-            bias_ids,
             columns: self.columns,
             ids_end: self.columns,
         }

@@ -2,12 +2,13 @@
 
 use espalier_kernels::cuda::{
     AddRmsNorm, BLOCK_TOKENS, Buffer, DecodeAttention, Device, Element, Linear, LoraExpand,
-    LoraShrink, MoeCombine, MoeGroup, MoeLinear, MoeRoute, NONE, NoteHistory, Options, Out,
-    PrefillAttention, QkNormRopeStore, Sample, SampleRow, SiluMul, Source, TOP_MAX, decode_splits,
+    LoraShrink, MoeCombine, MoeGroup, MoeLinear, MoeRoute, NONE, Options, Out, Paged,
+    PrefillAttention, QkNormRopeStore, Sample, SampleRow, SiluMul, Source, SpreadTables, TOP_MAX,
+    decode_splits,
 };
 use half::bf16;
 
-use crate::ops::{AdaptersCase, AttentionCase, Drawn, ExpertsCase, How, Ops};
+use crate::ops::{AdaptersCase, AttentionCase, Drawn, ExpertsCase, How, Ops, seen};
 use crate::runner;
 
 pub struct Cuda(pub Device);
@@ -175,8 +176,20 @@ impl Ops for Cuda {
             .collect();
         for step in &case.steps {
             let table = |s: usize| (0..table_blocks).map(move |b| block(s * table_blocks + b));
-            let tables: Vec<u32> = step.iter().flat_map(|(s, ..)| table(*s)).collect();
-            let tables = self.copied(&tables);
+            let lists: Vec<u32> = step.iter().flat_map(|(s, ..)| table(*s)).collect();
+            let starts: Vec<u32> = (0..=step.len())
+                .map(|r| (r * table_blocks) as u32)
+                .collect();
+            let mut tables = self.zeroed(lists.len());
+            SpreadTables {
+                tables: &mut tables,
+                starts: &self.copied(&starts),
+                blocks: &self.copied(&lists),
+                rows: step.len(),
+                table_blocks,
+            }
+            .launch(&self.0)
+            .unwrap();
             let tokens = || {
                 step.iter()
                     .enumerate()
@@ -215,6 +228,16 @@ impl Ops for Cuda {
             .launch(&self.0)
             .unwrap();
             let mut out = self.unwritten(count * head);
+            let paged = Paged {
+                q: &q,
+                k_cache: &k_cache,
+                v_cache: &v_cache,
+                tables: &tables,
+                table_blocks,
+                heads: case.heads,
+                kv_heads: case.kv_heads,
+                head_dim: case.head_dim,
+            };
             if step.iter().all(|(.., n)| *n == 1) {
                 let positions_max = step.iter().map(|(_, p, _)| p + 1).max().unwrap_or(1);
                 // As the device would split it, and in more parts than there are blocks.
@@ -228,16 +251,9 @@ impl Ops for Cuda {
                         out: &mut out,
                         parts: &mut self.copied(&vec![f32::NAN; count * splits * head]),
                         lse: &mut self.copied(&vec![f32::NAN; count * splits * case.heads]),
-                        q: &q,
-                        k_cache: &k_cache,
-                        v_cache: &v_cache,
+                        paged,
                         lengths: &self.copied(&lengths),
-                        tables: &tables,
-                        table_blocks,
                         rows: count,
-                        heads: case.heads,
-                        kv_heads: case.kv_heads,
-                        head_dim: case.head_dim,
                         splits,
                     }
                     .launch(&self.0)
@@ -258,17 +274,10 @@ impl Ops for Cuda {
                 tiles.push([NONE, 0, 0, 0]);
                 PrefillAttention {
                     out: &mut out,
-                    q: &q,
-                    k_cache: &k_cache,
-                    v_cache: &v_cache,
+                    paged,
                     count: tiles.len(),
                     tiles: &self.copied(&tiles),
-                    tables: &tables,
-                    table_blocks,
                     tokens: count,
-                    heads: case.heads,
-                    kv_heads: case.kv_heads,
-                    head_dim: case.head_dim,
                 }
                 .launch(&self.0)
                 .unwrap();
@@ -411,6 +420,8 @@ impl Ops for Cuda {
         LoraExpand {
             y: &mut y,
             h: &h,
+            h_stride: rank,
+            h_start: 0,
             b: &b,
             scales: &scales,
             slots: &slots,
@@ -428,8 +439,7 @@ impl Ops for Cuda {
     fn sample(&self, logits: &[f32], columns: usize, ids_end: usize, how: &[How]) -> Vec<Drawn> {
         let rows = how.len();
         let words = columns.div_ceil(32);
-        let (mut masks, mut bias_ids, mut bias_values) = (Vec::new(), Vec::new(), Vec::new());
-        let mut histories = self.zeroed(rows * columns);
+        let (mut masks, mut pairs) = (Vec::new(), Vec::<[u32; 2]>::new());
         let rows_of = how.iter().enumerate().map(|(n, how)| {
             let mask = how.allowed.as_ref().map_or(NONE, |allowed| {
                 let mut bits = vec![0u32; words];
@@ -439,23 +449,10 @@ impl Ops for Cuda {
                 masks.extend(bits);
                 (masks.len() / words) as u32 - 1
             });
-            let bias_from = bias_ids.len() as u32;
-            bias_ids.extend(how.bias.iter().map(|b| b.0));
-            bias_values.extend(how.bias.iter().map(|b| b.1));
-            let has_history = !how.prompt.is_empty() || !how.written.is_empty();
-            for (ids, of_prompt) in [(&how.prompt, true), (&how.written, false)] {
-                let (ids, count) = (self.copied(ids), ids.len());
-                NoteHistory {
-                    histories: &mut histories,
-                    ids: &ids,
-                    count,
-                    history: n,
-                    columns,
-                    of_prompt,
-                }
-                .launch(&self.0)
-                .unwrap();
-            }
+            let seen_from = pairs.len() as u32;
+            pairs.extend(seen(how).iter().map(|(id, times)| [*id, *times]));
+            let bias_from = pairs.len() as u32;
+            pairs.extend(how.bias.iter().map(|(id, bias)| [*id, bias.to_bits()]));
             SampleRow {
                 temperature: how.temperature,
                 top_k: how.top_k,
@@ -465,10 +462,11 @@ impl Ops for Cuda {
                 repetition: how.repetition,
                 presence: how.presence,
                 frequency: how.frequency,
-                history: if has_history { n as u32 } else { NONE },
+                seen_from,
+                seen_to: bias_from,
                 mask,
                 bias_from,
-                bias_to: bias_ids.len() as u32,
+                bias_to: pairs.len() as u32,
                 feed: n as u32,
                 ..SampleRow::GREEDY
             }
@@ -486,12 +484,10 @@ impl Ops for Cuda {
             top_logprobs: &mut top_logprobs,
             drawn: &mut drawn,
             work: &mut self.zeroed(rows * columns),
-            histories: &mut histories,
             logits: &self.copied(logits),
             how: &self.copied(&rows_of),
             masks: &self.copied(&masks),
-            bias_ids: &self.copied(&bias_ids),
-            bias_values: &self.copied(&bias_values),
+            pairs: &self.copied(&pairs),
             rows,
             columns,
             ids_end,

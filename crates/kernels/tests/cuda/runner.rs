@@ -22,9 +22,13 @@ pub struct Test {
     pub run: Box<dyn Fn()>,
 }
 
-/// What `make setup-test` installs into.
+/// What `make setup-test` installs into, below the root of the tree.
 fn venv() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/venv")
+    let folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
+    let mut venvs = folders.map(|folder| folder.join("target/venv"));
+    venvs
+        .find(|venv| venv.is_dir())
+        .unwrap_or_else(|| PathBuf::from("target/venv"))
 }
 
 /// Folders of the virtual environment that hold libraries of NVIDIA.

@@ -190,6 +190,14 @@ impl How {
     }
 }
 
+/// Ids of the prompt and of what was written, each once, and how often the latter has it.
+pub fn seen(how: &How) -> Vec<(u32, u32)> {
+    let ids: std::collections::BTreeSet<u32> =
+        how.prompt.iter().chain(&how.written).copied().collect();
+    let times = |id: u32| how.written.iter().filter(|written| **written == id).count() as u32;
+    ids.into_iter().map(|id| (id, times(id))).collect()
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Drawn {
     /// Nothing where no id can be drawn.

@@ -150,3 +150,25 @@ fn groups_have_matrices_of_their_own() {
     }
     assert!(y[20 * n..25 * n].iter().all(|y| *y == 7.0));
 }
+
+#[test]
+fn numbers_of_every_kind_become_bf16() {
+    let values = [1.0_f32, -2.5, 0.099_975_586, 65504.0, 3.140_625];
+    let bytes = |convert: &dyn Fn(f32) -> Vec<u8>| {
+        values.iter().flat_map(|x| convert(*x)).collect::<Vec<_>>()
+    };
+    let wide = bytes(&|x| x.to_le_bytes().to_vec());
+    let narrow = bytes(&|x| bf16::from_f32(x).to_le_bytes().to_vec());
+    let half = bytes(&|x| f16::from_f32(x).to_le_bytes().to_vec());
+    let expected: Vec<bf16> = values[1..4].iter().map(|x| bf16::from_f32(*x)).collect();
+    for source in [
+        RowSource::F32(&values),
+        RowSource::F32Bytes(&wide),
+        RowSource::Bf16Bytes(&narrow),
+        RowSource::F16Bytes(&half),
+    ] {
+        let mut out = [bf16::ZERO; 3];
+        source.bf16_into(1, &mut out);
+        assert_eq!(out.as_slice(), expected);
+    }
+}

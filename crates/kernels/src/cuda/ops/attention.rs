@@ -37,6 +37,54 @@ fn heads_fit(
     )
 }
 
+/// `tables` from lists of blocks that lie one behind the other: what a step uploads is as long as its rows.
+pub struct SpreadTables<'a> {
+    /// `[rows, table_blocks]`; past the end of a row's list it stays as it is.
+    pub tables: &'a mut Buffer<u32>,
+    /// `[rows + 1]`: where the list of a row begins, and where it ends.
+    pub starts: &'a Buffer<u32>,
+    /// The lists.
+    pub blocks: &'a Buffer<u32>,
+    /// Rows.
+    pub rows: usize,
+    /// Length of a row of `tables`.
+    pub table_blocks: usize,
+}
+
+impl SpreadTables<'_> {
+    /// Launches it.
+    ///
+    /// # Errors
+    /// When a buffer does not fit.
+    pub fn launch(self, device: &Device) -> Result<(), CudaError> {
+        let op = "spread_tables";
+        need(
+            op,
+            "tables",
+            self.tables.len(),
+            self.rows * self.table_blocks,
+        )?;
+        need(op, "starts", self.starts.len(), self.rows + 1)?;
+        let args = [
+            Arg::Address(self.tables.address(device)),
+            Arg::Address(self.starts.address(device)),
+            Arg::Address(self.blocks.address(device)),
+            Arg::U32(small(op, "table_blocks", self.table_blocks)?),
+        ];
+        let grid = (small(op, "rows", self.rows)?, 1, 1);
+        // SAFETY: the arguments are the kernel's, and the lengths were checked; where lists lie is the caller's.
+        unsafe {
+            device.launch(
+                Module::plain(File::Tables),
+                "spread_tables",
+                grid,
+                128,
+                &args,
+            )
+        }
+    }
+}
+
 /// RMSNorm of each head of q and k, RoPE, and the writing of k and v to the cache.
 pub struct QkNormRopeStore<'a> {
     /// `[tokens, heads, head_dim]`, written.
@@ -135,6 +183,55 @@ pub fn decode_splits(device: &Device, rows: usize, kv_heads: usize, positions_ma
         .clamp(1, 32)
 }
 
+/// What attention reads, whatever it is of: queries, keys and values of a layer, and where those of each row lie.
+#[derive(Clone, Copy)]
+pub struct Paged<'a> {
+    /// `[tokens, heads, head_dim]`.
+    pub q: &'a Buffer<bf16>,
+    /// Keys of the layer, those of the new tokens among them.
+    pub k_cache: &'a Buffer<bf16>,
+    /// Values of the layer.
+    pub v_cache: &'a Buffer<bf16>,
+    /// Blocks of each row.
+    pub tables: &'a Buffer<u32>,
+    /// Length of a row of `tables`.
+    pub table_blocks: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+}
+
+impl Paged<'_> {
+    /// Refuses buffers that are too short for `tokens` queries, whose answers go to `out`.
+    fn fit(&self, op: &'static str, out: &Buffer<bf16>, tokens: usize) -> Result<(), CudaError> {
+        heads_fit(op, self.heads, self.kv_heads, self.head_dim)?;
+        let elements = tokens * self.heads * self.head_dim;
+        need(op, "out", out.len(), elements)?;
+        need(op, "q", self.q.len(), elements)?;
+        need(op, "v_cache", self.v_cache.len(), self.k_cache.len())
+    }
+
+    /// Addresses of q, keys and values.
+    fn addresses(&self, device: &Device) -> [Arg; 3] {
+        [self.q, self.k_cache, self.v_cache].map(|buffer| Arg::Address(buffer.address(device)))
+    }
+
+    fn table_args(&self, op: &'static str, device: &Device) -> Result<[Arg; 2], CudaError> {
+        Ok([
+            Arg::Address(self.tables.address(device)),
+            Arg::U32(small(op, "table_blocks", self.table_blocks)?),
+        ])
+    }
+
+    /// What scores are multiplied with.
+    fn scale(&self) -> Arg {
+        Arg::F32(1.0 / (self.head_dim as f32).sqrt())
+    }
+}
+
 /// Attention of one token a row: split over the length, then merged.
 pub struct DecodeAttention<'a> {
     /// `[rows, heads, head_dim]`. A row of length 0 gets zeroes.
@@ -143,26 +240,12 @@ pub struct DecodeAttention<'a> {
     pub parts: &'a mut Buffer<f32>,
     /// Scratch, `[rows, heads, splits]`.
     pub lse: &'a mut Buffer<f32>,
-    /// `[rows, heads, head_dim]`.
-    pub q: &'a Buffer<bf16>,
-    /// Keys of the layer.
-    pub k_cache: &'a Buffer<bf16>,
-    /// Values of the layer.
-    pub v_cache: &'a Buffer<bf16>,
+    /// Queries, keys and values; the first `rows` tokens are those of the rows.
+    pub paged: Paged<'a>,
     /// Positions that a row sees: its own and all before; 0: no token.
     pub lengths: &'a Buffer<u32>,
-    /// Blocks of each row.
-    pub tables: &'a Buffer<u32>,
-    /// Length of a row of `tables`.
-    pub table_blocks: usize,
     /// Rows.
     pub rows: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// KV heads.
-    pub kv_heads: usize,
-    /// Elements of a head.
-    pub head_dim: usize,
     /// Parts, see [`decode_splits`].
     pub splits: usize,
 }
@@ -174,76 +257,57 @@ impl DecodeAttention<'_> {
     /// When a buffer does not fit, or there is no kernel for these heads.
     pub fn launch(self, device: &Device) -> Result<(), CudaError> {
         let op = "decode_attention";
-        heads_fit(op, self.heads, self.kv_heads, self.head_dim)?;
-        let group = self.heads / self.kv_heads;
+        let (paged, rows) = (self.paged, self.rows);
+        let (heads, kv_heads, head_dim) = (paged.heads, paged.kv_heads, paged.head_dim);
+        paged.fit(op, self.out, rows)?;
+        let group = heads / kv_heads;
         let known = GROUPS.iter().any(|g| *g as usize == group);
-        rule(
-            op,
-            "heads",
-            self.heads,
-            &format!("must be {GROUPS:?} times the {} KV heads", self.kv_heads),
-            known,
-        )?;
-        rule(
-            op,
-            "splits",
-            self.splits,
-            "must be 1 to 1024",
-            (1..=1024).contains(&self.splits),
-        )?;
-        let queries = self.rows * self.heads;
-        need(op, "out", self.out.len(), queries * self.head_dim)?;
-        need(
-            op,
-            "parts",
-            self.parts.len(),
-            queries * self.splits * self.head_dim,
-        )?;
-        need(op, "lse", self.lse.len(), queries * self.splits)?;
-        need(op, "q", self.q.len(), queries * self.head_dim)?;
-        need(op, "lengths", self.lengths.len(), self.rows)?;
-        need(
-            op,
-            "tables",
-            self.tables.len(),
-            self.rows * self.table_blocks,
-        )?;
+        let say = format!("must be {GROUPS:?} times the {kv_heads} KV heads");
+        rule(op, "heads", heads, &say, known)?;
+        let possible = (1..=1024).contains(&self.splits);
+        rule(op, "splits", self.splits, "must be 1 to 1024", possible)?;
+        let parts = rows * heads * self.splits;
+        need(op, "parts", self.parts.len(), parts * head_dim)?;
+        need(op, "lse", self.lse.len(), parts)?;
+        need(op, "lengths", self.lengths.len(), rows)?;
+        need(op, "tables", paged.tables.len(), rows * paged.table_blocks)?;
         let module = Module {
             file: File::Decode,
-            head_dim: self.head_dim as u32,
+            head_dim: head_dim as u32,
             group: group as u32,
         };
         let (parts, lse) = (self.parts.address(device), self.lse.address(device));
+        let [q, keys, values] = paged.addresses(device);
+        let [tables, table_blocks] = paged.table_args(op, device)?;
         let args = [
             Arg::Address(parts),
             Arg::Address(lse),
-            Arg::Address(self.q.address(device)),
-            Arg::Address(self.k_cache.address(device)),
-            Arg::Address(self.v_cache.address(device)),
+            q,
+            keys,
+            values,
             Arg::Address(self.lengths.address(device)),
-            Arg::Address(self.tables.address(device)),
-            Arg::U32(small(op, "table_blocks", self.table_blocks)?),
-            Arg::U32(self.kv_heads as u32),
+            tables,
+            table_blocks,
+            Arg::U32(kv_heads as u32),
             Arg::U32(self.splits as u32),
-            Arg::F32(1.0 / (self.head_dim as f32).sqrt()),
+            paged.scale(),
         ];
         let grid = (
-            small(op, "rows", self.rows)?,
-            self.kv_heads as u32,
+            small(op, "rows", rows)?,
+            kv_heads as u32,
             self.splits as u32,
         );
         // SAFETY: the arguments are the kernel's, and the lengths were checked; blocks in the tables are the caller's.
         unsafe { device.launch(module, "decode_split", grid, 128, &args) }?;
-        let out = self.out.address(device);
         let args = [
-            Arg::Address(out),
+            Arg::Address(self.out.address(device)),
             Arg::Address(parts),
             Arg::Address(lse),
             Arg::U32(self.splits as u32),
         ];
-        let grid = (small(op, "rows", queries)?, 1, 1);
+        let grid = (small(op, "rows", rows * heads)?, 1, 1);
         // SAFETY: as above.
-        unsafe { device.launch(module, "decode_merge", grid, self.head_dim as u32, &args) }
+        unsafe { device.launch(module, "decode_merge", grid, head_dim as u32, &args) }
     }
 }
 
@@ -251,28 +315,14 @@ impl DecodeAttention<'_> {
 pub struct PrefillAttention<'a> {
     /// `[tokens, heads, head_dim]`; tokens of no tile stay as they are.
     pub out: &'a mut Buffer<bf16>,
-    /// `[tokens, heads, head_dim]`.
-    pub q: &'a Buffer<bf16>,
-    /// Keys of the layer, those of the new tokens among them.
-    pub k_cache: &'a Buffer<bf16>,
-    /// Values of the layer.
-    pub v_cache: &'a Buffer<bf16>,
+    /// Queries, keys and values.
+    pub paged: Paged<'a>,
     /// See [`Self::tiles_of`]; unused ones begin with [`super::NONE`].
     pub tiles: &'a Buffer<[u32; 4]>,
-    /// Blocks of each row.
-    pub tables: &'a Buffer<u32>,
-    /// Length of a row of `tables`.
-    pub table_blocks: usize,
     /// Tiles.
     pub count: usize,
     /// Tokens of `q` and `out`.
     pub tokens: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// KV heads.
-    pub kv_heads: usize,
-    /// Elements of a head.
-    pub head_dim: usize,
 }
 
 impl PrefillAttention<'_> {
@@ -303,39 +353,29 @@ impl PrefillAttention<'_> {
     /// When a buffer does not fit, or there is no kernel for these heads.
     pub fn launch(self, device: &Device) -> Result<(), CudaError> {
         let op = "prefill_attention";
-        heads_fit(op, self.heads, self.kv_heads, self.head_dim)?;
-        need(
-            op,
-            "out",
-            self.out.len(),
-            self.tokens * self.heads * self.head_dim,
-        )?;
-        need(
-            op,
-            "q",
-            self.q.len(),
-            self.tokens * self.heads * self.head_dim,
-        )?;
-        need(op, "v_cache", self.v_cache.len(), self.k_cache.len())?;
+        let paged = self.paged;
+        paged.fit(op, self.out, self.tokens)?;
         need(op, "tiles", self.tiles.len(), self.count)?;
+        let [q, keys, values] = paged.addresses(device);
+        let [tables, table_blocks] = paged.table_args(op, device)?;
         let args = [
             Arg::Address(self.out.address(device)),
-            Arg::Address(self.q.address(device)),
-            Arg::Address(self.k_cache.address(device)),
-            Arg::Address(self.v_cache.address(device)),
+            q,
+            keys,
+            values,
             Arg::Address(self.tiles.address(device)),
-            Arg::Address(self.tables.address(device)),
-            Arg::U32(small(op, "table_blocks", self.table_blocks)?),
-            Arg::U32(self.heads as u32),
-            Arg::U32(self.kv_heads as u32),
-            Arg::F32(1.0 / (self.head_dim as f32).sqrt()),
+            tables,
+            table_blocks,
+            Arg::U32(paged.heads as u32),
+            Arg::U32(paged.kv_heads as u32),
+            paged.scale(),
         ];
         let module = Module {
             file: File::Prefill,
-            head_dim: self.head_dim as u32,
+            head_dim: paged.head_dim as u32,
             group: 0,
         };
-        let grid = (small(op, "count", self.count)?, self.heads as u32, 1);
+        let grid = (small(op, "count", self.count)?, paged.heads as u32, 1);
         // SAFETY: the arguments are the kernel's, and the lengths were checked; tiles and tables are the caller's.
         unsafe { device.launch(module, "prefill", grid, 128, &args) }
     }

@@ -67,8 +67,12 @@ impl LoraShrink<'_> {
 pub struct LoraExpand<'a> {
     /// `[tokens, y_stride]`.
     pub y: &'a mut Buffer<bf16>,
-    /// `[tokens, rank]`.
+    /// `[tokens, h_stride]`.
     pub h: &'a Buffer<f32>,
+    /// Columns of `h`: of several projections of one `x`, one [`LoraShrink`] makes all.
+    pub h_stride: usize,
+    /// First column of `h` that is this projection's.
+    pub h_start: usize,
     /// `[slots, width, rank]`.
     pub b: &'a Buffer<bf16>,
     /// `[slots]`: alpha / rank, or alpha / √rank with rsLoRA.
@@ -104,7 +108,14 @@ impl LoraExpand<'_> {
             inside,
         )?;
         need(op, "y", self.y.len(), self.tokens * self.y_stride)?;
-        need(op, "h", self.h.len(), self.tokens * self.rank)?;
+        rule(
+            op,
+            "h_start",
+            self.h_start,
+            &format!("must leave {} of {} columns", self.rank, self.h_stride),
+            self.h_start + self.rank <= self.h_stride,
+        )?;
+        need(op, "h", self.h.len(), self.tokens * self.h_stride)?;
         need(
             op,
             "b",
@@ -120,6 +131,8 @@ impl LoraExpand<'_> {
             Arg::Address(self.slots.address(device)),
             Arg::U32(small(op, "tokens", self.tokens)?),
             Arg::U32(small(op, "rank", self.rank)?),
+            Arg::U32(small(op, "h_stride", self.h_stride)?),
+            Arg::U32(small(op, "h_start", self.h_start)?),
             Arg::U32(small(op, "y_stride", self.y_stride)?),
             Arg::U32(small(op, "start", self.start)?),
             Arg::U32(small(op, "width", self.width)?),

@@ -7,11 +7,13 @@ mod moe;
 mod rows;
 mod sampler;
 
-pub use attention::{DecodeAttention, PrefillAttention, QkNormRopeStore, decode_splits};
+pub use attention::{
+    DecodeAttention, Paged, PrefillAttention, QkNormRopeStore, SpreadTables, decode_splits,
+};
 pub use lora::{LoraExpand, LoraShrink};
 pub use moe::{MoeCombine, MoeGroup, MoeLinear, MoeRoute, Source};
 pub use rows::{AddRmsNorm, Embed, FROM_DRAWN, GatherRows, SiluMul};
-pub use sampler::{NoteHistory, Sample, SampleRow, TOP_MAX};
+pub use sampler::{Sample, SampleRow, TOP_MAX};
 
 use super::error::CudaError;
 

@@ -42,24 +42,28 @@ pub struct SampleRow {
     pub presence: f32,
     /// The same, for each time.
     pub frequency: f32,
-    /// Row of `histories`, or [`NONE`]. No two rows of a step share one.
-    pub history: u32,
+    /// First of its pairs of an id that was seen, and how often the answer has it. No id has two.
+    pub seen_from: u32,
+    /// Past the last of them.
+    pub seen_to: u32,
     /// Row of `masks`, or [`NONE`].
     pub mask: u32,
-    /// First of its biases. No id has two.
+    /// First of its pairs of an id and its bias, the bits of a float. No id has two.
     pub bias_from: u32,
-    /// Past the last of its biases.
+    /// Past the last of them.
     pub bias_to: u32,
     /// Place in `drawn` that gets the id, or [`NONE`].
     pub feed: u32,
 }
 
-// SAFETY: 16 words without padding, as the kernel has them.
+// SAFETY: 17 words without padding, as the kernel has them.
 unsafe impl DeviceRepr for SampleRow {}
 // SAFETY: floats and integers, of which zero is a value.
 unsafe impl ValidAsZeroBits for SampleRow {}
 
 impl SampleRow {
+    /// 32-bit words that it has.
+    pub const WORDS: usize = size_of::<Self>() / size_of::<u32>();
     /// A row that is left out.
     pub const IDLE: Self = Self {
         temperature: -1.0,
@@ -78,12 +82,37 @@ impl SampleRow {
         repetition: 1.0,
         presence: 0.0,
         frequency: 0.0,
-        history: NONE,
+        seen_from: 0,
+        seen_to: 0,
         mask: NONE,
         bias_from: 0,
         bias_to: 0,
         feed: NONE,
     };
+
+    /// As the device has it: for buffers that hold words of several kinds.
+    #[must_use]
+    pub fn words(&self) -> [u32; Self::WORDS] {
+        [
+            self.temperature.to_bits(),
+            self.top_k,
+            self.top_p.to_bits(),
+            self.min_p.to_bits(),
+            self.seed_low,
+            self.seed_high,
+            self.step,
+            self.top_count,
+            self.repetition.to_bits(),
+            self.presence.to_bits(),
+            self.frequency.to_bits(),
+            self.seen_from,
+            self.seen_to,
+            self.mask,
+            self.bias_from,
+            self.bias_to,
+            self.feed,
+        ]
+    }
 
     /// With a seed.
     #[must_use]
@@ -111,18 +140,14 @@ pub struct Sample<'a> {
     pub drawn: &'a mut Buffer<u32>,
     /// Scratch, `[rows, columns]`.
     pub work: &'a mut Buffer<f32>,
-    /// `[.., columns]`: how often each id was written, and in the highest bit whether the prompt has it. Counts what is drawn.
-    pub histories: &'a mut Buffer<u32>,
     /// `[rows, columns]`.
     pub logits: &'a Buffer<f32>,
     /// `[rows]`.
     pub how: &'a Buffer<SampleRow>,
     /// `[.., columns / 32 rounded up]`: bit `id % 32` of word `id / 32` says that it may be drawn.
     pub masks: &'a Buffer<u32>,
-    /// Ids with a bias.
-    pub bias_ids: &'a Buffer<u32>,
-    /// Their biases.
-    pub bias_values: &'a Buffer<f32>,
+    /// Ids that were seen, and ids with a bias: see [`SampleRow`].
+    pub pairs: &'a Buffer<[u32; 2]>,
     /// Rows.
     pub rows: usize,
     /// Columns of the logits.
@@ -165,69 +190,15 @@ impl Sample<'_> {
             Arg::Address(self.top_logprobs.address(device)),
             Arg::Address(self.drawn.address(device)),
             Arg::Address(self.work.address(device)),
-            Arg::Address(self.histories.address(device)),
             Arg::Address(self.logits.address(device)),
             Arg::Address(self.how.address(device)),
             Arg::Address(self.masks.address(device)),
-            Arg::Address(self.bias_ids.address(device)),
-            Arg::Address(self.bias_values.address(device)),
+            Arg::Address(self.pairs.address(device)),
             Arg::U32(small(op, "columns", self.columns)?),
             Arg::U32(small(op, "ids_end", self.ids_end)?),
         ];
         let grid = (small(op, "rows", self.rows)?, 1, 1);
         // SAFETY: the arguments are the kernel's, and the lengths were checked; what the rows name is the caller's.
         unsafe { device.launch(Module::plain(File::Sampler), "sample", grid, 1024, &args) }
-    }
-}
-
-/// Tells a history of ids: of a prompt, or of what was written before a preemption. Clear the row first.
-pub struct NoteHistory<'a> {
-    /// `[.., columns]`.
-    pub histories: &'a mut Buffer<u32>,
-    /// The ids.
-    pub ids: &'a Buffer<u32>,
-    /// How many of them.
-    pub count: usize,
-    /// Row of `histories`.
-    pub history: usize,
-    /// Columns of the logits.
-    pub columns: usize,
-    /// Whether they are of the prompt.
-    pub of_prompt: bool,
-}
-
-impl NoteHistory<'_> {
-    /// Launches it.
-    ///
-    /// # Errors
-    /// When a buffer does not fit.
-    pub fn launch(self, device: &Device) -> Result<(), CudaError> {
-        let op = "note_history";
-        need(
-            op,
-            "histories",
-            self.histories.len(),
-            (self.history + 1) * self.columns,
-        )?;
-        need(op, "ids", self.ids.len(), self.count)?;
-        let args = [
-            Arg::Address(self.histories.address(device)),
-            Arg::Address(self.ids.address(device)),
-            Arg::U32(small(op, "count", self.count)?),
-            Arg::U32(small(op, "history", self.history)?),
-            Arg::U32(small(op, "columns", self.columns)?),
-            Arg::U32(u32::from(self.of_prompt)),
-        ];
-        let grid = (self.count.div_ceil(256) as u32, 1, 1);
-        // SAFETY: the arguments are the kernel's, and the lengths were checked.
-        unsafe {
-            device.launch(
-                Module::plain(File::Sampler),
-                "note_history",
-                grid,
-                256,
-                &args,
-            )
-        }
     }
 }

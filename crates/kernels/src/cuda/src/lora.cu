@@ -41,9 +41,11 @@ extern "C" __global__ void __launch_bounds__(256) lora_shrink(
     }
 }
 
-// y: [tokens, y_stride], of which columns start..start + width are changed. Grid: tokens / TOKENS, width / 128. Block: 128.
+// h: [tokens, h_stride], of which columns h_start..h_start + rank are read; y: [tokens, y_stride], of which columns
+// start..start + width are changed. Grid: tokens / TOKENS, width / 128. Block: 128.
 extern "C" __global__ void __launch_bounds__(128) lora_expand(
-    bf16 *y, const float *h, const bf16 *b, const float *scales, const u32 *slots, u32 tokens, u32 rank, u32 y_stride, u32 start, u32 width) {
+    bf16 *y, const float *h, const bf16 *b, const float *scales, const u32 *slots, u32 tokens, u32 rank, u32 h_stride, u32 h_start,
+    u32 y_stride, u32 start, u32 width) {
     const u32 column = blockIdx.y * 128 + threadIdx.x;
     if (column >= width) return;
     const u32 end = min(tokens, (blockIdx.x + 1) * TOKENS);
@@ -63,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(128) lora_expand(
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++)
                     if (from + t < to) {
-                        const float *v = h + (u64)(from + t) * rank + i;
+                        const float *v = h + (u64)(from + t) * h_stride + h_start + i;
 #pragma unroll
                         for (int j = 0; j < 8; j++) sum[t] += m[j] * v[j];
                     }

@@ -16,10 +16,10 @@ struct Row {
     u32 seed_low, seed_high, step;
     u32 top_count; // log-probabilities of the most likely ids: at most TOP_MAX
     float repetition, presence, frequency;
-    u32 history; // row of `histories`, or NONE
-    u32 mask;    // row of `masks`, or NONE
-    u32 bias_from, bias_to;
-    u32 feed; // place in `drawn`, or NONE
+    u32 seen_from, seen_to; // of `pairs`: ids that were seen, and how often the answer has them; each id once
+    u32 mask;               // row of `masks`, or NONE
+    u32 bias_from, bias_to; // of `pairs`: ids, and what is added to their logits; each id once
+    u32 feed;               // place in `drawn`, or NONE
 };
 
 // Larger floats have larger keys.
@@ -174,11 +174,11 @@ __device__ void walk(const float *x, u32 count, float top, u32 lowest, u64 targe
     }
 }
 
-// logits, work: [rows, columns]; histories: [.., columns]; masks: [.., (columns + 31) / 32] bits, 1 = allowed;
+// logits, work: [rows, columns]; masks: [.., (columns + 31) / 32] bits, 1 = allowed; pairs: [..] of an id and a value;
 // top_ids, top_logprobs: [rows, TOP_MAX]. A row of which no id can be drawn, or with NaN, gets NONE.
 extern "C" __global__ void __launch_bounds__(THREADS) sample(
-    u32 *ids, float *logprobs, u32 *top_ids, float *top_logprobs, u32 *drawn, float *work, u32 *histories, const float *logits,
-    const Row *rows, const u32 *masks, const u32 *bias_ids, const float *bias_values, u32 columns, u32 ids_end) {
+    u32 *ids, float *logprobs, u32 *top_ids, float *top_logprobs, u32 *drawn, float *work, const float *logits, const Row *rows,
+    const u32 *masks, const uint2 *pairs, u32 columns, u32 ids_end) {
     __shared__ float room[33];
     __shared__ u64 room64[THREADS / 32];
     __shared__ u64 bins[256], found[2];
@@ -194,16 +194,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     // What the model said.
     float top = -INFINITE, nans = 0.0f;
     for (u32 i = threadIdx.x; i < ids_end; i += THREADS) {
-        float value = raw[i];
+        const float value = raw[i];
         top = fmaxf(top, value);
         if (value != value) nans += 1.0f;
-        if (row.history != NONE) {
-            const u32 seen = histories[(u64)row.history * columns + i];
-            const u32 times = seen & 0x7fffffffu;
-            if (seen) value = value > 0.0f ? value / row.repetition : value * row.repetition;
-            value -= row.frequency * (float)times;
-            if (times) value -= row.presence;
-        }
         x[i] = value;
     }
     top = block_max(top, room);
@@ -212,9 +205,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     for (u32 i = threadIdx.x; i < ids_end; i += THREADS) sum += expf(raw[i] - top);
     const float lse = top + logf(block_sum(sum, room));
 
-    // What may be drawn.
+    // What may be drawn. Every sum above ended with a barrier: x is written.
+    for (u32 i = row.seen_from + threadIdx.x; i < row.seen_to; i += THREADS) {
+        const uint2 seen = pairs[i];
+        if (seen.x >= ids_end) continue;
+        float value = x[seen.x];
+        value = value > 0.0f ? value / row.repetition : value * row.repetition;
+        value -= row.frequency * (float)seen.y;
+        if (seen.y) value -= row.presence;
+        x[seen.x] = value;
+    }
+    __syncthreads();
     for (u32 i = row.bias_from + threadIdx.x; i < row.bias_to; i += THREADS)
-        if (bias_ids[i] < ids_end) x[bias_ids[i]] += bias_values[i];
+        if (pairs[i].x < ids_end) x[pairs[i].x] += __uint_as_float(pairs[i].y);
     __syncthreads();
     const u32 words = (columns + 31) / 32;
     const float inverse = row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
@@ -255,7 +258,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
         ids[blockIdx.x] = id;
         logprobs[blockIdx.x] = id == NONE ? 0.0f : raw[id] - lse;
         if (row.feed != NONE) drawn[row.feed] = id;
-        if (row.history != NONE && id != NONE) histories[(u64)row.history * columns + id] += 1;
     }
     u64 bound = ~0ull;
     for (u32 n = 0; n < min(row.top_count, (u32)TOP_MAX); n++) {
@@ -265,17 +267,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
             top_ids[blockIdx.x * TOP_MAX + n] = bound ? at : NONE;
             top_logprobs[blockIdx.x * TOP_MAX + n] = bound ? raw[at] - lse : -INFINITE;
         }
-    }
-}
-
-// Counts ids of one sequence: those of its prompt are marked, those that it wrote (after a preemption) are counted.
-extern "C" __global__ void note_history(u32 *histories, const u32 *ids, u32 count, u32 history, u32 columns, u32 of_prompt) {
-    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count || ids[i] >= columns) return;
-    u32 *at = histories + (u64)history * columns + ids[i];
-    if (of_prompt) {
-        atomicOr(at, 0x80000000u);
-    } else {
-        atomicAdd(at, 1u);
     }
 }
