@@ -61,8 +61,8 @@ pub struct Options {
     /// An adapter to load at the start, by the name that requests give. May be repeated.
     #[arg(long = "adapter", value_name = "NAME=PATH", value_parser = adapter)]
     pub adapters: Vec<AdapterSource>,
-    /// Adapters that may be loaded at once.
-    #[arg(long, value_name = "COUNT", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    /// Adapters that may be loaded at once. A GPU keeps room for as many.
+    #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_loras: u32,
     /// auto (a GPU where there is one), cpu, or cuda:N.
     #[arg(long, default_value = "auto")]

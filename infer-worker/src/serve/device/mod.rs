@@ -1,11 +1,13 @@
 //! What the model runs on: the one place that knows which executors there are.
 
+mod cuda;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_kernels::cpu::{Form, Pool};
-use espalier_qwen3::{Config, Lora};
+use espalier_qwen3::{CheckpointError, Config, Lora};
 use espalier_runtime::tasks::{BlockingFailed, blocking};
 use espalier_runtime::telemetry::error_chain;
 use futures::FutureExt as _;
@@ -15,6 +17,7 @@ use super::memory::{self, Gib, MemoryError, Wish, form_name};
 use crate::config::{Device, Dtype, Options};
 use crate::engine::{AdapterPort, Engine, EngineConfig, StartError};
 use crate::executor::cpu::{CpuConfig, CpuExecutor};
+use crate::executor::cuda::LoadError;
 use crate::load::model::ModelFiles;
 use crate::scheduler;
 
@@ -26,8 +29,12 @@ const CPU_STEP_LIMIT: Duration = Duration::from_secs(600);
 /// Why a model does not run.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DeviceError {
-    #[error("`--device` {rule}")]
-    Device { rule: &'static str },
+    #[error("the model does not run on the GPU")]
+    Cuda(#[from] LoadError),
+    #[error("`--dtype` must be auto or bf16 on a GPU, got {0}")]
+    Dtype(&'static str),
+    #[error("the model's files cannot be read")]
+    Files(#[from] CheckpointError),
     #[error("the model cannot be loaded")]
     Model(#[from] espalier_qwen3::ModelError),
     #[error("there is not enough memory")]
@@ -50,10 +57,17 @@ pub(super) struct Running {
 /// Loads the weights and starts the engine on the device that `options` name.
 pub(super) async fn start(options: &Options, files: &ModelFiles) -> Result<Running, DeviceError> {
     match options.device {
-        Device::Auto | Device::Cpu => start_cpu(options, files).await,
-        Device::Cuda(_) => Err(DeviceError::Device {
-            rule: "must be auto or cpu: this build runs no models on GPUs",
-        }),
+        Device::Cpu => start_cpu(options, files).await,
+        Device::Cuda(ordinal) => cuda::start(options, files, ordinal).await,
+        Device::Auto => match cuda::start(options, files, 0).await {
+            Err(DeviceError::Cuda(LoadError::Device(error))) => {
+                let why = error_chain(&error);
+                tracing::info!(why, "no GPU is used");
+                start_cpu(options, files).await
+            }
+            Err(DeviceError::Dtype(_)) => start_cpu(options, files).await,
+            started => started,
+        },
     }
 }
 
@@ -117,13 +131,13 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
     let (engine, port) = Engine::start(executor.map_err(DeviceError::Executor)?, config)?;
     Ok(Running {
         engine,
-        load_weights: cpu_adapters(port, files.config.clone()),
+        load_weights: adapters(port, files.config.clone()),
         context_tokens: plan.context_tokens,
     })
 }
 
 /// Reads adapters beside the steps that run, on a thread of their own, so that no answer waits for them.
-fn cpu_adapters(port: AdapterPort<Box<Lora>>, base: Config) -> LoadWeights {
+fn adapters(port: AdapterPort<Box<Lora>>, base: Config) -> LoadWeights {
     let (base, pool) = (Arc::new(base), Arc::new(Pool::new(1)));
     Box::new(move |folder: PathBuf| {
         let (port, base, pool) = (port.clone(), Arc::clone(&base), Arc::clone(&pool));
