@@ -4,13 +4,11 @@
 use std::time::Duration;
 
 use espalier_tests::harness::client::Client;
-use espalier_tests::harness::cluster::Setup;
 use espalier_tests::harness::model::{self, sum_job, toy_job};
 use espalier_tests::harness::process::Signal;
-use espalier_tests::harness::proxy::{Direction, Network, Proxy};
-use espalier_tests::harness::redis::RedisServer;
+use espalier_tests::harness::proxy::{Network, Proxy};
 use espalier_tests::harness::soak;
-use espalier_tests::harness::world::{World, submit_until_acknowledged};
+use espalier_tests::harness::world::{Parts, World, submit_until_acknowledged};
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
@@ -20,7 +18,6 @@ use tokio::time::Instant;
 /// Of each project. Chunks come while the faults do.
 const CHUNKS: u32 = 3;
 const CHUNK_JOBS: usize = 4;
-const WORKERS: usize = 2;
 const SLOTS: u32 = 6;
 const LEASE_MS: u64 = 1_000;
 /// The last fault of a round begins before this.
@@ -155,24 +152,11 @@ fn proxy(world: &World, part: Part) -> &Proxy {
 }
 
 fn disturb(proxy: &Proxy, fault: Fault) {
-    let stopped = Direction {
-        stopped: true,
-        ..Direction::default()
-    };
     let network = match fault {
         Fault::Slow => Network::slow(Duration::from_millis(200)),
-        Fault::Mute => Network {
-            to_target: stopped,
-            ..Network::default()
-        },
-        Fault::Deaf => Network {
-            to_client: stopped,
-            ..Network::default()
-        },
-        _ => Network {
-            refusing: true,
-            ..Network::default()
-        },
+        Fault::Mute => Network::mute(),
+        Fault::Deaf => Network::deaf(),
+        _ => Network::refusing(),
     };
     proxy.set(network);
     if network.refusing {
@@ -242,12 +226,7 @@ async fn round(world: &mut World, batch: &str, seed: u64) {
 #[tokio::test]
 async fn random_faults_break_no_rule() {
     let (rounds, seed) = (soak::rounds(), soak::seed());
-    let redis = RedisServer::start_with(&[("appendfsync", "always")]).await;
-    let setup = Setup {
-        lease_ttl_ms: LEASE_MS,
-        ..Setup::new("", &model::start().await)
-    };
-    let mut world = World::start(redis, setup, WORKERS, SLOTS).await;
+    let mut world = World::start(Parts::new(&model::start().await, LEASE_MS, SLOTS)).await;
     let other = world.cluster.clients_at(world.cluster.addresses()[1]).await;
     world.clients[1] = other[1].clone();
     for n in 0..rounds {

@@ -6,123 +6,94 @@
 use std::time::Duration;
 
 use espalier_tests::harness::client::Client;
-use espalier_tests::harness::model::{self, sum_job, toy_job};
-use espalier_tests::harness::proxy::{Direction, Network, Proxy};
-use espalier_tests::harness::s3::S3Server;
+use espalier_tests::harness::faults::{STORE_AWAY, STORE_CRAWLS};
+use espalier_tests::harness::store::FarStore;
 use espalier_tests::harness::up::{Up, toy_servers};
-use serde_json::{Value, json};
+use espalier_tests::harness::{model, toy};
 use tempfile::TempDir;
 
 const DEADLINE: Duration = Duration::from_secs(180);
 
 struct World {
-    server: S3Server,
-    proxy: Proxy,
-    up: Up,
+    store: FarStore,
+    client: Client,
+    _up: Up,
 }
 
 impl World {
-    /// `espalier up` over a bucket that it reaches over the proxy, with leases of two seconds.
+    /// `espalier up` over a far store, with leases of two seconds. The rollouts are submitted.
     async fn start() -> Self {
-        let server = S3Server::start().await;
-        let proxy = Proxy::start(server.address()).await;
-        let endpoint = format!("http://{}", proxy.address());
-        let environment = S3Server::environment_at(&endpoint);
-        let environment = environment.each_ref().map(|(k, v)| (*k, v.as_str()));
-        let store = S3Server::store_url("up");
+        let store = FarStore::start("up").await;
+        let environment = store.environment();
         let up = Up::start_in(
             TempDir::new().unwrap(),
             &toy_servers(),
             &model::start().await,
-            &["--store", &store, "--lease-ttl-s", "2"],
-            &environment,
+            &["--store", store.url(), "--lease-ttl-s", "2"],
+            &environment.each_ref().map(|(k, v)| (*k, v.as_str())),
         )
         .await;
-        assert_eq!(up.file().store, store);
-        Self { server, proxy, up }
+        assert_eq!(up.file().store, store.url());
+        let mut client = up.client().await;
+        let submitted = client.submit("b", &toy::jobs(toy::ROLLOUTS)).await;
+        assert_eq!(submitted.accepted as usize, toy::ROLLOUTS);
+        Self {
+            store,
+            client,
+            _up: up,
+        }
     }
 
-    /// The store is there, for those who ask next.
-    fn heal(&self) {
-        self.proxy.heal();
-        // A connection that was stuck is given up at once.
-        self.proxy.cut();
+    async fn after(&self, succeeded: u64) {
+        let seen = self.client.wait_until_succeeded("b", succeeded, DEADLINE);
+        seen.await;
     }
-}
 
-/// Sums, and now and then a rollout that is at work for a second, so that some are whenever the store goes.
-fn jobs(count: usize) -> Vec<Value> {
-    let sleep = json!([{"tool": "sleep", "arguments": {"ms": 1000}}, {"answer": "done"}]);
-    (0..count)
-        .map(|n| match n % 10 {
-            0 => toy_job(&format!("job-{n:04}"), &sleep, "done"),
-            _ => sum_job(&format!("job-{n:04}"), n),
-        })
-        .collect()
-}
+    async fn assert_unfinished(&self) {
+        let done = self.client.counts("b").await.succeeded as usize;
+        assert!(done < toy::ROLLOUTS, "the fault came too late");
+    }
 
-/// What must hold of batch `b` of `count` jobs, whatever the store did.
-async fn check(client: &mut Client, count: usize) {
-    let result = client.wait("b", DEADLINE).await;
-    let counts = result.batch.counts.as_ref().unwrap();
-    assert_eq!(counts.succeeded, count as u64, "{counts:?}");
-    assert_eq!(result.solved(), count, "{:#?}", result.unsolved());
-    for job in result.jobs.values() {
-        let failures = job.handler_failures + job.infra_failures;
-        assert_eq!(failures, 0, "{} spent an attempt", job.id);
-        // It is read from the store, and checked against the manifest.
-        let trace = client.trace("b", &job.id).await;
-        assert_eq!(trace.header.job.job.to_string(), job.id);
+    /// What must hold at the end, whatever the store did.
+    async fn check(mut self) {
+        let result = self.client.wait("b", DEADLINE).await;
+        let counts = result.batch.counts.as_ref().unwrap();
+        assert_eq!(counts.succeeded as usize, toy::ROLLOUTS, "{counts:?}");
+        assert_eq!(result.solved(), toy::ROLLOUTS, "{:#?}", result.unsolved());
+        for job in result.jobs.values() {
+            let failures = job.handler_failures + job.infra_failures;
+            assert_eq!(failures, 0, "{} spent an attempt", job.id);
+            // It is read from the store, and checked against the manifest.
+            let trace = self.client.trace("b", &job.id).await;
+            assert_eq!(trace.header.job.job.to_string(), job.id);
+        }
     }
 }
 
 #[tokio::test]
 async fn a_store_that_is_away_for_20_s_costs_time_and_no_attempt() {
     let world = World::start().await;
-    let mut client = world.up.client().await;
-    assert_eq!(client.submit("b", &jobs(200)).await.accepted, 200);
-    client.wait_until_succeeded("b", 20, DEADLINE).await;
-    world.proxy.set(Network {
-        refusing: true,
-        ..Network::default()
-    });
-    world.proxy.cut();
-    tokio::time::sleep(Duration::from_secs(20)).await;
-    let done = client.counts("b").await.succeeded;
-    assert!(done < 200, "the store was away before all was done");
-    world.heal();
-    check(&mut client, 200).await;
+    world.after(20).await;
+    world.store.be_away(STORE_AWAY).await;
+    world.assert_unfinished().await;
+    world.check().await;
 }
 
 #[tokio::test]
 async fn a_store_that_crawls_for_a_minute_costs_time_and_no_attempt() {
     let world = World::start().await;
-    let mut client = world.up.client().await;
-    assert_eq!(client.submit("b", &jobs(200)).await.accepted, 200);
-    client.wait_until_succeeded("b", 20, DEADLINE).await;
-    let crawling = Direction {
-        delay: Duration::from_secs(1),
-        stopped: false,
-        bytes_per_s: Some(1000),
-    };
-    world.proxy.set(Network {
-        refusing: false,
-        to_target: crawling,
-        to_client: crawling,
-    });
-    tokio::time::sleep(Duration::from_secs(60)).await;
-    world.heal();
-    check(&mut client, 200).await;
+    world.after(20).await;
+    world.store.crawl(STORE_CRAWLS).await;
+    world.assert_unfinished().await;
+    world.check().await;
 }
 
 #[tokio::test]
 async fn a_store_that_is_killed_and_started_again_loses_no_result() {
     let mut world = World::start().await;
-    let mut client = world.up.client().await;
-    assert_eq!(client.submit("b", &jobs(200)).await.accepted, 200);
-    for at_least in [20, 80] {
-        client.wait_until_succeeded("b", at_least, DEADLINE).await;
-        world.server.restart().await;
+    for succeeded in [20, 80] {
+        world.after(succeeded).await;
+        world.store.server.restart().await;
     }
-    check(&mut client, 200).await;
+    world.check().await;
 }

@@ -288,11 +288,6 @@ impl Cluster {
         self.folder.path().join("store").join(path)
     }
 
-    /// Whether its store is a folder, in which objects can be looked at.
-    pub fn has_folder(&self) -> bool {
-        self.setup.store_url.is_none()
-    }
-
     /// The published manifest of a job. Panics if it is not there, or a file of it is not what it says.
     pub fn manifest(&self, key: &JobKey) -> Manifest {
         let path = self.object(&layout::manifest(key));

@@ -1,6 +1,7 @@
 //! A child process that dies with its test, and whose log is shown when the test fails.
 
 use std::fs::File;
+use std::io::{Read, Seek};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -33,7 +34,8 @@ pub fn binary(name: &str) -> PathBuf {
 pub struct Process {
     name: String,
     child: Child,
-    log: PathBuf,
+    /// Kept open, since the folder of a test that failed may be gone before its processes are.
+    log: File,
 }
 
 impl Process {
@@ -41,7 +43,8 @@ impl Process {
     pub fn start(name: &str, mut command: Command, folder: &Path) -> Self {
         let log = folder.join(format!("{name}.log"));
         let open = || {
-            let file = File::options().create(true).append(true).open(&log);
+            let mut options = File::options();
+            let file = options.create(true).append(true).read(true).open(&log);
             file.expect("the test's folder is writable")
         };
         let child = command
@@ -54,7 +57,7 @@ impl Process {
         Self {
             name: name.to_owned(),
             child,
-            log,
+            log: open(),
         }
     }
 
@@ -65,7 +68,9 @@ impl Process {
 
     /// What it has logged so far.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
+        let (mut file, mut text) = (&self.log, String::new());
+        let read = file.rewind().and_then(|()| file.read_to_string(&mut text));
+        read.map(|_| text).unwrap_or_default()
     }
 
     /// Sends a signal to the process alone, not to its children.

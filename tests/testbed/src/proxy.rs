@@ -49,30 +49,58 @@ pub struct Network {
     pub to_client: Direction,
 }
 
+impl Direction {
+    const STOPPED: Self = Self {
+        delay: Duration::ZERO,
+        stopped: true,
+        bytes_per_s: None,
+    };
+}
+
 impl Network {
     /// Nobody hears anybody: connections stay, and are silent.
     pub fn partitioned() -> Self {
-        let stopped = Direction {
-            stopped: true,
-            ..Direction::default()
-        };
+        Self::of_both(Direction::STOPPED)
+    }
+
+    /// Nothing arrives where one connected to, and what comes from there does.
+    pub fn mute() -> Self {
         Self {
-            to_target: stopped,
-            to_client: stopped,
+            to_target: Direction::STOPPED,
+            ..Self::default()
+        }
+    }
+
+    /// Everything arrives where one connected to, and nothing comes back.
+    pub fn deaf() -> Self {
+        Self {
+            to_client: Direction::STOPPED,
+            ..Self::default()
+        }
+    }
+
+    /// New connections are closed at once. Those that are open stay.
+    pub fn refusing() -> Self {
+        Self {
+            refusing: true,
             ..Self::default()
         }
     }
 
     /// Both directions take `delay`.
     pub fn slow(delay: Duration) -> Self {
-        let late = Direction {
+        Self::of_both(Direction {
             delay,
             ..Direction::default()
-        };
+        })
+    }
+
+    /// Both directions are the same.
+    pub fn of_both(direction: Direction) -> Self {
         Self {
-            to_target: late,
-            to_client: late,
-            ..Self::default()
+            refusing: false,
+            to_target: direction,
+            to_client: direction,
         }
     }
 }

@@ -97,10 +97,7 @@ async fn a_cut_resets_open_connections_only() {
 async fn new_connections_are_refused_until_healed() {
     let (_echo, proxy, mut client) = pair().await;
     echoed(&mut client, b"before").await;
-    proxy.set(Network {
-        refusing: true,
-        ..Network::default()
-    });
+    proxy.set(Network::refusing());
     let mut refused = TcpStream::connect(proxy.address()).await.unwrap();
     let read = timeout(SOON, refused.read(&mut [0])).await.expect("an end");
     assert_eq!(read.unwrap_err().kind(), ErrorKind::ConnectionReset);
@@ -115,21 +112,7 @@ async fn new_connections_are_refused_until_healed() {
 async fn a_stopped_direction_is_silent_and_loses_nothing_when_healed() {
     let (_echo, proxy, mut client) = pair().await;
     echoed(&mut client, b"before").await;
-    let stopped = Direction {
-        stopped: true,
-        ..Direction::default()
-    };
-    for network in [
-        Network {
-            to_client: stopped,
-            ..Network::default()
-        },
-        Network {
-            to_target: stopped,
-            ..Network::default()
-        },
-        Network::partitioned(),
-    ] {
+    for network in [Network::deaf(), Network::mute(), Network::partitioned()] {
         proxy.set(network);
         client.write_all(b"lost?").await.unwrap();
         assert_silent(&mut client).await;
@@ -142,9 +125,7 @@ async fn a_stopped_direction_is_silent_and_loses_nothing_when_healed() {
 async fn the_reply_of_work_that_was_done_can_be_lost() {
     let (echo, proxy, mut client) = pair().await;
     echoed(&mut client, b"before").await;
-    let mut network = Network::default();
-    network.to_client.stopped = true;
-    proxy.set(network);
+    proxy.set(Network::deaf());
     client.write_all(b"work").await.unwrap();
     assert_silent(&mut client).await;
     proxy.cut();
