@@ -204,7 +204,12 @@ async fn a_client_that_goes_frees_what_it_held() {
         stream.next().await.unwrap().unwrap();
         streams.push(stream);
     }
-    assert!(serving.metric("vllm:kv_cache_usage_perc").await > 0.0);
+    // A stream begins before its first step.
+    wait_for("blocks to be held", DEADLINE, || async {
+        let held = serving.metric("vllm:kv_cache_usage_perc").await;
+        if held > 0.0 { Ok(()) } else { Err(held) }
+    })
+    .await;
     drop(streams);
     serving.wait_until_idle().await;
 }
