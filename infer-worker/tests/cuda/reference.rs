@@ -19,28 +19,20 @@ pub struct Tolerance {
 }
 
 impl Tolerance {
-    /// From torch's own bf16 on a GPU against the same f32, as the golden files have it: twice its error, and for two ids
-    /// that are each off by its largest.
-    pub fn of(folder: &str) -> Self {
-        let facts = facts(folder);
-        let error = |which: &str| facts["bf16_error"][which].as_f64().unwrap();
-        let logits = golden_logits(folder);
-        let squares: f64 = logits.iter().map(|x| f64::from(*x).powi(2)).sum();
-        let size = (squares / logits.len() as f64).sqrt();
+    /// From torch's own bf16 on a GPU against the same f32, as `bf16.json` has it: twice its error, and for two ids that
+    /// are each off by its largest.
+    pub fn of(model: &str) -> Self {
         Self {
-            logprobs: 2.0 * error("relative") * size,
-            margin: 2.0 * error("largest") as f32,
+            logprobs: 2.0 * torch_bf16(model, "rms"),
+            margin: 2.0 * torch_bf16(model, "largest") as f32,
         }
     }
+}
 
-    /// For shapes without such a file: 3 % of what log-probabilities spread over, which is what a few layers of bf16 make,
-    /// and five times that for two ids.
-    pub fn of_spread(spread: f64) -> Self {
-        Self {
-            logprobs: 0.03 * spread,
-            margin: (0.03 * spread * 5.0 * std::f64::consts::SQRT_2) as f32,
-        }
-    }
+/// What `bf16.py` measured.
+pub fn torch_bf16(model: &str, what: &str) -> f64 {
+    let measured = json(&golden("bf16.json"));
+    measured[model][what].as_f64().unwrap()
 }
 
 /// The folder of golden files, also where the test was built elsewhere and runs at the root of a copy of the tree.
@@ -72,8 +64,11 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 fn facts(folder: &str) -> Value {
-    let text = std::fs::read_to_string(golden(folder).join("expected.json")).unwrap();
-    serde_json::from_str(&text).unwrap()
+    json(&golden(folder).join("expected.json"))
+}
+
+fn json(file: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap()
 }
 
 /// Which of the cases the golden logits are of.
@@ -152,16 +147,6 @@ impl Reference {
         let logits = self.model.forward(&mut cache, &[part]).unwrap();
         let rows = prompt.len() - 1..logits.rows();
         rows.map(|row| log_softmax(logits.row(row))).collect()
-    }
-
-    /// Standard deviation of the log-probabilities of what follows a prompt.
-    pub fn spread(&self, prompt: &[u32]) -> f64 {
-        let logprobs = self.logprobs(None, prompt, &[0]).remove(0);
-        let mean = |of: &dyn Fn(f64) -> f64| {
-            logprobs.iter().map(|x| of(f64::from(*x))).sum::<f64>() / logprobs.len() as f64
-        };
-        let middle = mean(&|x| x);
-        mean(&|x| (x - middle).powi(2)).sqrt()
     }
 
     /// Whether a greedy answer is right: every id the most likely in f32 after those before it, or behind it by no more
