@@ -66,6 +66,10 @@ pub fn worker_json(worker: &v1::Worker) -> Value {
         "coordinator": worker.coordinator,
         "last_seen_us": worker.last_seen_us,
         "granted": worker.granted,
+        "serving": worker.serving.as_ref().map(|serving| json!({
+            "url": serving.url,
+            "models": serving.models,
+        })),
     })
 }
 
@@ -75,15 +79,23 @@ fn workers_table(workers: &[v1::Worker]) -> String {
             worker.worker.clone(),
             format!("{} of {}", worker.running, worker.capacity),
             if worker.draining { "draining" } else { "ready" }.to_owned(),
-            worker.tags.join(" "),
+            offers(worker),
             worker.version.clone(),
             Timestamp(worker.connected_at_us).to_string(),
         ]
     });
     table(
-        ["worker", "running", "state", "tags", "version", "since"],
+        ["worker", "running", "state", "offers", "version", "since"],
         rows.collect(),
     )
+}
+
+/// Its tags, and the models that it serves.
+fn offers(worker: &v1::Worker) -> String {
+    let models = worker.serving.iter().flat_map(|serving| &serving.models);
+    let models = models.map(|model| format!("model:{model}"));
+    let offers: Vec<String> = worker.tags.iter().cloned().chain(models).collect();
+    offers.join(" ")
 }
 
 /// `espalier queues`.

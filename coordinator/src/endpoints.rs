@@ -1,7 +1,7 @@
-//! Model endpoints that the configuration names, and how workers are told of them. The coordinator itself never calls
-//! a model.
+//! Where models are served: at the endpoints that the configuration names, and by workers that say so, wherever they
+//! are connected. All workers are told. The coordinator itself never calls a model.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use espalier_core::error::FieldError;
 use espalier_proto::v1;
@@ -13,6 +13,10 @@ const ENDPOINTS_MAX: usize = 1_000;
 const WEIGHT_MAX: u32 = 1_000;
 /// Longest text, in bytes.
 const TEXT_BYTES_MAX: usize = 1_024;
+/// Most models of one worker, as the protocol says.
+const MODELS_MAX: usize = 256;
+/// Most bytes of what one worker serves: what coordinators show each other of a worker is bounded.
+const SERVING_BYTES_MAX: usize = 32 * 1024;
 
 /// An OpenAI-compatible endpoint that workers may use.
 ///
@@ -68,19 +72,46 @@ pub fn validate(endpoints: &[ModelEndpoint]) -> Result<(), FieldError> {
 }
 
 fn check(endpoint: &ModelEndpoint) -> Result<(), FieldError> {
-    for (field, text) in [("name", &endpoint.name), ("model", &endpoint.model)] {
-        let is_good = !text.is_empty() && text.len() <= TEXT_BYTES_MAX;
-        if !is_good || text.contains(char::is_control) {
-            let rule = format!("must be printable text of 1..={TEXT_BYTES_MAX} bytes");
-            return Err(FieldError::new(field, text, rule));
-        }
-    }
+    check_text("name", &endpoint.name)?;
+    check_text("model", &endpoint.model)?;
     check_url(&endpoint.url)?;
     if !(1..=WEIGHT_MAX).contains(&endpoint.weight) {
         let rule = format!("must be in 1..={WEIGHT_MAX}");
         return Err(FieldError::new("weight", endpoint.weight, rule));
     }
     Ok(())
+}
+
+fn check_text(field: &str, text: &str) -> Result<(), FieldError> {
+    let is_good = !text.is_empty() && text.len() <= TEXT_BYTES_MAX;
+    if is_good && !text.contains(char::is_control) {
+        return Ok(());
+    }
+    let rule = format!("must be printable text of 1..={TEXT_BYTES_MAX} bytes");
+    Err(FieldError::new(field, text, rule))
+}
+
+/// Checks what a worker says that it serves.
+pub fn check_serving(serving: &v1::Serving) -> Result<(), FieldError> {
+    if serving.models.is_empty() {
+        return Ok(());
+    }
+    if serving.models.len() > MODELS_MAX {
+        let rule = format!("must have at most {MODELS_MAX} entries");
+        return Err(FieldError::new("models", serving.models.len(), rule));
+    }
+    for (i, model) in serving.models.iter().enumerate() {
+        check_text(&format!("models[{i}]"), model)?;
+    }
+    if !serving.api_key_name.is_empty() {
+        check_text("api_key_name", &serving.api_key_name)?;
+    }
+    let bytes: usize = serving.models.iter().map(String::len).sum();
+    if bytes > SERVING_BYTES_MAX {
+        let rule = format!("must have at most {SERVING_BYTES_MAX} bytes together");
+        return Err(FieldError::new("models", format!("{bytes} bytes"), rule));
+    }
+    check_url(&serving.url)
 }
 
 /// The address goes to every worker and into their logs.
@@ -99,9 +130,31 @@ fn check_url(url: &str) -> Result<(), FieldError> {
     Ok(())
 }
 
-/// The list as workers read it.
-pub fn to_wire(endpoints: &[ModelEndpoint]) -> v1::Endpoints {
-    let one = |endpoint: &ModelEndpoint| v1::ModelEndpoint {
+/// The list as workers read it. Those of the configuration go first, should there be too many. Of a worker that comes
+/// twice, the last one counts.
+pub fn to_wire<'a>(
+    configured: &[ModelEndpoint],
+    workers: impl Iterator<Item = &'a v1::Worker>,
+) -> v1::Endpoints {
+    let by_id: BTreeMap<&str, Option<&v1::Serving>> = workers
+        .map(|worker| (worker.worker.as_str(), worker.serving.as_ref()))
+        .collect();
+    let of_workers = by_id
+        .into_iter()
+        .flat_map(|(worker, serving)| serving.map(|serving| served_by(worker, serving)))
+        .flatten();
+    let mut endpoints: Vec<_> = configured.iter().map(of_configuration).collect();
+    endpoints.extend(of_workers);
+    if endpoints.len() > ENDPOINTS_MAX {
+        let left_out = endpoints.len() - ENDPOINTS_MAX;
+        tracing::warn!(left_out, "more than {ENDPOINTS_MAX} model endpoints");
+        endpoints.truncate(ENDPOINTS_MAX);
+    }
+    v1::Endpoints { endpoints }
+}
+
+fn of_configuration(endpoint: &ModelEndpoint) -> v1::ModelEndpoint {
+    v1::ModelEndpoint {
         name: endpoint.name.clone(),
         model: endpoint.model.clone(),
         url: endpoint.url.clone(),
@@ -110,10 +163,23 @@ pub fn to_wire(endpoints: &[ModelEndpoint]) -> v1::Endpoints {
         // Nobody watches an endpoint of the configuration; each worker finds out for itself.
         healthy: true,
         vllm_extensions: endpoint.vllm_extensions,
-    };
-    v1::Endpoints {
-        endpoints: endpoints.iter().map(one).collect(),
     }
+}
+
+/// One endpoint a model.
+fn served_by<'a>(
+    worker: &'a str,
+    serving: &'a v1::Serving,
+) -> impl Iterator<Item = v1::ModelEndpoint> + 'a {
+    serving.models.iter().map(move |model| v1::ModelEndpoint {
+        name: format!("{worker}/{model}"),
+        model: model.clone(),
+        url: serving.url.clone(),
+        api_key_name: serving.api_key_name.clone(),
+        weight: 1,
+        healthy: true,
+        vllm_extensions: true,
+    })
 }
 
 #[cfg(test)]
@@ -156,6 +222,67 @@ mod tests {
             let (found, text) = refused(change);
             assert_eq!(found, format!("model_endpoints[1].{field}"));
             assert!(!text.contains("hunter2"), "{text}");
+        }
+    }
+
+    fn worker(id: &str, models: &[&str]) -> v1::Worker {
+        v1::Worker {
+            worker: id.to_owned(),
+            serving: Some(serving(models)),
+            ..v1::Worker::default()
+        }
+    }
+
+    fn serving(models: &[&str]) -> v1::Serving {
+        v1::Serving {
+            url: "http://10.0.0.9:8000/v1".to_owned(),
+            models: models.iter().map(|model| (*model).to_owned()).collect(),
+            api_key_name: String::new(),
+        }
+    }
+
+    #[test]
+    fn workers_that_serve_stand_beside_the_configuration_once_each() {
+        let workers = [
+            worker("w2", &["qwen3", "shop"]),
+            worker("w1", &["qwen3"]),
+            // It has moved to another coordinator, and serves no more.
+            worker("w3", &["qwen3"]),
+            v1::Worker {
+                serving: None,
+                ..worker("w3", &[])
+            },
+        ];
+        let told = to_wire(&[endpoint("a")], workers.iter());
+        let names: Vec<_> = told.endpoints.iter().map(|e| e.name.as_str()).collect();
+        assert_eq!(names, ["a", "w1/qwen3", "w2/qwen3", "w2/shop"]);
+        let many: Vec<_> = (0..20)
+            .map(|n| format!("w{n}"))
+            .map(|id| worker(&id, &["m"; 60]))
+            .collect();
+        assert_eq!(to_wire(&[], many.iter()).endpoints.len(), ENDPOINTS_MAX);
+    }
+
+    #[test]
+    fn what_a_worker_serves_is_checked() {
+        check_serving(&serving(&["qwen3"])).unwrap();
+        check_serving(&v1::Serving::default()).unwrap();
+        let long = "m".repeat(1_000);
+        for (wrong, field) in [
+            (serving(&["m"; 257]), "models"),
+            (serving(&[long.as_str(); 40]), "models"),
+            (serving(&["m", ""]), "models[1]"),
+            (
+                v1::Serving {
+                    url: "http://me:hunter2@a/v1".to_owned(),
+                    ..serving(&["m"])
+                },
+                "url",
+            ),
+        ] {
+            let error = check_serving(&wrong).unwrap_err();
+            assert_eq!(error.field, field);
+            assert!(!error.to_string().contains("hunter2"), "{error}");
         }
     }
 }

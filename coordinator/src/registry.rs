@@ -50,12 +50,15 @@ pub struct Connected {
     pub connected_at: Timestamp,
     /// Rung when there may be something to grant.
     pub wake: Notify,
-    /// No more grants: the worker asked for it, an operator did, or the stream is about to end.
+    /// No more grants: the worker asked for it, or an operator did.
     pub draining: AtomicBool,
+    /// No more grants on this stream: the worker is asked to move to another one.
+    pub moving: AtomicBool,
     /// The end of the stream.
     pub ended: CancellationToken,
     outbox: Outbox,
     running: Mutex<HashMap<JobKey, Fence>>,
+    serving: Mutex<Option<v1::Serving>>,
     granted: AtomicU64,
     heard_at_us: AtomicU64,
 }
@@ -79,6 +82,11 @@ impl Connected {
     /// Whether it may be given a job of `kind` that needs `needs`.
     fn takes(&self, kind: JobKind, needs: &BTreeSet<String>) -> bool {
         self.kinds.contains(&kind) && needs.is_subset(&self.tags)
+    }
+
+    /// Whether nothing is granted on this stream any more.
+    pub fn takes_no_more(&self) -> bool {
+        self.draining.load(Ordering::Relaxed) || self.moving.load(Ordering::Relaxed)
     }
 
     /// The way to the worker.
@@ -121,6 +129,8 @@ impl Connected {
     }
 
     fn view(&self) -> v1::Worker {
+        let draining = self.draining.load(Ordering::Relaxed);
+        let serving = lock(&self.serving).clone().filter(|_| !draining);
         let running = lock(&self.running).len();
         let heard_at_us = self.heard_at_us.load(Ordering::Relaxed);
         v1::Worker {
@@ -128,7 +138,7 @@ impl Connected {
             tags: self.tags.iter().cloned().collect(),
             capacity: self.capacity,
             running: u32::try_from(running).unwrap_or(u32::MAX),
-            draining: self.draining.load(Ordering::Relaxed),
+            draining,
             connected_at_us: self.connected_at.0,
             version: self.version.clone(),
             kinds: self.kinds.iter().map(|k| view::kind(*k).into()).collect(),
@@ -136,6 +146,7 @@ impl Connected {
             coordinator: String::new(),
             last_seen_us: heard_at_us - heard_at_us % HEARD_STEP_US,
             granted: self.granted.load(Ordering::Relaxed),
+            serving,
         }
     }
 }
@@ -145,6 +156,8 @@ impl Connected {
 pub struct Registry {
     inner: Mutex<Inner>,
     last_number: AtomicU64,
+    /// Rung when what workers serve may have changed.
+    pub serving_changed: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -166,6 +179,7 @@ impl Default for Registry {
         Self {
             inner: Mutex::default(),
             last_number: AtomicU64::new(anywhere()),
+            serving_changed: Notify::new(),
         }
     }
 }
@@ -197,6 +211,8 @@ impl Registry {
             connected_at,
             wake: Notify::new(),
             draining: AtomicBool::new(inner.drained.contains(&who.worker)),
+            moving: AtomicBool::new(false),
+            serving: Mutex::default(),
             ended,
             outbox,
             running: Mutex::default(),
@@ -217,6 +233,16 @@ impl Registry {
         if present.is_some_and(|present| present.number == connected.number) {
             inner.connected.remove(&connected.worker);
         }
+        if lock(&connected.serving).is_some() {
+            self.serving_changed.notify_one();
+        }
+    }
+
+    /// Notes what a worker serves; without a model: nothing.
+    pub fn serves(&self, connected: &Connected, serving: v1::Serving) {
+        let serving = Some(serving).filter(|serving| !serving.models.is_empty());
+        *lock(&connected.serving) = serving;
+        self.serving_changed.notify_one();
     }
 
     /// The stream of a worker.
@@ -240,11 +266,17 @@ impl Registry {
         }
     }
 
-    /// Gives a worker no more jobs, on this stream and on later ones.
+    /// Gives a worker no more jobs on this stream, and nobody goes to what it serves any more.
+    pub fn drains(&self, connected: &Connected) {
+        connected.draining.store(true, Ordering::Relaxed);
+        self.serving_changed.notify_one();
+    }
+
+    /// The same on this stream and on later ones.
     pub fn drain(&self, worker: &WorkerId) {
         let mut inner = lock(&self.inner);
         if let Some(connected) = inner.connected.get(worker) {
-            connected.draining.store(true, Ordering::Relaxed);
+            self.drains(connected);
         }
         inner.drained.insert(worker.clone());
         if inner.drained.len() > DRAINED_MAX {
@@ -349,6 +381,27 @@ mod tests {
     fn coordinators_that_start_together_number_their_requests_apart() {
         let [one, other] = [Registry::default(), Registry::default()].map(|r| r.next_number());
         assert!(one.abs_diff(other) > 1_000_000, "{one} and {other}");
+    }
+
+    #[test]
+    fn what_a_worker_serves_is_shown_until_it_is_drained() {
+        let registry = Registry::default();
+        let worker = enter(&registry, "w", &[]);
+        let serving = v1::Serving {
+            models: vec!["qwen3".to_owned()],
+            ..v1::Serving::default()
+        };
+        let shown = || registry.list()[0].serving.clone();
+        registry.serves(&worker, serving.clone());
+        assert_eq!(shown(), Some(serving.clone()));
+        // It still serves while it moves to another coordinator.
+        worker.moving.store(true, Ordering::Relaxed);
+        assert!(worker.takes_no_more() && shown().is_some());
+        registry.serves(&worker, v1::Serving::default());
+        assert_eq!(shown(), None);
+        registry.serves(&worker, serving);
+        registry.drain(&worker.worker);
+        assert_eq!(shown(), None);
     }
 
     #[test]

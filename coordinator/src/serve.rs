@@ -14,13 +14,15 @@ use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::{self, BlockingFailed, Tasks};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Router;
 use tonic_health::server::HealthReporter;
 
-use crate::api::{AdminApi, JobApi, Shared, trace, watch};
+use crate::api::{self, AdminApi, JobApi, Shared, trace};
 use crate::auth::{Auth, Gate};
 use crate::config::CoordinatorConfig;
+use crate::endpoints;
 use crate::journal::Journal;
 use crate::maintenance;
 use crate::peers::Peers;
@@ -205,7 +207,7 @@ fn share(
         }
     });
     let tokens = config.tokens.iter().map(|token| token.name.clone());
-    let watch_places = watch::Places::new(tokens, config.watches_max);
+    let watch_places = api::watch::Places::new(tokens, config.watches_max);
     let me = CoordinatorId::new(UuidIds.fresh())?;
     Ok(Arc::new(Shared {
         peers: Peers::new(me, Arc::clone(&deps.queue)),
@@ -218,6 +220,7 @@ fn share(
             &shutdown,
         ),
         auth: Arc::new(Auth::new(config.tokens.clone())),
+        endpoints: watch::Sender::new(endpoints::to_wire(&config.model_endpoints, [].into_iter())),
         config: Arc::new(config),
         queue: deps.queue,
         store: deps.store,

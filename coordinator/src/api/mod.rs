@@ -22,6 +22,7 @@ use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
 use espalier_core::queue::{BatchView, Refusal};
 use espalier_core::time::Timestamp;
 use espalier_proto::status::ApiError;
+use espalier_proto::v1;
 use espalier_runtime::clock::Clock;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
@@ -55,6 +56,8 @@ pub struct Shared {
     pub peers: Peers,
     /// The workers that are connected here.
     pub registry: Arc<Registry>,
+    /// Where models are served, for all workers.
+    pub endpoints: tokio::sync::watch::Sender<v1::Endpoints>,
     /// What rollouts of those ask.
     pub questions: Arc<Questions>,
     /// Turns of those who read traces.

@@ -1,6 +1,7 @@
 //! What a coordinator does by itself: follow the queue's events, end what has run out, measure, forget what is
-//! old, give the queue again what it lost, and tell others what it has and how it is. One file a task; each is idempotent, so that any number of coordinators may run them.
+//! old, give the queue again what it lost, and tell others what it has, where models are and how it is. One file a task; each is idempotent, so that any number of coordinators may run them.
 
+mod endpoints;
 mod events;
 mod gauges;
 mod journal;
@@ -51,6 +52,11 @@ pub fn start(shared: &Arc<Shared>, health: HealthReporter) {
         "maintenance.peers",
         OnFailure::ShutDown,
         peers::run(Arc::clone(shared)),
+    );
+    tasks.spawn(
+        "maintenance.endpoints",
+        OnFailure::ShutDown,
+        endpoints::run(Arc::clone(shared)),
     );
     tasks.spawn(
         "maintenance.readiness",

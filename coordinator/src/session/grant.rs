@@ -1,7 +1,6 @@
 //! Granting: as many ready jobs as the worker has credit for, as soon as both are there.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use espalier_core::error::ErrorClass;
@@ -77,7 +76,7 @@ impl Session {
 
     /// How many jobs of `kind` may be granted now.
     fn room(&self, kind: JobKind) -> Option<u32> {
-        if self.connected.draining.load(Ordering::Relaxed) || self.connected.ended.is_cancelled() {
+        if self.connected.takes_no_more() || self.connected.ended.is_cancelled() {
             return None;
         }
         let credit = lock(&self.credit).get(&kind).copied().unwrap_or(0);
@@ -104,7 +103,7 @@ impl Session {
                 Err(error) => tracing::warn!(error = %error, "jobs cannot be leased now"),
             }
             failures += 1;
-            if self.connected.draining.load(Ordering::Relaxed) {
+            if self.connected.takes_no_more() {
                 return Vec::new();
             }
             tokio::select! {

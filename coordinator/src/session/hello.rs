@@ -14,7 +14,6 @@ use espalier_runtime::tasks::with_deadline;
 
 use super::{HELLO_LIMIT, Stream, lease_from_wire, message};
 use crate::api::{Shared, queue_error, view};
-use crate::endpoints;
 use crate::queue::Renewal;
 use crate::registry::{Connected, Introduction};
 
@@ -113,7 +112,7 @@ fn held(leases: &[v1::Lease]) -> Result<Vec<Renewal>, FieldError> {
 
 async fn welcome(
     shared: &Shared,
-    stream: &Stream,
+    stream: &mut Stream,
     connected: &Connected,
     held: Vec<Renewal>,
 ) -> Result<(), ApiError> {
@@ -149,8 +148,8 @@ async fn welcome(
     });
     let mut messages = vec![welcome];
     // Before any grant: a rollout needs its model at once.
-    if !shared.config.model_endpoints.is_empty() {
-        let told = endpoints::to_wire(&shared.config.model_endpoints);
+    let told = stream.endpoints.borrow_and_update().clone();
+    if !told.endpoints.is_empty() {
         messages.push(Message::Endpoints(told));
     }
     if !cancelled.is_empty() {

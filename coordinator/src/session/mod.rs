@@ -1,7 +1,7 @@
 //! `WorkerService`: one bidirectional stream a worker.
 //!
-//! A session is four loops that run side by side: one reads what the worker says, one grants jobs against its
-//! credit, one finishes results, one renews leases. Each of the last three calls the queue with whatever has piled up
+//! A session is loops that run side by side: one reads what the worker says, one tells it where models are served, one
+//! grants jobs against its credit, one finishes results, one renews leases. Each of the last three calls the queue with whatever has piled up
 //! while its last call was under way, so that a busy worker costs few calls and an idle one waits for nobody.
 //!
 //! Fences are the queue's business: a session reports what the queue said. A stream that ends revokes nothing; what
@@ -29,7 +29,7 @@ use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message;
 use espalier_runtime::backoff::Backoff;
 use espalier_runtime::tasks::{OnFailure, with_deadline};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -84,6 +84,7 @@ impl v1::worker_service_server::WorkerService for WorkerApi {
             ended,
             gone,
             unsent,
+            endpoints: self.0.endpoints.subscribe(),
         };
         let served = serve(Arc::clone(&self.0), stream);
         self.0.tasks.spawn("session", OnFailure::Log, served);
@@ -102,6 +103,8 @@ struct Stream {
     /// Nothing more can be sent, and what was not is in `unsent`.
     gone: CancellationToken,
     unsent: Unsent,
+    /// Where models are served, as far as the worker was not told yet.
+    endpoints: watch::Receiver<v1::Endpoints>,
 }
 
 /// One greeted worker.
@@ -141,6 +144,7 @@ async fn serve(shared: Arc<Shared>, mut stream: Stream) {
         outbox,
         gone,
         unsent,
+        endpoints,
         ..
     } = stream;
     drop(outbox);
@@ -152,7 +156,7 @@ async fn serve(shared: Arc<Shared>, mut stream: Stream) {
         granting: tokio::sync::Mutex::default(),
     };
     // Boxed: the loops' states together would make every task of a session carry tens of kilobytes twice.
-    Box::pin(session.run(incoming)).await;
+    Box::pin(session.run(incoming, endpoints)).await;
     shared.registry.leave(&session.connected);
     drop(session);
     // Without senders the stream ends, and says what it could not send.
@@ -186,7 +190,11 @@ async fn give_back(shared: &Shared, worker: &WorkerId, unsent: Vec<(JobKey, Fenc
 
 impl Session {
     /// Runs the loops until the stream ends. The loops that call the queue complete what they have begun.
-    async fn run(&self, incoming: Streaming<v1::WorkerMessage>) {
+    async fn run(
+        &self,
+        incoming: Streaming<v1::WorkerMessage>,
+        endpoints: watch::Receiver<v1::Endpoints>,
+    ) {
         let (renewals, renewals_waiting) = mpsc::channel(ENTRIES_MAX);
         let (results, results_waiting) = mpsc::channel(ENTRIES_MAX);
         let (reports, reports_waiting) = mpsc::channel(manifest::REPORTS_MAX);
@@ -201,8 +209,23 @@ impl Session {
             self.finish(results_waiting),
             self.renew(renewals_waiting),
             self.check_manifests(reports_waiting),
+            self.tell_endpoints(endpoints),
             self.end_in_time(),
         );
+    }
+
+    /// Tells where models are served whenever that changes.
+    async fn tell_endpoints(&self, mut endpoints: watch::Receiver<v1::Endpoints>) {
+        loop {
+            tokio::select! {
+                changed = endpoints.changed() => if changed.is_err() { return },
+                () = self.connected.ended.cancelled() => return,
+            }
+            let told = endpoints.borrow_and_update().clone();
+            if !self.send(Message::Endpoints(told)).await {
+                return;
+            }
+        }
     }
 
     /// Asks the worker to move when this coordinator drains or the stream is old, and ends the stream when it does not.
@@ -226,7 +249,7 @@ impl Session {
     }
 
     async fn ask_to_move(&self, drains: bool) {
-        self.connected.draining.store(true, Ordering::Relaxed);
+        self.connected.moving.store(true, Ordering::Relaxed);
         // What was leased before is sent before, so that no grant follows this message.
         let granting = self.granting.lock().await;
         let (reason, wait) = match drains {

@@ -1,7 +1,5 @@
 //! What a worker says, sorted into the inboxes of the loops that act on it.
 
-use std::sync::atomic::Ordering;
-
 use espalier_core::error::FieldError;
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::queue::JobState;
@@ -15,6 +13,7 @@ use tonic::Streaming;
 use super::renew::Numbered;
 use super::{ENTRIES_MAX, Session, lease_from_wire, lock, manifest};
 use crate::api::{queue_error, view};
+use crate::endpoints::check_serving;
 use crate::questions::Asked;
 use crate::queue::Renewal;
 
@@ -73,15 +72,17 @@ impl Session {
                     let _ = inboxes.results.send(result).await;
                 }
             }
-            Some(Said::Drain(v1::Drain {})) => {
-                self.connected.draining.store(true, Ordering::Relaxed)
-            }
+            Some(Said::Drain(v1::Drain {})) => self.shared.registry.drains(&self.connected),
             Some(Said::Ask(ask)) => self.ask(ask).await?,
             Some(Said::BadManifest(report)) => {
                 let _ = inboxes
                     .reports
                     .send(manifest::Report::from_wire(&report)?)
                     .await;
+            }
+            Some(Said::Serving(serving)) => {
+                check_serving(&serving).map_err(|error| error.under("serving"))?;
+                self.shared.registry.serves(&self.connected, serving);
             }
             Some(Said::Hello(_)) => {
                 let rule = "must come once, at the beginning";

@@ -44,6 +44,22 @@ async fn drain(coordinator: &Coordinator, id: &str) -> Result<(), tonic::Status>
     coordinator.admin().drain_worker(request).await.map(drop)
 }
 
+/// The names of the endpoints that the worker is told next.
+async fn told(worker: &mut Worker) -> Vec<String> {
+    match worker.hear().await {
+        Heard::Endpoints(told) => told.endpoints.into_iter().map(|e| e.name).collect(),
+        other => panic!("expected endpoints, heard {other:?}"),
+    }
+}
+
+fn serving(models: &[&str]) -> Said {
+    Said::Serving(v1::Serving {
+        url: "http://10.0.0.9:8000/v1".to_owned(),
+        models: models.iter().map(|model| (*model).to_owned()).collect(),
+        api_key_name: String::new(),
+    })
+}
+
 async fn leased(at: &Coordinator, via: &mut Jobs, ids: &[&str]) -> (Worker, Vec<v1::Lease>) {
     open(via, "b1").await;
     let jobs = ids.iter().map(|id| plain(id)).collect();
@@ -279,4 +295,57 @@ async fn who_asks_for_health_hears_that_the_queue_is_full_or_away() {
     worker.credit(1).await;
     submit(&mut shop, "b2", 0, vec![plain("j")]).await;
     assert_eq!(worker.grants(1).await.len(), 1, "its stream was kept");
+}
+
+#[tokio::test]
+async fn what_a_worker_serves_is_told_to_workers_of_all_coordinators_until_it_drains_or_goes() {
+    let redis = RedisServer::start().await;
+    let (first, second) = two(&redis).await;
+    let mut near = first.worker("near", 1).await;
+    let mut far = second.worker("far", 1).await;
+    let infer = first.worker("infer", 1).await;
+    infer.say(serving(&["qwen3", "shop"])).await;
+    let both = ["infer/qwen3", "infer/shop"];
+    assert_eq!(told(&mut near).await, both);
+    assert_eq!(told(&mut far).await, both);
+
+    // Who comes later is told before anything is granted to it.
+    let mut late = second.greet(hello("late", 1)).await;
+    assert!(matches!(late.hear().await, Heard::Welcome(_)));
+    assert_eq!(told(&mut late).await, both);
+
+    infer.say(serving(&["qwen3"])).await;
+    for worker in [&mut near, &mut far, &mut late] {
+        assert_eq!(told(worker).await, ["infer/qwen3"]);
+    }
+    until_worker(&second, "infer", |worker| {
+        let serving = worker.serving.as_ref();
+        serving.is_some_and(|serving| serving.models == ["qwen3"])
+    })
+    .await;
+
+    // An adapter comes back, and the worker is drained by an operator at the other coordinator.
+    infer.say(serving(&["qwen3", "shop"])).await;
+    for worker in [&mut near, &mut far, &mut late] {
+        assert_eq!(told(worker).await, both);
+    }
+    drain(&second, "infer").await.unwrap();
+    for worker in [&mut near, &mut far, &mut late] {
+        assert!(told(worker).await.is_empty());
+    }
+
+    // One that goes without a word is told of no more, either.
+    let gone = first.worker("gone", 1).await;
+    gone.say(serving(&["qwen3"])).await;
+    assert_eq!(told(&mut near).await, ["gone/qwen3"]);
+    assert_eq!(told(&mut far).await, ["gone/qwen3"]);
+    drop(gone);
+    assert!(told(&mut near).await.is_empty());
+    assert!(told(&mut far).await.is_empty());
+
+    let wrong = first.worker("wrong", 1).await;
+    wrong.say(serving(&["qwen3", "a\nb"])).await;
+    let refused = wrong.end().await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.message().contains("serving.models[1]"), "{refused}");
 }

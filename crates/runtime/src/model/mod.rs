@@ -223,8 +223,8 @@ impl ModelClient {
         }
     }
 
-    /// Takes the present list of endpoints. Those that cannot be called are named in the log and left out; a client of
-    /// a fixed endpoint stays with that one.
+    /// Takes the present list of endpoints. Those that cannot be called are named in the log and left out; those that are
+    /// named no more are called for a while where no other is left. A client of a fixed endpoint stays with that one.
     pub fn update(&self, served: &[Served]) {
         let Some(keys) = &self.keys else {
             return;
@@ -233,6 +233,7 @@ impl ModelClient {
         let same = |served: &Served| known.iter().find(|member| member.is(served)).cloned();
         let found = served.iter().filter_map(|served| {
             if let Some(member) = same(served) {
+                member.is_back();
                 return Some(member);
             }
             match Member::told(served.clone(), keys) {
@@ -244,8 +245,14 @@ impl ModelClient {
                 }
             }
         });
-        let found: Vec<Arc<Member>> = found.collect();
+        let mut found: Vec<Arc<Member>> = found.collect();
         tracing::info!(endpoints = found.len(), "model endpoints changed");
+        let now = tokio::time::Instant::now();
+        let gone = known.iter().filter(|member| {
+            let is_named = served.iter().any(|served| served.name == member.name());
+            !is_named && member.is_gone(now)
+        });
+        found.extend(gone.cloned());
         *lock(&self.endpoints) = found;
     }
 

@@ -16,6 +16,9 @@ use crate::config::Secret;
 
 /// Failures in a row after which an endpoint is left out: one may be chance.
 const FAILURES_MAX: u32 = 3;
+/// How long an endpoint that is named no more is still called where no other is left: the coordinator that named it may
+/// have gone, and the next one may not know of it yet.
+const FORGET_AFTER: Duration = Duration::from_secs(30);
 /// How long it is left out; then one call shows whether it is back, and the others go on elsewhere.
 const OUT: Backoff = Backoff {
     first: Duration::from_secs(1),
@@ -77,14 +80,27 @@ impl Member {
         self.served.as_ref() == Some(served)
     }
 
+    /// A coordinator names it again.
+    pub(super) fn is_back(&self) {
+        lock(&self.health).gone_at = None;
+    }
+
+    /// No coordinator names it any more. False: for so long that it is forgotten.
+    pub(super) fn is_gone(&self, now: Instant) -> bool {
+        let mut health = lock(&self.health);
+        health.gone_at.get_or_insert(now);
+        !health.is_forgotten(now)
+    }
+
     /// Failures in a row.
     #[cfg(test)]
     pub(super) fn failures(&self) -> u32 {
         lock(&self.health).failures
     }
 
-    fn serves(&self, model: &str) -> bool {
+    fn serves(&self, model: &str, now: Instant) -> bool {
         self.served.as_ref().is_none_or(|s| s.model == model)
+            && !lock(&self.health).is_forgotten(now)
     }
 
     fn is_out(&self, now: Instant) -> bool {
@@ -115,7 +131,7 @@ impl Member {
                     );
                 }
             }
-            _ => *health = Health::default(),
+            _ => health.answered(),
         }
         answered
     }
@@ -127,11 +143,22 @@ struct Health {
     /// Failures in a row.
     failures: u32,
     out_until: Option<Instant>,
+    /// Since when no coordinator names it.
+    gone_at: Option<Instant>,
 }
 
 impl Health {
     fn is_out(&self, now: Instant) -> bool {
-        self.out_until.is_some_and(|until| now < until)
+        self.gone_at.is_some() || self.out_until.is_some_and(|until| now < until)
+    }
+
+    fn is_forgotten(&self, now: Instant) -> bool {
+        self.gone_at
+            .is_some_and(|at| now.saturating_duration_since(at) >= FORGET_AFTER)
+    }
+
+    fn answered(&mut self) {
+        (self.failures, self.out_until) = (0, None);
     }
 
     /// A call begins. After a time out it is the probe: others stay away for as long as the last wait was the least.
@@ -165,7 +192,7 @@ pub(super) fn choose(
         let times = tried.iter().filter(|t| t.name == member.name).count();
         (member.is_out(now), times, member.rank(request.affinity))
     };
-    let serving = endpoints.iter().filter(|m| m.serves(request.model));
+    let serving = endpoints.iter().filter(|m| m.serves(request.model, now));
     let best = serving.map(|member| (standing(member), member));
     let best = best.min_by(|(a, _), (b, _)| {
         (a.0, a.1)
@@ -184,7 +211,7 @@ pub(super) fn has_fresh(
 ) -> bool {
     endpoints.iter().any(|member| {
         let is_fresh = !tried.iter().any(|t| t.name == member.name);
-        is_fresh && member.serves(request.model) && !member.is_out(now)
+        is_fresh && member.serves(request.model, now) && !member.is_out(now)
     })
 }
 

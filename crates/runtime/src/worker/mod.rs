@@ -36,6 +36,7 @@ use espalier_core::id::{Fence, JobKey, WorkerId};
 use espalier_core::spec::{JobDraft, JobSpec};
 use espalier_core::trace::RolloutSummary;
 use espalier_proto::v1;
+use tokio::sync::watch;
 
 use crate::config::Secret;
 use crate::ids::{IdSource, UuidIds};
@@ -62,6 +63,32 @@ pub trait Handler: Send + Sync + 'static {
 
     /// Hears where models are served, at the beginning and whenever it changes.
     fn endpoints(&self, _served: Vec<Served>) {}
+
+    /// What the process serves to other workers, now and later. None: nothing, ever.
+    fn serving(&self) -> Option<watch::Receiver<Serving>> {
+        None
+    }
+}
+
+/// What a worker serves to others, over HTTP.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Serving {
+    /// Up to and including the version, as other workers reach it; without credentials.
+    pub url: String,
+    /// What requests call the models, adapters among them.
+    pub models: Vec<String>,
+    /// Name of the key in the configuration of those who ask.
+    pub api_key_name: Option<String>,
+}
+
+impl Serving {
+    fn to_wire(&self) -> v1::Serving {
+        v1::Serving {
+            url: self.url.clone(),
+            models: self.models.clone(),
+            api_key_name: self.api_key_name.clone().unwrap_or_default(),
+        }
+    }
 }
 
 /// A job to do, decoded and checked.

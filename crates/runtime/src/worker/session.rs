@@ -9,14 +9,14 @@ use espalier_core::id::WorkerId;
 use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message as FromCoordinator;
 use espalier_proto::v1::worker_message::Message as ToCoordinator;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::book::{Book, LeaseId};
 use super::job::{self, Event};
 use super::lease::{Lease, Stop};
 use super::link::{Heard, Links};
-use super::{Handler, JobOutcome, WorkerConfig, WorkerDeps};
+use super::{Handler, JobOutcome, Serving, WorkerConfig, WorkerDeps};
 use crate::model::Served;
 use crate::shutdown::Shutdown;
 use crate::tasks::OnFailure;
@@ -46,6 +46,8 @@ enum Phase {
 /// Something that woke the session.
 enum Woken {
     Event(Event),
+    /// What the process serves has changed.
+    Serving,
     Heard(Heard),
     Draining,
     Aborted,
@@ -91,6 +93,7 @@ pub(super) struct Session<H> {
     linger_until: Instant,
     /// By question id, or by job and fence for manifests.
     requests: HashMap<String, Request>,
+    serving: Option<watch::Receiver<Serving>>,
 }
 
 impl<H: Handler> Session<H> {
@@ -104,6 +107,7 @@ impl<H: Handler> Session<H> {
         let (events_in, events) = mpsc::channel(EVENTS_MAX);
         let links = Links::new(id.clone(), config.clone());
         Self {
+            serving: handler.serving(),
             handler,
             config,
             deps,
@@ -134,6 +138,7 @@ impl<H: Handler> Session<H> {
             self.send_what_is_due(now);
             match self.wait().await {
                 Woken::Event(event) => self.on_event(event),
+                Woken::Serving => self.tell_serving(),
                 Woken::Heard(Heard::Message(message)) => self.on_message(message),
                 Woken::Heard(Heard::Late(message)) => self.on_late_message(message),
                 Woken::Heard(Heard::Up(welcome)) => self.connected(&welcome),
@@ -157,6 +162,7 @@ impl<H: Handler> Session<H> {
             () = self.shutdown.aborted() => Woken::Aborted,
             () = self.shutdown.draining(), if working => Woken::Draining,
             Some(event) = self.events.recv() => Woken::Event(event),
+            () = changed(&mut self.serving) => Woken::Serving,
             heard = self.links.next() => Woken::Heard(heard),
             () = tokio::time::sleep_until(wake_at) => Woken::Time,
         }
@@ -187,11 +193,21 @@ impl<H: Handler> Session<H> {
         for lease in &welcome.lost {
             self.lost(lease);
         }
-        if self.phase != Phase::Working {
+        if self.phase == Phase::Working {
+            self.tell_serving();
+        } else {
             self.links.send(ToCoordinator::Drain(v1::Drain {}));
         }
         for request in self.requests.values() {
             self.links.send(request.again(now));
+        }
+    }
+
+    /// Without a stream nobody hears it: it is told anew when one is up.
+    fn tell_serving(&mut self) {
+        if let Some(serving) = &mut self.serving {
+            let told = serving.borrow_and_update().to_wire();
+            self.links.send(ToCoordinator::Serving(told));
         }
     }
 
@@ -422,6 +438,16 @@ impl<H: Handler> Session<H> {
             }
         }
     }
+}
+
+/// Waits for the next change; for ever where there is none to come.
+async fn changed(serving: &mut Option<watch::Receiver<Serving>>) {
+    if let Some(receiver) = serving
+        && receiver.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 fn manifest_request(id: &LeaseId) -> String {

@@ -171,8 +171,36 @@ async fn the_list_may_change_and_says_who_is_healthy() {
         assert_eq!(turn.endpoint, "well");
     }
     assert!(!format!("{client:?}").contains(KEY));
+    // One that is named no more is better than none, for a while.
+    client.update(&[served("well", &dead().await)]);
+    assert_eq!(ask(&client, "j").await.unwrap().endpoint, "ill");
     // A client of one endpoint stays with it.
     let fixed = super::client(&settings);
     fixed.update(&[]);
     assert_eq!(ask(&fixed, "j").await.unwrap().endpoint, "");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_named_no_more_is_the_last_resort_until_it_is_forgotten_or_back() {
+    let (_, settings) = start(answers()).await;
+    let one = served("one", &settings);
+    let client = told(std::slice::from_ref(&one));
+    client.update(&[]);
+    assert_eq!(ask(&client, "j").await.unwrap().endpoint, "one");
+    client.update(&[one.clone(), served("two", &dead().await)]);
+    let client = &client;
+    let homes = (0..8).map(|n| async move { ask(client, &format!("j{n}")).await.unwrap().retries });
+    let homes = futures::future::join_all(homes).await;
+    assert!(
+        homes.contains(&0),
+        "it is no last resort any more: {homes:?}"
+    );
+
+    client.update(&[]);
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(31)).await;
+    tokio::time::resume();
+    assert_eq!(ask(client, "j").await.unwrap_err().as_str(), "no_endpoint");
+    client.update(&[one]);
+    assert_eq!(ask(client, "j").await.unwrap().endpoint, "one");
 }
