@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod disk;
 pub mod faults;
 pub mod history;
+pub mod hub;
 pub mod model;
 pub mod otlp;
 pub mod practice;
