@@ -39,6 +39,11 @@ pub use served::Served;
 
 use route::{Member, lock};
 
+/// Begins the `system_fingerprint` of an answer that an adapter gave, and is followed by the SHA-256 of the adapter's
+/// content in hexadecimal. Other servers put words of their own there, which this tells apart; as a field of OpenAI's it
+/// passes every proxy.
+pub const ADAPTER_FINGERPRINT: &str = "adapter-sha256:";
+
 /// Where a model is served and how patiently it is called.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -144,6 +149,9 @@ pub struct ChatTurn {
     pub model: String,
     /// The name of the endpoint that answered; empty where the configuration names one.
     pub endpoint: String,
+    /// SHA-256 of the adapter that answered, in hexadecimal, from endpoints that say it as
+    /// [`ADAPTER_FINGERPRINT`] describes.
+    pub adapter_sha256: Option<String>,
     /// The endpoint's id of the answer.
     pub response_id: Option<String>,
     /// Token ids of the prompt, from endpoints that give them.
