@@ -28,6 +28,8 @@ pub(super) struct Answers {
     choices: Vec<Option<Choice>>,
     events: SelectAll<ChoiceEvents>,
     usage: Usage,
+    /// Why answers ended, in that order.
+    reasons: Vec<&'static str>,
     clocks: Vec<Progress>,
     /// Ends the generation of an answer that needs no more of it.
     enough: Vec<AbortHandle>,
@@ -57,8 +59,8 @@ impl Told {
         self.observed.answer_ended(progress);
     }
 
-    fn ended(&self, usage: Usage) {
-        self.observed.ended(self.began.elapsed(), usage);
+    fn ended(&self, usage: Usage, reasons: &[&str]) {
+        self.observed.ended(self.began.elapsed(), usage, reasons);
     }
 
     /// An answer that broke off after its status was sent.
@@ -107,6 +109,7 @@ impl Answers {
                 prompt_tokens,
                 ..Usage::default()
             },
+            reasons: Vec::new(),
             clocks,
             enough,
         }
@@ -116,7 +119,7 @@ impl Answers {
     async fn next(&mut self) -> Result<Option<Step>, ApiError> {
         loop {
             if self.choices.iter().all(Option::is_none) {
-                self.told.ended(self.usage);
+                self.told.ended(self.usage, &self.reasons);
                 return Ok(None);
             }
             let wait = espalier_runtime::tasks::with_deadline(
@@ -169,6 +172,7 @@ impl Answers {
             };
             if let Some(finish) = step.finish {
                 self.choices[i] = None;
+                self.reasons.push(finish.as_str());
                 self.enough[i].abort();
                 self.told.answer_ended(finish, &self.clocks[i]);
             }

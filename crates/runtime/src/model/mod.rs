@@ -31,7 +31,7 @@ use tracing::field::Empty;
 
 use crate::backoff::Backoff;
 use crate::config::Secret;
-use crate::telemetry::names::{attribute, operation};
+use crate::telemetry::names::{attribute, operation, provider};
 use crate::telemetry::{self, Metrics};
 
 pub use error::ModelError;
@@ -347,7 +347,7 @@ fn span(request: &ChatRequest<'_>) -> tracing::Span {
         otel.kind = "client",
         otel.status_code = Empty,
         { attribute::GEN_AI_OPERATION_NAME } = operation::CHAT,
-        { attribute::GEN_AI_PROVIDER_NAME } = "openai",
+        { attribute::GEN_AI_PROVIDER_NAME } = provider::OPENAI,
         { attribute::GEN_AI_REQUEST_MODEL } = request.model,
         { attribute::MODEL_ENDPOINT } = Empty,
         { attribute::GEN_AI_RESPONSE_MODEL } = Empty,
