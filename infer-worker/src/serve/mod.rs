@@ -27,6 +27,8 @@ use crate::grammar::GrammarError;
 use crate::load::model::{ModelError, ModelFiles};
 use crate::load::{Fetcher, LoadError, Source, Wanted};
 
+pub use device::{DTYPE_AUTO, DeviceFound, Library, Survey, survey};
+
 use adapters::Adapters;
 use backend::Served;
 use text::Text;
