@@ -94,6 +94,8 @@ pub struct AdapterInfo {
     pub rank: u32,
     /// Counts the loads under this name, from 1.
     pub version: u64,
+    /// Why it may be another model's, though it fits.
+    pub doubt: Option<String>,
 }
 
 /// A version of a model. Holding it keeps the version loaded.

@@ -29,7 +29,7 @@ use crate::load::{Fetcher, LoadError, Source, Wanted};
 
 pub use device::{DTYPE_AUTO, DeviceFound, Library, Survey, survey};
 
-use adapters::Adapters;
+use adapters::{Adapters, Base};
 use backend::Served;
 use text::Text;
 
@@ -165,7 +165,11 @@ async fn start(
         adapter: None,
     };
     let max = options.max_loras as usize;
-    let adapters = Adapters::new(base.name.clone(), max, fetcher, running.load_weights, clock);
+    let known = Base {
+        name: base.name.clone(),
+        source: options.model.clone(),
+    };
+    let adapters = Adapters::new(known, max, fetcher, running.load_weights, clock);
     let served = Served {
         engine: running.engine,
         text: blocking("text.load", move || Text::new(files)).await??,

@@ -305,6 +305,7 @@ impl Backend for Scripted {
                 path: "/a".to_owned(),
                 rank: 8,
                 version: *version,
+                doubt: (name == "doubtful").then(|| "may be another's".to_owned()),
             }),
         };
         let base = Model {

@@ -227,6 +227,12 @@ async fn adapters_come_are_named_and_go() {
             "version": version});
         assert_eq!(body, expected);
     }
+    let doubtful = json!({"name": "doubtful", "path": "/a"});
+    let response = server.post("/v1/adapters", &doubtful).send().await.unwrap();
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body["warning"], "may be another's");
+    let doubtful = format!("{}/v1/adapters/doubtful", server.url);
+    server.client.delete(doubtful).send().await.unwrap();
     let body = server.chat_json("hi", json!({"model": "a/b"})).await;
     assert_eq!(
         (&body["model"], &body["system_fingerprint"]),

@@ -163,10 +163,12 @@ fn adapters(port: AdapterPort<Box<Lora>>, base: Config) -> LoadWeights {
             let lora = read.await.map_err(|error| refused(&error))?;
             let lora = lora.map_err(|error| WeightsError::Refused(error_chain(&error)))?;
             let (digest, rank) = (lora.digest(), lora.rank());
+            let made_for = lora.base().map(str::to_owned);
             let handle = port.load(digest, Box::new(lora)).await?;
             Ok(Loaded {
                 handle,
                 rank: u32::try_from(rank).unwrap_or(u32::MAX),
+                made_for,
             })
         }
         .boxed()
