@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use axum::response::sse;
 use futures::stream::{self, AbortHandle, SelectAll, Stream, StreamExt as _};
 
-use super::backend::{Backend, Ended, Event, Events, Token};
+use super::backend::{Backend, Condition, Ended, Event, Events, Token};
 use super::choice::{Choice, Finish, Piece};
 use super::error::ApiError;
 use super::metrics::Metrics;
@@ -157,7 +157,7 @@ impl Answers {
                         return Err(ApiError::stopped());
                     }
                     if matches!(reason, Ended::Error) {
-                        return Err(ApiError::internal());
+                        return Err(self.failure());
                     }
                     let pieces = choice.end(reason);
                     Step {
@@ -177,6 +177,14 @@ impl Answers {
                 self.told.answer_ended(finish, &self.clocks[i]);
             }
             return Ok(Some(step));
+        }
+    }
+
+    /// Why an answer failed: with the engine, or alone.
+    fn failure(&self) -> ApiError {
+        match self.backend.load().condition {
+            Condition::Failed => ApiError::failed(),
+            Condition::Running | Condition::Ending => ApiError::internal(),
         }
     }
 

@@ -5,8 +5,11 @@ mod backend;
 mod device;
 mod gauges;
 mod memory;
+#[cfg(test)]
+mod tests;
 mod text;
 
+use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +21,7 @@ use espalier_runtime::ids::UuidIds;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::{BlockingFailed, OnFailure, Tasks, Unfinished, blocking};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use crate::api::backend::{AdapterError, Backend as _, Model};
 use crate::api::{self, Parts};
@@ -35,6 +39,11 @@ use text::Text;
 
 /// How long gauges may take to end: they wait for nothing.
 const TASKS_END_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long the API goes on after the engine failed.
+const FAILED_NOTICE: Duration = Duration::from_secs(5);
+/// How long refusals may take to reach their readers after that.
+const FAILED_END_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a worker could not start, or did not end in order.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +125,11 @@ impl Worker {
             context_tokens = served.context_tokens,
             "serving"
         );
-        let ended = api::serve(listener, router, shutdown, self.drain_limit).await;
+        let stops = Shutdown::new();
+        let ended = tokio::select! {
+            ended = api::serve(listener, router, stops.clone(), self.drain_limit) => ended,
+            never = stop(stops, &shutdown, served.engine.watch_health()) => match never {},
+        };
         // Nobody is left who would read what still runs.
         let health = served.engine.stop(Duration::ZERO).await;
         tracing::info!(health = %health, "engine stopped");
@@ -127,6 +140,34 @@ impl Worker {
             _ => Ok(ended?),
         }
     }
+}
+
+/// Stops the API when the process is told to end, or when the engine has failed: then what runs and what comes is refused
+/// for a while, so that whoever looks learns why, and nothing is waited for.
+async fn stop(
+    stops: Shutdown,
+    shutdown: &Shutdown,
+    mut health: watch::Receiver<Health>,
+) -> Infallible {
+    let failed = async {
+        let failed = health.wait_for(|health| matches!(health, Health::Failed(_)));
+        if failed.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = shutdown.draining() => {
+            stops.drain();
+            shutdown.aborted().await;
+        }
+        () = failed => {
+            tokio::time::sleep(FAILED_NOTICE).await;
+            stops.drain();
+            tokio::time::sleep(FAILED_END_LIMIT).await;
+        }
+    }
+    stops.abort();
+    std::future::pending().await
 }
 
 /// Starts a worker and serves it until `shutdown` drains.

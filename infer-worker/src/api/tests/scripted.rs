@@ -438,7 +438,7 @@ impl Backend for Scripted {
 
     fn load(&self) -> Load {
         Load {
-            healthy: true,
+            condition: Condition::Running,
             running: 3,
             ..Load::default()
         }
