@@ -12,7 +12,7 @@ mod text;
 use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::{Clock, SystemClock};
@@ -40,6 +40,8 @@ use text::Text;
 /// How long gauges may take to end: they wait for nothing.
 const TASKS_END_LIMIT: Duration = Duration::from_secs(5);
 
+/// Time between two lines of a log that tell of nothing but waiting.
+const SIGN_EVERY: Duration = Duration::from_secs(10);
 /// How long the API goes on after the engine failed.
 const FAILED_NOTICE: Duration = Duration::from_secs(5);
 /// How long refusals may take to reach their readers after that.
@@ -196,9 +198,8 @@ async fn start(
     let source = Source::parse(&options.model, options.revision.as_deref())?;
     let folder = fetcher.fetch(&source, Wanted::Model).await?;
     let files = read(&folder).await?;
-    let running = device::start(options, &files)
-        .await
-        .map_err(|error| RunError::Device(Box::new(error)))?;
+    let running = with_signs_of_life(device::start(options, &files)).await;
+    let running = running.map_err(|error| RunError::Device(Box::new(error)))?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let base = Model {
         name: options.base_name().to_owned(),
@@ -223,6 +224,18 @@ async fn start(
         served.load_adapter(source.clone()).await?;
     }
     Ok(served)
+}
+
+/// Says every now and then that weights are still being loaded: large ones take minutes.
+async fn with_signs_of_life<T>(loading: impl Future<Output = T>) -> T {
+    let mut loading = std::pin::pin!(loading);
+    let began = Instant::now();
+    loop {
+        match tokio::time::timeout(SIGN_EVERY, loading.as_mut()).await {
+            Ok(loaded) => return loaded,
+            Err(_) => tracing::info!(seconds = began.elapsed().as_secs(), "loading the weights"),
+        }
+    }
 }
 
 async fn read(folder: &Path) -> Result<ModelFiles, RunError> {
