@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use espalier_tests::harness::s3::S3Server;
-use espalier_tests::harness::serving::{Serving, chat};
+use espalier_tests::harness::serving::{Serving, chat, fingerprint};
 use espalier_tests::harness::tiny;
 use serde_json::{Value, json};
 
@@ -270,7 +270,7 @@ async fn a_model_is_found_in_a_bucket_and_an_adapter_too() {
     assert_eq!((status, &loaded["rank"]), (200, &json!(4)), "{loaded}");
     let adapted = serving.chat("hello", json!({"model": "lora"})).await;
     assert_ne!(adapted["choices"], base["choices"]);
-    assert_eq!(adapted["system_fingerprint"], loaded["digest"]);
+    assert_eq!(adapted["system_fingerprint"], fingerprint(&loaded));
 }
 
 /// Puts every file of a folder under a prefix of the bucket.

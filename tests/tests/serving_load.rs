@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use espalier_tests::harness::process::Process;
-use espalier_tests::harness::serving::{Serving, chat, command};
+use espalier_tests::harness::serving::{Serving, chat, command, fingerprint};
 use espalier_tests::harness::{tiny, wait_for};
 use futures::StreamExt as _;
 use futures::future::join_all;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -36,7 +36,7 @@ async fn adapters_change_hands_while_requests_run() {
         let answer = serving
             .chat("swap", json!({"model": "lora", "max_tokens": 40}))
             .await;
-        digests.push(loaded["digest"].clone());
+        digests.push(fingerprint(&loaded));
         answers.push(answer["choices"].clone());
     }
     let base = serving.chat("swap", json!({"max_tokens": 40})).await["choices"].clone();
@@ -70,7 +70,8 @@ async fn adapters_change_hands_while_requests_run() {
             let answer = serving.chat("swap", json!({"model": "lora", "max_tokens": 40}));
             let digest = &answer.await["system_fingerprint"];
             assert_eq!(
-                digest, &loaded["digest"],
+                digest,
+                &fingerprint(&loaded),
                 "a request that came after the swap"
             );
         }
@@ -95,7 +96,8 @@ async fn a_broken_adapter_is_refused_with_the_reason() {
     let serving = Serving::start(&["--max-loras", "1"]).await;
     let path = serving.path("a");
     tiny::write_adapter(&path, 1);
-    assert_eq!(serving.load_adapter("good", &path).await.0, 200);
+    let (status, loaded) = serving.load_adapter("good", &path).await;
+    assert_eq!((status, loaded.get("warning")), (200, None), "{loaded}");
     let [other, experts, cut] = ["other", "experts", "cut"].map(|name| serving.path(name));
     tiny::write_adapter_of_another(&other);
     tiny::write_adapter_with(&experts, "model.layers.0.mlp.experts.0.up_proj");
@@ -126,6 +128,14 @@ async fn a_broken_adapter_is_refused_with_the_reason() {
         );
     }
     assert_eq!(serving.load_adapter("tiny", &path).await.0, 409);
+    // A name alone proves nothing where the shapes fit.
+    tiny::say_base(&path, "Qwen/Qwen3-8B");
+    let (status, loaded) = serving.load_adapter("good", &path).await;
+    let warning = loaded["warning"].as_str().unwrap();
+    assert!(
+        status == 200 && warning.contains("`Qwen/Qwen3-8B`"),
+        "{loaded}"
+    );
     let answer = serving.chat("still there", json!({"model": "good"})).await;
     assert!(answer["system_fingerprint"].is_string());
     let gone = serving
@@ -247,22 +257,47 @@ async fn a_slow_reader_holds_nobody_up() {
 async fn what_makes_no_sense_is_refused_by_name_and_the_worker_stays() {
     let serving = Serving::start(&["--max-model-len", "512"]).await;
     let nameless = json!([{"type": "function", "function": {"description": "x"}}]);
-    for (more, status, param) in [
-        (json!({"temperature": "NaN"}), 400, "temperature"),
-        (json!({"top_p": 0}), 400, "top_p"),
-        (json!({"max_tokens": -5}), 400, "max_tokens"),
-        (json!({"tools": nameless}), 400, "tools[0].function.name"),
+    let broken =
+        json!({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}});
+    for (more, status, param, says) in [
+        (
+            json!({"temperature": "NaN"}),
+            400,
+            "temperature",
+            "got \"NaN\"",
+        ),
+        (
+            json!({"top_p": 0}),
+            400,
+            "top_p",
+            "must be in (0, 1], got 0",
+        ),
+        (json!({"max_tokens": -5}), 400, "max_tokens", "got -5"),
+        (
+            json!({"tools": nameless}),
+            400,
+            "tools[0].function.name",
+            "must be a name of 1 to 256 bytes, got \"\"",
+        ),
+        (
+            json!({"response_format": broken}),
+            400,
+            "response_format",
+            "nothing",
+        ),
         (
             json!({"prompt_token_ids": [200_000]}),
             400,
             "prompt_token_ids[0]",
+            "must be a token id below 151669, got 200000",
         ),
         (
             json!({"messages": [{"role": "user", "content": "word ".repeat(600)}]}),
             413,
             "messages",
+            "maximum context length is 512 tokens",
         ),
-        (json!({"model": "other"}), 404, "model"),
+        (json!({"model": "other"}), 404, "model", "`other`"),
     ] {
         let (found, error) = serving
             .ask("/v1/chat/completions", &chat("x", more.clone()))
@@ -272,20 +307,37 @@ async fn what_makes_no_sense_is_refused_by_name_and_the_worker_stays() {
             (status, Some(param)),
             "{more}: {error}"
         );
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(message.contains(says), "{says} is not in {message}");
     }
-    let raw = |body: Vec<u8>| {
+    let ten_megabytes = chat(&"x".repeat(10 << 20), json!({})).to_string();
+    for (body, status, says) in [
+        (b"{\"temperature\": NaN}".to_vec(), 400, "`temperature`"),
+        (
+            b"{\"messages\": \"\xff\xfe\"}".to_vec(),
+            400,
+            "must be UTF-8, and is not from byte 14 on",
+        ),
+        (
+            ten_megabytes.into_bytes(),
+            413,
+            "maximum context length is 512 tokens",
+        ),
+        (
+            vec![b'x'; 20 << 20],
+            413,
+            "the body must have at most 16777216 bytes",
+        ),
+    ] {
         let request = serving
             .client
             .post(format!("{}/v1/chat/completions", serving.url));
-        async { request.body(body).send().await.unwrap().status().as_u16() }
-    };
-    assert_eq!(raw(b"{\"temperature\": NaN}".to_vec()).await, 400);
-    assert_eq!(raw(b"{\"messages\": \"\xff\xfe\"}".to_vec()).await, 400);
-    let ten_megabytes = chat(&"x".repeat(10 << 20), json!({}))
-        .to_string()
-        .into_bytes();
-    assert_eq!(raw(ten_megabytes).await, 413);
-    assert_eq!(raw(vec![b'x'; 20 << 20]).await, 413);
+        let answer = request.body(body).send().await.unwrap();
+        let found = answer.status().as_u16();
+        let error: Value = answer.json().await.unwrap();
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(found == status && message.contains(says), "{says}: {error}");
+    }
     serving.chat("still there", json!({})).await;
     assert_eq!(serving.get("/health").await.0, 200);
 }

@@ -8,13 +8,15 @@ use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message as Heard;
 use espalier_proto::v1::worker_message::Message as Said;
 use espalier_proto::v1::worker_service_client::WorkerServiceClient;
-use espalier_runtime::telemetry::names::{attribute, metric, operation, span};
+use espalier_runtime::telemetry::names::{attribute, metric, operation, provider, span};
 use espalier_tests::harness::cluster::Cluster;
 use espalier_tests::harness::model::{self, toy_job};
 use espalier_tests::harness::otlp::{Sink, attribute as value_of};
+use espalier_tests::harness::serving::{Serving, chat};
 use espalier_tests::harness::up::{Up, toy_servers};
 use espalier_tests::harness::wait_for;
 use opentelemetry_proto::tonic::trace::v1::Span;
+use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -216,4 +218,74 @@ fn names(spans: &[Span]) -> Vec<&str> {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The spans that continue the caller's trace.
+fn continued(spans: &[Span]) -> Vec<&Span> {
+    let (trace, parent) = (&TRACEPARENT[3..35], &TRACEPARENT[36..52]);
+    let fits = |span: &&Span| hex(&span.trace_id) == trace && hex(&span.parent_span_id) == parent;
+    spans.iter().filter(fits).collect()
+}
+
+#[tokio::test]
+async fn a_request_to_a_model_is_a_span_of_its_callers_trace() {
+    let (sink, address) = Sink::start().await;
+    let mut serving = Serving::start(&["--otlp-traces-endpoint", &address]).await;
+    let words = format!("{SECRET} ").repeat(20);
+    for more in [
+        json!({}),
+        json!({"stream": true}),
+        json!({"temperature": -1}),
+    ] {
+        let request = serving.post("/v1/chat/completions", &chat(&words, more));
+        let answer = request.header("traceparent", TRACEPARENT).send().await;
+        answer.unwrap().bytes().await.unwrap();
+    }
+    assert!(serving.process.terminate(DEADLINE).await.success());
+
+    let spans = sink.spans();
+    let spans = continued(&spans);
+    let of = |span: &Span, name: &str| value_of(&span.attributes, name);
+    let (failed, answered): (Vec<&Span>, Vec<&Span>) = spans
+        .into_iter()
+        .partition(|span| of(span, attribute::ERROR_TYPE).is_some());
+    assert_eq!((answered.len(), failed.len()), (2, 1));
+    for span in answered {
+        assert_eq!((&*span.name, span.kind()), ("chat tiny", SpanKind::Server));
+        for (name, value) in [
+            (attribute::GEN_AI_OPERATION_NAME, operation::CHAT),
+            (attribute::GEN_AI_PROVIDER_NAME, provider::ESPALIER),
+            (attribute::GEN_AI_REQUEST_MODEL, "tiny"),
+            (attribute::GEN_AI_RESPONSE_MODEL, "tiny"),
+            (attribute::GEN_AI_USAGE_OUTPUT_TOKENS, "12"),
+        ] {
+            assert_eq!(of(span, name).as_deref(), Some(value), "{name}");
+        }
+        let reasons = of(span, attribute::GEN_AI_RESPONSE_FINISH_REASONS).unwrap();
+        assert!(reasons.contains("length"), "{reasons}");
+    }
+    assert_eq!(of(failed[0], attribute::ERROR_TYPE).as_deref(), Some("400"));
+    for (name, times) in [
+        (metric::GEN_AI_SERVER_REQUEST_DURATION, 3),
+        (metric::GEN_AI_SERVER_TIME_TO_FIRST_TOKEN, 2),
+        (metric::GEN_AI_SERVER_TIME_PER_OUTPUT_TOKEN, 2),
+    ] {
+        assert_eq!(sink.recorded(name), times, "{name}");
+    }
+    let largest = |name: &str| sink.largest(name, attribute::GEN_AI_REQUEST_MODEL, "tiny");
+    for name in [
+        metric::INFER_WAITING,
+        metric::INFER_RUNNING,
+        metric::INFER_BATCH_ROWS,
+        metric::INFER_KV_USED,
+        metric::INFER_PREEMPTIONS,
+    ] {
+        assert!(largest(name).is_some(), "{name}");
+    }
+    // The second prompt found the first one's blocks.
+    let hits = largest(metric::INFER_PREFIX_HITS).unwrap();
+    let queries = largest(metric::INFER_PREFIX_QUERIES).unwrap();
+    assert!(hits > 0.0 && hits < queries, "{hits} of {queries}");
+    let told = format!("{:?}{:?}", sink.spans(), sink.log_texts());
+    assert!(!told.contains(SECRET) && !serving.process.log().contains(SECRET));
 }

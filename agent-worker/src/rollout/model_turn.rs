@@ -1,7 +1,7 @@
 //! One turn of the model: the request as the model's template wants it, and what is recorded of the answer.
 
 use espalier_core::chat::Message;
-use espalier_core::trace::{ModelCall, PromptTokens, StopReason};
+use espalier_core::trace::{AdapterRef, ModelCall, PromptTokens, StopReason};
 use espalier_runtime::model::{ChatRequest, ChatTurn, ModelError, Usage};
 use espalier_runtime::tasks;
 use espalier_runtime::telemetry::metrics;
@@ -113,7 +113,10 @@ impl<C: Conversation> Rollout<'_, C> {
         ModelCall {
             message: self.recorder.messages().len(),
             model: turn.model.clone(),
-            adapter: None,
+            adapter: turn.adapter_sha256.clone().map(|sha256| AdapterRef {
+                name: turn.model.clone(),
+                sha256: Some(sha256),
+            }),
             prompt: self.prompt_tokens(turn),
             completion_ids: turn.token_ids.clone(),
             logprobs: logprobs_of(turn.token_ids.as_deref(), turn.logprobs.as_deref()),

@@ -1,10 +1,11 @@
 //! `espalier doctor`: looks at this machine and at what it is connected to, and says what to do about each fault.
 //!
-//! What is checked is in `checks` and `cluster`; this module runs them one after the other, so that they do not disturb each
-//! other, and shows what they found.
+//! What is checked is in `checks`, `cluster` and `hardware`; this module runs them one after the other, so that they do
+//! not disturb each other, and shows what they found.
 
 mod checks;
 mod cluster;
+mod hardware;
 
 use std::path::PathBuf;
 
@@ -122,6 +123,7 @@ pub async fn run(context: &Context, args: &Doctor) -> Outcome {
     findings.extend(cluster::redis(&keys).await);
     findings.push(cluster::store(context, &keys).await);
     findings.push(checks::tokenizer().await);
+    findings.extend(hardware::findings().await);
     findings.extend(checks::programs(&context.environment).await);
     findings.extend(checks::servers(context, args).await);
     findings.push(checks::coordinator(context).await);

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use espalier_core::chat::Message;
 use espalier_core::id::Fence;
 use espalier_core::time::Timestamp;
-use espalier_core::trace::{Outcome, Step, StopReason, Totals, Trace, TraceError};
+use espalier_core::trace::{AdapterRef, Outcome, Step, StopReason, Totals, Trace, TraceError};
 use serde_json::{Value, json};
 
 use super::{Show, Source};
@@ -131,7 +131,34 @@ fn head(trace: &Trace, style: Style) -> String {
         let kind = header.task.task_kind.as_deref().unwrap_or("task");
         let _ = writeln!(text, "{}: {}", plain(kind), plain(task));
     }
+    for (adapter, calls) in adapters(trace) {
+        let digest = adapter.sha256.as_deref().unwrap_or("digest unknown");
+        let _ = writeln!(
+            text,
+            "adapter {} ({}): {calls} of {} calls",
+            plain(&adapter.name),
+            plain(digest),
+            trace.model_calls.len()
+        );
+    }
     text
+}
+
+/// The adapters that answered, in their order, each with how many calls it answered: one that is replaced while the
+/// rollout runs is two.
+fn adapters(trace: &Trace) -> Vec<(&AdapterRef, usize)> {
+    let mut found: Vec<(&AdapterRef, usize)> = Vec::new();
+    for adapter in trace
+        .model_calls
+        .iter()
+        .filter_map(|call| call.adapter.as_ref())
+    {
+        match found.iter_mut().find(|(known, _)| *known == adapter) {
+            Some((_, calls)) => *calls += 1,
+            None => found.push((adapter, 1)),
+        }
+    }
+    found
 }
 
 fn verdict(trace: &Trace, style: Style) -> String {
@@ -172,7 +199,7 @@ fn verdict(trace: &Trace, style: Style) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use espalier_core::trace::{CheckResult, Verdict};
+    use espalier_core::trace::{CheckResult, ModelCall, Verdict};
     use espalier_runtime::traces::workshop;
 
     fn trace() -> Trace {
@@ -235,6 +262,28 @@ answered: 2 turns, 1 tool calls (0 errors), 0 tokens in, 0 out, 0 ms
 reward 0.000
   ✗ answer 0.00: not 7";
         assert_eq!(render(&trace(), style), expected);
+    }
+
+    #[test]
+    fn adapters_are_named_with_what_they_answered() {
+        let style = Style {
+            color: false,
+            lines: None,
+            rest: FULL,
+        };
+        let mut trace = trace();
+        let call = |sha256: &str| ModelCall {
+            adapter: Some(AdapterRef {
+                name: "tuned".to_owned(),
+                sha256: Some(sha256.to_owned()),
+            }),
+            ..ModelCall::default()
+        };
+        trace.model_calls = vec![call("aa"), ModelCall::default(), call("bb"), call("aa")];
+        let text = render(&trace, style);
+        let expected =
+            "0 tools\nadapter tuned (aa): 2 of 4 calls\nadapter tuned (bb): 1 of 4 calls\n\n";
+        assert!(text.contains(expected), "{text}");
     }
 
     #[test]

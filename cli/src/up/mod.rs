@@ -3,7 +3,7 @@
 //! process too, over real HTTP on loopback.
 //!
 //! ```text
-//! take the data folder → look at the MCP servers → model → open store and queue → listen → worker → up.json
+//! take the data folder → look at the MCP servers → store → listen → model → queue → worker → up.json
 //! SIGTERM: no more jobs → running rollouts end or go back → worker gone → model and coordinator gone → up.json gone
 //! ```
 //! The order of the drain matters: the worker asks the model until its rollouts have ended, and hands its last results to
@@ -132,13 +132,14 @@ async fn start(
     // What the worker needs until its end, or until it turns out that there will be none.
     let last = Shutdown::new();
     let unless_started = DrainOnDrop(Some(last.clone()));
+    // Before the model, which takes long: what else is wrong is said at once.
+    let store_url = store_url(settings, &data_dir);
+    let store = Store::open(&store_url).await?;
+    let listener = listen(settings).await?;
     let endpoint = match &settings.endpoint {
         Some(endpoint) => endpoint.clone(),
         None => Box::pin(model::start(settings, environment, tasks, &last)).await?,
     };
-    let store_url = store_url(settings, &data_dir);
-    let store = Store::open(&store_url).await?;
-    let listener = listen(settings).await?;
     let tokens = Tokens {
         client: place.token(fresh_token)?,
         admin: fresh_token(),

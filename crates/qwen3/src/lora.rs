@@ -72,6 +72,7 @@ pub struct Lora {
     layers: Vec<[Vec<LoraPair>; 4]>,
     digest: [u8; 32],
     rank: usize,
+    base: Option<String>,
 }
 
 /// A projection: its name, its place, inputs, outputs, and where its outputs start in the packed row.
@@ -127,6 +128,7 @@ impl Lora {
             layers: Vec::new(),
             digest: digest.finalize().into(),
             rank: 0,
+            base: settings.base.clone(),
         };
         let mut found = 0;
         for layer in 0..base.layers {
@@ -156,6 +158,12 @@ impl Lora {
     #[must_use]
     pub fn digest(&self) -> [u8; 32] {
         self.digest
+    }
+
+    /// The model that its configuration says it was made for: a repository, a folder, whatever its trainer called it.
+    #[must_use]
+    pub fn base(&self) -> Option<&str> {
+        self.base.as_deref()
     }
 
     /// The largest rank of a projection.
@@ -201,6 +209,7 @@ fn unknown(weights: &Checkpoint, base: &Config) -> String {
 }
 
 struct Settings {
+    base: Option<String>,
     r: f64,
     alpha: f64,
     rslora: bool,
@@ -260,7 +269,9 @@ impl Settings {
             Some(Value::Bool(flag)) => *flag,
             other => return refuse("use_rslora", other, "must be true or false"),
         };
+        let base = map.get("base_model_name_or_path").and_then(Value::as_str);
         Ok(Self {
+            base: base.map(str::to_owned),
             r: number("r")?,
             alpha: number("lora_alpha")?,
             rslora,

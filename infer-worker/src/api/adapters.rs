@@ -132,7 +132,7 @@ pub(super) async fn unload(
 
 fn shown(model: &Model) -> Option<Value> {
     let adapter = model.adapter.as_ref()?;
-    Some(json!({
+    let mut shown = json!({
         "id": model.name,
         "object": "adapter",
         "created": model.created_s,
@@ -140,7 +140,11 @@ fn shown(model: &Model) -> Option<Value> {
         "digest": adapter.digest,
         "rank": adapter.rank,
         "version": adapter.version,
-    }))
+    });
+    if let Some(doubt) = &adapter.doubt {
+        shown["warning"] = json!(doubt);
+    }
+    Some(shown)
 }
 
 fn refusal(error: AdapterError) -> ApiError {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use axum::response::sse;
 use futures::stream::{self, AbortHandle, SelectAll, Stream, StreamExt as _};
 
-use super::backend::{Backend, Ended, Event, Events, Token};
+use super::backend::{Backend, Condition, Ended, Event, Events, Token};
 use super::choice::{Choice, Finish, Piece};
 use super::error::ApiError;
 use super::metrics::Metrics;
@@ -28,6 +28,8 @@ pub(super) struct Answers {
     choices: Vec<Option<Choice>>,
     events: SelectAll<ChoiceEvents>,
     usage: Usage,
+    /// Why answers ended, in that order.
+    reasons: Vec<&'static str>,
     clocks: Vec<Progress>,
     /// Ends the generation of an answer that needs no more of it.
     enough: Vec<AbortHandle>,
@@ -57,8 +59,8 @@ impl Told {
         self.observed.answer_ended(progress);
     }
 
-    fn ended(&self, usage: Usage) {
-        self.observed.ended(self.began.elapsed(), usage);
+    fn ended(&self, usage: Usage, reasons: &[&str]) {
+        self.observed.ended(self.began.elapsed(), usage, reasons);
     }
 
     /// An answer that broke off after its status was sent.
@@ -107,6 +109,7 @@ impl Answers {
                 prompt_tokens,
                 ..Usage::default()
             },
+            reasons: Vec::new(),
             clocks,
             enough,
         }
@@ -116,7 +119,7 @@ impl Answers {
     async fn next(&mut self) -> Result<Option<Step>, ApiError> {
         loop {
             if self.choices.iter().all(Option::is_none) {
-                self.told.ended(self.usage);
+                self.told.ended(self.usage, &self.reasons);
                 return Ok(None);
             }
             let wait = espalier_runtime::tasks::with_deadline(
@@ -154,7 +157,7 @@ impl Answers {
                         return Err(ApiError::stopped());
                     }
                     if matches!(reason, Ended::Error) {
-                        return Err(ApiError::internal());
+                        return Err(self.failure());
                     }
                     let pieces = choice.end(reason);
                     Step {
@@ -169,10 +172,19 @@ impl Answers {
             };
             if let Some(finish) = step.finish {
                 self.choices[i] = None;
+                self.reasons.push(finish.as_str());
                 self.enough[i].abort();
                 self.told.answer_ended(finish, &self.clocks[i]);
             }
             return Ok(Some(step));
+        }
+    }
+
+    /// Why an answer failed: with the engine, or alone.
+    fn failure(&self) -> ApiError {
+        match self.backend.load().condition {
+            Condition::Failed => ApiError::failed(),
+            Condition::Running | Condition::Ending => ApiError::internal(),
         }
     }
 

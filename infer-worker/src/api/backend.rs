@@ -94,6 +94,8 @@ pub struct AdapterInfo {
     pub rank: u32,
     /// Counts the loads under this name, from 1.
     pub version: u64,
+    /// Why it may be another model's, though it fits.
+    pub doubt: Option<String>,
 }
 
 /// A version of a model. Holding it keeps the version loaded.
@@ -280,6 +282,9 @@ pub enum SubmitError {
     /// The engine does not run.
     #[error("the engine is not running")]
     Stopped,
+    /// The engine failed: only a new process helps.
+    #[error("the engine has failed")]
+    Failed,
 }
 
 /// Where an adapter comes from.
@@ -319,11 +324,23 @@ pub enum AdapterError {
     Stopped,
 }
 
+/// Whether requests are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Condition {
+    /// They are.
+    #[default]
+    Running,
+    /// The process ends in order.
+    Ending,
+    /// The engine failed, and the process ends for that reason.
+    Failed,
+}
+
 /// How busy the engine is. Counters grow only.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Load {
-    /// Whether it runs.
-    pub healthy: bool,
+    /// Whether it takes requests.
+    pub condition: Condition,
     /// Answers that run.
     pub running: u64,
     /// Answers that wait.

@@ -156,6 +156,16 @@ impl ApiError {
         }
     }
 
+    /// 503: the engine failed. That is no fault of the request, which another process may answer.
+    pub fn failed() -> Self {
+        Self {
+            code: Some("engine_failed"),
+            message: "the engine has failed, for a reason that the log has, and the process ends; try another replica"
+                .to_owned(),
+            ..Self::stopped()
+        }
+    }
+
     /// What the engine says to a request, for the field that holds the prompt.
     pub fn submit(error: SubmitError, prompt_param: &str) -> Self {
         match error {
@@ -165,6 +175,7 @@ impl ApiError {
             }
             SubmitError::Invalid { reason } => Self::body(reason),
             SubmitError::Stopped => Self::stopped(),
+            SubmitError::Failed => Self::failed(),
         }
     }
 

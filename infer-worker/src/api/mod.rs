@@ -49,7 +49,7 @@ pub use error::ApiError;
 
 use answers::Answers;
 use auth::Gate;
-use backend::Backend;
+use backend::{Backend, Condition};
 use metrics::Metrics;
 use observe::Observed;
 use reply::Dialect;
@@ -165,9 +165,10 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
 }
 
 async fn health(State(app): State<App>) -> Result<&'static str, ApiError> {
-    match app.backend.load().healthy {
-        true => Ok("ok"),
-        false => Err(ApiError::stopped()),
+    match app.backend.load().condition {
+        Condition::Running => Ok("ok"),
+        Condition::Ending => Err(ApiError::stopped()),
+        Condition::Failed => Err(ApiError::failed()),
     }
 }
 

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, StatusCode};
-use espalier_runtime::telemetry::names::{attribute, operation};
+use espalier_runtime::telemetry::names::{attribute, operation, provider};
 use espalier_runtime::telemetry::{self, Metrics, TraceParent, metrics};
 use opentelemetry::KeyValue;
 use tracing::Span;
@@ -66,7 +66,9 @@ impl Observed {
             otel.kind = "server",
             otel.status_code = Empty,
             { attribute::GEN_AI_OPERATION_NAME } = operation,
+            { attribute::GEN_AI_PROVIDER_NAME } = provider::ESPALIER,
             { attribute::GEN_AI_REQUEST_MODEL } = Empty,
+            { attribute::GEN_AI_RESPONSE_MODEL } = Empty,
             { attribute::GEN_AI_RESPONSE_ID } = Empty,
             { attribute::GEN_AI_USAGE_INPUT_TOKENS } = Empty,
             { attribute::GEN_AI_USAGE_OUTPUT_TOKENS } = Empty,
@@ -82,7 +84,10 @@ impl Observed {
         Self {
             span,
             operation,
-            labels: vec![KeyValue::new(attribute::GEN_AI_OPERATION_NAME, operation)],
+            labels: vec![
+                KeyValue::new(attribute::GEN_AI_OPERATION_NAME, operation),
+                KeyValue::new(attribute::GEN_AI_PROVIDER_NAME, provider::ESPALIER),
+            ],
         }
     }
 
@@ -92,9 +97,9 @@ impl Observed {
 
     /// The model is known, and is one that is served: a label may name it.
     pub(super) fn named(&mut self, model: &str) {
-        self.span
-            .record("otel.name", format!("{} {model}", self.operation));
+        telemetry::rename(&self.span, format!("{} {model}", self.operation));
         self.span.record(attribute::GEN_AI_REQUEST_MODEL, model);
+        self.span.record(attribute::GEN_AI_RESPONSE_MODEL, model);
         self.labels.push(KeyValue::new(
             attribute::GEN_AI_REQUEST_MODEL,
             model.to_owned(),
@@ -122,8 +127,10 @@ impl Observed {
         }
     }
 
-    /// All answers have.
-    pub(super) fn ended(&self, took: Duration, usage: Usage) {
+    /// All answers have, for these reasons.
+    pub(super) fn ended(&self, took: Duration, usage: Usage, reasons: &[&str]) {
+        let name = attribute::GEN_AI_RESPONSE_FINISH_REASONS;
+        telemetry::record_texts(&self.span, name, reasons);
         self.span
             .record(attribute::GEN_AI_USAGE_INPUT_TOKENS, usage.prompt_tokens);
         self.span.record(

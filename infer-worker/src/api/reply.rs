@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use espalier_runtime::model::ADAPTER_FINGERPRINT;
 use serde_json::{Map, Value, json};
 
 use super::backend::{Backend, Token};
@@ -69,7 +70,7 @@ impl Head {
             "created": self.created_s,
             "model": self.model,
             // What made the answer, beyond the model's name: OpenAI's field for that.
-            "system_fingerprint": self.adapter_digest,
+            "system_fingerprint": self.adapter_digest.as_ref().map(|digest| format!("{ADAPTER_FINGERPRINT}{digest}")),
             "choices": choices,
         })
     }

@@ -10,7 +10,7 @@ use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::json;
 
-use super::{CallGrammar, Constraint, Grammar, GrammarError, Thoughts};
+use super::{CallGrammar, Constraint, Grammar, GrammarError, Thoughts, arguments};
 
 /// Grammars that are kept compiled: agents send the same tools again and again.
 const COMPILED_MAX: usize = 64;
@@ -251,16 +251,7 @@ fn lark(grammar: &Grammar, call: (u32, u32)) -> String {
 
 fn write_call(text: &mut String, name: &str, call: &CallGrammar) {
     let head = format!("{{\"name\": {}, \"arguments\": ", json!(call.name));
-    let schema = match call.arguments.get("type") {
-        Some(_) => call.arguments.clone(),
-        // Arguments are an object also where the schema forgets to say so.
-        None => {
-            let mut schema = call.arguments.clone();
-            schema["type"] = json!("object");
-            schema
-        }
-    };
-    let schema = bounded(&schema, CALL_BLANKS);
+    let schema = bounded(&arguments::bound(&call.arguments), CALL_BLANKS);
     let _ = writeln!(text, "{name}: {} %json {schema} \"}}\"", json!(head));
 }
 

@@ -4,6 +4,7 @@
 //! step which ids are allowed, on a thread where computing is no harm. The work of llguidance is hidden here, and only
 //! the trait is seen by the [scheduler](crate::scheduler).
 
+mod arguments;
 mod guide;
 
 use std::sync::Arc;

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use espalier_core::error::shorten;
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::Clock;
 use espalier_runtime::telemetry::error_chain;
@@ -23,6 +24,8 @@ pub(super) struct Loaded {
     pub(super) handle: Arc<Adapter>,
     /// Its largest rank.
     pub(super) rank: u32,
+    /// The model that it says it was made for.
+    pub(super) made_for: Option<String>,
 }
 
 /// Why a folder is no adapter for the model that runs.
@@ -40,9 +43,45 @@ pub(super) enum WeightsError {
 pub(super) type LoadWeights =
     Box<dyn Fn(PathBuf) -> BoxFuture<'static, Result<Loaded, WeightsError>> + Send + Sync>;
 
+/// What the model is called that adapters are for.
+pub(super) struct Base {
+    /// By requests.
+    pub(super) name: String,
+    /// By whoever started the worker: a folder, a repository, a place in a bucket.
+    pub(super) source: String,
+}
+
+impl Base {
+    /// What speaks against an adapter that says it was made for `made_for`. Copies and mirrors of a model have the last
+    /// part of its name, more or less, and shapes were compared before: so this is a doubt and no refusal.
+    fn doubt(&self, made_for: Option<&str>) -> Option<String> {
+        let made_for = made_for.filter(|name| !name.trim_matches('/').is_empty())?;
+        let own = [&self.name, &self.source];
+        if own.iter().any(|own| model_of(own) == model_of(made_for)) {
+            return None;
+        }
+        Some(format!(
+            "adapter_config.json says `base_model_name_or_path` is `{}`, and `{}` is served here: the shapes fit, but it \
+             may have been made for another model",
+            shorten(made_for),
+            self.name
+        ))
+    }
+}
+
+/// The last part of a model's name or path. The hub's cache keeps it in the name of a folder further up.
+fn model_of(path: &str) -> String {
+    let mut parts = path.split('/').filter(|part| !part.is_empty());
+    let cached = parts
+        .clone()
+        .find_map(|part| part.strip_prefix("models--")?.rsplit("--").next());
+    let last = cached.or(parts.next_back()).unwrap_or_default();
+    last.to_lowercase()
+}
+
 /// The adapters of one engine.
 pub(super) struct Adapters {
-    base: String,
+    base: Base,
     max: usize,
     fetcher: Fetcher,
     load_weights: LoadWeights,
@@ -61,7 +100,7 @@ struct Named {
 
 impl Adapters {
     pub(super) fn new(
-        base: String,
+        base: Base,
         max: usize,
         fetcher: Fetcher,
         load_weights: LoadWeights,
@@ -101,7 +140,7 @@ impl Adapters {
     /// Loads an adapter, or a new version of one.
     pub(super) async fn load(&self, source: AdapterSource) -> Result<Model, AdapterError> {
         let name = source.name;
-        if name == self.base {
+        if name == self.base.name {
             return Err(AdapterError::NameTaken { name });
         }
         let _one = self.loading.lock().await;
@@ -135,6 +174,9 @@ impl Adapters {
             digest = info.map(|info| &*info.digest),
             "adapter loaded"
         );
+        if let Some(doubt) = info.and_then(|info| info.doubt.as_deref()) {
+            tracing::warn!(adapter = name, doubt, "adapter may be another model's");
+        }
         Ok(model)
     }
 
@@ -155,6 +197,7 @@ impl Adapters {
                 path,
                 rank: loaded.rank,
                 version: *version,
+                doubt: self.base.doubt(loaded.made_for.as_deref()),
             }),
         };
         named
@@ -181,5 +224,42 @@ impl Adapters {
     /// No code that may panic runs under the lock, and what it holds is valid after every statement.
     fn lock(&self) -> MutexGuard<'_, Named> {
         self.named.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_of_a_model_are_no_other_model() {
+        let base = Base {
+            name: "served".to_owned(),
+            source: "s3://models/Qwen3-4B/".to_owned(),
+        };
+        for same in [
+            None,
+            Some(""),
+            Some("/"),
+            Some("served"),
+            Some("Qwen/Qwen3-4B"),
+            Some("qwen3-4b"),
+            Some("/home/me/models/Qwen3-4B/"),
+            Some("/root/.cache/huggingface/hub/models--Qwen--Qwen3-4B/snapshots/1cfa9a7"),
+        ] {
+            assert_eq!(base.doubt(same), None, "{same:?}");
+        }
+        for other in [
+            "Qwen/Qwen3-4B-Base",
+            "Qwen/Qwen3-8B",
+            "meta/llama",
+            "Qwen3-4B/x",
+        ] {
+            let doubt = base.doubt(Some(other)).unwrap();
+            assert!(
+                doubt.contains(other) && doubt.contains("`served`"),
+                "{doubt}"
+            );
+        }
     }
 }

@@ -12,8 +12,9 @@ use tokio::sync::mpsc;
 use super::adapters::Adapters;
 use super::text::{self, Text};
 use crate::api::backend::{
-    AdapterError, AdapterSource, Backend, Conversation, Ended, Event, Events, Form, Generation,
-    Load, Model, Parser, Priority, RenderError, Rendered, Sampling, SubmitError, Target, Token,
+    AdapterError, AdapterSource, Backend, Condition, Conversation, Ended, Event, Events, Form,
+    Generation, Load, Model, Parser, Priority, RenderError, Rendered, Sampling, SubmitError,
+    Target, Token,
 };
 use crate::engine::{self, Engine, EngineError, FinishReason, Health, Request};
 use crate::executor::{self, Penalties};
@@ -109,6 +110,7 @@ fn refusal(error: EngineError) -> SubmitError {
         EngineError::Invalid(refused) => SubmitError::Invalid {
             reason: refused.to_string(),
         },
+        EngineError::Stopped(Health::Failed(_)) => SubmitError::Failed,
         EngineError::Stopped(_) => SubmitError::Stopped,
     }
 }
@@ -225,7 +227,11 @@ impl Backend for Served {
         let snapshot = self.engine.snapshot();
         let scheduler = snapshot.scheduler;
         Load {
-            healthy: self.engine.health() == Health::Running && !self.shutdown.is_draining(),
+            condition: match self.engine.health() {
+                Health::Failed(_) => Condition::Failed,
+                Health::Running if !self.shutdown.is_draining() => Condition::Running,
+                _ => Condition::Ending,
+            },
             running: scheduler.running as u64,
             waiting: snapshot.queued as u64,
             kv_share: f64::from(scheduler.kv_blocks_used) / f64::from(scheduler.kv_blocks.max(1)),

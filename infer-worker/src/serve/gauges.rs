@@ -22,10 +22,12 @@ pub(super) async fn run(served: Arc<Served>, shutdown: Shutdown) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut before = Snapshot::default();
-    loop {
+    // Once more at the end, or what was counted last would be lost.
+    let mut is_over = false;
+    while !is_over {
         tokio::select! {
             _ = ticks.tick() => {}
-            () = shutdown.aborted() => return,
+            () = shutdown.aborted() => is_over = true,
         }
         let now = served.engine.snapshot();
         record(&before, &now, &label);

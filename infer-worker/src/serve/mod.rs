@@ -5,11 +5,14 @@ mod backend;
 mod device;
 mod gauges;
 mod memory;
+#[cfg(test)]
+mod tests;
 mod text;
 
+use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::{Clock, SystemClock};
@@ -18,6 +21,7 @@ use espalier_runtime::ids::UuidIds;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::{BlockingFailed, OnFailure, Tasks, Unfinished, blocking};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use crate::api::backend::{AdapterError, Backend as _, Model};
 use crate::api::{self, Parts};
@@ -27,12 +31,21 @@ use crate::grammar::GrammarError;
 use crate::load::model::{ModelError, ModelFiles};
 use crate::load::{Fetcher, LoadError, Source, Wanted};
 
-use adapters::Adapters;
+pub use device::{DTYPE_AUTO, DeviceFound, Library, Survey, survey};
+
+use adapters::{Adapters, Base};
 use backend::Served;
 use text::Text;
 
 /// How long gauges may take to end: they wait for nothing.
 const TASKS_END_LIMIT: Duration = Duration::from_secs(5);
+
+/// Time between two lines of a log that tell of nothing but waiting.
+const SIGN_EVERY: Duration = Duration::from_secs(10);
+/// How long the API goes on after the engine failed.
+const FAILED_NOTICE: Duration = Duration::from_secs(5);
+/// How long refusals may take to reach their readers after that.
+const FAILED_END_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a worker could not start, or did not end in order.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +127,11 @@ impl Worker {
             context_tokens = served.context_tokens,
             "serving"
         );
-        let ended = api::serve(listener, router, shutdown, self.drain_limit).await;
+        let stops = Shutdown::new();
+        let ended = tokio::select! {
+            ended = api::serve(listener, router, stops.clone(), self.drain_limit) => ended,
+            never = stop(stops, &shutdown, served.engine.watch_health()) => match never {},
+        };
         // Nobody is left who would read what still runs.
         let health = served.engine.stop(Duration::ZERO).await;
         tracing::info!(health = %health, "engine stopped");
@@ -125,6 +142,34 @@ impl Worker {
             _ => Ok(ended?),
         }
     }
+}
+
+/// Stops the API when the process is told to end, or when the engine has failed: then what runs and what comes is refused
+/// for a while, so that whoever looks learns why, and nothing is waited for.
+async fn stop(
+    stops: Shutdown,
+    shutdown: &Shutdown,
+    mut health: watch::Receiver<Health>,
+) -> Infallible {
+    let failed = async {
+        let failed = health.wait_for(|health| matches!(health, Health::Failed(_)));
+        if failed.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = shutdown.draining() => {
+            stops.drain();
+            shutdown.aborted().await;
+        }
+        () = failed => {
+            tokio::time::sleep(FAILED_NOTICE).await;
+            stops.drain();
+            tokio::time::sleep(FAILED_END_LIMIT).await;
+        }
+    }
+    stops.abort();
+    std::future::pending().await
 }
 
 /// Starts a worker and serves it until `shutdown` drains.
@@ -153,9 +198,8 @@ async fn start(
     let source = Source::parse(&options.model, options.revision.as_deref())?;
     let folder = fetcher.fetch(&source, Wanted::Model).await?;
     let files = read(&folder).await?;
-    let running = device::start(options, &files)
-        .await
-        .map_err(|error| RunError::Device(Box::new(error)))?;
+    let running = with_signs_of_life(device::start(options, &files)).await;
+    let running = running.map_err(|error| RunError::Device(Box::new(error)))?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let base = Model {
         name: options.base_name().to_owned(),
@@ -163,7 +207,11 @@ async fn start(
         adapter: None,
     };
     let max = options.max_loras as usize;
-    let adapters = Adapters::new(base.name.clone(), max, fetcher, running.load_weights, clock);
+    let known = Base {
+        name: base.name.clone(),
+        source: options.model.clone(),
+    };
+    let adapters = Adapters::new(known, max, fetcher, running.load_weights, clock);
     let served = Served {
         engine: running.engine,
         text: blocking("text.load", move || Text::new(files)).await??,
@@ -176,6 +224,18 @@ async fn start(
         served.load_adapter(source.clone()).await?;
     }
     Ok(served)
+}
+
+/// Says every now and then that weights are still being loaded: large ones take minutes.
+async fn with_signs_of_life<T>(loading: impl Future<Output = T>) -> T {
+    let mut loading = std::pin::pin!(loading);
+    let began = Instant::now();
+    loop {
+        match tokio::time::timeout(SIGN_EVERY, loading.as_mut()).await {
+            Ok(loaded) => return loaded,
+            Err(_) => tracing::info!(seconds = began.elapsed().as_secs(), "loading the weights"),
+        }
+    }
 }
 
 async fn read(folder: &Path) -> Result<ModelFiles, RunError> {

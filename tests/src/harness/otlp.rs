@@ -74,6 +74,19 @@ impl Sink {
         points.filter_map(number).reduce(f64::max)
     }
 
+    /// How often the histogram `name` was recorded so far, whatever its attributes.
+    pub fn recorded(&self, name: &str) -> u64 {
+        let kept = self.lock();
+        let named = kept.metrics.iter().filter(|metric| metric.name == name);
+        let counts = named.filter_map(|metric| match &metric.data {
+            Some(metric::Data::Histogram(histogram)) => {
+                Some(histogram.data_points.iter().map(|point| point.count).sum())
+            }
+            _ => None,
+        });
+        counts.max().unwrap_or(0)
+    }
+
     /// The text of every log record so far.
     pub fn log_texts(&self) -> Vec<String> {
         self.lock().logs.clone()

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use espalier_runtime::model::ADAPTER_FINGERPRINT;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -146,6 +147,12 @@ impl Serving {
         })
         .await;
     }
+}
+
+/// How answers of an adapter are marked that was loaded with this answer.
+pub fn fingerprint(loaded: &Value) -> Value {
+    let digest = loaded["digest"].as_str().expect("a digest");
+    json!(format!("{ADAPTER_FINGERPRINT}{digest}"))
 }
 
 /// The worker on a free port, not started.

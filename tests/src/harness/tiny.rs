@@ -85,6 +85,15 @@ pub fn write_adapter_with(folder: &Path, name: &str) {
     write_adapter_of(folder, 1, HIDDEN, Some(name));
 }
 
+/// Makes an adapter say that it was made for the model `base`.
+pub fn say_base(folder: &Path, base: &str) {
+    let path = folder.join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).expect("an adapter of the test's");
+    let mut config: Value = serde_json::from_str(&text).expect("JSON");
+    config["base_model_name_or_path"] = json!(base);
+    write(folder, "adapter_config.json", config.to_string().as_bytes());
+}
+
 fn write_adapter_of(folder: &Path, seed: u64, hidden: usize, more: Option<&str>) {
     std::fs::create_dir_all(folder).expect("a folder of the test's");
     let config = json!({

@@ -70,9 +70,23 @@ impl Up {
         more: &[&str],
         environment: &[(&str, &str)],
     ) -> Self {
-        let mut up = Self::spawn_in(folder, mcp, model_url, more, environment, None);
+        let model = elsewhere(model_url);
+        let mut up = Self::spawn_in(folder, mcp, &model, more, environment, None);
         up.wait_until_ready().await;
         up
+    }
+
+    /// Starts it with a model that it serves itself, and does not wait for anything.
+    pub fn spawn_serving(
+        folder: TempDir,
+        mcp: &serde_json::Value,
+        model: &Path,
+        more: &[&str],
+    ) -> Self {
+        let model = model.display().to_string();
+        // Rollouts that run when it is told to end are to end by themselves.
+        let environment = [("ESPALIER_UP_GRACE_S", "120")];
+        Self::spawn_in(folder, mcp, &["--model", &model], more, &environment, None)
     }
 
     /// The same, with all of its data on a disk of `bytes`; none where [`SmallDisk::mount`] gives none.
@@ -84,7 +98,7 @@ impl Up {
     ) -> Option<Self> {
         let folder = TempDir::new().expect("a temporary folder");
         let disk = SmallDisk::mount(&folder.path().join("data"), bytes)?;
-        let mut up = Self::spawn_in(folder, mcp, model_url, more, &[], Some(disk));
+        let mut up = Self::spawn_in(folder, mcp, &elsewhere(model_url), more, &[], Some(disk));
         up.wait_until_ready().await;
         Some(up)
     }
@@ -92,24 +106,17 @@ impl Up {
     fn spawn_in(
         folder: TempDir,
         mcp: &serde_json::Value,
-        model_url: &str,
+        model: &[&str],
         more: &[&str],
         environment: &[(&str, &str)],
         disk: Option<SmallDisk>,
     ) -> Self {
         let mcp_file = folder.path().join("mcp.json");
         std::fs::write(&mcp_file, mcp.to_string()).expect("the test's folder is writable");
-        let mut arguments: Vec<String> = [
-            "up",
-            "--model",
-            "scripted",
-            "--model-url",
-            model_url,
-            "--mcp",
-        ]
-        .map(str::to_owned)
-        .into();
-        arguments.push(mcp_file.display().to_string());
+        let mcp_file = mcp_file.display().to_string();
+        let arguments = ["up", "--mcp", &mcp_file].into_iter();
+        let arguments = arguments.chain(model.iter().copied());
+        let mut arguments: Vec<String> = arguments.map(str::to_owned).collect();
         if !more.contains(&"--listen") {
             arguments.extend(["--listen", "127.0.0.1:0"].map(str::to_owned));
         }
@@ -189,7 +196,8 @@ impl Up {
         }
     }
 
-    async fn wait_until_ready(&mut self) {
+    /// Waits until it serves.
+    pub async fn wait_until_ready(&mut self) {
         let path = self.file_path();
         let process = &mut self.process;
         wait_for("`espalier up` to serve", START_DEADLINE, || {
@@ -206,6 +214,11 @@ impl Up {
         })
         .await;
     }
+}
+
+/// The options that name the scripted model at `url`.
+fn elsewhere(url: &str) -> [&str; 4] {
+    ["--model", "scripted", "--model-url", url]
 }
 
 fn spawn(

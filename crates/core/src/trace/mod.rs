@@ -113,7 +113,7 @@ pub struct ModelCall {
     pub message: usize,
     /// The model as the server named it.
     pub model: String,
-    /// The adapter, where there was one.
+    /// The adapter that answered, where the server says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterRef>,
     /// Token ids of the prompt, as a change to those of an earlier call.
@@ -148,7 +148,7 @@ pub struct ModelCall {
 pub struct AdapterRef {
     /// Its name at the server.
     pub name: String,
-    /// SHA-256 of its weights.
+    /// SHA-256 of its content, as the server gives it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
 }

@@ -34,6 +34,16 @@ impl Isa {
             .unwrap_or(Self::Portable)
     }
 
+    /// What it is called.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
     /// Whether this machine has it.
     #[must_use]
     pub fn is_available(self) -> bool {

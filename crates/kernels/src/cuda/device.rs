@@ -93,13 +93,7 @@ impl Device {
             .compute_capability()
             .tried("tell the compute capability")?;
         let (major, minor) = (major as u32, minor as u32);
-        if major < 8 {
-            return Err(CudaError::TooOld {
-                ordinal,
-                major,
-                minor,
-            });
-        }
+        check_capability(ordinal, (major, minor))?;
         // SAFETY: all work is on one stream, so its order is the order of calls, and no allocation was made yet.
         unsafe { context.disable_event_tracking() };
         keep_freed_memory(&context)?;
@@ -306,6 +300,19 @@ impl Device {
         unsafe { builder.launch(shape) }.tried(format!("launch {name}"))?;
         Ok(())
     }
+}
+
+/// Refuses devices that are older than the kernels.
+pub(super) fn check_capability(
+    ordinal: usize,
+    (major, minor): (u32, u32),
+) -> Result<(), CudaError> {
+    let too_old = CudaError::TooOld {
+        ordinal,
+        major,
+        minor,
+    };
+    (major >= 8).then_some(()).ok_or(too_old)
 }
 
 fn pool_of(context: &CudaContext) -> Result<sys::CUmemoryPool, CudaError> {

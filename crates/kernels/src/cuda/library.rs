@@ -108,8 +108,7 @@ pub(super) fn need_driver() -> Result<(), CudaError> {
 /// Refuses to go on without NVRTC.
 pub(super) fn need_nvrtc() -> Result<(), CudaError> {
     let (library, purpose) = ("libnvrtc.so", "which compiles the kernels");
-    let remedy =
-        "install the CUDA toolkit 13, or `pip install nvidia-cuda-nvrtc` and name its lib folder";
+    let remedy = "install the CUDA toolkit 13, or `pip install nvidia-cuda-nvrtc` and name its lib folder in LD_LIBRARY_PATH";
     nvrtc_present().then_some(()).ok_or(CudaError::Missing {
         library,
         purpose,
@@ -120,8 +119,7 @@ pub(super) fn need_nvrtc() -> Result<(), CudaError> {
 /// Refuses to go on without cuBLASLt.
 pub(super) fn need_cublaslt() -> Result<(), CudaError> {
     let (library, purpose) = ("libcublasLt.so", "which multiplies matrices");
-    let remedy =
-        "install the CUDA toolkit 13, or `pip install nvidia-cublas` and name its lib folder";
+    let remedy = "install the CUDA toolkit 13, or `pip install nvidia-cublas` and name its lib folder in LD_LIBRARY_PATH";
     cublaslt_present().then_some(()).ok_or(CudaError::Missing {
         library,
         purpose,

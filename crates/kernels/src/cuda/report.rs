@@ -2,11 +2,12 @@
 
 #![expect(unsafe_code, reason = "the driver is a C library")]
 
-use std::fmt;
+use std::path::{Path, PathBuf};
 
 use cudarc::driver::{result, sys};
 
-use super::{compile, library};
+use super::error::CudaError;
+use super::{compile, device, library};
 
 /// What was found.
 #[derive(Debug, Clone)]
@@ -17,6 +18,19 @@ pub struct Report {
     pub nvrtc: Option<(u32, u32)>,
     /// Version of cuBLASLt, as the library numbers itself.
     pub cublaslt: Option<usize>,
+}
+
+/// One of NVIDIA's libraries.
+#[derive(Debug, Clone)]
+pub struct Library {
+    /// What it is called.
+    pub name: &'static str,
+    /// Its version, where it tells.
+    pub version: Option<String>,
+    /// The file that was opened.
+    pub path: Option<PathBuf>,
+    /// Why it is needed and what brings it, where it is missing.
+    pub missing: Option<String>,
 }
 
 /// The driver.
@@ -41,6 +55,73 @@ pub struct DeviceFound {
     pub capability: (u32, u32),
     /// All of its memory.
     pub memory_bytes: usize,
+}
+
+impl Report {
+    /// The libraries, in the order in which they are needed.
+    pub fn libraries(&self) -> [Library; 3] {
+        let driver = self.driver.as_ref().map(|driver| {
+            let own = driver.version.as_deref().unwrap_or("of unknown version");
+            format!("{own}, for CUDA up to {}.{}", driver.cuda.0, driver.cuda.1)
+        });
+        let nvrtc = self.nvrtc.map(|(major, minor)| format!("{major}.{minor}"));
+        let cublaslt = self.cublaslt.map(|version| {
+            let (major, rest) = (version / 10_000, version % 10_000);
+            format!("{major}.{}.{}", rest / 100, rest % 100)
+        });
+        let opened = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let found = |name, file, version, need: Result<(), CudaError>| Library {
+            name,
+            version,
+            path: mapped(&opened, file),
+            missing: need.err().map(|error| error.to_string()),
+        };
+        [
+            found("libcuda", "libcuda.so", driver, library::need_driver()),
+            found("NVRTC", "libnvrtc.so", nvrtc, library::need_nvrtc()),
+            found(
+                "cuBLASLt",
+                "libcublasLt.so",
+                cublaslt,
+                library::need_cublaslt(),
+            ),
+        ]
+    }
+
+    /// The device of that number, if models can run on it.
+    ///
+    /// # Errors
+    /// The first thing that is in the way, as opening the device would say.
+    pub fn usable(&self, ordinal: usize) -> Result<&DeviceFound, String> {
+        if let Some(missing) = self
+            .libraries()
+            .into_iter()
+            .find_map(|library| library.missing)
+        {
+            return Err(missing);
+        }
+        let devices = self.driver.as_ref().map(|driver| driver.devices.as_ref());
+        let devices = devices.transpose().map_err(Clone::clone)?;
+        let devices = devices.map(Vec::as_slice).unwrap_or_default();
+        let device = devices.get(ordinal).ok_or_else(|| {
+            let count = devices.len();
+            CudaError::NoDevice { ordinal, count }.to_string()
+        })?;
+        device::check_capability(ordinal, device.capability).map_err(|error| error.to_string())?;
+        Ok(device)
+    }
+}
+
+/// The file of a library that this process has open, from the list of its mappings.
+fn mapped(mappings: &str, file: &str) -> Option<PathBuf> {
+    let paths = mappings
+        .lines()
+        .filter_map(|line| line.find('/').map(|at| &line[at..]));
+    let mut files = paths.map(Path::new).filter(|path| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().starts_with(file)
+    });
+    files.next().map(Path::to_owned)
 }
 
 /// Looks at the machine. Call [`library::look_in`] first where libraries lie in folders of their own.
@@ -109,48 +190,39 @@ fn device(ordinal: i32) -> Result<DeviceFound, result::DriverError> {
     })
 }
 
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.driver {
-            None => writeln!(f, "CUDA driver: not found (no libcuda)")?,
-            Some(driver) => write!(f, "{driver}")?,
-        }
-        match self.nvrtc {
-            None => writeln!(f, "NVRTC: not found; kernels cannot be compiled")?,
-            Some((major, minor)) => writeln!(f, "NVRTC: {major}.{minor}")?,
-        }
-        match self.cublaslt {
-            None => writeln!(f, "cuBLASLt: not found; matrices cannot be multiplied"),
-            Some(version) => writeln!(
-                f,
-                "cuBLASLt: {}.{}.{}",
-                version / 10_000,
-                version / 100 % 100,
-                version % 100
-            ),
-        }
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl fmt::Display for Driver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let version = self.version.as_deref().unwrap_or("of unknown version");
-        writeln!(
-            f,
-            "CUDA driver: {version}, for CUDA up to {}.{}",
-            self.cuda.0, self.cuda.1
-        )?;
-        match &self.devices {
-            Err(reason) => writeln!(f, "  no device: {reason}"),
-            Ok(devices) => devices.iter().try_for_each(|d| {
-                let (major, minor) = d.capability;
-                let gib = d.memory_bytes as f64 / (1u64 << 30) as f64;
-                writeln!(
-                    f,
-                    "  cuda:{} {}, compute capability {major}.{minor}, {gib:.1} GiB",
-                    d.ordinal, d.name
-                )
-            }),
+    #[test]
+    fn an_open_library_is_found_among_the_mappings() {
+        let mappings = "\
+7f00-7f10 r--p 00000000 00:2a 12  /usr/lib/libc.so.6
+7f10-7f20 rw-p 00000000 00:00 0
+7f20-7f30 r-xp 00000000 00:2a 13  /opt/my cuda/libnvrtc.so.13
+";
+        let found = mapped(mappings, "libnvrtc.so");
+        assert_eq!(
+            found.as_deref(),
+            Some(Path::new("/opt/my cuda/libnvrtc.so.13"))
+        );
+        assert_eq!(mapped(mappings, "libcuda.so"), None);
+    }
+
+    #[test]
+    fn what_is_missing_is_said_with_what_brings_it() {
+        let report = look();
+        for library in report.libraries() {
+            assert_eq!(
+                library.version.is_some(),
+                library.missing.is_none(),
+                "{library:?}"
+            );
+            if let Some(missing) = &library.missing {
+                assert!(missing.contains("install"), "{missing}");
+                assert!(report.usable(0).is_err());
+            }
         }
+        assert!(report.usable(1_000).is_err());
     }
 }

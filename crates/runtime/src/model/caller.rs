@@ -199,6 +199,7 @@ fn turn(
             .filter(|model| !model.is_empty())
             .unwrap_or_else(|| request.model.to_owned()),
         endpoint: String::new(),
+        adapter_sha256: merge.adapter_sha256,
         response_id: merge.id,
         prompt_token_ids: merge.prompt_token_ids,
         token_ids: merge.token_ids,

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::error::ModelError;
 use super::wire::{CallDelta, Choice, Chunk, Delta, TokenLogprob, WireUsage};
-use super::{RawToolCall, Usage};
+use super::{ADAPTER_FINGERPRINT, RawToolCall, Usage};
 
 /// Most tool calls of one answer: far more than any rollout lets run in a turn. Each becomes a message, and a server
 /// that sends calls without end would have every piece compared with all of them.
@@ -21,6 +21,7 @@ const CALLS_MAX: usize = 128;
 pub(super) struct Merge {
     pub(super) id: Option<String>,
     pub(super) model: Option<String>,
+    pub(super) adapter_sha256: Option<String>,
     pub(super) content: String,
     pub(super) reasoning: String,
     pub(super) finish_reason: Option<String>,
@@ -48,6 +49,8 @@ impl Merge {
         }
         self.id = self.id.take().or(chunk.id);
         self.model = self.model.take().or(chunk.model);
+        let adapter = chunk.system_fingerprint.as_deref().and_then(adapter_of);
+        self.adapter_sha256 = self.adapter_sha256.take().or(adapter);
         self.prompt_token_ids = self.prompt_token_ids.take().or(chunk.prompt_token_ids);
         if let Some(usage) = chunk.usage.and_then(read_usage) {
             self.usage = Some(usage);
@@ -187,6 +190,13 @@ impl Merge {
 /// Whether a call has a name and arguments that are complete JSON, so that another name cannot be more of it.
 fn is_whole(call: &PartialCall) -> bool {
     !call.name.is_empty() && serde_json::from_str::<Value>(&call.arguments).is_ok()
+}
+
+/// The digest of the adapter that a fingerprint names; none for those of other servers.
+fn adapter_of(fingerprint: &str) -> Option<String> {
+    let digest = fingerprint.strip_prefix(ADAPTER_FINGERPRINT)?;
+    let is_hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    (digest.len() == 64 && digest.bytes().all(is_hex)).then(|| digest.to_owned())
 }
 
 fn read_usage(usage: WireUsage) -> Option<Usage> {
@@ -341,6 +351,29 @@ mod tests {
             completion_tokens: 3,
         };
         assert_eq!(merged.usage, Some(usage));
+    }
+
+    #[test]
+    fn only_our_own_fingerprint_names_an_adapter() {
+        let digest = "0123456789abcdef".repeat(4);
+        let piece = |fingerprint: Value| json!({"system_fingerprint": fingerprint, "choices": [{"delta": {"content": "x"}}]});
+        let ours = piece(json!(format!("{ADAPTER_FINGERPRINT}{digest}")));
+        let merged = merge(&[ours.clone(), ours]);
+        assert_eq!(merged.adapter_sha256.as_deref(), Some(&*digest));
+        for other in [
+            Value::Null,
+            json!(""),
+            json!("fp_44709d6fcb"),
+            json!(digest),
+            json!(format!("{ADAPTER_FINGERPRINT}{}", &digest[1..])),
+            json!(format!("{ADAPTER_FINGERPRINT}{}", digest.to_uppercase())),
+        ] {
+            assert_eq!(
+                merge(&[piece(other.clone())]).adapter_sha256,
+                None,
+                "{other}"
+            );
+        }
     }
 
     #[test]

@@ -31,13 +31,18 @@ use tracing::field::Empty;
 
 use crate::backoff::Backoff;
 use crate::config::Secret;
-use crate::telemetry::names::{attribute, operation};
+use crate::telemetry::names::{attribute, operation, provider};
 use crate::telemetry::{self, Metrics};
 
 pub use error::ModelError;
 pub use served::Served;
 
 use route::{Member, lock};
+
+/// Begins the `system_fingerprint` of an answer that an adapter gave, and is followed by the SHA-256 of the adapter's
+/// content in hexadecimal. Other servers put words of their own there, which this tells apart; as a field of OpenAI's it
+/// passes every proxy.
+pub const ADAPTER_FINGERPRINT: &str = "adapter-sha256:";
 
 /// Where a model is served and how patiently it is called.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -144,6 +149,9 @@ pub struct ChatTurn {
     pub model: String,
     /// The name of the endpoint that answered; empty where the configuration names one.
     pub endpoint: String,
+    /// SHA-256 of the adapter that answered, in hexadecimal, from endpoints that say it as
+    /// [`ADAPTER_FINGERPRINT`] describes.
+    pub adapter_sha256: Option<String>,
     /// The endpoint's id of the answer.
     pub response_id: Option<String>,
     /// Token ids of the prompt, from endpoints that give them.
@@ -346,7 +354,7 @@ fn span(request: &ChatRequest<'_>) -> tracing::Span {
         otel.kind = "client",
         otel.status_code = Empty,
         { attribute::GEN_AI_OPERATION_NAME } = operation::CHAT,
-        { attribute::GEN_AI_PROVIDER_NAME } = "openai",
+        { attribute::GEN_AI_PROVIDER_NAME } = provider::OPENAI,
         { attribute::GEN_AI_REQUEST_MODEL } = request.model,
         { attribute::MODEL_ENDPOINT } = Empty,
         { attribute::GEN_AI_RESPONSE_MODEL } = Empty,

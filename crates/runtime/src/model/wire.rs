@@ -172,6 +172,7 @@ fn render(arguments: &Map<String, Value>) -> String {
 pub(super) struct Chunk {
     pub(super) id: Option<String>,
     pub(super) model: Option<String>,
+    pub(super) system_fingerprint: Option<String>,
     pub(super) choices: Option<Vec<Choice>>,
     pub(super) usage: Option<WireUsage>,
     /// vLLM, with `return_token_ids`.

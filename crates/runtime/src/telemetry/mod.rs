@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::MeterProvider;
-use opentelemetry::trace::TracerProvider;
+use opentelemetry::trace::{TraceContextExt, TracerProvider};
 use opentelemetry::{Array, StringValue, Value};
 use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
 use opentelemetry_otlp::{
@@ -388,6 +388,11 @@ fn report(signal: &'static str, outcome: Result<OTelSdkResult, BlockingFailed>) 
 pub fn record_texts(span: &tracing::Span, name: &'static str, texts: &[&str]) {
     let texts: Vec<StringValue> = texts.iter().map(|text| (*text).to_owned().into()).collect();
     span.set_attribute(name, Value::Array(Array::String(texts)));
+}
+
+/// Gives a span that runs another name: recording `otel.name` does so only before the span begins.
+pub fn rename(span: &tracing::Span, name: String) {
+    span.context().span().update_name(name);
 }
 
 /// An error and everything beneath it in one line, for the one place that logs it.

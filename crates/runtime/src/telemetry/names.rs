@@ -113,6 +113,14 @@ pub mod operation {
     pub const INVOKE_AGENT: &str = "invoke_agent";
 }
 
+/// Values of `gen_ai.provider.name`.
+pub mod provider {
+    /// Whoever speaks OpenAI's API.
+    pub const OPENAI: &str = "openai";
+    /// This project's own server.
+    pub const ESPALIER: &str = "espalier";
+}
+
 /// Metrics. Units are UCUM, as OpenTelemetry asks.
 pub mod metric {
     /// Gauge, `{job}`: jobs in a state, by project and state. As of every gauge of the queue, each coordinator measures

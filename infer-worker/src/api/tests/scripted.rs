@@ -26,6 +26,9 @@ const MARKS: [&str; 5] = [
 const END: u32 = 256;
 const CALL: (u32, u32) = (257, 258);
 const THOUGHT: (u32, u32) = (259, 260);
+/// Of every adapter.
+pub(super) const ADAPTER_DIGEST: &str =
+    "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
 static GUIDES: LazyLock<Guides> = LazyLock::new(|| {
     let bytes = (0..=255).map(|byte| vec![byte]);
@@ -298,10 +301,11 @@ impl Backend for Scripted {
             name: name.clone(),
             created_s: 2,
             adapter: Some(AdapterInfo {
-                digest: "d1".to_owned(),
+                digest: ADAPTER_DIGEST.to_owned(),
                 path: "/a".to_owned(),
                 rank: 8,
                 version: *version,
+                doubt: (name == "doubtful").then(|| "may be another's".to_owned()),
             }),
         };
         let base = Model {
@@ -434,7 +438,7 @@ impl Backend for Scripted {
 
     fn load(&self) -> Load {
         Load {
-            healthy: true,
+            condition: Condition::Running,
             running: 3,
             ..Load::default()
         }

@@ -6,6 +6,7 @@ use espalier_runtime::model::{ChatRequest, ChatTurn, ModelClient, ModelEndpoint}
 use serde_json::{Map, json};
 use tokio_util::sync::CancellationToken;
 
+use super::scripted::ADAPTER_DIGEST;
 use super::*;
 
 /// What OpenAI's clients make of a stream: the deltas of a choice, put together.
@@ -175,7 +176,7 @@ async fn completions_stream_their_text() {
 }
 
 /// One turn, as our own client reads it.
-async fn turn(server: &Server, script: &str, streaming: bool) -> ChatTurn {
+async fn turn(server: &Server, model: &str, script: &str, streaming: bool) -> ChatTurn {
     let client = ModelClient::new(ModelEndpoint {
         streaming,
         ..ModelEndpoint::new(format!("{}/v1", server.url))
@@ -199,7 +200,7 @@ async fn turn(server: &Server, script: &str, streaming: bool) -> ChatTurn {
         unreachable!()
     };
     let request = ChatRequest {
-        model: "toy",
+        model,
         messages: &messages,
         tools: &tools,
         sampling: &sampling,
@@ -219,7 +220,8 @@ async fn our_own_client_reads_both_forms_alike() {
     let server = Server::start().await;
     let script = format!("<think>hm</think>I go. {CALL}{CALL}");
     for streaming in [true, false] {
-        let turn = turn(&server, &script, streaming).await;
+        let turn = turn(&server, "toy", &script, streaming).await;
+        assert_eq!(turn.adapter_sha256, None);
         assert_eq!(
             (&*turn.content, turn.reasoning.as_deref()),
             ("I go. ", Some("hm"))
@@ -237,5 +239,20 @@ async fn our_own_client_reads_both_forms_alike() {
         assert_eq!((ids.first(), ids.last()), (Some(&259), Some(&256)));
         assert_eq!(turn.logprobs.unwrap().len(), ids.len());
         assert_eq!(turn.usage.unwrap().completion_tokens, ids.len() as u64);
+    }
+}
+
+#[tokio::test]
+async fn our_own_client_learns_which_adapter_answered() {
+    let server = Server::start().await;
+    let adapter = json!({"name": "a/b", "path": "/a"});
+    let loaded = server.post("/v1/adapters", &adapter).send().await.unwrap();
+    assert_eq!(loaded.status(), 200);
+    for streaming in [true, false] {
+        let turn = turn(&server, "a/b", "hi", streaming).await;
+        assert_eq!(
+            (&*turn.model, turn.adapter_sha256.as_deref()),
+            ("a/b", Some(ADAPTER_DIGEST))
+        );
     }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::scripted::ids_of;
+use super::scripted::{ADAPTER_DIGEST, ids_of};
 use super::*;
 
 #[tokio::test]
@@ -223,17 +223,29 @@ async fn adapters_come_are_named_and_go() {
     for version in 1..=2 {
         let response = server.post("/v1/adapters", &adapter).send().await.unwrap();
         let body: Value = response.json().await.unwrap();
-        let expected = json!({"id": "a/b", "object": "adapter", "created": 2, "path": "/a", "digest": "d1", "rank": 8,
+        let expected = json!({"id": "a/b", "object": "adapter", "created": 2, "path": "/a", "digest": ADAPTER_DIGEST, "rank": 8,
             "version": version});
         assert_eq!(body, expected);
     }
+    let doubtful = json!({"name": "doubtful", "path": "/a"});
+    let response = server.post("/v1/adapters", &doubtful).send().await.unwrap();
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body["warning"], "may be another's");
+    let doubtful = format!("{}/v1/adapters/doubtful", server.url);
+    server.client.delete(doubtful).send().await.unwrap();
     let body = server.chat_json("hi", json!({"model": "a/b"})).await;
     assert_eq!(
         (&body["model"], &body["system_fingerprint"]),
-        (&json!("a/b"), &json!("d1"))
+        (
+            &json!("a/b"),
+            &json!(format!("adapter-sha256:{ADAPTER_DIGEST}"))
+        )
     );
     let asked = server.backend.asked.lock().unwrap()[0].0.clone();
-    assert_eq!((&*asked.name, asked.digest.as_deref()), ("a/b", Some("d1")));
+    assert_eq!(
+        (&*asked.name, asked.digest.as_deref()),
+        ("a/b", Some(ADAPTER_DIGEST))
+    );
     let get = async |path: &str| -> Value {
         server
             .client

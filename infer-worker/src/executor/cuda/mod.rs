@@ -319,6 +319,12 @@ impl CudaExecutor {
         Ok(executor)
     }
 
+    /// What its kernels are compiled for, such as `sm_90a`.
+    #[must_use]
+    pub fn kernels(&self) -> &str {
+        self.device.architecture()
+    }
+
     /// Where the device's memory went.
     #[must_use]
     pub fn memory(&self) -> MemoryUse {

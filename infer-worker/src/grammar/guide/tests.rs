@@ -59,8 +59,7 @@ fn calls(several: bool) -> Grammar {
         name: name.to_owned(),
         arguments,
     };
-    let reference = json!({"properties": {"u": {"$ref": "#/$defs/url"}}, "required": ["u"],
-        "additionalProperties": false, "$defs": {"url": {"type": "string", "maxLength": 4}}});
+    let reference = json!({"properties": {"u": {"$ref": "#/$defs/url"}}, "required": ["u"], "$defs": {"url": {"type": "string", "maxLength": 4}}});
     let calls = vec![
         call("open", reference),
         call("say \"hi\"", json!({"type": "object"})),
@@ -142,6 +141,16 @@ fn calls_name_a_tool_and_follow_its_schema() {
         (
             calls(true),
             &call("\n{\"name\": \"open\", \"arguments\": {\"u\": \"a:b:c\"}}\n"),
+            false,
+        ),
+        (
+            calls(true),
+            &call("\n{\"name\": \"open\", \"arguments\": {\"u\":\"a\", \"v\": 1}}\n"),
+            false,
+        ),
+        (
+            calls(true),
+            &call("\n{\"name\": \"open\", \"arguments\": {     \"u\": \"a\"}}\n"),
             false,
         ),
         (calls(true), &bytes("hello"), false),

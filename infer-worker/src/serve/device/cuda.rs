@@ -47,7 +47,9 @@ pub(super) async fn start(
     let memory = executor.memory();
     tracing::info!(
         device = format!("cuda:{ordinal}"),
+        kernels = executor.kernels(),
         weights = "bf16",
+        because = "it is the form that GPUs are served in, and the checkpoint's own",
         weights_bytes = %Gib(memory.weights as u64),
         kv = %Gib((memory.block * memory.blocks) as u64),
         kv_form = "bf16",

@@ -1,6 +1,7 @@
 //! What the model runs on: the one place that knows which executors there are.
 
 mod cuda;
+mod survey;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +12,8 @@ use espalier_qwen3::{CheckpointError, Config, Lora};
 use espalier_runtime::tasks::{BlockingFailed, blocking};
 use espalier_runtime::telemetry::error_chain;
 use futures::FutureExt as _;
+
+pub use survey::{DeviceFound, Library, Survey, survey};
 
 use super::adapters::{LoadWeights, Loaded, WeightsError};
 use super::memory::{self, Gib, MemoryError, Wish, form_name};
@@ -25,6 +28,11 @@ use crate::scheduler;
 const CPU_STEP_TOKENS: u32 = 512;
 /// How long a step may take on the CPU: a large model, few cores, and all tokens that a step may have.
 const CPU_STEP_LIMIT: Duration = Duration::from_secs(600);
+
+/// The GPU that `--device auto` takes, where there is one.
+const AUTO_ORDINAL: u32 = 0;
+/// What `--dtype auto` means, on every device.
+pub const DTYPE_AUTO: &str = "bf16";
 
 /// Why a model does not run.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +67,7 @@ pub(super) async fn start(options: &Options, files: &ModelFiles) -> Result<Runni
     match options.device {
         Device::Cpu => start_cpu(options, files).await,
         Device::Cuda(ordinal) => cuda::start(options, files, ordinal).await,
-        Device::Auto => match cuda::start(options, files, 0).await {
+        Device::Auto => match cuda::start(options, files, AUTO_ORDINAL).await {
             Err(DeviceError::Cuda(LoadError::Device(error))) => {
                 let why = error_chain(&error);
                 tracing::info!(why, "no GPU is used");
@@ -73,16 +81,12 @@ pub(super) async fn start(options: &Options, files: &ModelFiles) -> Result<Runni
 
 async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, DeviceError> {
     let form = match options.dtype {
-        // Faster forms than the checkpoint's own change its numbers: that is somebody's decision.
         Dtype::Auto | Dtype::Bf16 => Form::Bf16,
         Dtype::F32 => Form::F32,
         Dtype::Q8 => Form::Q8,
     };
     memory::check_weights(&files.config, form, memory::available())?;
-    let threads = match options.cpu_threads {
-        Some(threads) => threads as usize,
-        None => std::thread::available_parallelism().map_or(1, usize::from),
-    };
+    let threads = threads(options.cpu_threads);
     let folder = files.folder.clone();
     let load = move || espalier_qwen3::Model::load(&folder, form, Arc::new(Pool::new(threads)));
     let model = blocking("model.load", load).await??;
@@ -99,9 +103,13 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
     let plan = memory::plan(&files.config, block_bytes, wish, memory::available())?;
     tracing::info!(
         device = "cpu",
-        instructions = ?model.pool().isa(),
+        kernels = model.pool().isa().name(),
         threads,
         weights = form_name(form),
+        because = match options.dtype {
+            Dtype::Auto => "no faster form keeps the checkpoint's numbers; `--dtype q8` is faster, with other numbers",
+            _ => "`--dtype` says so",
+        },
         weights_read_a_token = %Gib(model.weight_bytes() as u64),
         kv = %Gib(u64::from(plan.kv_blocks) * block_bytes),
         kv_form = "f32",
@@ -136,6 +144,14 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
     })
 }
 
+/// Threads that compute: those that were asked for, or one for each core that this process may use.
+fn threads(asked: Option<u32>) -> usize {
+    match asked {
+        Some(threads) => threads as usize,
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    }
+}
+
 /// Reads adapters beside the steps that run, on a thread of their own, so that no answer waits for them.
 fn adapters(port: AdapterPort<Box<Lora>>, base: Config) -> LoadWeights {
     let (base, pool) = (Arc::new(base), Arc::new(Pool::new(1)));
@@ -147,10 +163,12 @@ fn adapters(port: AdapterPort<Box<Lora>>, base: Config) -> LoadWeights {
             let lora = read.await.map_err(|error| refused(&error))?;
             let lora = lora.map_err(|error| WeightsError::Refused(error_chain(&error)))?;
             let (digest, rank) = (lora.digest(), lora.rank());
+            let made_for = lora.base().map(str::to_owned);
             let handle = port.load(digest, Box::new(lora)).await?;
             Ok(Loaded {
                 handle,
                 rank: u32::try_from(rank).unwrap_or(u32::MAX),
+                made_for,
             })
         }
         .boxed()

@@ -1,0 +1,155 @@
+//! Rollouts against a real inference worker, on a tiny model with random weights: what it says means nothing, and what is
+//! recorded of its calls does.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::path::Path;
+use std::time::Duration;
+
+use espalier_core::id::JobKey;
+use espalier_core::layout;
+use espalier_core::trace::{StopReason, Trace};
+use espalier_proto::v1::JobState;
+use espalier_tests::harness::client::Client;
+use espalier_tests::harness::serving::Serving;
+use espalier_tests::harness::tiny;
+use espalier_tests::harness::up::{Up, toy_servers};
+use espalier_tests::harness::wait_for;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+/// Longer than rollouts have to end by themselves.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(180);
+
+/// A rollout over the toy server whose first answer is cut after so many tokens.
+fn cut_after(tokens: u32, id: &str) -> Value {
+    json!({
+        "id": id, "mcp": ["toy"], "prompt": "Go.",
+        "sampling": {"temperature": 0, "thinking": false, "completion_tokens": tokens},
+    })
+}
+
+/// The same with a model of its own.
+fn of_model(model: &str) -> Value {
+    let mut job = cut_after(8, model);
+    job["model"] = json!(model);
+    job
+}
+
+async fn traces(client: &mut Client, jobs: &[Value]) -> Vec<Trace> {
+    let answer = client.submit("b", jobs).await;
+    assert!(answer.rejected.is_empty(), "{:?}", answer.rejected);
+    let result = client.wait("b", DEADLINE).await;
+    let succeeded = result.count(JobState::Succeeded);
+    assert_eq!(succeeded, jobs.len(), "{:?}", result.unsolved());
+    let mut traces = Vec::new();
+    for job in jobs {
+        traces.push(client.trace("b", job["id"].as_str().unwrap()).await);
+    }
+    traces
+}
+
+#[tokio::test]
+async fn a_trace_names_the_adapter_that_answered() {
+    let serving = Serving::start(&[]).await;
+    let folder = serving.path("adapter");
+    tiny::write_adapter(&folder, 5);
+    let (status, loaded) = serving.load_adapter("tuned", &folder).await;
+    assert_eq!(status, 200, "{loaded}");
+    let url = format!("{}/v1", serving.url);
+    let up = Up::start(&toy_servers(), &url, &[]).await;
+    let jobs = [of_model("tuned"), of_model("tiny")];
+    let traces = traces(&mut up.client().await, &jobs).await;
+    for trace in &traces {
+        assert_eq!(trace.outcome.stop, StopReason::CutAnswer);
+        assert_eq!(trace.model_calls.len(), 1);
+    }
+    let adapter = traces[0].model_calls[0].adapter.as_ref().unwrap();
+    assert_eq!(
+        (&*adapter.name, adapter.sha256.as_deref()),
+        ("tuned", loaded["digest"].as_str())
+    );
+    assert_eq!(traces[1].model_calls[0].adapter, None);
+    assert_ne!(
+        traces[0].messages, traces[1].messages,
+        "the adapter changes nothing"
+    );
+}
+
+/// `espalier up` on a model of its own, which a test may spoil first.
+fn serve_here(spoil: impl FnOnce(&Path), more: &[&str]) -> Up {
+    let folder = TempDir::new().unwrap();
+    let model = folder.path().join("model");
+    tiny::write_model(&model);
+    spoil(&model);
+    Up::spawn_serving(folder, &toy_servers(), &model, more)
+}
+
+#[tokio::test]
+async fn up_serves_the_model_itself() {
+    let mut up = serve_here(|_| {}, &[]);
+    up.wait_until_ready().await;
+    let parts = [
+        "loading ",
+        "model loaded",
+        "kernels",
+        "threads",
+        "bf16",
+        "served here",
+    ];
+    wait_for("all of it to be said", DEADLINE, || {
+        let log = up.process.log();
+        let missing = parts.iter().find(|part| !log.contains(**part));
+        let missing = missing.map(|part| format!("`{part}` is not in {log}"));
+        async move { missing.map_or(Ok(()), Err) }
+    })
+    .await;
+    let mut client = up.client().await;
+    let jobs: Vec<Value> = (0..4).map(|n| cut_after(8, &format!("j{n}"))).collect();
+    for trace in traces(&mut client, &jobs).await {
+        assert_eq!(trace.outcome.stop, StopReason::CutAnswer);
+        assert_eq!(trace.model_calls.len(), 1);
+        let ids = trace.model_calls[0].completion_ids.as_ref();
+        assert_eq!(ids.map(Vec::len), Some(8), "the ids that training needs");
+    }
+    // A rollout that runs when it is told to end: the model stays until the rollout is published.
+    let store = up.store_folder();
+    client.submit("last", &[cut_after(600, "j")]).await;
+    let key: JobKey = "default/last/j".parse().unwrap();
+    wait_for("the last rollout to run", DEADLINE, || async {
+        let leases = client.leases(std::slice::from_ref(&key)).await;
+        leases.get(&key).copied().ok_or("no lease")
+    })
+    .await;
+    assert!(up.process.terminate(DRAIN_DEADLINE).await.success());
+    let manifest = store.join(layout::manifest(&key));
+    assert!(manifest.exists(), "{} is not there", manifest.display());
+    up.wait_until_gone(DEADLINE).await;
+}
+
+#[tokio::test]
+async fn up_says_why_it_cannot_serve_a_model() {
+    let nothing = |_: &Path| {};
+    let gone = |model: &Path| std::fs::remove_dir_all(model).unwrap();
+    let cut = |model: &Path| {
+        let path = model.join(tiny::SHARDS[0]);
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+    };
+    let other = |model: &Path| std::fs::write(model.join("config.json"), "{}").unwrap();
+    let somebody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = somebody.local_addr().unwrap().to_string();
+    let port_taken = ["--listen", &*taken];
+    for (mut up, code, reason) in [
+        (serve_here(gone, &[]), 1, "is no folder"),
+        (serve_here(cut, &[]), 1, "is truncated or not safetensors"),
+        (serve_here(other, &[]), 1, "`model_type` must be"),
+        (serve_here(nothing, &port_taken), 2, "cannot listen on"),
+    ] {
+        let status = up.process.wait(DEADLINE).await;
+        let log = up.process.log();
+        assert_eq!(status.code(), Some(code), "{log}");
+        assert!(log.contains(reason), "`{reason}` is not in {log}");
+    }
+}
