@@ -64,6 +64,9 @@ pub struct Options {
     /// Adapters that may be loaded at once. A GPU keeps room for as many.
     #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_loras: u32,
+    /// Largest rank of an adapter. A GPU keeps room for `--max-loras` of that rank.
+    #[arg(long, value_name = "RANK", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub max_lora_rank: u32,
     /// auto (a GPU where there is one), cpu, or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: Device,
