@@ -9,8 +9,8 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, ProjectId};
 use espalier_core::layout;
-use espalier_core::queue::{JobKind, NewJob};
-use espalier_core::spec::{JobDraft, JobSpec, McpUse, McpUseDraft, limits};
+use espalier_core::queue::NewJob;
+use espalier_core::spec::{JobDraft, JobSpec, McpUse, McpUseDraft, Work, limits, model_tag};
 use espalier_core::time::Timestamp;
 use espalier_proto::convert::draft_from_wire;
 use espalier_proto::status::ApiError;
@@ -180,18 +180,15 @@ impl Door {
             Some(id) => id,
             None => JobId::new(derived_id)?,
         };
-        let named = spec.rollout.mcp.iter().filter_map(|used| match used {
-            McpUse::Named(name) => Some(format!("{MCP_TAG}{name}")),
-            McpUse::Inline { .. } => None,
-        });
+        let implied = implied_needs(&spec.work);
         let resolve =
             |dep: &espalier_core::spec::Dependency| dep.resolve(&self.project, &self.batch);
         let budget = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         let job = NewJob {
             id,
-            kind: JobKind::Rollout,
+            kind: spec.work.kind(),
             priority: spec.priority,
-            needs: spec.needs.iter().cloned().chain(named).collect(),
+            needs: spec.needs.iter().cloned().chain(implied).collect(),
             deps: spec.after.iter().map(resolve).collect(),
             not_before: (!spec.delay.is_zero()).then(|| self.now + spec.delay),
             max_attempts: budget(spec.max_attempts),
@@ -240,6 +237,20 @@ impl Door {
         .buffer_unordered(BLOB_WRITES_MAX)
         .try_collect()
         .await
+    }
+}
+
+/// Tags that a worker must offer for what the job does: the servers of a rollout, the model of a batch of requests.
+fn implied_needs(work: &Work) -> Vec<String> {
+    match work {
+        Work::Rollout(rollout) => {
+            let named = rollout.mcp.iter().filter_map(|used| match used {
+                McpUse::Named(name) => Some(format!("{MCP_TAG}{name}")),
+                McpUse::Inline { .. } => None,
+            });
+            named.collect()
+        }
+        Work::Generate(generate) => generate.model.iter().map(|name| model_tag(name)).collect(),
     }
 }
 

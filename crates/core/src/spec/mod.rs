@@ -105,6 +105,11 @@ pub struct GenerateSpec {
     pub model: Option<String>,
 }
 
+/// The tag of workers that serve the model of this name.
+pub fn model_tag(name: &str) -> String {
+    format!("model:{name}")
+}
+
 /// A job that another one waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Dependency {
