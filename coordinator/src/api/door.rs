@@ -263,6 +263,7 @@ pub fn in_clients_terms(mut error: FieldError) -> FieldError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use espalier_core::queue::JobKind;
     use espalier_core::spec::parse_line;
     use espalier_proto::convert::draft_to_wire;
 
@@ -303,6 +304,21 @@ mod tests {
         assert_eq!(job.not_before, Some(Timestamp(6_000)));
         let stored = StoredSpec::decode(&admitted.submission.spec).unwrap();
         assert_eq!(stored, StoredSpec::Inline(own.encode_to_vec().into()));
+    }
+
+    #[test]
+    fn a_batch_of_requests_waits_for_a_worker_that_serves_its_model() {
+        let own = r#"{"generate":{"requests":"a.jsonl","model":"m"},"needs":["gpu"]}"#;
+        let admitted = door("{}").check(&spec(own), "a").unwrap();
+        let job = &admitted.submission.job;
+        assert_eq!(job.kind, JobKind::Generate);
+        let needs: Vec<&str> = job.needs.iter().map(String::as_str).collect();
+        assert_eq!(needs, ["gpu", "model:m"]);
+        let any = r#"{"generate":{"requests":"a.jsonl"}}"#;
+        let admitted = door("{}").check(&spec(any), "a").unwrap();
+        assert!(admitted.submission.job.needs.is_empty());
+        let of_a_rollout = door(r#"{"mcp":["browser"]}"#).check(&spec(any), "a");
+        assert_eq!(of_a_rollout.unwrap_err()[0].field, "mcp");
     }
 
     #[test]

@@ -328,5 +328,8 @@ mod tests {
         assert_eq!(verdict(check_by_job), Ok(()));
         assert_eq!(verdict(r#"{"id":"a"}"#), Err("id".to_owned()));
         assert_eq!(verdict(r#"{"priority":99}"#), Err("priority".to_owned()));
+        assert_eq!(verdict(r#"{"generate":{"model":"m"}}"#), Ok(()));
+        let model = verdict(r#"{"generate":{"model":" "}}"#);
+        assert_eq!(model, Err("generate.model".to_owned()));
     }
 }

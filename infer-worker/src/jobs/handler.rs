@@ -124,9 +124,18 @@ impl GenerateHandler {
         let (answers_in, answers) = mpsc::channel(ANSWERS_AHEAD);
         let read = read(input, first, start, lines_in);
         let answer = window.answer_all(first, lines, answers_in);
-        let store = store(input, output, answers, lease, stopped);
-        // Boxed: the worker loop holds it beside much else.
-        Box::pin(async { tokio::try_join!(read, answer, store).map(drop) }).await
+        // Boxed: the worker loop holds them beside much else.
+        let mut work = Box::pin(async move { tokio::try_join!(read, answer) });
+        let mut store = Box::pin(store(input, output, answers, lease, stopped));
+        tokio::select! {
+            biased;
+            worked = &mut work => {
+                // However it ended, what was answered by then is worth keeping.
+                let stored = store.await;
+                worked.map(drop).and(stored)
+            }
+            stored = &mut store => stored,
+        }
     }
 
     fn manifest(

@@ -18,8 +18,10 @@ use super::window::Answered;
 
 /// A piece is stored when it has so many bytes, or
 const PIECE_BYTES: usize = 8 << 20;
-/// when its first line has waited for so long: what a kill costs at most.
-const PIECE_AGE: Duration = Duration::from_secs(10);
+/// when its first line has waited for so long: what a kill costs at most. The first pieces wait less,
+const PIECE_AGE_MAX: Duration = Duration::from_secs(10);
+/// since all of a short job is worth as much: each waits twice as long as the one before.
+const PIECE_AGE_FIRST: Duration = Duration::from_secs(1);
 
 /// What one attempt has answered.
 pub(super) struct Output {
@@ -99,7 +101,10 @@ impl Output {
 
     /// When what is pending is to be stored; none: nothing is.
     pub(super) fn due_at(&self) -> Option<Instant> {
-        self.pending.since.map(|since| since + PIECE_AGE)
+        let before = u32::try_from(self.files.len()).unwrap_or(u32::MAX);
+        let longer = 2_u32.saturating_pow(before);
+        let age = PIECE_AGE_FIRST.saturating_mul(longer).min(PIECE_AGE_MAX);
+        self.pending.since.map(|since| since + age)
     }
 
     /// Stores what is pending. Waits for a store that is away; a call that is dropped has stored nothing that counts.
