@@ -10,6 +10,7 @@ use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::telemetry::TelemetryConfig;
 
 use crate::api::backend::AdapterSource;
+use crate::jobs::JobOptions;
 
 /// Serves a Qwen3 model over an OpenAI-compatible API.
 #[derive(Clone, Debug, Parser)]
@@ -87,6 +88,9 @@ pub struct Options {
     /// OTEL_EXPORTER_OTLP_ENDPOINT].
     #[arg(long, value_name = "URL")]
     pub otlp_traces_endpoint: Option<String>,
+    /// Jobs of the queue.
+    #[command(flatten)]
+    pub jobs: JobOptions,
 }
 
 /// What the model runs on.

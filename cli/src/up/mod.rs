@@ -21,6 +21,7 @@ use std::time::Duration;
 use espalier_agent_worker::AgentWorkerConfig;
 use espalier_coordinator::{CoordinatorConfig, Role, Scope, TokenConfig};
 use espalier_core::id::ProjectId;
+use espalier_infer_worker::jobs::{self, Answering};
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::model::ModelEndpoint;
@@ -136,9 +137,13 @@ async fn start(
     let store_url = store_url(settings, &data_dir);
     let store = Store::open(&store_url).await?;
     let listener = listen(settings).await?;
-    let endpoint = match &settings.endpoint {
-        Some(endpoint) => endpoint.clone(),
-        None => Box::pin(model::start(settings, environment, tasks, &last)).await?,
+    let (endpoint, answering) = match &settings.endpoint {
+        Some(endpoint) => (endpoint.clone(), None),
+        None => {
+            let started = Box::pin(model::start(settings, environment, tasks, &last));
+            let (endpoint, answering) = started.await?;
+            (endpoint, Some(answering))
+        }
     };
     let tokens = Tokens {
         client: place.token(fresh_token)?,
@@ -164,7 +169,7 @@ async fn start(
         environment,
     };
     let coordinator = coordinator(settings, &parts, listener, last.clone()).await?;
-    let worker = worker(settings, &parts, shutdown.clone())?;
+    let worker = worker(settings, &parts, answering, shutdown.clone())?;
     run_in_order(tasks, shutdown, last, coordinator, worker);
     unless_started.disarm();
     let target = Target {
@@ -265,12 +270,26 @@ async fn coordinator(
     }))
 }
 
-fn worker(settings: &Settings, parts: &Parts<'_>, shutdown: Shutdown) -> Result<Ending, Problem> {
+/// Rollouts, and jobs for the model that is served here.
+fn worker(
+    settings: &Settings,
+    parts: &Parts<'_>,
+    answering: Option<Answering>,
+    shutdown: Shutdown,
+) -> Result<Ending, Problem> {
     let coordinator_url =
         Addresses::parse(&parts.up.url).map_err(|error| Problem::failed(error_chain(&error)))?;
+    let token = Some(Secret::new(parts.tokens.worker.as_str()));
+    let source = jobs::Source {
+        coordinators: coordinator_url.clone(),
+        tls: None,
+        token: token.clone(),
+        store: parts.store.clone(),
+        shutdown: shutdown.clone(),
+    };
     let config = AgentWorkerConfig {
         coordinator_url,
-        token: Some(Secret::new(parts.tokens.worker.as_str())),
+        token,
         model_extra: settings.extra.clone(),
         allow_inline_mcp: settings.allow_inline_mcp,
         playwright_dir: parts.playwright_dir.clone(),
@@ -293,8 +312,18 @@ fn worker(settings: &Settings, parts: &Parts<'_>, shutdown: Shutdown) -> Result<
         temp_dir: std::env::temp_dir(),
     };
     Ok(Box::pin(async move {
-        let ran = Box::pin(espalier_agent_worker::run(config, deps, shutdown)).await;
-        ran.map_err(|error| Problem::failed(error_chain(&error)))
+        let rollouts = Box::pin(async {
+            let ran = espalier_agent_worker::run(config, deps, shutdown).await;
+            ran.map_err(|error| Problem::failed(error_chain(&error)))
+        });
+        let answers = Box::pin(async {
+            let Some(answering) = answering else {
+                return Ok(());
+            };
+            let ran = jobs::run(answering, source).await;
+            ran.map_err(|error| Problem::failed(error_chain(&error)))
+        });
+        tokio::try_join!(rollouts, answers).map(drop)
     }))
 }
 

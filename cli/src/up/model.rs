@@ -4,6 +4,7 @@
 use std::net::Ipv4Addr;
 
 use espalier_infer_worker::config::Options;
+use espalier_infer_worker::jobs::Answering;
 use espalier_infer_worker::serve::Worker;
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::model::ModelEndpoint;
@@ -16,13 +17,13 @@ use super::{Settings, fresh_token};
 use crate::exit::Problem;
 use crate::output::note;
 
-/// Loads the model and serves it until `ends` drains. Gives where.
+/// Loads the model and serves it until `ends` drains. Gives where, and what answers jobs.
 pub(super) async fn start(
     settings: &Settings,
     environment: &Environment,
     tasks: &Tasks,
     ends: &Shutdown,
-) -> Result<ModelEndpoint, Problem> {
+) -> Result<(ModelEndpoint, Answering), Problem> {
     note(format!(
         "loading {}; `--model-url` names an endpoint instead",
         settings.model
@@ -34,13 +35,15 @@ pub(super) async fn start(
     let worker = Worker::start(&options, environment, ends).await;
     let worker = worker.map_err(|error| Problem::failed(error_chain(&error)))?;
     let url = format!("http://{}/v1", listener.local_addr()?);
+    let answering = worker.answering();
     tasks.spawn(
         "up.model",
         OnFailure::ShutDown,
         worker.serve(listener, ends.clone()),
     );
-    Ok(ModelEndpoint {
+    let endpoint = ModelEndpoint {
         api_key: Some(key),
         ..ModelEndpoint::new(url)
-    })
+    };
+    Ok((endpoint, answering))
 }

@@ -17,12 +17,16 @@ use super::observe::{Observed, Progress};
 use super::reply::{Answer, Head, Usage};
 
 /// Longest silence of an engine that has begun an answer, or has it in its queue. Beyond it the engine hangs.
-const SILENCE_MAX: Duration = Duration::from_secs(600);
+pub(super) const SILENCE_MAX: Duration = Duration::from_secs(600);
+/// The same of an answer of a batch, which waits for as long as clients keep coming. That an engine hangs shows in its
+/// health; this only ends what nothing else did.
+pub(super) const OFFLINE_SILENCE_MAX: Duration = Duration::from_secs(86_400);
 
 /// Answers that were submitted.
 pub(super) struct Answers {
     pub(super) head: Head,
     pub(super) include_usage: bool,
+    pub(super) silence_max: Duration,
     backend: Arc<dyn Backend>,
     told: Told,
     choices: Vec<Option<Choice>>,
@@ -101,6 +105,7 @@ impl Answers {
         Self {
             head,
             include_usage,
+            silence_max: SILENCE_MAX,
             backend,
             told,
             choices,
@@ -124,7 +129,7 @@ impl Answers {
             }
             let wait = espalier_runtime::tasks::with_deadline(
                 "api.engine",
-                SILENCE_MAX,
+                self.silence_max,
                 self.events.next(),
             );
             let (i, event) = match wait.await {

@@ -25,6 +25,8 @@ pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(10);
 pub(super) const CONNECTIONS_MAX: usize = 4_096;
 /// Most requests that are rendered and encoded at a time: each takes a core.
 pub(super) const PREPARING_MAX: usize = 4;
+/// The same of requests of batches, which have places of their own: they keep no client waiting.
+pub(super) const PREPARING_OFFLINE_MAX: usize = 2;
 /// Longest wait for a place among those.
 pub(super) const PREPARE_WAIT_MAX: Duration = Duration::from_secs(30);
 

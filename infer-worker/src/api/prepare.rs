@@ -9,8 +9,8 @@ use espalier_runtime::tasks;
 use serde_json::json;
 
 use super::App;
-use super::answers::{Answers, Told};
-use super::backend::{Backend, Form, Generation, Rendered, Target};
+use super::answers::{Answers, OFFLINE_SILENCE_MAX, SILENCE_MAX, Told};
+use super::backend::{Backend, Form, Generation, Priority, Rendered, Target};
 use super::chat::{Calls, ChatPrompt, ChatRequest};
 use super::choice::Choice;
 use super::completion::{CompletionRequest, TextPrompt};
@@ -34,6 +34,7 @@ pub(super) struct Prepared {
     /// One for each answer.
     constraints: Vec<Option<Box<dyn Constraint>>>,
     context_tokens: usize,
+    silence_max: Duration,
     pub(super) stream: bool,
     pub(super) ignored: String,
 }
@@ -42,6 +43,13 @@ impl Prepared {
     /// What the request calls the model that answers it.
     pub(super) fn model(&self) -> &str {
         &self.target.name
+    }
+
+    /// The same with all its answers as parts of a batch: they yield, and may be silent for long.
+    pub(super) fn offline(mut self) -> Self {
+        self.options.priority = Priority::Batch;
+        self.silence_max = OFFLINE_SILENCE_MAX;
+        self
     }
 }
 
@@ -141,13 +149,9 @@ impl App {
             began,
         };
         let backend = Arc::clone(&self.backend);
-        Ok(Answers::new(
-            head,
-            options.include_usage,
-            backend,
-            told,
-            started,
-        ))
+        let mut answers = Answers::new(head, options.include_usage, backend, told, started);
+        answers.silence_max = prepared.silence_max;
+        Ok(answers)
     }
 }
 
@@ -196,6 +200,7 @@ fn prepare_chat(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError
         calls: request.calls,
         constraints,
         context_tokens,
+        silence_max: SILENCE_MAX,
         ignored: request.ignored,
     })
 }
@@ -228,6 +233,7 @@ fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, Ap
         calls: Calls::Unknown,
         constraints: (0..answers).map(|_| None).collect(),
         context_tokens,
+        silence_max: SILENCE_MAX,
         ignored: request.ignored,
     })
 }

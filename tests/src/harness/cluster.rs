@@ -254,6 +254,41 @@ impl Cluster {
         command
     }
 
+    /// Options and environment by which an inference worker takes jobs of this cluster.
+    pub fn answering(&self) -> (Vec<String>, Vec<(&'static str, String)>) {
+        let urls: Vec<String> = self
+            .addresses()
+            .iter()
+            .map(|at| format!("http://{at}"))
+            .collect();
+        let options = [
+            "--coordinator-url",
+            &urls.join(","),
+            "--store-url",
+            &store_url(self.folder.path(), &self.setup),
+        ];
+        let token = ("ESPALIER_INFER_WORKER_TOKEN", WORKER_TOKEN.to_owned());
+        (options.map(str::to_owned).into(), vec![token])
+    }
+
+    /// The command `espalier`, for a user of the first of [`PROJECTS`].
+    pub fn user(&self) -> Command {
+        let mut command = Command::new(binary("espalier"));
+        command
+            .env(
+                "ESPALIER_URL",
+                format!("http://{}", self.coordinators[0].address),
+            )
+            .env("ESPALIER_TOKEN", CLIENT_TOKENS[0])
+            .env("ESPALIER_DATA_DIR", self.folder.path().join("user"));
+        command
+    }
+
+    /// Where the objects of the cluster lie.
+    pub fn store_url(&self) -> String {
+        store_url(self.folder.path(), &self.setup)
+    }
+
     /// A client of the first coordinator that may submit and read.
     pub async fn client(&self) -> Client {
         self.client_at(self.coordinators[0].address).await

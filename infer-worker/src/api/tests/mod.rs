@@ -17,8 +17,26 @@ use espalier_runtime::tasks::{OnFailure, Tasks};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use super::{Parts, connection, router_with};
+use super::{Api, Offline, Parts, connection};
 use scripted::Scripted;
+
+/// The API in front of a scripted backend.
+fn scripted(key: Option<&str>, keep_alive: Duration) -> (Api, Arc<Scripted>) {
+    let backend = Arc::new(Scripted::default());
+    let parts = Parts {
+        backend: backend.clone(),
+        api_key: key.map(Secret::new),
+        clock: Arc::new(ManualClock::new(Timestamp::from_ms(7_000))),
+        ids: Arc::new(SequentialIds::new("t")),
+        seed: Some(100),
+    };
+    (Api::with_keep_alive(parts, keep_alive), backend)
+}
+
+/// What answers batches there.
+pub(crate) fn scripted_offline() -> Offline {
+    scripted(None, Duration::ZERO).0.offline()
+}
 
 /// A server on a port of its own.
 struct Server {
@@ -37,15 +55,8 @@ impl Server {
     async fn start_with(key: Option<&str>, keep_alive: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let backend = Arc::new(Scripted::default());
-        let parts = Parts {
-            backend: backend.clone(),
-            api_key: key.map(Secret::new),
-            clock: Arc::new(ManualClock::new(Timestamp::from_ms(7_000))),
-            ids: Arc::new(SequentialIds::new("t")),
-            seed: Some(100),
-        };
-        let router = router_with(parts, keep_alive);
+        let (api, backend) = scripted(key, keep_alive);
+        let router = api.router();
         let shutdown = Shutdown::new();
         let tasks = Tasks::new(shutdown.clone());
         let serving =
