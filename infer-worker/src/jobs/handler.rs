@@ -14,8 +14,8 @@ use espalier_runtime::publish::{self, ByLease, Claim, PublishError, Published, s
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry::error_chain;
-use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome, Lease};
-use tokio::sync::{Semaphore, mpsc};
+use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome, Lease, Serving};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -249,6 +249,10 @@ fn tell(lease: &Lease, input: &Input, output: &Output) {
 impl Handler for GenerateHandler {
     fn kind(&self) -> v1::JobKind {
         v1::JobKind::Generate
+    }
+
+    fn serving(&self) -> Option<watch::Receiver<Serving>> {
+        Some(self.answering.serving.clone())
     }
 
     async fn run(&self, grant: Grant, context: JobContext) -> JobOutcome {

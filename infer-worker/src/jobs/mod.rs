@@ -25,7 +25,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use espalier_core::spec::model_tag;
 use espalier_runtime::clock::SystemClock;
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::ids::UuidIds;
@@ -33,7 +32,7 @@ use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::Tasks;
-use espalier_runtime::worker::{self, WorkerConfig, WorkerDeps, WorkerError};
+use espalier_runtime::worker::{self, Serving, WorkerConfig, WorkerDeps, WorkerError};
 use tokio::sync::{Semaphore, watch};
 
 use crate::api::Offline;
@@ -51,8 +50,8 @@ const TASKS_END_LIMIT: Duration = Duration::from_secs(10);
 /// The options by which a process takes jobs.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct JobOptions {
-    /// Addresses of the coordinators, with commas between them. With --store-url, `generate` jobs are taken from them; the
-    /// token goes in ESPALIER_INFER_WORKER_TOKEN.
+    /// Addresses of the coordinators, with commas between them. They tell agent workers of this one, and `generate` jobs are
+    /// taken from them; the token goes in ESPALIER_INFER_WORKER_TOKEN.
     #[arg(long, value_name = "URL,…", env = "ESPALIER_INFER_WORKER_COORDINATOR_URL", value_parser = Addresses::parse)]
     pub coordinator_url: Option<Addresses>,
     /// PEM file of the authorities that are trusted, for https:// coordinators.
@@ -126,8 +125,8 @@ pub struct Answering {
     pub health: watch::Receiver<Health>,
     /// Sequences that the engine runs at once.
     pub sequences_max: usize,
-    /// The names of the models that are served.
-    pub models: Vec<String>,
+    /// What is served to others.
+    pub serving: watch::Receiver<Serving>,
 }
 
 /// Takes jobs and answers them until the source's shutdown drains or the engine fails.
@@ -141,11 +140,8 @@ pub async fn run(answering: Answering, source: Source) -> Result<(), WorkerError
         coordinators: source.coordinators,
         tls: source.tls,
         token: source.token,
-        tags: answering
-            .models
-            .iter()
-            .map(|name| model_tag(name))
-            .collect(),
+        // Jobs for a model find it by what is served.
+        tags: Vec::new(),
         slots: JOBS_MAX,
         // Nobody waits for the lines that run, and what is in the store is not lost.
         grace: Duration::ZERO,

@@ -114,7 +114,7 @@ fn window(places: usize) -> (Window, watch::Sender<Health>) {
             offline: scripted_offline(),
             health: seen,
             sequences_max: places,
-            models: vec!["toy".to_owned()],
+            serving: watch::Sender::default().subscribe(),
         },
         ids: Arc::new(SequentialIds::new("line")),
         places: Arc::new(Semaphore::new(places)),

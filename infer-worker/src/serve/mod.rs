@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::{Clock, SystemClock};
-use espalier_runtime::config::Environment;
+use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::ids::UuidIds;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::StoreError;
@@ -92,6 +92,8 @@ pub struct Worker {
     drain_limit: Duration,
     sequences_max: usize,
     jobs: Option<jobs::Source>,
+    advertise_url: Option<String>,
+    api_key_name: Option<String>,
 }
 
 impl Worker {
@@ -107,31 +109,35 @@ impl Worker {
     ) -> Result<Self, RunError> {
         let jobs = options.jobs.open(environment, shutdown).await?;
         let served = Arc::new(start(options, environment, shutdown).await?);
-        let api = Api::new(Parts {
-            backend: Arc::<Served>::clone(&served),
-            api_key: options.api_key.clone(),
-            clock: Arc::new(SystemClock),
-            ids: Arc::new(UuidIds),
-            seed: options.seed,
-        });
+        let api = api_of(&served, options.api_key.clone(), options.seed);
         Ok(Self {
             served,
             api,
             drain_limit: options.drain_limit(),
             sequences_max: options.max_num_seqs as usize,
             jobs,
+            advertise_url: options.advertise_url.clone(),
+            api_key_name: options.api_key_name.clone(),
         })
     }
 
-    /// What answers the jobs that a caller takes itself.
-    pub fn answering(&self) -> Answering {
-        let models = self.served.models().into_iter();
+    /// What answers jobs, and what other workers are told: that the API is at `url`, under the key that they know by that
+    /// name.
+    pub fn answering(&self, url: String, api_key_name: Option<String>) -> Answering {
         Answering {
             offline: self.api.offline(),
             health: self.served.engine.watch_health(),
             sequences_max: self.sequences_max,
-            models: models.map(|model| model.name).collect(),
+            serving: self.served.adapters.serving(url, api_key_name),
         }
+    }
+
+    /// With coordinators: what answers their jobs, and is told to them.
+    fn taking(&self, address: &str) -> Option<(Answering, jobs::Source)> {
+        let source = self.jobs.clone()?;
+        let url = self.advertise_url.clone();
+        let url = url.unwrap_or_else(|| format!("http://{address}/v1"));
+        Some((self.answering(url, self.api_key_name.clone()), source))
     }
 
     /// Serves until `shutdown` drains; then finishes the answers that run, for at most `--shutdown-timeout`.
@@ -139,20 +145,21 @@ impl Worker {
     /// # Errors
     /// Answers were broken off, or the engine failed.
     pub async fn serve(self, listener: TcpListener, shutdown: Shutdown) -> Result<(), RunError> {
-        let answering = self.answering();
+        let address = listener.local_addr().map(|address| address.to_string());
+        let address = address.unwrap_or_default();
+        let taking = self.taking(&address);
         let served = self.served;
         let ends = Shutdown::new();
         let tasks = Tasks::new(ends.clone());
         let gauges = gauges::run(Arc::clone(&served), ends.clone());
         tasks.spawn("infer.gauges", OnFailure::Log, gauges);
-        let address = listener.local_addr().map(|address| address.to_string());
         tracing::info!(
-            address = address.unwrap_or_default(),
+            address,
             model = served.base.name,
             context_tokens = served.context_tokens,
             "serving"
         );
-        let taking = take_jobs(answering, self.jobs, &shutdown);
+        let taking = take_jobs(taking, &shutdown);
         let router = self.api.router();
         let stops = Shutdown::new();
         let serving = async {
@@ -205,13 +212,25 @@ async fn stop(
     std::future::pending().await
 }
 
-/// Takes jobs from `source`, if there is one. Settings that cannot work end the process: somebody wants its jobs done.
+/// The API in front of `served`.
+fn api_of(served: &Arc<Served>, api_key: Option<Secret>, seed: Option<u64>) -> Api {
+    Api::new(Parts {
+        backend: Arc::<Served>::clone(served),
+        api_key,
+        clock: Arc::new(SystemClock),
+        ids: Arc::new(UuidIds),
+        seed,
+    })
+}
+
+/// Takes jobs, if there is somebody to take them from. Settings that cannot work end the process: somebody wants its jobs done.
 async fn take_jobs(
-    answering: Answering,
-    source: Option<jobs::Source>,
+    taking: Option<(Answering, jobs::Source)>,
     shutdown: &Shutdown,
 ) -> Result<(), WorkerError> {
-    let Some(source) = source else { return Ok(()) };
+    let Some((answering, source)) = taking else {
+        return Ok(());
+    };
     let taken = Box::pin(jobs::run(answering, source)).await;
     if taken.is_err() {
         shutdown.drain();
