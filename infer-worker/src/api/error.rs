@@ -66,6 +66,19 @@ impl ApiError {
         }
     }
 
+    /// 403.
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, message)
+    }
+
+    /// 415: a body that does not say it is JSON.
+    pub fn not_json() -> Self {
+        Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "the header `content-type` must be application/json",
+        )
+    }
+
     /// 404: a model that is not served.
     pub fn unknown_model(name: &str) -> Self {
         Self {

@@ -31,6 +31,8 @@ pub(super) struct Served {
     pub(super) base: Model,
     pub(super) context_tokens: usize,
     pub(super) shutdown: Shutdown,
+    /// Other machines reach the API, and it asks for no key.
+    pub(super) open: bool,
 }
 
 impl Served {
@@ -216,11 +218,18 @@ impl Backend for Served {
     }
 
     fn load_adapter(&self, source: AdapterSource) -> BoxFuture<'_, Result<Model, AdapterError>> {
-        self.adapters.load(source).boxed()
+        match self.open {
+            true => std::future::ready(Err(AdapterError::Open)).boxed(),
+            false => self.adapters.load(source).boxed(),
+        }
     }
 
     fn unload_adapter(&self, name: &str) -> BoxFuture<'_, Result<(), AdapterError>> {
-        std::future::ready(self.adapters.unload(name)).boxed()
+        let unloaded = match self.open {
+            true => Err(AdapterError::Open),
+            false => self.adapters.unload(name),
+        };
+        std::future::ready(unloaded).boxed()
     }
 
     fn load(&self) -> Load {

@@ -25,7 +25,7 @@ use espalier_runtime::worker::WorkerError;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::api::backend::{AdapterError, Backend as _, Model};
+use crate::api::backend::{AdapterError, Model};
 use crate::api::{self, Api, Parts};
 use crate::config::Options;
 use crate::engine::Health;
@@ -285,9 +285,10 @@ async fn start(
         base,
         context_tokens: running.context_tokens,
         shutdown: shutdown.clone(),
+        open: options.is_open(),
     };
     for source in &options.adapters {
-        served.load_adapter(source.clone()).await?;
+        served.adapters.load(source.clone()).await?;
     }
     Ok(served)
 }

@@ -122,6 +122,7 @@ fn worker(folder: &Path) -> (Worker, mpsc::Sender<()>) {
         },
         context_tokens: CONTEXT,
         shutdown: Shutdown::new(),
+        open: false,
     };
     let served = Arc::new(served);
     let worker = Worker {

@@ -243,3 +243,21 @@ async fn draining_ends_when_the_answers_have_ended() {
     );
     assert!(server.chat("hi", json!({})).send().await.is_err());
 }
+
+#[tokio::test]
+async fn what_a_page_in_a_browser_can_send_unasked_is_refused() {
+    let server = Server::start().await;
+    let client = reqwest::Client::new();
+    for path in ["/v1/chat/completions", "/v1/adapters"] {
+        let body = json!({"name": "a", "path": "/x", "messages": []}).to_string();
+        let request = client.post(format!("{}{path}", server.url)).body(body);
+        let plain = request.try_clone().unwrap();
+        let plain = plain.header("content-type", "text/plain;charset=UTF-8");
+        for request in [plain, request] {
+            let (status, error) = refused(request).await;
+            assert_eq!(status, 415);
+            let message = error["message"].as_str().unwrap();
+            assert!(message.contains("application/json"), "{message}");
+        }
+    }
+}
