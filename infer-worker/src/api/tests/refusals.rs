@@ -77,6 +77,7 @@ async fn a_body_that_is_no_json_is_refused() {
         server
             .client
             .post(format!("{}/v1/chat/completions", server.url))
+            .header("content-type", "application/json")
             .body(body)
     };
     let (status, error) = refused(post(b"{\"a\": \"\xff\"}".to_vec())).await;
@@ -199,7 +200,7 @@ async fn who_leaves_ends_the_answer() {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let body = chat_body("endless", json!({})).to_string();
     let head = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all(head.as_bytes()).await.unwrap();
