@@ -13,8 +13,6 @@ use crate::config::Config;
 
 /// Largest `adapter_config.json`, in bytes.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
-/// Largest `adapter_model.safetensors`, in bytes: rank 256 for every projection of the largest dense Qwen3 is 4 GiB.
-const WEIGHTS_BYTES_MAX: u64 = 8 << 30;
 
 /// Why an adapter is refused.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +124,9 @@ fn targets(config: &Config) -> [Target; 7] {
 }
 
 impl Lora {
+    /// Largest `adapter_model.safetensors`, in bytes: rank 256 for every projection of the largest dense Qwen3 is 4 GiB.
+    pub const FILE_BYTES_MAX: u64 = 8 << 30;
+
     /// Loads a folder that PEFT (or Espalier's trainer) wrote, for a model of `base`.
     ///
     /// # Errors
@@ -137,7 +138,7 @@ impl Lora {
         let path = folder.join("adapter_model.safetensors");
         // Read once: the digest must be that of the numbers that are computed with, also where somebody replaces the
         // file meanwhile, and one that is cut short under a map would end the process.
-        let bytes = read(&path, WEIGHTS_BYTES_MAX)?;
+        let bytes = read(&path, Self::FILE_BYTES_MAX)?;
         if read(&config, CONFIG_BYTES_MAX)? != text {
             return Err(LoraError::Replaced(config));
         }
