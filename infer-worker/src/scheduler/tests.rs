@@ -17,6 +17,7 @@ pub(crate) fn limits(kv_blocks: u32) -> Limits {
         rows: 256,
         vocab: VOCAB,
         steps_in_flight: 2,
+        adapters: 2,
     }
 }
 
