@@ -385,7 +385,7 @@ impl Snapshot {
             FinishReason::Stop => self.stopped += 1,
             FinishReason::Length => self.at_length += 1,
             FinishReason::Abort => self.aborted += 1,
-            FinishReason::Error => self.failed += 1,
+            FinishReason::Error | FinishReason::Grammar => self.failed += 1,
         }
     }
 }
