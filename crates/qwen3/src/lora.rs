@@ -1,5 +1,6 @@
 //! PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`.
 
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use espalier_kernels::cpu::lora::LoraPair;
@@ -9,6 +10,9 @@ use sha2::{Digest, Sha256};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorSource};
 use crate::config::Config;
+
+/// Largest `adapter_config.json`, in bytes.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 /// Why an adapter is refused.
 #[derive(Debug, thiserror::Error)]
@@ -20,8 +24,19 @@ pub enum LoraError {
         path: PathBuf,
         /// Why.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
+    /// A file is larger than any adapter's.
+    #[error("{path} must have at most {bytes_max} bytes")]
+    TooLarge {
+        /// Which.
+        path: PathBuf,
+        /// How many it may have.
+        bytes_max: u64,
+    },
+    /// Its files are not of one version.
+    #[error("{0} was replaced while the weights were read: load it again")]
+    Replaced(PathBuf),
     /// The configuration is not JSON.
     #[error("adapter_config.json is not JSON")]
     Json(#[source] serde_json::Error),
@@ -109,21 +124,28 @@ fn targets(config: &Config) -> [Target; 7] {
 }
 
 impl Lora {
+    /// Largest `adapter_model.safetensors`, in bytes: rank 256 for every projection of the largest dense Qwen3 is 4 GiB.
+    pub const FILE_BYTES_MAX: u64 = 8 << 30;
+
     /// Loads a folder that PEFT (or Espalier's trainer) wrote, for a model of `base`.
     ///
     /// # Errors
     /// When a file is missing or broken, a setting is not plain LoRA, or a tensor does not fit the base.
     pub fn load(folder: &Path, base: &Config, pool: &Pool) -> Result<Self, LoraError> {
-        let path = folder.join("adapter_config.json");
-        let text =
-            std::fs::read_to_string(&path).map_err(|source| LoraError::Read { path, source })?;
+        let config = folder.join("adapter_config.json");
+        let text = read(&config, CONFIG_BYTES_MAX)?;
         let settings = Settings::parse(&text)?;
         let path = folder.join("adapter_model.safetensors");
-        let weights = Checkpoint::open_file(&path)?;
-        let bytes = std::fs::read(&path).map_err(|source| LoraError::Read { path, source })?;
+        // Read once: the digest must be that of the numbers that are computed with, also where somebody replaces the
+        // file meanwhile, and one that is cut short under a map would end the process.
+        let bytes = read(&path, Self::FILE_BYTES_MAX)?;
+        if read(&config, CONFIG_BYTES_MAX)? != text {
+            return Err(LoraError::Replaced(config));
+        }
         let digest = Sha256::new()
             .chain_update(settings.digest_text())
             .chain_update(&bytes);
+        let weights = Checkpoint::read(&path, bytes)?;
         let mut lora = Self {
             layers: Vec::new(),
             digest: digest.finalize().into(),
@@ -180,6 +202,34 @@ impl Lora {
     pub fn pairs(&self, layer: usize, site: Site) -> &[LoraPair] {
         &self.layers[layer][site as usize]
     }
+}
+
+/// The bytes of a file, at most so many.
+fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, LoraError> {
+    let too_large = || LoraError::TooLarge {
+        path: path.to_owned(),
+        bytes_max,
+    };
+    let failed = |source| LoraError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let len = file.metadata().map_err(failed)?.len();
+    if len > bytes_max {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::new();
+    let reserved = bytes.try_reserve_exact(len as usize + 1);
+    reserved.map_err(|error| failed(io::Error::other(error)))?;
+    // It may grow while it is read.
+    file.take(bytes_max + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    if bytes.len() as u64 > bytes_max {
+        return Err(too_large());
+    }
+    Ok(bytes)
 }
 
 fn tensor_name(module: &str, which: &str) -> String {
@@ -243,8 +293,8 @@ fn refuse<T>(field: &str, value: Option<&Value>, rule: &str) -> Result<T, LoraEr
 }
 
 impl Settings {
-    fn parse(text: &str) -> Result<Self, LoraError> {
-        let map: Map<String, Value> = serde_json::from_str(text).map_err(LoraError::Json)?;
+    fn parse(text: &[u8]) -> Result<Self, LoraError> {
+        let map: Map<String, Value> = serde_json::from_slice(text).map_err(LoraError::Json)?;
         if map.get("peft_type").and_then(Value::as_str) != Some("LORA") {
             return refuse("peft_type", map.get("peft_type"), "must be \"LORA\"");
         }

@@ -472,6 +472,13 @@ fn broken_adapters_are_refused_with_the_reason() {
             }),
             "holds values that are not finite",
         ),
+        (
+            broken("lora-plain", |f| {
+                let file = std::fs::File::create(f.join("adapter_model.safetensors"));
+                file.unwrap().set_len((8 << 30) + 1).unwrap();
+            }),
+            "adapter_model.safetensors must have at most 8589934592 bytes",
+        ),
     ];
     for (error, says) in says {
         assert!(error.contains(says), "{error}");
@@ -496,6 +503,27 @@ fn broken_adapters_are_refused_with_the_reason() {
         source.contains("q_proj.lora_A.weight has shape [4, 64]"),
         "{source}"
     );
+}
+
+/// Numbers and digest are of one read, whatever happens to the file: a pipe gives its bytes once.
+#[test]
+fn the_weights_of_an_adapter_are_read_once() {
+    let base = load("tiny-dense", Form::F32);
+    let pool = Pool::new(1);
+    let (from, folder) = (golden("lora-plain"), tempfile::tempdir().unwrap());
+    let file = |name: &str| folder.path().join(name);
+    let config = "adapter_config.json";
+    std::fs::copy(from.join(config), file(config)).unwrap();
+    let weights = "adapter_model.safetensors";
+    let made = std::process::Command::new("mkfifo")
+        .arg(file(weights))
+        .status();
+    assert!(made.unwrap().success());
+    let (bytes, pipe) = (std::fs::read(from.join(weights)).unwrap(), file(weights));
+    std::thread::spawn(move || std::fs::write(pipe, bytes));
+    let read = Lora::load(folder.path(), base.config(), &pool).unwrap();
+    let expected = Lora::load(&from, base.config(), &pool).unwrap();
+    assert_eq!(read.digest(), expected.digest());
 }
 
 #[test]

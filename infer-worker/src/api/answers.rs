@@ -161,6 +161,9 @@ impl Answers {
                     if matches!(reason, Ended::Abort) {
                         return Err(ApiError::stopped());
                     }
+                    if matches!(reason, Ended::Grammar) {
+                        return Err(ApiError::grammar());
+                    }
                     if matches!(reason, Ended::Error) {
                         return Err(self.failure());
                     }

@@ -254,6 +254,8 @@ pub enum Ended {
     Abort,
     /// It failed.
     Error,
+    /// What binds it became too expensive.
+    Grammar,
 }
 
 /// An answer that does not start.

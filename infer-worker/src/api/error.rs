@@ -50,6 +50,17 @@ impl ApiError {
         }
     }
 
+    /// 400: the form that was asked for could not be kept to.
+    pub fn grammar() -> Self {
+        Self {
+            code: Some("grammar_too_expensive"),
+            ..Self::new(
+                StatusCode::BAD_REQUEST,
+                "the answer's form takes too much to follow: simplify the patterns of its schema",
+            )
+        }
+    }
+
     /// 400: the body as a whole is wrong.
     pub fn body(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, message)

@@ -263,6 +263,9 @@ fn check_length(prompt: &Rendered, context_tokens: usize, param: &str) -> Result
 }
 
 fn grammar_refusal(grammar: &Grammar, error: GrammarError) -> ApiError {
+    if error == GrammarError::Busy {
+        return ApiError::full(Duration::from_secs(1));
+    }
     let param = match grammar {
         Grammar::Json { .. } => "response_format",
         Grammar::Calls { .. } => "tools",

@@ -54,6 +54,8 @@ pub struct EngineConfig {
     pub reader_patience: Duration,
     /// How long a step may take.
     pub step_limit: Duration,
+    /// How long an adapter waits for a place where versions that are still used have all.
+    pub adapter_patience: Duration,
 }
 
 impl EngineConfig {
@@ -65,6 +67,7 @@ impl EngineConfig {
             event_buffer: 256,
             reader_patience: Duration::from_secs(300),
             step_limit: Duration::from_secs(120),
+            adapter_patience: Duration::from_secs(120),
         }
     }
 }

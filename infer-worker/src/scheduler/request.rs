@@ -183,6 +183,8 @@ pub enum FinishReason {
     Length,
     /// It was not wanted any more, or the engine stopped.
     Abort,
-    /// The executor failed, or its grammar did.
+    /// The executor failed.
     Error,
+    /// Its grammar failed, or became too expensive.
+    Grammar,
 }

@@ -155,10 +155,17 @@ impl Sequence {
         }
     }
 
-    /// Tells the grammar, and asks it what may come next.
-    pub fn advance_grammar(&mut self, id: u32) -> Result<(), GrammarError> {
+    /// Tells the grammar, which begins to compute what may come next. Whether there is one.
+    pub fn push_grammar(&mut self, id: u32) -> Result<bool, GrammarError> {
+        let Some(grammar) = &mut self.request.grammar else {
+            return Ok(false);
+        };
+        grammar.push(id).map(|()| true)
+    }
+
+    /// Asks the grammar what may come next.
+    pub fn ask_grammar(&mut self) -> Result<(), GrammarError> {
         if let Some(grammar) = &mut self.request.grammar {
-            grammar.push(id)?;
             self.allowed = Some(grammar.allowed()?);
         }
         Ok(())

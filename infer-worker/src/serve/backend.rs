@@ -139,6 +139,7 @@ fn told(event: engine::Event, ends: &[u32]) -> Event {
                 FinishReason::Length => Ended::Length,
                 FinishReason::Abort => Ended::Abort,
                 FinishReason::Error => Ended::Error,
+                FinishReason::Grammar => Ended::Grammar,
             },
             cached_tokens: cached_tokens as usize,
         },

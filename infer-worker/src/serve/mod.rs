@@ -261,7 +261,7 @@ async fn start(
     shutdown: &Shutdown,
 ) -> Result<Served, RunError> {
     let fetcher = Fetcher::new(environment, options.download_dir.as_deref());
-    let source = Source::parse(&options.model, options.revision.as_deref())?;
+    let source = Source::parse(&options.model, options.revision.as_deref()).await?;
     let folder = fetcher.fetch(&source, Wanted::Model).await?;
     let files = read(&folder).await?;
     let running = with_signs_of_life(device::start(options, &files)).await;

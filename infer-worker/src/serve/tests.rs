@@ -38,6 +38,7 @@ impl Executor for LostDevice {
             rows: 8,
             vocab: ids::VOCABULARY,
             steps_in_flight: 1,
+            adapters: 1,
         }
     }
 

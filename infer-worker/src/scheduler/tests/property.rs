@@ -106,6 +106,7 @@ fn setting() -> impl Strategy<Value = Setting> {
                     rows: seqs as u32,
                     vocab: VOCAB,
                     steps_in_flight: flight,
+                    adapters: u32::MAX,
                 },
                 delays,
             }
