@@ -284,12 +284,43 @@ const REFUSED: [&str; 13] = [
     "kasa_config",
 ];
 
+/// How PEFT may have begun: others change the base's weights, whose adapter alone is not what was trained.
+const INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+
+/// Largest rank: several times what any adapter of such a model needs.
+const RANK_MAX: f64 = 1024.0;
+
 fn refuse<T>(field: &str, value: Option<&Value>, rule: &str) -> Result<T, LoraError> {
     Err(LoraError::Field {
         field: field.to_owned(),
         value: value.map_or_else(|| "nothing".to_owned(), Value::to_string),
         rule: rule.to_owned(),
     })
+}
+
+/// What a number of the settings must be.
+struct Rule {
+    holds: fn(f64) -> bool,
+    text: &'static str,
+}
+
+const RANK: Rule = Rule {
+    holds: |r| r.fract() == 0.0 && (1.0..=RANK_MAX).contains(&r),
+    text: "must be a whole number from 1 to 1024",
+};
+/// Scales are computed with in f32.
+const ALPHA: Rule = Rule {
+    holds: |alpha| alpha > 0.0 && alpha <= 1e6,
+    text: "must be a number above 0, at most 1000000",
+};
+
+impl Rule {
+    fn check(&self, field: &str, value: Option<&Value>) -> Result<f64, LoraError> {
+        match value.and_then(Value::as_f64) {
+            Some(number) if (self.holds)(number) => Ok(number),
+            _ => refuse(field, value, self.text),
+        }
+    }
 }
 
 impl Settings {
@@ -310,10 +341,15 @@ impl Settings {
                 return refuse(name, map.get(name), "must be off: plain LoRA is served");
             }
         }
-        let number = |name: &str| match map.get(name).and_then(Value::as_f64) {
-            Some(number) if number.is_finite() && number > 0.0 => Ok(number),
-            _ => refuse(name, map.get(name), "must be a finite number above 0"),
-        };
+        match map.get("init_lora_weights") {
+            None | Some(Value::Null | Value::Bool(_)) => {}
+            Some(Value::String(init)) if INITS.contains(&init.as_str()) => {}
+            other => {
+                let rule = "must leave the base's weights as they are: convert the adapter to plain LoRA when it is saved \
+                            (PEFT: `path_initial_model_for_weight_conversion`)";
+                return refuse("init_lora_weights", other, rule);
+            }
+        }
         let rslora = match map.get("use_rslora") {
             None | Some(Value::Null) => false,
             Some(Value::Bool(flag)) => *flag,
@@ -322,11 +358,11 @@ impl Settings {
         let base = map.get("base_model_name_or_path").and_then(Value::as_str);
         Ok(Self {
             base: base.map(str::to_owned),
-            r: number("r")?,
-            alpha: number("lora_alpha")?,
+            r: RANK.check("r", map.get("r"))?,
+            alpha: ALPHA.check("lora_alpha", map.get("lora_alpha"))?,
             rslora,
-            rank_pattern: pattern(&map, "rank_pattern")?,
-            alpha_pattern: pattern(&map, "alpha_pattern")?,
+            rank_pattern: pattern(&map, "rank_pattern", &RANK)?,
+            alpha_pattern: pattern(&map, "alpha_pattern", &ALPHA)?,
         })
     }
 
@@ -381,7 +417,11 @@ impl Settings {
 }
 
 /// Ranks or alphas by module, in the file's order: the first that matches counts.
-fn pattern(map: &Map<String, Value>, name: &str) -> Result<Vec<(String, f64)>, LoraError> {
+fn pattern(
+    map: &Map<String, Value>,
+    name: &str,
+    rule: &Rule,
+) -> Result<Vec<(String, f64)>, LoraError> {
     let items = match map.get(name) {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::Object(items)) => items,
@@ -397,12 +437,8 @@ fn pattern(map: &Map<String, Value>, name: &str) -> Result<Vec<(String, f64)>, L
                 "must name modules, without regular expressions",
             );
         }
-        match value.as_f64() {
-            Some(number) if number.is_finite() && number > 0.0 => {
-                pattern.push((module.clone(), number));
-            }
-            _ => return refuse(name, map.get(name), "must hold finite numbers above 0"),
-        }
+        let number = rule.check(&format!("{name}.{module}"), Some(value))?;
+        pattern.push((module.clone(), number));
     }
     Ok(pattern)
 }

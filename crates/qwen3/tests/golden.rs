@@ -455,6 +455,28 @@ fn broken_adapters_are_refused_with_the_reason() {
             "regular expressions",
         ),
         (
+            broken(
+                "lora-plain",
+                set(config, "init_lora_weights", "pissa_niter_4".into()),
+            ),
+            "`init_lora_weights` must leave the base's weights",
+        ),
+        (
+            broken("lora-plain", set(config, "r", 4.5.into())),
+            "`r` must be a whole number from 1 to 1024, got 4.5",
+        ),
+        (
+            broken("lora-plain", set(config, "lora_alpha", 1e39.into())),
+            "`lora_alpha` must be a number above 0",
+        ),
+        (
+            broken(
+                "lora-plain",
+                set(config, "rank_pattern", serde_json::json!({"q_proj": 65536})),
+            ),
+            "`rank_pattern.q_proj` must be a whole number",
+        ),
+        (
             broken("lora-plain", set(config, "r", 8.into())),
             "layers.0.self_attn.q_proj.lora_A.weight has shape [4, 64], the configuration says [8, 64]",
         ),
