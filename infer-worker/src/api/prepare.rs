@@ -96,6 +96,11 @@ impl App {
             Dialect::Chat => "messages",
             Dialect::Completion => "prompt",
         };
+        let shared: Vec<Arc<[u32]>> = prepared
+            .prompts
+            .iter()
+            .map(|prompt| prompt.ids.as_slice().into())
+            .collect();
         let (mut generations, mut choices) = (Vec::new(), Vec::new());
         for (i, constraint) in prepared.constraints.into_iter().enumerate() {
             let prompt = &prepared.prompts[i / options.n];
@@ -106,7 +111,7 @@ impl App {
                 sampling.bias.push((self.backend.call_open(), NEVER));
             }
             generations.push(Generation {
-                prompt: prompt.ids.as_slice().into(),
+                prompt: Arc::clone(&shared[i / options.n]),
                 target: prepared.target.clone(),
                 sampling,
                 tokens_max: options.tokens_max.unwrap_or(room).min(room),

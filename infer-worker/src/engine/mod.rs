@@ -25,10 +25,10 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use espalier_runtime::tasks::with_deadline;
+use espalier_runtime::tasks::{blocking, with_deadline};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
-pub use crate::scheduler::{Adapter, Event, FinishReason, Priority, Refused, Request};
+pub use crate::scheduler::{Adapter, Event, FinishReason, Priority, Prompt, Refused, Request};
 pub use adapters::{AdapterError, AdapterPort};
 pub use thread::SWEEP_EVERY;
 
@@ -329,6 +329,7 @@ impl Engine {
         let Ok(mut permits) = queue.try_acquire_many_owned(count) else {
             return Err(self.full());
         };
+        let requests = self.prepared(requests).await?;
         let (mut submitted, mut receivers) = (Vec::new(), Vec::new());
         for request in requests {
             let (events, receiver) = mpsc::channel(shared.config.event_buffer);
@@ -347,6 +348,17 @@ impl Engine {
             Err(TrySendError::Full(_)) => Err(self.full()),
             Err(TrySendError::Disconnected(_)) => Err(self.stopped()),
         }
+    }
+
+    /// Makes what is made once for all answers to a prompt, off the engine's thread, and off the caller's too.
+    async fn prepared(&self, requests: Vec<Request>) -> Result<Vec<Request>, EngineError> {
+        let version = self.shared.config.scheduler.weight_version;
+        let prepare = move || {
+            requests.iter().for_each(|request| request.prepare(version));
+            requests
+        };
+        let prepared = blocking("infer.prepare_prompts", prepare).await;
+        prepared.map_err(|_| self.stopped())
     }
 
     /// How it does.

@@ -9,7 +9,7 @@ pub mod cuda;
 
 use std::time::Duration;
 
-pub use espalier_kernels::sampling::{Penalties, Sampling, Seen};
+pub use espalier_kernels::sampling::{History, Penalties, Sampling, Seen};
 
 /// Tokens whose keys and values one KV block holds.
 pub const BLOCK_TOKENS: usize = 16;

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::executor::{AdapterSlot, Done, Penalties};
+use crate::executor::{AdapterSlot, Done, History, Penalties};
 use crate::grammar::{Constraint, GrammarError};
 
 pub(crate) mod fake;
@@ -133,12 +133,13 @@ pub(crate) fn ids(count: usize, salt: u32) -> Vec<u32> {
 
 /// What the model answers when nothing else runs.
 pub(crate) fn alone(request: &Request, max_model_len: usize) -> Answer {
-    let mut tokens = request.prompt.clone();
+    let prompt = request.prompt.ids();
+    let mut tokens = prompt.to_vec();
     let limit = max_model_len.min(tokens.len() + request.max_tokens as usize);
     let digest = request.adapter.as_ref().map(|a| *a.digest());
     let mut sampling = request.sampling.clone();
     loop {
-        let answer = &tokens[request.prompt.len()..];
+        let answer = &tokens[prompt.len()..];
         sampling.step = answer.len() as u32;
         if let Some(penalties) = &mut sampling.penalties {
             let all: BTreeSet<u32> = tokens.iter().copied().collect();
@@ -157,7 +158,7 @@ pub(crate) fn alone(request: &Request, max_model_len: usize) -> Answer {
         let stopped = request.stop_ids.contains(&id);
         if stopped || tokens.len() == limit {
             return Answer {
-                ids: tokens[request.prompt.len()..].to_vec(),
+                ids: tokens[prompt.len()..].to_vec(),
                 end: Some(if stopped {
                     FinishReason::Stop
                 } else {
