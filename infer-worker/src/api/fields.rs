@@ -15,11 +15,12 @@ pub(super) struct Fields {
     at: String,
 }
 
-/// What a number must satisfy, in words and as a test.
+/// What a number must satisfy, in words and as a test of the value that is computed with: JSON's numbers are finer, and
+/// those next to a bound become the bound.
 #[derive(Clone, Copy)]
 pub(super) struct Rule {
     pub(super) words: &'static str,
-    pub(super) holds: fn(f64) -> bool,
+    pub(super) holds: fn(f32) -> bool,
 }
 
 impl Fields {
@@ -66,10 +67,8 @@ impl Fields {
         let Some(value) = self.take(name) else {
             return Ok(None);
         };
-        match value.as_f64() {
-            Some(number) if (rule.holds)(number) && (number as f32).is_finite() => {
-                Ok(Some(number as f32))
-            }
+        match value.as_f64().map(|number| number as f32) {
+            Some(number) if (rule.holds)(number) && number.is_finite() => Ok(Some(number)),
             _ => Err(ApiError::field(self.path(name), rule.words, &value)),
         }
     }

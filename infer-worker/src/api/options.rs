@@ -22,8 +22,8 @@ const NOT_NEGATIVE: Rule = Rule {
     holds: |t| t >= 0.0,
 };
 const SHARE: Rule = Rule {
-    words: "must be in (0, 1]",
-    holds: |p| p > 0.0 && p <= 1.0,
+    words: "must be above 1e-37 and at most 1",
+    holds: |p| p > 1e-37 && p <= 1.0,
 };
 const UNIT: Rule = Rule {
     words: "must be in [0, 1]",
@@ -34,9 +34,11 @@ const PENALTY: Rule = Rule {
     holds: |p| (-2.0..=2.0).contains(&p),
 };
 const FACTOR: Rule = Rule {
-    words: "must be above 0",
-    holds: |p| p > 0.0,
+    words: "must be in [0.01, 100]",
+    holds: |p| (0.01..=100.0).contains(&p),
 };
+/// Logits divided by less are out of what numbers can say.
+const GREEDY_BELOW: f32 = 1e-5;
 
 /// Checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -111,11 +113,16 @@ fn sampling(
         (-1..=i64::from(u32::MAX)).contains(&k)
     })?;
     let or = |value: Option<f32>, default: f32| value.unwrap_or(default);
+    let temperature = or(
+        fields.number("temperature", NOT_NEGATIVE)?,
+        defaults.temperature,
+    );
     Ok(Sampling {
-        temperature: or(
-            fields.number("temperature", NOT_NEGATIVE)?,
-            defaults.temperature,
-        ),
+        temperature: if temperature < GREEDY_BELOW {
+            0.0
+        } else {
+            temperature
+        },
         top_p: or(fields.number("top_p", SHARE)?, defaults.top_p),
         top_k: top_k.map_or(defaults.top_k, |k| u32::try_from(k).unwrap_or(0)),
         min_p: or(fields.number("min_p", UNIT)?, defaults.min_p),
@@ -283,6 +290,14 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn temperatures_too_low_to_divide_by_are_greedy() {
+        for (given, taken) in [(1e-50, 0.0), (1e-39, 0.0), (9e-6, 0.0), (0.01, 0.01)] {
+            let options = read(&json!({"temperature": given})).unwrap();
+            assert_eq!(options.sampling.temperature, taken);
+        }
+    }
+
+    #[test]
     fn every_field_is_read() {
         let options = read(&json!({
             "model": "m", "n": 2, "temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "seed": -7,
@@ -327,11 +342,14 @@ pub(super) mod tests {
             (json!({"temperature": 1e300}), "temperature"),
             (json!({"top_p": 0}), "top_p"),
             (json!({"top_p": 1.7}), "top_p"),
+            (json!({"top_p": 1e-50}), "top_p"),
             (json!({"top_k": -2}), "top_k"),
             (json!({"min_p": 2}), "min_p"),
             (json!({"presence_penalty": 3}), "presence_penalty"),
             (json!({"frequency_penalty": -3}), "frequency_penalty"),
             (json!({"repetition_penalty": 0}), "repetition_penalty"),
+            (json!({"repetition_penalty": 1e-50}), "repetition_penalty"),
+            (json!({"repetition_penalty": 101}), "repetition_penalty"),
             (json!({"max_tokens": -5}), "max_tokens"),
             (json!({"max_tokens": 0}), "max_tokens"),
             (
