@@ -265,6 +265,14 @@ pub enum SubmitError {
         /// When it may be better.
         retry_after: Duration,
     },
+    /// More answers at once than may ever wait.
+    #[error("{answers} answers are more than may wait, which are {limit}")]
+    TooMany {
+        /// That were asked for.
+        answers: usize,
+        /// Of the engine.
+        limit: usize,
+    },
     /// It can never run.
     #[error("the prompt has {tokens} tokens, of {limit} at most")]
     TooLong {

@@ -170,6 +170,12 @@ impl ApiError {
     pub fn submit(error: SubmitError, prompt_param: &str) -> Self {
         match error {
             SubmitError::Full { retry_after } => Self::full(retry_after),
+            SubmitError::TooMany { answers, limit } => Self::about(
+                "n",
+                format!(
+                    "`n` for each prompt must make at most {limit} answers, which is what may wait here, got {answers}"
+                ),
+            ),
             SubmitError::TooLong { tokens, limit } => {
                 Self::prompt_too_long(prompt_param, tokens, limit)
             }

@@ -62,7 +62,9 @@ impl Served {
             .iter()
             .map(|one| Arc::clone(&one.stop_ids))
             .collect();
-        let receivers = self.engine.submit_all(requests).await.map_err(refusal)?;
+        let answers = requests.len();
+        let submitted = self.engine.submit_all(requests).await;
+        let receivers = submitted.map_err(|error| refusal(error, answers))?;
         Ok(receivers
             .into_iter()
             .zip(ends)
@@ -95,8 +97,14 @@ fn drawing(sampling: Sampling) -> executor::Sampling {
     }
 }
 
-fn refusal(error: EngineError) -> SubmitError {
+/// Why so many answers at once were not taken.
+fn refusal(error: EngineError, answers: usize) -> SubmitError {
     match error {
+        // To try again would never help.
+        EngineError::Full { max_queue } if answers > max_queue => SubmitError::TooMany {
+            answers,
+            limit: max_queue,
+        },
         EngineError::Full { .. } => SubmitError::Full {
             retry_after: RETRY_AFTER,
         },
@@ -283,10 +291,20 @@ mod tests {
     fn a_rule_of_the_engine_keeps_its_words() {
         let refused = crate::scheduler::Refused::UnknownId { id: 9, vocab: 5 };
         assert_eq!(
-            refusal(EngineError::Invalid(refused)),
+            refusal(EngineError::Invalid(refused), 1),
             SubmitError::Invalid {
                 reason: "token ids must be below 5, got 9".to_owned()
             }
         );
+    }
+
+    #[test]
+    fn only_what_may_ever_wait_is_asked_to_come_again() {
+        let full = || EngineError::Full { max_queue: 2 };
+        let retry_after = RETRY_AFTER;
+        assert_eq!(refusal(full(), 2), SubmitError::Full { retry_after });
+        let (answers, limit) = (3, 2);
+        let refused = SubmitError::TooMany { answers, limit };
+        assert_eq!(refusal(full(), 3), refused);
     }
 }

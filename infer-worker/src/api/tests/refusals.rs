@@ -123,6 +123,7 @@ async fn an_engine_that_refuses_is_told_by_status() {
     let server = Server::start().await;
     for (script, status, kind) in [
         ("full", 429, "rate_limit_error"),
+        ("too many", 400, "invalid_request_error"),
         ("stopped", 503, "server_error"),
         ("invalid", 400, "invalid_request_error"),
         ("broken", 500, "server_error"),

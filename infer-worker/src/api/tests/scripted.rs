@@ -120,6 +120,12 @@ impl Scripted {
                     retry_after: Duration::from_millis(1_500),
                 });
             }
+            b"too many" => {
+                return Err(SubmitError::TooMany {
+                    answers: 3,
+                    limit: 2,
+                });
+            }
             b"stopped" => return Err(SubmitError::Stopped),
             b"invalid" => {
                 return Err(SubmitError::Invalid {
