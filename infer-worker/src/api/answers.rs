@@ -139,6 +139,10 @@ impl Answers {
             let step = match event {
                 Some(Event::Token(token)) => {
                     self.usage.completion_tokens += 1;
+                    // A prompt is counted once, and computed for the first of its answers: the others find it.
+                    if i % self.head.n == 0 && self.clocks[i].tokens == 0 {
+                        self.usage.cached_tokens += token.cached_tokens;
+                    }
                     self.told.token(&mut self.clocks[i]);
                     let pieces = choice.push(&token);
                     Step {
@@ -148,11 +152,7 @@ impl Answers {
                         finish: choice.finish(),
                     }
                 }
-                Some(Event::Finished {
-                    reason,
-                    cached_tokens,
-                }) => {
-                    self.usage.cached_tokens += cached_tokens;
+                Some(Event::Finished { reason }) => {
                     if matches!(reason, Ended::Abort) {
                         return Err(ApiError::stopped());
                     }

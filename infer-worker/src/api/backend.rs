@@ -225,8 +225,6 @@ pub enum Event {
     Finished {
         /// Why.
         reason: Ended,
-        /// Tokens of the prompt that were found in the prefix cache.
-        cached_tokens: usize,
     },
 }
 
@@ -241,6 +239,8 @@ pub struct Token {
     pub top: Vec<(u32, f32)>,
     /// It ends the answer and is no part of its text.
     pub ends: bool,
+    /// Tokens of the prompt that were found in the prefix cache, the same for every id of an answer.
+    pub cached_tokens: usize,
 }
 
 /// Why an answer ended.

@@ -230,6 +230,7 @@ mod tests {
                 logprob: 0.0,
                 top: Vec::new(),
                 ends: false,
+                cached_tokens: 0,
             };
             pieces.extend(choice.push(&token));
         }
@@ -375,6 +376,7 @@ mod tests {
             logprob: 0.0,
             top: Vec::new(),
             ends: true,
+            cached_tokens: 0,
         };
         assert_eq!(choice.push(&token), []);
         assert_eq!(choice.end(Ended::Stop), []);

@@ -59,7 +59,13 @@ impl Scheduler {
             publish(sequence, &mut self.pool);
         }
         self.counters.drawn_tokens += 1;
-        events.push((request, Event::Token { id, logprob, top }));
+        let token = Event::Token {
+            id,
+            logprob,
+            top,
+            cached_tokens: sequence.cached_tokens.unwrap_or_default(),
+        };
+        events.push((request, token));
         let reason = if sequence.request.stop_ids.contains(&id) {
             FinishReason::Stop
         } else if sequence.tokens.len() >= sequence.limit {

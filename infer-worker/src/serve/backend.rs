@@ -130,23 +130,25 @@ fn events(mut receiver: mpsc::Receiver<engine::Event>, ends: Arc<[u32]>) -> Even
 
 fn told(event: engine::Event, ends: &[u32]) -> Event {
     match event {
-        engine::Event::Token { id, logprob, top } => Event::Token(Token {
+        engine::Event::Token {
+            id,
+            logprob,
+            top,
+            cached_tokens,
+        } => Event::Token(Token {
             id,
             logprob,
             top,
             ends: ends.contains(&id),
+            cached_tokens: cached_tokens as usize,
         }),
-        engine::Event::Finished {
-            reason,
-            cached_tokens,
-        } => Event::Finished {
+        engine::Event::Finished { reason, .. } => Event::Finished {
             reason: match reason {
                 FinishReason::Stop => Ended::Stop,
                 FinishReason::Length => Ended::Length,
                 FinishReason::Abort => Ended::Abort,
                 FinishReason::Error => Ended::Error,
             },
-            cached_tokens: cached_tokens as usize,
         },
     }
 }

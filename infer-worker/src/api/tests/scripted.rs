@@ -198,6 +198,7 @@ async fn play(generation: Generation, events: mpsc::Sender<Event>, go: Arc<Notif
             logprob: -0.5,
             top: top.collect(),
             ends: id == END,
+            cached_tokens: 1 + generation.sampling.seed as usize % 5,
         };
         if events.send(Event::Token(token)).await.is_err() {
             return false;
@@ -211,11 +212,7 @@ async fn play(generation: Generation, events: mpsc::Sender<Event>, go: Arc<Notif
             break;
         }
     }
-    let finished = Event::Finished {
-        reason,
-        cached_tokens: 1,
-    };
-    events.send(finished).await.is_ok()
+    events.send(Event::Finished { reason }).await.is_ok()
 }
 
 #[derive(Default)]

@@ -145,6 +145,21 @@ async fn several_answers_have_seeds_of_their_own_and_stop_apart() {
 }
 
 #[tokio::test]
+async fn cached_tokens_are_counted_once_a_prompt_whoever_ends_the_answer() {
+    let server = Server::start().await;
+    let cached = async |path: &str, body: Value| {
+        let response = server.post(path, &body).send().await.unwrap();
+        let body: Value = response.json().await.unwrap();
+        body["usage"]["prompt_tokens_details"]["cached_tokens"].clone()
+    };
+    // The script's cache has one token, and one more for each seed above 0.
+    let stopped = chat_body("endless", json!({"seed": 2, "stop": "xx"}));
+    assert_eq!(cached("/v1/chat/completions", stopped).await, 3);
+    let several = json!({"prompt": ["ab", "cd"], "n": 2, "seed": 0});
+    assert_eq!(cached("/v1/completions", several).await, 1 + 3);
+}
+
+#[tokio::test]
 async fn a_forced_call_and_a_schema_bind_the_answer() {
     let server = Server::start().await;
     let forced = json!({"tools": tools(), "tool_choice": "required"});
