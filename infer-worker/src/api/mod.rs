@@ -15,6 +15,7 @@ mod connection;
 mod conversation;
 mod error;
 mod fields;
+mod format;
 mod limits;
 mod metrics;
 mod observe;
@@ -22,6 +23,7 @@ mod options;
 mod prepare;
 mod reply;
 mod stop;
+mod unserved;
 
 use std::hash::BuildHasher as _;
 use std::sync::Arc;

@@ -15,11 +15,12 @@ use super::chat::{Calls, ChatPrompt, ChatRequest};
 use super::choice::Choice;
 use super::completion::{CompletionRequest, TextPrompt};
 use super::error::ApiError;
+use super::format::Format;
 use super::limits;
 use super::observe::Observed;
 use super::options::Options;
 use super::reply::{Dialect, Head};
-use crate::grammar::{Constraint, Grammar, GrammarError, Thoughts};
+use crate::grammar::{Constraint, Grammar, Thoughts};
 
 /// Keeps an id from being drawn, whatever its logit is.
 const NEVER: f32 = -1e9;
@@ -175,18 +176,8 @@ fn prepare_chat(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError
     };
     let context_tokens = backend.context_tokens();
     check_length(&prompt, context_tokens, param)?;
-    let constrain = |_| match &request.grammar {
-        None => Ok(None),
-        Some(grammar) => {
-            let constraint = backend.constrain(grammar, prompt.thoughts);
-            constraint
-                .map(Some)
-                .map_err(|error| grammar_refusal(grammar, error))
-        }
-    };
-    let constraints = (0..request.options.n)
-        .map(constrain)
-        .collect::<Result<_, _>>()?;
+    let bound = request.grammar.map(|it| (it, request.grammar_field));
+    let constraints = constraints(backend, bound, prompt.thoughts, request.options.n)?;
     Ok(Prepared {
         dialect: Dialect::Chat,
         stream: request.options.stream,
@@ -218,7 +209,11 @@ fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, Ap
         .into_iter()
         .map(rendered)
         .collect::<Result<_, _>>()?;
+    let bound = request
+        .format
+        .map(|Format { schema, field }| (Grammar::Json { schema }, field));
     let answers = prompts.len() * request.options.n;
+    let constraints = constraints(backend, bound, Thoughts::Over, answers)?;
     Ok(Prepared {
         dialect: Dialect::Completion,
         stream: request.options.stream,
@@ -226,7 +221,7 @@ fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, Ap
         target,
         prompts,
         calls: Calls::Unknown,
-        constraints: (0..answers).map(|_| None).collect(),
+        constraints,
         context_tokens,
         ignored: request.ignored,
     })
@@ -256,11 +251,19 @@ fn check_length(prompt: &Rendered, context_tokens: usize, param: &str) -> Result
     Ok(())
 }
 
-fn grammar_refusal(grammar: &Grammar, error: GrammarError) -> ApiError {
-    let param = match grammar {
-        Grammar::Json { .. } => "response_format",
-        Grammar::Calls { .. } => "tools",
-        Grammar::JsonOrCalls { .. } => "response_format",
+/// For each answer the state of the grammar that a field asked for.
+fn constraints(
+    backend: &dyn Backend,
+    bound: Option<(Grammar, &str)>,
+    thoughts: Thoughts,
+    answers: usize,
+) -> Result<Vec<Option<Box<dyn Constraint>>>, ApiError> {
+    let constrain = |_| match &bound {
+        None => Ok(None),
+        Some((grammar, field)) => backend
+            .constrain(grammar, thoughts)
+            .map(Some)
+            .map_err(|error| ApiError::about(*field, format!("`{field}`: {error}"))),
     };
-    ApiError::about(param, format!("`{param}`: {error}"))
+    (0..answers).map(constrain).collect()
 }

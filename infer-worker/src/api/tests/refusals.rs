@@ -56,8 +56,16 @@ async fn wrong_values_name_the_field() {
         );
         assert_eq!(error["type"], "invalid_request_error");
     }
-    let (status, error) = refused(server.post("/v1/completions", &json!({"prompt": 3}))).await;
-    assert_eq!((status, &error["param"]), (400, &json!("prompt")));
+    for (body, param) in [
+        (json!({"prompt": 3}), "prompt"),
+        (
+            json!({"prompt": "x", "structured_outputs": {"json": {"type": "x"}}}),
+            "structured_outputs",
+        ),
+    ] {
+        let (status, error) = refused(server.post("/v1/completions", &body)).await;
+        assert_eq!((status, &error["param"]), (400, &json!(param)), "{body}");
+    }
     for (body, param, status) in [
         (json!({"name": "a b", "path": "/a"}), "name", 400),
         (json!({"name": "a"}), "path", 400),

@@ -178,6 +178,10 @@ async fn a_forced_call_and_a_schema_bind_the_answer() {
         .chat_json("78", json!({"response_format": schema}))
         .await;
     assert_eq!(body["choices"][0]["message"]["content"], "7");
+    let body = json!({"prompt": "78", "guided_json": {"enum": [7]}});
+    let response = server.post("/v1/completions", &body).send().await.unwrap();
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body["choices"][0]["text"], "7");
 }
 
 #[tokio::test]
