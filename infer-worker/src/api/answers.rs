@@ -4,7 +4,7 @@
 //! the generation and frees what it held.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::response::sse;
 use futures::stream::{self, AbortHandle, SelectAll, Stream, StreamExt as _};
@@ -14,10 +14,8 @@ use super::choice::{Choice, Finish, Piece};
 use super::error::ApiError;
 use super::metrics::Metrics;
 use super::observe::{Observed, Progress};
+use super::patience;
 use super::reply::{Answer, Head, Usage};
-
-/// Longest silence of an engine that has begun an answer, or has it in its queue. Beyond it the engine hangs.
-const SILENCE_MAX: Duration = Duration::from_secs(600);
 
 /// Answers that were submitted.
 pub(super) struct Answers {
@@ -122,16 +120,7 @@ impl Answers {
                 self.told.ended(self.usage, &self.reasons);
                 return Ok(None);
             }
-            let wait = espalier_runtime::tasks::with_deadline(
-                "api.engine",
-                SILENCE_MAX,
-                self.events.next(),
-            );
-            let (i, event) = match wait.await {
-                Ok(Some(found)) => found,
-                Ok(None) => return Err(ApiError::internal()),
-                Err(_) => return Err(ApiError::stopped()),
-            };
+            let (i, event) = patience::next(&mut self.events, &*self.backend).await?;
             // A choice that ended by itself may have had events under way.
             let Some(choice) = self.choices[i].as_mut() else {
                 continue;
@@ -153,11 +142,8 @@ impl Answers {
                     }
                 }
                 Some(Event::Finished { reason }) => {
-                    if matches!(reason, Ended::Abort) {
-                        return Err(ApiError::stopped());
-                    }
-                    if matches!(reason, Ended::Error) {
-                        return Err(self.failure());
+                    if matches!(reason, Ended::Abort | Ended::Error) {
+                        return Err(self.failure(reason));
                     }
                     let pieces = choice.end(reason);
                     Step {
@@ -168,7 +154,7 @@ impl Answers {
                     }
                 }
                 // The engine went without a word.
-                None => return Err(ApiError::stopped()),
+                None => return Err(self.failure(Ended::Error)),
             };
             if let Some(finish) = step.finish {
                 self.choices[i] = None;
@@ -180,11 +166,13 @@ impl Answers {
         }
     }
 
-    /// Why an answer failed: with the engine, or alone.
-    fn failure(&self) -> ApiError {
-        match self.backend.load().condition {
-            Condition::Failed => ApiError::failed(),
-            Condition::Running | Condition::Ending => ApiError::internal(),
+    /// Why an answer failed: with the engine, or alone. An engine that runs gives up only what is not taken.
+    fn failure(&self, ended: Ended) -> ApiError {
+        match (self.backend.load().condition, ended) {
+            (Condition::Failed, _) => ApiError::failed(),
+            (Condition::Running, Ended::Abort) => ApiError::not_taken(),
+            (Condition::Ending, Ended::Abort) => ApiError::stopped(),
+            (Condition::Running | Condition::Ending, _) => ApiError::internal(),
         }
     }
 

@@ -359,6 +359,8 @@ pub struct Load {
     pub prefix_queries: u64,
     /// Of those, found.
     pub prefix_hits: u64,
+    /// Steps, by which it is seen to go on.
+    pub steps: u64,
     /// Answers that lost their memory and began again.
     pub preemptions: u64,
 }

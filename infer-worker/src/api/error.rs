@@ -166,6 +166,40 @@ impl ApiError {
         }
     }
 
+    /// 503: the engine runs, and does nothing.
+    pub fn hangs(silent: Duration) -> Self {
+        let seconds = silent.as_secs();
+        Self {
+            code: Some("engine_hangs"),
+            message: format!("the engine has made no step for {seconds} s; try another replica"),
+            ..Self::stopped()
+        }
+    }
+
+    /// 503: the engine is busy with others for too long.
+    pub fn waited(silent: Duration) -> Self {
+        let seconds = silent.as_secs();
+        Self {
+            code: Some("wait_too_long"),
+            message: format!(
+                "no token came within {seconds} s, in which the engine answered other requests; try again later, or \
+                 another replica"
+            ),
+            ..Self::stopped()
+        }
+    }
+
+    /// 408: an answer waited for its reader for too long.
+    pub fn not_taken() -> Self {
+        Self {
+            code: Some("answer_not_taken"),
+            ..Self::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "the answer was given up, because what was ready of it was not taken for too long",
+            )
+        }
+    }
+
     /// What the engine says to a request, for the field that holds the prompt.
     pub fn submit(error: SubmitError, prompt_param: &str) -> Self {
         match error {

@@ -20,6 +20,7 @@ mod limits;
 mod metrics;
 mod observe;
 mod options;
+mod patience;
 mod prepare;
 mod reply;
 mod stop;

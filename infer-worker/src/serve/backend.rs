@@ -247,6 +247,7 @@ impl Backend for Served {
             kv_share: f64::from(scheduler.kv_blocks_used) / f64::from(scheduler.kv_blocks.max(1)),
             prefix_queries: scheduler.prompt_tokens,
             prefix_hits: scheduler.cached_tokens,
+            steps: scheduler.steps,
             preemptions: scheduler.preemptions,
         }
     }

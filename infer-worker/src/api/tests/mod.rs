@@ -1,5 +1,6 @@
 //! The API over real sockets, in front of a scripted backend: the model says what the prompt's last message tells it to.
 
+mod patience;
 mod refusals;
 mod scripted;
 mod streams;
@@ -20,6 +21,17 @@ use tokio::net::TcpListener;
 use super::{Parts, connection, router_with};
 use scripted::Scripted;
 
+/// The API in front of a backend.
+fn parts(backend: Arc<Scripted>, key: Option<&str>) -> Parts {
+    Parts {
+        backend,
+        api_key: key.map(Secret::new),
+        clock: Arc::new(ManualClock::new(Timestamp::from_ms(7_000))),
+        ids: Arc::new(SequentialIds::new("t")),
+        seed: Some(100),
+    }
+}
+
 /// A server on a port of its own.
 struct Server {
     url: String,
@@ -38,14 +50,7 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let backend = Arc::new(Scripted::default());
-        let parts = Parts {
-            backend: backend.clone(),
-            api_key: key.map(Secret::new),
-            clock: Arc::new(ManualClock::new(Timestamp::from_ms(7_000))),
-            ids: Arc::new(SequentialIds::new("t")),
-            seed: Some(100),
-        };
-        let router = router_with(parts, keep_alive);
+        let router = router_with(parts(backend.clone(), key), keep_alive);
         let shutdown = Shutdown::new();
         let tasks = Tasks::new(shutdown.clone());
         let serving =

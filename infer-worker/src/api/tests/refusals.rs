@@ -134,6 +134,7 @@ async fn an_engine_that_refuses_is_told_by_status() {
         ("too many", 400, "invalid_request_error"),
         ("stopped", 503, "server_error"),
         ("invalid", 400, "invalid_request_error"),
+        ("given up", 408, "invalid_request_error"),
         ("broken", 500, "server_error"),
     ] {
         let (found, error) = refused(server.chat(script, json!({}))).await;
