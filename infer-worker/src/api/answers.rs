@@ -15,7 +15,8 @@ use super::error::ApiError;
 use super::metrics::Metrics;
 use super::observe::{Observed, Progress};
 use super::patience;
-use super::reply::{Answer, Head, Usage};
+use super::reply::{Head, Usage};
+use super::whole::{Answer, Whole};
 
 /// Answers that were submitted.
 pub(super) struct Answers {
@@ -177,22 +178,17 @@ impl Answers {
     }
 
     /// Waits for all of them.
-    pub(super) async fn whole(mut self) -> Result<serde_json::Value, ApiError> {
-        let open = || (Vec::new(), Vec::new(), None);
-        let mut parts: Vec<_> = self.choices.iter().map(|_| open()).collect();
+    pub(super) async fn whole(mut self) -> Result<Whole, ApiError> {
+        let mut answers = vec![Answer::default(); self.choices.len()];
         while let Some(step) = self.next().await? {
-            let (pieces, tokens, finish) = &mut parts[step.choice];
-            pieces.extend(step.pieces);
-            tokens.extend(step.token);
-            *finish = step.finish.or(*finish);
+            answers[step.choice].take(&self.head, step.pieces, step.token, step.finish);
         }
-        let answer = |(pieces, tokens, finish): (_, _, Option<Finish>)| Answer {
-            pieces,
-            tokens,
-            finish: finish.unwrap_or(Finish::Stop),
-        };
-        let answers: Vec<Answer> = parts.into_iter().map(answer).collect();
-        Ok(self.head.whole(&answers, self.usage, &*self.backend))
+        Ok(Whole {
+            head: self.head,
+            answers,
+            usage: self.usage,
+            backend: self.backend,
+        })
     }
 
     /// Tells them as they come: openings, chunks in the order in which tokens are drawn, usage, and the mark of the end.

@@ -18,6 +18,7 @@ mod fields;
 mod format;
 mod limits;
 mod metrics;
+mod logprobs;
 mod observe;
 mod options;
 mod patience;
@@ -27,6 +28,7 @@ mod stop;
 mod unserved;
 
 use std::hash::BuildHasher as _;
+mod whole;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -229,7 +231,10 @@ async fn answer(
     let answers = app.submit(prepared, began, observed.clone()).await?;
     let mut response = match stream {
         true => app.stream(answers),
-        false => axum::Json(answers.whole().await?).into_response(),
+        false => {
+            let whole = answers.whole().await?.into_bytes().await?;
+            ([(CONTENT_TYPE, "application/json")], whole).into_response()
+        }
     };
     if !ignored.is_empty() {
         tracing::debug!(ignored, "fields that mean nothing here");

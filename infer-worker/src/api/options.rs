@@ -14,6 +14,8 @@ const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 1_024;
 /// Most stop ids, and most ids with a bias.
 const IDS_MAX: usize = 1_024;
+/// Most log-probabilities of a request that is answered whole. All of them are kept until the last one is there.
+const LOGPROBS_MAX: usize = 4 << 20;
 /// Most alternatives that log-probabilities come with.
 pub(super) const TOP_LOGPROBS_MAX: i64 = 20;
 
@@ -95,6 +97,33 @@ impl Options {
             return_token_ids: fields.flag("return_token_ids")?.unwrap_or(false),
             priority: priority(fields)?,
         })
+    }
+
+    /// Longest answer to a prompt that leaves `room`.
+    pub(super) fn tokens_within(&self, room: usize) -> usize {
+        self.tokens_max.unwrap_or(room).min(room)
+    }
+
+    /// Whether what an answer would tell of its tokens can be kept until its end. `rooms` are what the prompts leave,
+    /// `top_field` is the field that asks for alternatives.
+    pub(super) fn check_logprobs(
+        &self,
+        rooms: impl Iterator<Item = usize>,
+        top_field: &str,
+    ) -> Result<(), ApiError> {
+        let Some(top) = self.sampling.logprobs.filter(|_| !self.stream) else {
+            return Ok(());
+        };
+        let tokens = rooms.map(|room| self.tokens_within(room)).sum::<usize>() * self.n;
+        let told = tokens * (usize::from(top) + 1);
+        if told > LOGPROBS_MAX {
+            let message = format!(
+                "`n` × `max_tokens` × (`{top_field}` + 1) must be at most {LOGPROBS_MAX} where `stream` is not set, \
+                 got {told}"
+            );
+            return Err(ApiError::about(top_field, message));
+        }
+        Ok(())
     }
 
     /// The seed of one answer: all differ, and all follow from the request's.
@@ -332,6 +361,32 @@ pub(super) mod tests {
         );
         assert_ne!(options.seed_of(0, 1), options.seed_of(1, 1));
         assert_eq!(read(&json!({"stop": "x"})).unwrap().stops, ["x"]);
+    }
+
+    #[test]
+    fn log_probabilities_that_must_be_kept_are_bounded() {
+        let check = |body: &Value, top, rooms: &[usize]| {
+            let mut options = read(body).unwrap();
+            options.sampling.logprobs = top;
+            options.check_logprobs(rooms.iter().copied(), "top_logprobs")
+        };
+        let large = json!({"n": 128, "max_tokens": 2_048});
+        let error = check(&large, Some(20), &[40_000]).unwrap_err();
+        assert_eq!(error.param(), Some("top_logprobs"));
+        assert_eq!(
+            error.to_string(),
+            "`n` × `max_tokens` × (`top_logprobs` + 1) must be at most 4194304 where `stream` is not set, got 5505024"
+        );
+        for (body, top, rooms) in [
+            (&large, None, &[40_000][..]),
+            (&large, Some(0), &[40_000]),
+            (&large, Some(20), &[1_500]),
+            (&json!({"n": 128, "stream": true}), Some(20), &[40_000]),
+            (&json!({"n": 4}), Some(20), &[40_000]),
+        ] {
+            assert_eq!(check(body, top, rooms), Ok(()), "{body}");
+        }
+        assert!(check(&json!({"n": 4}), Some(20), &[40_000, 40_000]).is_err());
     }
 
     #[test]

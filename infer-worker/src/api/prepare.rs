@@ -102,7 +102,7 @@ impl App {
                 prompt: prompt.ids.as_slice().into(),
                 target: prepared.target.clone(),
                 sampling,
-                tokens_max: options.tokens_max.unwrap_or(room).min(room),
+                tokens_max: options.tokens_within(room),
                 stop_ids: options.stop_ids.clone(),
                 ignore_eos: options.ignore_eos,
                 priority: options.priority,
@@ -176,6 +176,9 @@ fn prepare_chat(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError
     };
     let context_tokens = backend.context_tokens();
     check_length(&prompt, context_tokens, param)?;
+    let room = context_tokens - prompt.ids.len();
+    let options = &request.options;
+    options.check_logprobs(std::iter::once(room), "top_logprobs")?;
     let bound = request.grammar.map(|it| (it, request.grammar_field));
     let constraints = constraints(backend, bound, prompt.thoughts, request.options.n)?;
     Ok(Prepared {
@@ -209,6 +212,10 @@ fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, Ap
         .into_iter()
         .map(rendered)
         .collect::<Result<_, _>>()?;
+    let rooms = prompts
+        .iter()
+        .map(|prompt| context_tokens - prompt.ids.len());
+    request.options.check_logprobs(rooms, "logprobs")?;
     let bound = request
         .format
         .map(|Format { schema, field }| (Grammar::Json { schema }, field));

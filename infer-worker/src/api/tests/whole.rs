@@ -82,6 +82,24 @@ async fn ids_in_and_out_with_logprobs() {
 }
 
 #[tokio::test]
+async fn a_long_answer_is_written_as_a_short_one_is() {
+    let server = Server::start().await;
+    let more = json!({"logprobs": true, "top_logprobs": 20, "n": 2, "return_token_ids": true});
+    let body = server.chat_json(&"ab".repeat(50), more).await;
+    let other = json!({"token": "b", "logprob": -9999.0, "bytes": [98]});
+    for choice in body["choices"].as_array().unwrap() {
+        assert_eq!(choice["message"]["content"], "ab".repeat(50));
+        assert_eq!(choice["token_ids"].as_array().unwrap().len(), 101);
+        let logprobs = choice["logprobs"]["content"].as_array().unwrap();
+        assert_eq!(logprobs.len(), 101);
+        assert_eq!(
+            (&logprobs[98]["token"], &logprobs[98]["top_logprobs"][1]),
+            (&json!("a"), &other)
+        );
+    }
+}
+
+#[tokio::test]
 async fn stop_strings_and_limits_end_answers() {
     let server = Server::start().await;
     let body = server
