@@ -144,6 +144,30 @@ impl ApiError {
         )
     }
 
+    /// 503: every connection is at work, and this one is there for other questions.
+    pub fn connections_full() -> Self {
+        Self {
+            code: Some("connections_full"),
+            retry_after: Some(Duration::from_secs(1)),
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many connections are open; try again later",
+            )
+        }
+    }
+
+    /// 503: the bodies that are being read take all the memory there is for them.
+    pub fn no_room() -> Self {
+        Self {
+            code: Some("bodies_full"),
+            retry_after: Some(Duration::from_secs(1)),
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many large requests are being read; try again later",
+            )
+        }
+    }
+
     /// 503: the engine does not run.
     pub fn stopped() -> Self {
         Self {

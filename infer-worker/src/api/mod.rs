@@ -8,6 +8,7 @@ mod adapters;
 mod answers;
 mod auth;
 pub mod backend;
+mod body;
 mod chat;
 mod choice;
 mod completion;
@@ -56,6 +57,7 @@ use answers::Answers;
 use auth::Gate;
 use backend::{Backend, Condition};
 use metrics::Metrics;
+use body::Bodies;
 use observe::Observed;
 use reply::Dialect;
 
@@ -84,6 +86,7 @@ struct App {
     ids: Arc<dyn IdSource>,
     metrics: Arc<Metrics>,
     preparing: Arc<Semaphore>,
+    bodies: Bodies,
     seeds: Arc<Seeds>,
     keep_alive: Duration,
 }
@@ -118,6 +121,7 @@ fn router_with(parts: Parts, keep_alive: Duration) -> Router {
         ids: parts.ids,
         metrics: Arc::default(),
         preparing: Arc::new(Semaphore::new(limits::PREPARING_MAX)),
+        bodies: Bodies::default(),
         seeds: Arc::new(Seeds::new(parts.seed)),
         keep_alive,
     };
@@ -224,7 +228,7 @@ async fn answer(
     began: Instant,
     observed: &mut Observed,
 ) -> Result<Response, ApiError> {
-    let body = limits::read(body, limits::BODY_BYTES_MAX).await?;
+    let body = app.bodies.read(body, limits::BODY_BYTES_MAX).await?;
     let prepared = app.prepare(body, dialect).await?;
     observed.named(prepared.model());
     let (ignored, stream) = (prepared.ignored.clone(), prepared.stream);
