@@ -6,6 +6,8 @@ use std::time::Duration;
 pub(super) const BODY_BYTES_MAX: usize = 16 << 20;
 /// Largest body that names an adapter.
 pub(super) const ADAPTER_BODY_BYTES_MAX: usize = 64 << 10;
+/// Longest wait for the headers of a connection's first request: who connects has something to say.
+pub(super) const FIRST_HEADER_READ_MAX: Duration = Duration::from_secs(10);
 /// Longest wait for a request's headers, also for the next request on a connection that is kept.
 pub(super) const HEADER_READ_MAX: Duration = Duration::from_secs(75);
 /// Longest wait for a whole body.
@@ -14,8 +16,13 @@ pub(super) const BODY_READ_MAX: Duration = Duration::from_secs(60);
 pub(super) const WRITE_STALL_MAX: Duration = Duration::from_secs(60);
 /// Silence of a stream after which a comment tells proxies and clients that it lives.
 pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(10);
-/// Most connections at a time. One more waits in the listener's backlog.
+/// Most connections at a time. One more takes the place of one that is silent.
 pub(super) const CONNECTIONS_MAX: usize = 4_096;
+/// Connections beside those, for asking how the server does when all of those are at work. One more waits in the
+/// listener's backlog.
+pub(super) const SPARE_CONNECTIONS_MAX: usize = 64;
+/// Most bytes of a connection that are read before they are looked at, and so of a request's headers.
+pub(super) const CONNECTION_BUFFER_BYTES: usize = 64 << 10;
 /// Most requests that are rendered and encoded at a time: each takes a core.
 pub(super) const PREPARING_MAX: usize = 4;
 /// Longest wait for a place among those.

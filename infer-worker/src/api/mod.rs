@@ -18,18 +18,19 @@ mod error;
 mod fields;
 mod format;
 mod limits;
-mod metrics;
 mod logprobs;
+mod metrics;
 mod observe;
 mod options;
 mod patience;
+mod places;
 mod prepare;
 mod reply;
 mod stop;
 mod unserved;
+mod whole;
 
 use std::hash::BuildHasher as _;
-mod whole;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -56,8 +57,8 @@ pub use error::ApiError;
 use answers::Answers;
 use auth::Gate;
 use backend::{Backend, Condition};
-use metrics::Metrics;
 use body::Bodies;
+use metrics::Metrics;
 use observe::Observed;
 use reply::Dialect;
 
@@ -85,8 +86,8 @@ struct App {
     clock: Arc<dyn Clock>,
     ids: Arc<dyn IdSource>,
     metrics: Arc<Metrics>,
-    preparing: Arc<Semaphore>,
     bodies: Bodies,
+    preparing: Arc<Semaphore>,
     seeds: Arc<Seeds>,
     keep_alive: Duration,
 }
@@ -120,8 +121,8 @@ fn router_with(parts: Parts, keep_alive: Duration) -> Router {
         clock: parts.clock,
         ids: parts.ids,
         metrics: Arc::default(),
-        preparing: Arc::new(Semaphore::new(limits::PREPARING_MAX)),
         bodies: Bodies::default(),
+        preparing: Arc::new(Semaphore::new(limits::PREPARING_MAX)),
         seeds: Arc::new(Seeds::new(parts.seed)),
         keep_alive,
     };

@@ -1,5 +1,6 @@
 //! The API over real sockets, in front of a scripted backend: the model says what the prompt's last message tells it to.
 
+mod connections;
 mod patience;
 mod refusals;
 mod scripted;
@@ -18,7 +19,8 @@ use espalier_runtime::tasks::{OnFailure, Tasks};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use super::{Parts, connection, router_with};
+use super::connection::{Bounds, serve_within};
+use super::{Parts, router_with};
 use scripted::Scripted;
 
 /// The API in front of a backend.
@@ -47,14 +49,18 @@ impl Server {
     }
 
     async fn start_with(key: Option<&str>, keep_alive: Duration) -> Self {
+        Self::start_within(key, keep_alive, Bounds::default()).await
+    }
+
+    async fn start_within(key: Option<&str>, keep_alive: Duration, bounds: Bounds) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let backend = Arc::new(Scripted::default());
         let router = router_with(parts(backend.clone(), key), keep_alive);
         let shutdown = Shutdown::new();
         let tasks = Tasks::new(shutdown.clone());
-        let serving =
-            connection::serve(listener, router, shutdown.clone(), Duration::from_secs(10));
+        let drain_limit = Duration::from_secs(10);
+        let serving = serve_within(listener, router, shutdown.clone(), drain_limit, bounds);
         tasks.spawn("test.server", OnFailure::Log, serving);
         Self {
             url,
