@@ -166,7 +166,7 @@ impl AgentWorkerConfig {
     pub fn new(
         data_dir: impl Into<PathBuf>,
         store_url: impl Into<String>,
-        model: ModelEndpoint,
+        model: impl Into<Option<ModelEndpoint>>,
         model_name: impl Into<String>,
     ) -> Self {
         Self {
@@ -175,7 +175,7 @@ impl AgentWorkerConfig {
             tls: None,
             data_dir: data_dir.into(),
             store_url: store_url.into(),
-            model: Some(model),
+            model: model.into(),
             model_keys: BTreeMap::new(),
             model_name: model_name.into(),
             model_extra: Map::new(),

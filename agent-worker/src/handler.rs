@@ -5,19 +5,16 @@ use std::time::Duration;
 
 use espalier_core::error::ErrorClass;
 use espalier_core::layout;
-use espalier_core::spec::SpecDigest;
 use espalier_core::trace::Outcome;
 use espalier_proto::v1;
 use espalier_runtime::model::Served;
-use espalier_runtime::tasks;
+use espalier_runtime::publish::{self, ByLease, Claim, PublishError, Published, stopped_outcome};
 use espalier_runtime::telemetry::names::{attribute, span};
 use espalier_runtime::telemetry::{self, metrics};
-use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome, Stop};
+use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome};
 use tracing::Instrument;
 
-use crate::record::{
-    Claim, Found, Gate, Published, RecordContext, RecordError, Recorder, find_at_start,
-};
+use crate::record::{RecordContext, RecordError, Recorder};
 use crate::rollout::{self, Approver, Order, Question, RolloutError, Scripted, Services};
 
 /// Lines of a server's last words that are kept with a failure: a half of what a record holds, so that it still tells
@@ -37,6 +34,8 @@ enum AttemptError {
     Rollout(#[from] RolloutError),
     #[error(transparent)]
     Record(#[from] RecordError),
+    #[error("the job is no rollout, and nothing else is done here")]
+    NoRollout,
 }
 
 impl AttemptError {
@@ -44,13 +43,14 @@ impl AttemptError {
         match self {
             Self::Rollout(error) => error.class(),
             Self::Record(error) => error.class(),
+            Self::NoRollout => ErrorClass::Invalid,
         }
     }
 
     fn last_words(&self) -> Option<&str> {
         match self {
             Self::Rollout(error) => error.last_words(),
-            Self::Record(_) => None,
+            Self::Record(_) | Self::NoRollout => None,
         }
     }
 }
@@ -66,25 +66,31 @@ impl RolloutHandler {
         grant: &Grant,
         context: &JobContext,
     ) -> Result<Published, AttemptError> {
-        let spec = digest(grant).await?;
+        let Some(rollout) = grant.spec.rollout() else {
+            return Err(AttemptError::NoRollout);
+        };
+        let spec = publish::spec_digest(grant)
+            .await
+            .map_err(RecordError::from)?;
         let claim = Claim {
             key: &grant.key,
             fence: grant.fence,
             spec: Some(&spec),
         };
         let max_runtime = grant.spec.max_runtime;
-        if let Some(published) = self.adopt(claim, max_runtime, context).await? {
+        let adopted = publish::adopt(&self.record.store, claim, max_runtime, context);
+        if let Some(published) = adopted.await.map_err(RecordError::from)? {
             return Ok(published);
         }
         let (key, attempt, fence) = (grant.key.clone(), grant.attempt, grant.fence);
         let record = self.record.clone();
         let mut recorder = Recorder::open(record, key, attempt, fence, Some(spec)).await?;
         let order = Order {
-            spec: &grant.spec.rollout,
+            spec: rollout,
             verify: grant.draft.verify.as_ref(),
             labels: &grant.spec.labels,
         };
-        let prompts = grant.spec.rollout.prompts.clone();
+        let prompts = rollout.prompts.clone();
         let mut conversation = Scripted::new(prompts, ByCoordinator(context));
         let cancel = context.lease().stopped();
         let run = rollout::run(
@@ -96,34 +102,6 @@ impl RolloutHandler {
         );
         let outcome = Box::pin(run).await?;
         self.publish(recorder, outcome, context).await
-    }
-
-    /// A result that an earlier attempt published, if there is one, it verifies, and it is of the same spec.
-    async fn adopt(
-        &self,
-        claim: Claim<'_>,
-        max_runtime: Duration,
-        context: &JobContext,
-    ) -> Result<Option<Published>, RecordError> {
-        let key = claim.key;
-        match find_at_start(&self.record.store, claim, max_runtime).await? {
-            Found::Nothing => Ok(None),
-            Found::Published(manifest) => {
-                tracing::info!(job = %key, winner = manifest.fence.0, "took over the result of an earlier attempt");
-                Ok(Some(Published {
-                    manifest: layout::manifest(key),
-                    summary: manifest.summary,
-                    adopted: true,
-                }))
-            }
-            Found::OfAnotherSpec(found) => Err(claim.refuse(found)),
-            // Moved aside: this attempt may publish its own.
-            Found::Invalid { reason } if context.report_bad_manifest(&reason).await => Ok(None),
-            Found::Invalid { reason } => Err(RecordError::InvalidManifest {
-                job: key.to_string(),
-                reason,
-            }),
-        }
     }
 
     async fn publish(
@@ -160,16 +138,12 @@ impl Handler for RolloutHandler {
         let done = tokio::select! {
             biased;
             done = attempt => done,
-            () = stopped.cancelled() => return stopped_outcome(context.lease().reason()),
+            () = stopped.cancelled() => return stopped_outcome(&context),
         };
         match done {
-            Ok(published) => JobOutcome::Published {
-                manifest: published.manifest,
-                summary: published.summary,
-                spawn: Vec::new(),
-            },
-            Err(AttemptError::Record(RecordError::Stopped)) => {
-                stopped_outcome(context.lease().reason())
+            Ok(published) => published.into(),
+            Err(AttemptError::Record(RecordError::Publish(PublishError::Stopped))) => {
+                stopped_outcome(&context)
             }
             Err(error) => {
                 keep_last_words(error.last_words(), &context);
@@ -190,24 +164,6 @@ fn keep_last_words(words: Option<&str>, context: &JobContext) {
     }
 }
 
-/// What the job asks for. A spec may be as large as a book, and its canonical form is made of a copy.
-async fn digest(grant: &Grant) -> Result<SpecDigest, RecordError> {
-    let draft = grant.draft.clone();
-    Ok(tasks::blocking("record.spec_digest", move || SpecDigest::of(&draft)).await?)
-}
-
-/// The loop knows better what a stop means; this is what is left to say.
-fn stopped_outcome(reason: Option<Stop>) -> JobOutcome {
-    let reason = match reason {
-        Some(Stop::Cancelled) => return JobOutcome::failed(ErrorClass::Cancelled, "cancelled"),
-        Some(Stop::Draining | Stop::Aborted) => "the worker stops",
-        _ => "the lease ended",
-    };
-    JobOutcome::Released {
-        reason: reason.to_owned(),
-    }
-}
-
 /// Counts a rollout for as long as it runs.
 struct Running;
 
@@ -221,19 +177,6 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         metrics().rollouts_running.add(-1, &[]);
-    }
-}
-
-/// Results become visible under the lease alone.
-struct ByLease<'a>(&'a JobContext);
-
-impl Gate for ByLease<'_> {
-    fn may_publish(&self) -> bool {
-        self.0.lease().may_publish()
-    }
-
-    async fn report_invalid(&self, reason: &str) -> bool {
-        self.0.report_bad_manifest(reason).await
     }
 }
 

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use espalier_core::error::FieldError;
 use espalier_core::id::{Fence, JobKey};
-use espalier_core::spec::{JobDraft, JobSpec};
+use espalier_core::spec::{JobDraft, RolloutSpec};
 use espalier_qwen3_text::Tokenizer;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::Environment;
 use espalier_runtime::model::{ModelClient, ModelError};
+use espalier_runtime::publish::{NoLease, Published};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::{self, BlockingFailed, OnFailure, Tasks};
@@ -20,9 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{AgentWorkerConfig, McpSettingsError};
 use crate::handler::RolloutHandler;
 use crate::mcp::{McpConfig, McpHost, McpHostConfig};
-use crate::record::{
-    NoLease, Published, RecordContext, RecordError, Recorder, Spool, ship_leftovers,
-};
+use crate::record::{RecordContext, RecordError, Recorder, Spool, ship_leftovers};
 use crate::rollout::{self, Conversation, Hooks, Order, RolloutError, Services};
 
 /// How long servers may take to end, browsers included.
@@ -189,7 +188,7 @@ impl Agent {
         &self,
         key: JobKey,
         fence: Fence,
-        job: (&JobDraft, &JobSpec),
+        job: (&JobDraft, &RolloutSpec),
         conversation: &mut C,
         cancel: CancellationToken,
     ) -> Result<Conversed, RolloutError> {
@@ -197,9 +196,9 @@ impl Agent {
         let mut recorder = Recorder::open(self.record.clone(), key, 1, fence, None).await?;
         let (draft, spec) = job;
         let order = Order {
-            spec: &spec.rollout,
+            spec,
             verify: draft.verify.as_ref(),
-            labels: &spec.labels,
+            labels: &draft.labels,
         };
         let run = rollout::run(&self.services, order, &mut recorder, conversation, cancel);
         let (outcome, broken) = match Box::pin(run).await {

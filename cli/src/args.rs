@@ -7,7 +7,7 @@ use crate::context::Global;
 use crate::jobs::JobCommand;
 use crate::practice::Practice;
 use crate::traces::TracesCommand;
-use crate::{admin, chat, doctor, jobs, questions, submit, up, watch};
+use crate::{admin, chat, doctor, generate, jobs, questions, submit, up, watch};
 
 const ABOUT: &str = "Run tool-using agents in real browsers, many at once, and keep verified traces of what they do";
 
@@ -58,6 +58,9 @@ pub enum Command {
     /// Turn a file of jobs into a batch; jobs that break a rule are refused one by one
     #[command(after_help = SUBMIT_HELP)]
     Submit(submit::Submit),
+    /// Have a file of requests answered by a served model, and get a file of answers
+    #[command(after_help = GENERATE_HELP)]
+    Generate(generate::Generate),
     /// Follow a batch to its end, then what was solved, what failed, and why; without one, watch the whole system
     Watch(watch::Watch),
     /// List the jobs of a batch
@@ -120,6 +123,16 @@ A job is one JSON object a line; only `prompt` is needed:
 
 Sending the same file under the same --batch again is harmless.
 Exit code 2: some jobs were refused, and the others were accepted.";
+
+const GENERATE_HELP: &str = "\
+A request is one JSON object a line, as OpenAI's Batch API has it:
+  {\"custom_id\":\"a\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",
+   \"body\":{\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}],\"max_tokens\":100}}
+
+  espalier generate requests.jsonl -o answers.jsonl
+
+Answers come in the order of the requests. The same command with the same --batch goes on where it was stopped.
+Exit code 1: a job is dead. 2: the file was refused, or some lines were answered with an error.";
 
 #[cfg(test)]
 mod tests {

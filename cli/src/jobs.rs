@@ -199,6 +199,7 @@ pub async fn list(context: &Context, args: &Jobs) -> Outcome {
 fn jobs_table(jobs: &[v1::Job]) -> String {
     let rows = jobs.iter().map(|job| {
         let summary = job.summary.as_ref();
+        let rollout = summary.filter(|summary| summary.generate.is_none());
         let reward = summary
             .and_then(|s| s.reward)
             .map(|reward| format!("{reward:.2}"));
@@ -207,7 +208,7 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
                 error.message.clone()
             }
             (_, v1::JobState::Leased) => job.progress.clone(),
-            _ => summary.map(|s| s.reason.clone()).unwrap_or_default(),
+            _ => summary.map(what_came_of).unwrap_or_default(),
         };
         [
             job.id.clone(),
@@ -217,7 +218,7 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
             job.attempts.to_string(),
             reward.unwrap_or_default(),
             summary.map(|s| s.task_kind.clone()).unwrap_or_default(),
-            summary.map(|s| s.turns.to_string()).unwrap_or_default(),
+            rollout.map(|s| s.turns.to_string()).unwrap_or_default(),
             cut(&said, 60),
         ]
     });
@@ -235,6 +236,18 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
         ],
         rows.collect(),
     )
+}
+
+/// Why a rollout is not solved, or how many requests were answered.
+fn what_came_of(summary: &v1::RolloutSummary) -> String {
+    match &summary.generate {
+        Some(generate) => format!(
+            "{} lines, {} with errors",
+            count(generate.lines),
+            count(generate.failed)
+        ),
+        None => summary.reason.clone(),
+    }
 }
 
 /// `espalier job`.
@@ -316,6 +329,16 @@ fn job_text(job: &v1::Job) -> String {
 }
 
 fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
+    let tokens = |prompt, completion| format!("{} in, {} out", count(prompt), count(completion));
+    if let Some(generate) = &summary.generate {
+        return vec![
+            ("answers", what_came_of(summary)),
+            (
+                "tokens",
+                tokens(generate.prompt_tokens, generate.completion_tokens),
+            ),
+        ];
+    }
     let mut rows = vec![
         ("task", format!("{} {}", summary.task_kind, summary.task_id)),
         ("stopped", summary.stop.clone()),
@@ -329,11 +352,7 @@ fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
         ),
         (
             "tokens",
-            format!(
-                "{} in, {} out",
-                count(summary.prompt_tokens),
-                count(summary.completion_tokens)
-            ),
+            tokens(summary.prompt_tokens, summary.completion_tokens),
         ),
         ("took", duration(summary.wall_ms)),
     ];

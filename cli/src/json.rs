@@ -71,8 +71,16 @@ pub fn job(job: &v1::Job) -> Value {
     value
 }
 
-/// What a rollout came to.
+/// What a job came to.
 pub fn summary(summary: &v1::RolloutSummary) -> Value {
+    if let Some(generate) = &summary.generate {
+        return json!({
+            "lines": generate.lines,
+            "failed": generate.failed,
+            "prompt_tokens": generate.prompt_tokens,
+            "completion_tokens": generate.completion_tokens,
+        });
+    }
     let mut value = Map::new();
     if let Some(reward) = summary.reward {
         value.insert("reward".to_owned(), json!(reward));
@@ -100,6 +108,7 @@ pub fn kind(kind: v1::JobKind) -> &'static str {
     match kind {
         v1::JobKind::Unspecified => "unknown",
         v1::JobKind::Rollout => "rollout",
+        v1::JobKind::Generate => "generate",
     }
 }
 

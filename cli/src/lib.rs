@@ -12,6 +12,7 @@ mod client;
 mod context;
 mod doctor;
 mod exit;
+mod generate;
 mod jobs;
 mod json;
 mod names;
@@ -74,6 +75,7 @@ async fn run(context: &Context, command: &Command) -> Outcome {
     match command {
         Command::Up(args) => up::run(context, args).await,
         Command::Submit(args) => submit::run(context, args).await,
+        Command::Generate(args) => generate::run(context, args).await,
         Command::Watch(args) => watch::run(context, args).await,
         Command::Jobs(args) => jobs::list(context, args).await,
         Command::Job(command) => jobs::one(context, command).await,

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use espalier_core::id::{Fence, JobKey, WorkerId};
 use espalier_core::queue::JobKind;
+use espalier_core::spec::model_tag;
 use espalier_core::time::Timestamp;
 use espalier_proto::v1;
 use tokio::sync::{Notify, mpsc};
@@ -38,7 +39,7 @@ pub struct Connected {
     pub worker: WorkerId,
     /// Tells this stream from an earlier or later one of the same worker.
     pub number: u64,
-    /// What it offers.
+    /// What it said that it offers.
     pub tags: BTreeSet<String>,
     /// The kinds of jobs that it takes.
     pub kinds: BTreeSet<JobKind>,
@@ -81,7 +82,22 @@ pub struct Introduction {
 impl Connected {
     /// Whether it may be given a job of `kind` that needs `needs`.
     fn takes(&self, kind: JobKind, needs: &BTreeSet<String>) -> bool {
-        self.kinds.contains(&kind) && needs.is_subset(&self.tags)
+        let serves = |need: &String| {
+            let serving = lock(&self.serving);
+            let models = serving.iter().flat_map(|serving| &serving.models);
+            models.into_iter().any(|model| model_tag(model) == *need)
+        };
+        let offers = |need| self.tags.contains(need) || serves(need);
+        self.kinds.contains(&kind) && needs.iter().all(offers)
+    }
+
+    /// What a job that it is given may need: its tags, and the models that it serves.
+    pub fn offers(&self) -> BTreeSet<String> {
+        let mut offers = self.tags.clone();
+        let serving = lock(&self.serving);
+        let models = serving.iter().flat_map(|serving| &serving.models);
+        offers.extend(models.map(|model| model_tag(model)));
+        offers
     }
 
     /// Whether nothing is granted on this stream any more.
@@ -243,6 +259,8 @@ impl Registry {
         let serving = Some(serving).filter(|serving| !serving.models.is_empty());
         *lock(&connected.serving) = serving;
         self.serving_changed.notify_one();
+        // There may be jobs for what is new.
+        connected.wake.notify_one();
     }
 
     /// The stream of a worker.
@@ -397,6 +415,11 @@ mod tests {
         // It still serves while it moves to another coordinator.
         worker.moving.store(true, Ordering::Relaxed);
         assert!(worker.takes_no_more() && shown().is_some());
+        // Jobs for the model are for this worker.
+        let needs = [model_tag("qwen3")].into();
+        assert_eq!(worker.offers(), needs);
+        assert!(worker.takes(JobKind::Rollout, &needs));
+        assert!(!worker.takes(JobKind::Rollout, &[model_tag("other")].into()));
         registry.serves(&worker, v1::Serving::default());
         assert_eq!(shown(), None);
         registry.serves(&worker, serving);

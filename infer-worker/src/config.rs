@@ -10,6 +10,7 @@ use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::telemetry::TelemetryConfig;
 
 use crate::api::backend::AdapterSource;
+use crate::jobs::JobOptions;
 
 /// Serves a Qwen3 model over an OpenAI-compatible API.
 #[derive(Clone, Debug, Parser)]
@@ -36,6 +37,17 @@ pub struct Options {
     /// What requests must show as a bearer token.
     #[arg(long, env = "ESPALIER_INFER_WORKER_API_KEY", hide_env_values = true, value_parser = api_key)]
     pub api_key: Option<Secret>,
+    /// Name of that key in the configuration of agent workers (`model_keys`), which coordinators tell them.
+    #[arg(long, value_name = "NAME", requires = "coordinator_url")]
+    pub api_key_name: Option<String>,
+    /// Where other workers reach this one, which coordinators tell them [http://HOST:PORT/v1].
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "ESPALIER_INFER_WORKER_ADVERTISE_URL",
+        requires = "coordinator_url"
+    )]
+    pub advertise_url: Option<String>,
     /// Longest prompt and answer together, in tokens [the model's].
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(16..))]
     pub max_model_len: Option<u32>,
@@ -64,6 +76,9 @@ pub struct Options {
     /// Adapters that may be loaded at once. A GPU keeps room for as many.
     #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_loras: u32,
+    /// Largest rank of an adapter. A GPU keeps room for `--max-loras` of that rank.
+    #[arg(long, value_name = "RANK", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub max_lora_rank: u32,
     /// auto (a GPU where there is one), cpu, or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: Device,
@@ -84,6 +99,9 @@ pub struct Options {
     /// OTEL_EXPORTER_OTLP_ENDPOINT].
     #[arg(long, value_name = "URL")]
     pub otlp_traces_endpoint: Option<String>,
+    /// Jobs of the queue.
+    #[command(flatten)]
+    pub jobs: JobOptions,
 }
 
 /// What the model runs on.
@@ -168,6 +186,7 @@ impl Options {
                 "`--max-num-batched-tokens` must be at least `--max-num-seqs` ({seqs}), got {tokens}"
             ));
         }
+        self.check_registration()?;
         let base = self.base_name();
         for (i, adapter) in self.adapters.iter().enumerate() {
             let before = self.adapters[..i]
@@ -179,6 +198,33 @@ impl Options {
                     "`--adapter` must have a name of its own, got `{name}` again"
                 ));
             }
+        }
+        Ok(())
+    }
+}
+
+impl Options {
+    /// Others are told of this worker: they have to reach it, and to be let in.
+    fn check_registration(&self) -> Result<(), String> {
+        if self.jobs.coordinator_url.is_none() {
+            return Ok(());
+        }
+        if self.jobs.store_url.is_none() {
+            return Err("`--store-url` must be given with `--coordinator-url`: jobs of the coordinators have their files \
+                there"
+                .to_owned());
+        }
+        if self.host.is_unspecified() && self.advertise_url.is_none() {
+            return Err(format!(
+                "`--advertise-url` must be given with `--coordinator-url` and `--host {}`: other workers cannot reach that \
+                 address",
+                self.host
+            ));
+        }
+        if self.api_key.is_some() && self.api_key_name.is_none() {
+            return Err("`--api-key-name` must be given with `--api-key` and `--coordinator-url`: agent workers find the \
+                key under that name in their `model_keys`"
+                .to_owned());
         }
         Ok(())
     }
@@ -307,6 +353,30 @@ mod tests {
         ] {
             let error = read(&arguments).unwrap_err();
             assert!(error.contains(rule), "{arguments:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn who_is_told_to_others_can_be_reached_by_them() {
+        let told = |more: &[&str]| {
+            let coordinators = ["--coordinator-url", "http://c:7411"];
+            read(&[&coordinators, more].concat())
+        };
+        let store = ["--store-url", "file:///s"];
+        assert!(told(&store).is_ok());
+        for (more, rule) in [
+            (&[][..], "`--store-url` must be given"),
+            (
+                &["--store-url", "file:///s", "--host", "0.0.0.0"],
+                "`--advertise-url` must be given",
+            ),
+            (
+                &["--store-url", "file:///s", "--api-key", "k"],
+                "`--api-key-name` must be given",
+            ),
+        ] {
+            let error = told(more).unwrap_err();
+            assert!(error.contains(rule), "{more:?}: {error}");
         }
     }
 }

@@ -7,6 +7,7 @@ pub mod config;
 pub mod engine;
 pub mod executor;
 pub mod grammar;
+pub mod jobs;
 pub mod load;
 pub mod scheduler;
 pub mod serve;

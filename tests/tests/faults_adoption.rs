@@ -180,7 +180,7 @@ fn forge(cluster: &Cluster, donor: &Trace, key: &JobKey, fence: Fence, line: &Va
             .chain(blobs)
             .collect(),
         parents: vec![layout::job(key)],
-        summary: trace.summary(),
+        summary: trace.summary().into(),
     }
 }
 

@@ -115,7 +115,7 @@ async fn up_serves_the_model_itself() {
     }
     // A rollout that runs when it is told to end: the model stays until the rollout is published.
     let store = up.store_folder();
-    client.submit("last", &[cut_after(600, "j")]).await;
+    client.submit("last", &[cut_after(200, "j")]).await;
     let key: JobKey = "default/last/j".parse().unwrap();
     wait_for("the last rollout to run", DEADLINE, || async {
         let leases = client.leases(std::slice::from_ref(&key)).await;

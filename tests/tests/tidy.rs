@@ -21,6 +21,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
         &[
             "espalier-core",
             "espalier-kernels",
+            "espalier-proto",
             "espalier-qwen3",
             "espalier-qwen3-text",
             "espalier-runtime",

@@ -3,10 +3,8 @@
 use std::path::PathBuf;
 
 use espalier_core::error::ErrorClass;
-use espalier_core::id::JobKey;
-use espalier_core::layout;
-use espalier_core::spec::SpecDigest;
 use espalier_core::trace::TraceError;
+use espalier_runtime::publish::{OfStore, PublishError};
 use espalier_runtime::store::StoreError;
 use espalier_runtime::tasks::{BlockingFailed, DeadlineExceeded};
 
@@ -26,31 +24,9 @@ pub enum RecordError {
     /// The store does not take or give back an object.
     #[error("cannot publish the trace")]
     Store(#[from] StoreError),
-    /// A published manifest is there and its files are not what it says.
-    #[error("the published manifest of `{job}` is invalid: {reason}")]
-    InvalidManifest {
-        /// The job.
-        job: String,
-        /// The file or rule.
-        reason: String,
-    },
-    /// The batch's name was used before, for other jobs, and a result of theirs is there.
-    #[error(
-        "batch name already used: the store holds a result of another spec for job `{}` of batch `{}` in project `{}` \
-         (spec sha256 {}, this job's {}); use another batch name, or delete `{}` from the store and retry the job",
-        job.job, job.batch, job.project, shown(found.as_ref()), shown(asked.as_ref()), layout::job(job)
-    )]
-    NameUsed {
-        /// The job.
-        job: JobKey,
-        /// What the published result was asked for; none: no job asked for it.
-        found: Option<SpecDigest>,
-        /// What this job asks for.
-        asked: Option<SpecDigest>,
-    },
-    /// The attempt must not publish: its lease is gone or it was told to stop.
-    #[error("stopped before the trace was published")]
-    Stopped,
+    /// The result is not visible to anybody.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
     /// A step that is not JSON: a number that JSON cannot hold.
     #[error("a step cannot be encoded")]
     Encode(#[source] serde_json::Error),
@@ -70,18 +46,20 @@ impl RecordError {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Encode(_) | Self::Trace(_) => ErrorClass::Handler,
-            Self::Stopped => ErrorClass::Preempted,
-            // No further attempt finds another name: the job is over until a person acts.
-            Self::NameUsed { .. } => ErrorClass::Invalid,
-            Self::Disk { .. }
-            | Self::Store(_)
-            | Self::InvalidManifest { .. }
-            | Self::Blocking(_)
-            | Self::Late(_) => ErrorClass::Infra,
+            Self::Publish(error) => error.class(),
+            Self::Disk { .. } | Self::Store(_) | Self::Blocking(_) | Self::Late(_) => {
+                ErrorClass::Infra
+            }
         }
     }
 }
 
-fn shown(digest: Option<&SpecDigest>) -> &str {
-    digest.map_or("none", SpecDigest::short)
+impl OfStore for RecordError {
+    fn of_store(&self) -> Option<&StoreError> {
+        match self {
+            Self::Store(error) => Some(error),
+            Self::Publish(error) => error.of_store(),
+            _ => None,
+        }
+    }
 }

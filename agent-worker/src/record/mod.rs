@@ -9,7 +9,6 @@
 //! dropped its files of this machine go away, after one try to bring the last steps to the store. After a kill the next
 //! process that takes the data folder brings what is left there to the store ([`ship_leftovers`]).
 
-mod adopt;
 mod error;
 mod leftovers;
 mod log;
@@ -35,10 +34,8 @@ use espalier_runtime::clock::Clock;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{self, OnFailure, Tasks};
 
-pub use adopt::{Claim, Found, find_at_start, find_published};
 pub use error::RecordError;
 pub(crate) use leftovers::ship_leftovers;
-pub use publish::{Gate, NoLease, Published};
 pub use spool::Spool;
 
 use log::StepLog;

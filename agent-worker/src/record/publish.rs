@@ -1,67 +1,15 @@
 //! The end of a recording: blobs and trace first, then the manifest, created once.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
-use espalier_core::id::JobKey;
 use espalier_core::layout;
 use espalier_core::trace::{FileEntry, Manifest, Outcome, RolloutSummary, SCHEMA_VERSION, Trace};
-use espalier_runtime::store::{Created, Patience};
+use espalier_runtime::publish::{self, Claim, Gate, Published, patiently};
 use espalier_runtime::tasks::{self, with_deadline};
 use espalier_runtime::traces;
 
-use super::{Claim, Found, RecordError, Recorder, find_published};
-
-/// How long somebody at a terminal waits for a store that is away.
-const NO_LEASE_PATIENCE: Duration = Duration::from_secs(120);
-/// How often a manifest that does not verify is reported within one publication: a second time only if another worker
-/// without a lease wrote one meanwhile.
-const REPORTS_MAX: u32 = 2;
-
-/// Whom the recorder asks before it makes a result visible.
-pub trait Gate: Sync {
-    /// Whether the attempt still holds its lease. Asked right before the manifest is created, so that an attempt which
-    /// was suspended past its lease publishes nothing.
-    fn may_publish(&self) -> bool;
-
-    /// How long publishing waits for a store that is away; none: whoever holds the lease ends the wait.
-    fn patience(&self) -> Option<Duration> {
-        None
-    }
-
-    /// Reports that the manifest which is there does not verify. True: it was moved aside.
-    fn report_invalid(&self, reason: &str) -> impl Future<Output = bool> + Send;
-}
-
-/// The gate of a recording that no lease protects: a conversation in a terminal.
-#[derive(Clone, Copy, Debug)]
-pub struct NoLease;
-
-impl Gate for NoLease {
-    fn may_publish(&self) -> bool {
-        true
-    }
-
-    fn patience(&self) -> Option<Duration> {
-        Some(NO_LEASE_PATIENCE)
-    }
-
-    async fn report_invalid(&self, _reason: &str) -> bool {
-        false
-    }
-}
-
-/// A result that everybody can see.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Published {
-    /// Object path of the manifest.
-    pub manifest: String,
-    /// What it says of the rollout.
-    pub summary: RolloutSummary,
-    /// Whether an earlier attempt had published, and this one took that over.
-    pub adopted: bool,
-}
+use super::{RecordError, Recorder};
 
 impl Recorder {
     /// Ends the recording and publishes it. Waits for a store that is away; the caller drops the future when the
@@ -101,7 +49,8 @@ impl Recorder {
         })
         .await?;
         let manifest = self.manifest(entry, summary);
-        let published = self.create(&manifest, gate).await?;
+        let claim = self.claim();
+        let published = publish::create(&self.context.store, claim, &manifest, gate).await?;
         self.shipment.published();
         Ok(published)
     }
@@ -132,53 +81,7 @@ impl Recorder {
             created_at_us: self.context.clock.now(),
             files,
             parents: vec![layout::job(&self.key)],
-            summary,
-        }
-    }
-
-    async fn create(
-        &self,
-        manifest: &Manifest,
-        gate: &impl Gate,
-    ) -> Result<Published, RecordError> {
-        let path = layout::manifest(&self.key);
-        let content =
-            Bytes::from(serde_json::to_vec_pretty(manifest).map_err(RecordError::Encode)?);
-        let mut reports = 0;
-        loop {
-            let create = || async {
-                if !gate.may_publish() {
-                    return Err(RecordError::Stopped);
-                }
-                Ok(self.context.store.create(&path, content.clone()).await?)
-            };
-            if self.until_stored("manifest", create).await? == Created::New {
-                return Ok(Published {
-                    manifest: path,
-                    summary: manifest.summary.clone(),
-                    adopted: false,
-                });
-            }
-            let reason = match self.look().await? {
-                Found::Published(found) => {
-                    return Ok(Published {
-                        manifest: path,
-                        // After a lost answer it is this attempt's own.
-                        adopted: found.fence != manifest.fence,
-                        summary: found.summary,
-                    });
-                }
-                Found::OfAnotherSpec(found) => return Err(self.claim().refuse(found)),
-                Found::Invalid { reason } => reason,
-                Found::Nothing => "it went away while it was read".to_owned(),
-            };
-            reports += 1;
-            if reports > REPORTS_MAX || !gate.report_invalid(&reason).await {
-                return Err(RecordError::InvalidManifest {
-                    job: self.key.to_string(),
-                    reason,
-                });
-            }
+            summary: summary.into(),
         }
     }
 
@@ -188,11 +91,6 @@ impl Recorder {
             fence: self.fence,
             spec: self.spec.as_ref(),
         }
-    }
-
-    async fn look(&self) -> Result<Found, RecordError> {
-        let find = || find_published(&self.context.store, self.claim());
-        self.until_stored("adoption", find).await
     }
 
     /// Does `work` again and again while the store may come back. The lease is kept meanwhile, and the gate's patience
@@ -206,27 +104,6 @@ impl Recorder {
         F: Future<Output = Result<T, RecordError>>,
     {
         patiently(&self.key, what, work).await
-    }
-}
-
-/// Does `work` again and again while the store may come back. The caller ends the wait.
-pub(super) async fn patiently<T, F>(
-    key: &JobKey,
-    what: &'static str,
-    work: impl Fn() -> F,
-) -> Result<T, RecordError>
-where
-    F: Future<Output = Result<T, RecordError>>,
-{
-    let mut patience = Patience::new(key, what);
-    loop {
-        let error = match work().await {
-            Err(RecordError::Store(error)) => error,
-            done => return done,
-        };
-        if !patience.after(&error).await {
-            return Err(error.into());
-        }
     }
 }
 

@@ -10,6 +10,9 @@ use espalier_core::trace::{
     Decision, Manifest, Provenance, SCHEMA_VERSION, StopReason, Totals, Trace, TraceError,
 };
 use espalier_runtime::clock::SystemClock;
+use espalier_runtime::publish::{
+    Claim, Found, Gate, NoLease, PublishError, find_at_start, find_published,
+};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::StoreLimits;
 use espalier_runtime::store::faults::{Fault, Faults};
@@ -223,7 +226,7 @@ async fn a_published_trace_verifies_and_leaves_nothing_on_this_machine() {
     assert_eq!(recorder.tool_call(tool, record).await.unwrap(), 2);
     let published = recorder.publish(outcome(1), &gate(true)).await.unwrap();
     assert!(!published.adopted);
-    assert_eq!(published.summary.totals.turns, 1);
+    assert_eq!(published.summary.rollout().unwrap().totals.turns, 1);
 
     let Found::Published(manifest) = world.find(Some(&spec("price?"))).await else {
         panic!("not published");
@@ -280,7 +283,8 @@ async fn the_later_attempt_takes_over_what_a_zombie_published_first() {
     let published = holder.publish(outcome(5), &gate(true)).await.unwrap();
     assert!(published.adopted);
     assert_eq!(
-        published.summary.totals.turns, 3,
+        published.summary.rollout().unwrap().totals.turns,
+        3,
         "the summary is of what is published"
     );
     assert_eq!(world.manifest().await.unwrap().fence, Fence(1));
@@ -350,10 +354,13 @@ async fn a_zombie_that_comes_late_changes_nothing() {
         .publish(outcome(9), &gate(false))
         .await
         .unwrap_err();
-    assert!(matches!(refused, RecordError::Stopped), "{refused}");
+    assert!(
+        matches!(refused, RecordError::Publish(PublishError::Stopped)),
+        "{refused}"
+    );
     let late = zombie.publish(outcome(3), &gate(true)).await.unwrap();
     assert!(late.adopted);
-    assert_eq!(late.summary.totals.turns, 5);
+    assert_eq!(late.summary.rollout().unwrap().totals.turns, 5);
     assert_eq!(world.manifest().await.unwrap().fence, Fence(2));
 }
 

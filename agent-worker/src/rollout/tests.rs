@@ -52,7 +52,7 @@ async fn recorder(world: &World, key: &str) -> Recorder {
 
 fn order<'a>(spec: &'a JobSpec, verify: Option<&'a VerifyDraft>) -> Order<'a> {
     Order {
-        spec: &spec.rollout,
+        spec: spec.rollout().unwrap(),
         verify,
         labels: &spec.labels,
     }
@@ -66,7 +66,7 @@ async fn roll_with(world: &World, fields: Value, answers: &Answers) -> Ran {
     let (draft, spec) = job(fields);
     let mut recorder = recorder(world, "p/b/j").await;
     let order = order(&spec, draft.verify.as_ref());
-    let mut conversation = Scripted::new(spec.rollout.prompts.clone(), answers);
+    let mut conversation = Scripted::new(spec.rollout().unwrap().prompts.clone(), answers);
     let cancel = CancellationToken::new();
     let outcome = run(
         &world.services,
@@ -261,7 +261,7 @@ async fn cancelling_ends_a_rollout_at_once() {
     let mut recorder = recorder(&world, "p/b/j").await;
     let order = order(&spec, None);
     let answers = Answers(true, Mutex::default());
-    let mut conversation = Scripted::new(spec.rollout.prompts.clone(), &answers);
+    let mut conversation = Scripted::new(spec.rollout().unwrap().prompts.clone(), &answers);
     let cancel = CancellationToken::new();
     let running = run(
         &world.services,
@@ -338,8 +338,13 @@ async fn a_person_who_leaves_in_the_middle_leaves_a_whole_trace() {
     let outcome = outcome.unwrap();
     assert_eq!(outcome.stop, StopReason::UserExit);
     assert_eq!(outcome.totals.tool_calls, 1);
-    let published = recorder.publish(outcome, &crate::record::NoLease).await;
-    assert_eq!(published.unwrap().summary.stop, StopReason::UserExit);
+    let published = recorder
+        .publish(outcome, &espalier_runtime::publish::NoLease)
+        .await;
+    assert_eq!(
+        published.unwrap().summary.rollout().unwrap().stop,
+        StopReason::UserExit
+    );
 }
 
 #[tokio::test]

@@ -10,7 +10,9 @@ use std::time::Duration;
 use clap::Args;
 use espalier_agent_worker::{Agent, AgentWorkerConfig, Conversed, Deps};
 use espalier_core::id::{Fence, JobKey};
-use espalier_core::spec::{JobDraft, JobSpec, LimitsDraft, McpUseDraft, PromptDraft, ToolPolicy};
+use espalier_core::spec::{
+    JobDraft, LimitsDraft, McpUseDraft, PromptDraft, RolloutSpec, ToolPolicy, Work,
+};
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
@@ -123,7 +125,7 @@ async fn converse(context: &Context, args: &Chat, settings: &Settings) -> Outcom
     let talking = agent.converse(
         job.key.clone(),
         job.fence,
-        (&job.draft, &job.spec),
+        (&job.draft, &job.rollout),
         &mut terminal,
         shutdown.drain_token(),
     );
@@ -139,7 +141,7 @@ struct ChatJob {
     key: JobKey,
     fence: Fence,
     draft: JobDraft,
-    spec: JobSpec,
+    rollout: RolloutSpec,
 }
 
 impl ChatJob {
@@ -150,12 +152,15 @@ impl ChatJob {
             let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
             Problem::refused(texts.join("; "))
         })?;
+        let Work::Rollout(rollout) = spec.work else {
+            return Err(Problem::failed("a conversation is a rollout"));
+        };
         let job = format!("chat-{}", names::stamp(now)).parse()?;
         Ok(Self {
             key: JobKey::new(context.project()?, BATCH.parse()?, job),
             fence: Fence(now.0),
             draft,
-            spec,
+            rollout: *rollout,
         })
     }
 }

@@ -331,10 +331,9 @@ async fn try_chat(endpoint: ModelEndpoint, model: &str) -> Result<String, String
         prompt: PromptDraft::One("Say hello.".to_owned()),
         ..JobDraft::default()
     };
-    let spec = draft
-        .check()
-        .map_err(|_| "the default job is refused".to_owned())?;
-    let mut sampling = spec.rollout.sampling;
+    let spec = draft.check().ok();
+    let sampling = spec.and_then(|spec| Some(spec.rollout()?.sampling.clone()));
+    let mut sampling = sampling.ok_or("the default job is refused")?;
     sampling.completion_tokens_max = 16;
     let messages = [Message::User {
         content: "Say hello.".to_owned(),

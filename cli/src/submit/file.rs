@@ -13,7 +13,7 @@ use espalier_proto::v1;
 use prost::Message;
 use serde_json::Value;
 
-use super::lines::{self, LINE_BYTES_MAX, Line};
+use super::lines::{self, Line};
 use super::suggest;
 use super::vars::{self, Vars};
 
@@ -21,6 +21,8 @@ use super::vars::{self, Vars};
 pub const CHUNK_JOBS_MAX: usize = 2_000;
 /// Most bytes of a chunk's jobs: the API's limit, with room for what is around them.
 pub const CHUNK_BYTES_MAX: usize = 7 << 20;
+/// Longest line that is read, in bytes: the largest spec, with room for JSON's escapes.
+pub const LINE_BYTES_MAX: usize = 4 << 20;
 /// Largest TOML file, in bytes: it is read whole. Large batches are JSONL.
 const TOML_BYTES_MAX: u64 = 64 << 20;
 
@@ -161,7 +163,7 @@ impl JobFile {
                     self.place += 1;
                     return Ok(jobs.next().map(Ok));
                 }
-                Source::Jsonl(reader) => lines::next(reader)?,
+                Source::Jsonl(reader) => lines::next(reader, LINE_BYTES_MAX)?,
             };
             let Some(line) = line else { return Ok(None) };
             self.place += 1;

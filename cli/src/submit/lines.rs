@@ -2,45 +2,42 @@
 
 use std::io::{self, BufRead};
 
-/// Longest line that is read, in bytes: the largest spec, with room for JSON's escapes.
-pub const LINE_BYTES_MAX: usize = 4 << 20;
-
 /// One line.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Line {
     /// Its bytes, without the line end.
     Bytes(Vec<u8>),
-    /// It is longer than [`LINE_BYTES_MAX`]: its size, and its beginning.
+    /// It is longer than lines may be: its size, and its beginning.
     TooLong(u64, Vec<u8>),
 }
 
-/// The next line; none at the end. Never holds more than [`LINE_BYTES_MAX`] bytes, however long the line is.
-pub fn next(reader: &mut impl BufRead) -> io::Result<Option<Line>> {
+/// The next line; none at the end. Never holds more than `bytes_max` bytes, however long the line is.
+pub fn next(reader: &mut impl BufRead, bytes_max: usize) -> io::Result<Option<Line>> {
     let (mut line, mut size) = (Vec::new(), 0_u64);
     loop {
         let buffer = reader.fill_buf()?;
         if buffer.is_empty() {
             let ended = size == 0;
-            return Ok((!ended).then(|| finish(line, size)));
+            return Ok((!ended).then(|| finish(line, size, bytes_max)));
         }
         let end = buffer.iter().position(|byte| *byte == b'\n');
         let part = &buffer[..end.unwrap_or(buffer.len())];
-        let room = (LINE_BYTES_MAX + 1).saturating_sub(line.len());
+        let room = (bytes_max + 1).saturating_sub(line.len());
         line.extend_from_slice(&part[..part.len().min(room)]);
         size += part.len() as u64;
         let used = part.len() + usize::from(end.is_some());
         reader.consume(used);
         if end.is_some() {
-            return Ok(Some(finish(line, size)));
+            return Ok(Some(finish(line, size, bytes_max)));
         }
     }
 }
 
-fn finish(mut line: Vec<u8>, size: u64) -> Line {
+fn finish(mut line: Vec<u8>, size: u64, bytes_max: usize) -> Line {
     if line.last() == Some(&b'\r') {
         line.pop();
     }
-    if size > LINE_BYTES_MAX as u64 {
+    if size > bytes_max as u64 {
         line.truncate(200);
         return Line::TooLong(size, line);
     }
@@ -52,10 +49,12 @@ mod tests {
     use super::*;
     use std::io::BufReader;
 
+    const LINE_BYTES_MAX: usize = 4 << 20;
+
     fn lines(bytes: &[u8]) -> Vec<Line> {
         // A small buffer, so that lines cross its border.
         let mut reader = BufReader::with_capacity(7, bytes);
-        std::iter::from_fn(|| next(&mut reader).unwrap()).collect()
+        std::iter::from_fn(|| next(&mut reader, LINE_BYTES_MAX).unwrap()).collect()
     }
 
     #[test]

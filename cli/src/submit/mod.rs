@@ -4,7 +4,7 @@
 //! again, which is harmless, while the coordinator does not answer.
 
 pub mod file;
-mod lines;
+pub mod lines;
 mod send;
 pub mod suggest;
 pub mod vars;
@@ -94,7 +94,7 @@ pub async fn run(context: &Context, args: &Submit) -> Outcome {
 }
 
 /// The rule of names, said of the option.
-fn rename(error: FieldError) -> FieldError {
+pub fn rename(error: FieldError) -> FieldError {
     FieldError {
         field: "--batch".to_owned(),
         ..error
@@ -102,7 +102,7 @@ fn rename(error: FieldError) -> FieldError {
 }
 
 /// `{file name}-{yyyymmdd-hhmmss}`, made of what a name may hold.
-fn default_batch(file: &Path, now: Timestamp) -> Result<BatchId, FieldError> {
+pub fn default_batch(file: &Path, now: Timestamp) -> Result<BatchId, FieldError> {
     let stem = names::of_file(file, STEM_CHARS_MAX, "batch");
     BatchId::new(format!("{stem}-{}", names::stamp(now)))
 }
@@ -134,7 +134,8 @@ fn report(context: &Context, batch: &BatchId, sent: &Sent) -> Result<(), Problem
     Ok(())
 }
 
-fn refusal_json(refusal: &Refusal) -> Value {
+/// A refusal for programs.
+pub fn refusal_json(refusal: &Refusal) -> Value {
     json!({
         "place": refusal.place,
         "id": refusal.id,
@@ -144,7 +145,8 @@ fn refusal_json(refusal: &Refusal) -> Value {
     })
 }
 
-fn refusal_table(refusals: &[Refusal]) -> String {
+/// Refusals for people.
+pub fn refusal_table(refusals: &[Refusal]) -> String {
     let row = |refusal: &Refusal| {
         [
             refusal.place.to_string(),

@@ -130,13 +130,9 @@ fn default_sampling() -> Result<Sampling, Problem> {
         prompt: PromptDraft::One("-".to_owned()),
         ..JobDraft::default()
     };
-    let spec = draft
-        .check()
-        .map_err(|errors| match errors.into_iter().next() {
-            Some(error) => Problem::from(error),
-            None => Problem::failed("the default sampling is refused"),
-        })?;
-    Ok(spec.rollout.sampling)
+    let spec = draft.check().ok();
+    let sampling = spec.and_then(|spec| Some(spec.rollout()?.sampling.clone()));
+    sampling.ok_or_else(|| Problem::failed("the default sampling is refused"))
 }
 
 fn report(context: &Context, batch: &BatchId, done: &[Imported]) -> Outcome {

@@ -189,7 +189,7 @@ mod tests {
     fn trace(verify: &str) -> Trace {
         let draft =
             parse_line(format!(r#"{{"prompt":"x","verify":{verify}}}"#).as_bytes()).unwrap();
-        let sampling = draft.check().unwrap().rollout.sampling;
+        let sampling = draft.check().unwrap().rollout().unwrap().sampling.clone();
         let file = json!({
             "timestamp": "20250529_130900", "model": "m", "tools": [],
             "messages": [{"role": "user", "content": "price?"}, {"role": "assistant", "content": "it costs 5"}],

@@ -214,7 +214,7 @@ mod tests {
                 {"role": "assistant", "content": "5"}],
         });
         let draft = espalier_core::spec::parse_line(br#"{"prompt":"x"}"#).unwrap();
-        let sampling = draft.check().unwrap().rollout.sampling;
+        let sampling = draft.check().unwrap().rollout().unwrap().sampling.clone();
         let job = "default/b/j".parse().unwrap();
         let mut trace = workshop::read(file.to_string().as_bytes(), job, sampling).unwrap();
         trace.outcome.verdict = Some(Verdict {

@@ -2,7 +2,7 @@
 
 use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
 use espalier_core::time::Timestamp;
-use espalier_core::trace::{RolloutSummary, Trace};
+use espalier_core::trace::{RolloutSummary, Summary, Trace};
 use espalier_proto::convert::summary_from_wire;
 use espalier_proto::v1;
 use espalier_runtime::store::Store;
@@ -57,18 +57,23 @@ impl Source {
             Self::Store(traces) => {
                 let listed = traces.list(batch).await?;
                 let read = |one: Listed| async move {
-                    let summary = traces.summary(&one).await?;
-                    Ok::<_, Problem>(Entry {
+                    let found = traces.summary(&one).await?;
+                    // What is no rollout has no trace.
+                    let Summary::Rollout(summary) = found.manifest.summary else {
+                        return Ok(None);
+                    };
+                    Ok::<_, Problem>(Some(Entry {
                         job: one.job.clone(),
-                        summary: summary.manifest.summary,
-                        published: summary.manifest.created_at_us,
-                        corrected: summary.patch.is_some(),
+                        summary,
+                        published: found.manifest.created_at_us,
+                        corrected: found.patch.is_some(),
                         listed: one,
-                    })
+                    }))
                 };
                 futures::stream::iter(listed)
                     .map(read)
                     .buffered(READS_MAX)
+                    .try_filter_map(|entry| std::future::ready(Ok(entry)))
                     .try_collect()
                     .await
             }
@@ -166,6 +171,9 @@ async fn list_jobs(
         let page = client.jobs().list_jobs(request.clone()).await?.into_inner();
         for job in page.jobs {
             let Some(summary) = job.summary else { continue };
+            let Summary::Rollout(summary) = summary_from_wire(summary)? else {
+                continue;
+            };
             let key = JobKey::new(project.clone(), batch.clone(), job.id.parse()?);
             entries.push(Entry {
                 listed: Listed {
@@ -173,7 +181,7 @@ async fn list_jobs(
                     newest_patch: None,
                 },
                 job: key,
-                summary: summary_from_wire(summary)?,
+                summary,
                 published: Timestamp(job.ended_at_us),
                 corrected: false,
             });

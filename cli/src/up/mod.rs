@@ -21,9 +21,9 @@ use std::time::Duration;
 use espalier_agent_worker::AgentWorkerConfig;
 use espalier_coordinator::{CoordinatorConfig, Role, Scope, TokenConfig};
 use espalier_core::id::ProjectId;
+use espalier_infer_worker::jobs;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::{Environment, Secret};
-use espalier_runtime::model::ModelEndpoint;
 use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
@@ -136,9 +136,9 @@ async fn start(
     let store_url = store_url(settings, &data_dir);
     let store = Store::open(&store_url).await?;
     let listener = listen(settings).await?;
-    let endpoint = match &settings.endpoint {
-        Some(endpoint) => endpoint.clone(),
-        None => Box::pin(model::start(settings, environment, tasks, &last)).await?,
+    let here = match &settings.endpoint {
+        Some(_) => None,
+        None => Some(Box::pin(model::start(settings, environment, tasks, &last)).await?),
     };
     let tokens = Tokens {
         client: place.token(fresh_token)?,
@@ -159,12 +159,11 @@ async fn start(
         store,
         servers: ready.servers,
         playwright_dir: ready.playwright_dir,
-        endpoint,
         data_dir: &data_dir,
         environment,
     };
     let coordinator = coordinator(settings, &parts, listener, last.clone()).await?;
-    let worker = worker(settings, &parts, shutdown.clone())?;
+    let worker = worker(settings, &parts, here, shutdown.clone())?;
     run_in_order(tasks, shutdown, last, coordinator, worker);
     unless_started.disarm();
     let target = Target {
@@ -200,7 +199,6 @@ struct Parts<'a> {
     store: Store,
     servers: Servers,
     playwright_dir: Option<PathBuf>,
-    endpoint: ModelEndpoint,
     data_dir: &'a Path,
     environment: &'a Environment,
 }
@@ -265,22 +263,40 @@ async fn coordinator(
     }))
 }
 
-fn worker(settings: &Settings, parts: &Parts<'_>, shutdown: Shutdown) -> Result<Ending, Problem> {
+/// Rollouts, and jobs for the model that is served here.
+fn worker(
+    settings: &Settings,
+    parts: &Parts<'_>,
+    here: Option<model::Here>,
+    shutdown: Shutdown,
+) -> Result<Ending, Problem> {
     let coordinator_url =
         Addresses::parse(&parts.up.url).map_err(|error| Problem::failed(error_chain(&error)))?;
+    let token = Some(Secret::new(parts.tokens.worker.as_str()));
+    // Rollouts use the model to their end.
+    let after_rollouts = Shutdown::new();
+    let source = jobs::Source {
+        coordinators: coordinator_url.clone(),
+        tls: None,
+        token: token.clone(),
+        store: parts.store.clone(),
+        shutdown: after_rollouts.clone(),
+    };
+    let key = |here: &model::Here| (model::KEY_NAME.to_owned(), here.key.clone());
     let config = AgentWorkerConfig {
         coordinator_url,
-        token: Some(Secret::new(parts.tokens.worker.as_str())),
+        token,
         model_extra: settings.extra.clone(),
         allow_inline_mcp: settings.allow_inline_mcp,
         playwright_dir: parts.playwright_dir.clone(),
         slots: settings.slots,
         http_hook_hosts: settings.http_hook_hosts.clone(),
         grace_s: settings.grace.as_secs(),
+        model_keys: here.iter().map(key).collect(),
         ..AgentWorkerConfig::new(
             parts.data_dir.join("worker"),
             parts.up.store.as_str(),
-            parts.endpoint.clone(),
+            settings.endpoint.clone(),
             settings.model.as_str(),
         )
     };
@@ -293,8 +309,17 @@ fn worker(settings: &Settings, parts: &Parts<'_>, shutdown: Shutdown) -> Result<
         temp_dir: std::env::temp_dir(),
     };
     Ok(Box::pin(async move {
-        let ran = Box::pin(espalier_agent_worker::run(config, deps, shutdown)).await;
-        ran.map_err(|error| Problem::failed(error_chain(&error)))
+        let rollouts = Box::pin(async {
+            let ran = espalier_agent_worker::run(config, deps, shutdown.clone()).await;
+            after_rollouts.drain();
+            ran.map_err(|error| Problem::failed(error_chain(&error)))
+        });
+        let answers = Box::pin(async {
+            let Some(here) = here else { return Ok(()) };
+            let ran = jobs::run(here.answering, source).await;
+            ran.map_err(|error| Problem::failed(error_chain(&error)))
+        });
+        tokio::try_join!(rollouts, answers).map(drop)
     }))
 }
 

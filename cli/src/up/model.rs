@@ -4,9 +4,9 @@
 use std::net::Ipv4Addr;
 
 use espalier_infer_worker::config::Options;
+use espalier_infer_worker::jobs::Answering;
 use espalier_infer_worker::serve::Worker;
 use espalier_runtime::config::{Environment, Secret};
-use espalier_runtime::model::ModelEndpoint;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::{OnFailure, Tasks};
 use espalier_runtime::telemetry::error_chain;
@@ -16,13 +16,24 @@ use super::{Settings, fresh_token};
 use crate::exit::Problem;
 use crate::output::note;
 
-/// Loads the model and serves it until `ends` drains. Gives where.
+/// A model that this process serves.
+pub(super) struct Here {
+    /// What answers jobs and is told to workers.
+    pub(super) answering: Answering,
+    /// What lets them in, which they know by the name of [`KEY_NAME`].
+    pub(super) key: Secret,
+}
+
+/// The name of the key among the worker's own.
+pub(super) const KEY_NAME: &str = "up";
+
+/// Loads the model and serves it until `ends` drains.
 pub(super) async fn start(
     settings: &Settings,
     environment: &Environment,
     tasks: &Tasks,
     ends: &Shutdown,
-) -> Result<ModelEndpoint, Problem> {
+) -> Result<Here, Problem> {
     note(format!(
         "loading {}; `--model-url` names an endpoint instead",
         settings.model
@@ -34,13 +45,11 @@ pub(super) async fn start(
     let worker = Worker::start(&options, environment, ends).await;
     let worker = worker.map_err(|error| Problem::failed(error_chain(&error)))?;
     let url = format!("http://{}/v1", listener.local_addr()?);
+    let answering = worker.answering(url, Some(KEY_NAME.to_owned()));
     tasks.spawn(
         "up.model",
         OnFailure::ShutDown,
         worker.serve(listener, ends.clone()),
     );
-    Ok(ModelEndpoint {
-        api_key: Some(key),
-        ..ModelEndpoint::new(url)
-    })
+    Ok(Here { answering, key })
 }

@@ -233,6 +233,12 @@ impl Row {
             _ => {}
         }
         let Some(summary) = &job.summary else { return };
+        if let Some(generate) = &summary.generate {
+            self.finished += 1;
+            self.unjudged += 1;
+            self.tokens += generate.prompt_tokens + generate.completion_tokens;
+            return;
+        }
         self.finished += 1;
         match summary.reward {
             Some(reward) if reward >= 1.0 => self.solved += 1,

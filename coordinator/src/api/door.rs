@@ -9,8 +9,8 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, ProjectId};
 use espalier_core::layout;
-use espalier_core::queue::{JobKind, NewJob};
-use espalier_core::spec::{JobDraft, JobSpec, McpUse, McpUseDraft, limits};
+use espalier_core::queue::NewJob;
+use espalier_core::spec::{JobDraft, JobSpec, McpUse, McpUseDraft, Work, limits, model_tag};
 use espalier_core::time::Timestamp;
 use espalier_proto::convert::draft_from_wire;
 use espalier_proto::status::ApiError;
@@ -180,18 +180,15 @@ impl Door {
             Some(id) => id,
             None => JobId::new(derived_id)?,
         };
-        let named = spec.rollout.mcp.iter().filter_map(|used| match used {
-            McpUse::Named(name) => Some(format!("{MCP_TAG}{name}")),
-            McpUse::Inline { .. } => None,
-        });
+        let implied = implied_needs(&spec.work);
         let resolve =
             |dep: &espalier_core::spec::Dependency| dep.resolve(&self.project, &self.batch);
         let budget = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         let job = NewJob {
             id,
-            kind: JobKind::Rollout,
+            kind: spec.work.kind(),
             priority: spec.priority,
-            needs: spec.needs.iter().cloned().chain(named).collect(),
+            needs: spec.needs.iter().cloned().chain(implied).collect(),
             deps: spec.after.iter().map(resolve).collect(),
             not_before: (!spec.delay.is_zero()).then(|| self.now + spec.delay),
             max_attempts: budget(spec.max_attempts),
@@ -243,6 +240,20 @@ impl Door {
     }
 }
 
+/// Tags that a worker must offer for what the job does: the servers of a rollout, the model of a batch of requests.
+fn implied_needs(work: &Work) -> Vec<String> {
+    match work {
+        Work::Rollout(rollout) => {
+            let named = rollout.mcp.iter().filter_map(|used| match used {
+                McpUse::Named(name) => Some(format!("{MCP_TAG}{name}")),
+                McpUse::Inline { .. } => None,
+            });
+            named.collect()
+        }
+        Work::Generate(generate) => generate.model.iter().map(|name| model_tag(name)).collect(),
+    }
+}
+
 /// Clients write `after` what the queue calls `deps`.
 pub fn in_clients_terms(mut error: FieldError) -> FieldError {
     error.field = error.field.replace("deps", "after");
@@ -252,6 +263,7 @@ pub fn in_clients_terms(mut error: FieldError) -> FieldError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use espalier_core::queue::JobKind;
     use espalier_core::spec::parse_line;
     use espalier_proto::convert::draft_to_wire;
 
@@ -292,6 +304,21 @@ mod tests {
         assert_eq!(job.not_before, Some(Timestamp(6_000)));
         let stored = StoredSpec::decode(&admitted.submission.spec).unwrap();
         assert_eq!(stored, StoredSpec::Inline(own.encode_to_vec().into()));
+    }
+
+    #[test]
+    fn a_batch_of_requests_waits_for_a_worker_that_serves_its_model() {
+        let own = r#"{"generate":{"requests":"a.jsonl","model":"m"},"needs":["gpu"]}"#;
+        let admitted = door("{}").check(&spec(own), "a").unwrap();
+        let job = &admitted.submission.job;
+        assert_eq!(job.kind, JobKind::Generate);
+        let needs: Vec<&str> = job.needs.iter().map(String::as_str).collect();
+        assert_eq!(needs, ["gpu", "model:m"]);
+        let any = r#"{"generate":{"requests":"a.jsonl"}}"#;
+        let admitted = door("{}").check(&spec(any), "a").unwrap();
+        assert!(admitted.submission.job.needs.is_empty());
+        let of_a_rollout = door(r#"{"mcp":["browser"]}"#).check(&spec(any), "a");
+        assert_eq!(of_a_rollout.unwrap_err()[0].field, "mcp");
     }
 
     #[test]

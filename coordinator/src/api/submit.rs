@@ -1,6 +1,8 @@
 //! Taking in batches and chunks of jobs. Each job goes through the [`Door`]; what is here is what a batch and a chunk
 //! have as a whole: their size, the room of their project, and that they may come again.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey, ProjectId};
@@ -64,8 +66,14 @@ fn check_defaults(defaults: v1::JobSpec) -> Result<(), FieldError> {
             "must be absent: an id is one job's",
         ));
     }
-    if draft.prompt == PromptDraft::Absent {
-        draft.prompt = PromptDraft::One("given by each job".to_owned());
+    match &mut draft.generate {
+        Some(generate) if generate.requests.is_none() => {
+            generate.requests = Some("given-by-each-job".to_owned());
+        }
+        None if draft.prompt == PromptDraft::Absent => {
+            draft.prompt = PromptDraft::One("given by each job".to_owned());
+        }
+        _ => {}
     }
     let errors = draft.check().err().unwrap_or_default();
     // A check may use a server that only the jobs name.
@@ -104,10 +112,12 @@ pub async fn submit_chunk(
     door.store_blobs(&shared.store, &mut checked.admitted)
         .await
         .map_err(|error| store_error(&shared.store, &error))?;
+    let admitted = checked.admitted.iter();
+    let kinds: Vec<JobKind> = admitted.map(|job| job.submission.job.kind).collect();
     // A known number with other jobs is refused by the queue, even if none of them passed.
     if !checked.admitted.is_empty() || known.is_some() {
         let reply = submit(shared, &door, chunk, known, &mut checked).await?;
-        checked.take_reply(&door.project, reply);
+        checked.take_reply(&door.project, reply, &kinds);
     }
     Ok(checked.answer())
 }
@@ -229,16 +239,15 @@ impl Checked {
         });
     }
 
-    fn take_reply(&mut self, project: &ProjectId, reply: ChunkReply) {
-        let mut new = 0;
-        for ((index, id), item) in std::mem::take(&mut self.places)
-            .into_iter()
-            .zip(reply.items)
-        {
+    /// `kinds`: of the jobs, in their order.
+    fn take_reply(&mut self, project: &ProjectId, reply: ChunkReply, kinds: &[JobKind]) {
+        let mut new: BTreeMap<JobKind, u64> = BTreeMap::new();
+        let places = std::mem::take(&mut self.places);
+        for (((index, id), item), kind) in places.into_iter().zip(reply.items).zip(kinds) {
             match item {
                 ItemResult::Accepted => {
                     self.accepted += 1;
-                    new += 1;
+                    *new.entry(*kind).or_default() += 1;
                 }
                 ItemResult::AlreadyThere => self.accepted += 1,
                 ItemResult::Rejected(error) => {
@@ -246,10 +255,10 @@ impl Checked {
                 }
             }
         }
-        if new > 0 {
+        for (kind, new) in new {
             let labels = [
                 KeyValue::new(attribute::PROJECT, project.to_string()),
-                KeyValue::new(attribute::JOB_KIND, JobKind::Rollout.as_str()),
+                KeyValue::new(attribute::JOB_KIND, kind.as_str()),
             ];
             telemetry::metrics().job_submissions.add(new, &labels);
         }
@@ -319,5 +328,8 @@ mod tests {
         assert_eq!(verdict(check_by_job), Ok(()));
         assert_eq!(verdict(r#"{"id":"a"}"#), Err("id".to_owned()));
         assert_eq!(verdict(r#"{"priority":99}"#), Err("priority".to_owned()));
+        assert_eq!(verdict(r#"{"generate":{"model":"m"}}"#), Ok(()));
+        let model = verdict(r#"{"generate":{"model":" "}}"#);
+        assert_eq!(model, Err("generate.model".to_owned()));
     }
 }

@@ -101,6 +101,12 @@ pub async fn find(shared: &Shared, key: JobKey) -> Result<Bytes, ApiError> {
     };
     let manifest = read(shared, &result.manifest).await?;
     let manifest = Manifest::parse(&manifest, &key).map_err(|error| damaged(&error))?;
+    if manifest.summary.rollout().is_none() {
+        return Err(ApiError::Conflict(format!(
+            "job `{}/{}` has no trace: it is no rollout",
+            key.batch, key.job
+        )));
+    }
     let file = manifest
         .trace_file()
         .ok_or_else(|| damaged(&"the manifest names no trace"))?;

@@ -100,10 +100,11 @@ pub fn states_from_wire(states: &[i32]) -> Result<Vec<StateName>, FieldError> {
     states.iter().enumerate().map(one).collect()
 }
 
-/// The kind of a job. Only rollouts come in through the API.
+/// The kind of a job. Only rollouts and batches of requests come in through the API.
 pub fn kind(kind: JobKind) -> v1::JobKind {
     match kind {
         JobKind::Rollout => v1::JobKind::Rollout,
+        JobKind::Generate => v1::JobKind::Generate,
         _ => v1::JobKind::Unspecified,
     }
 }
@@ -112,6 +113,7 @@ pub fn kind(kind: JobKind) -> v1::JobKind {
 pub fn kind_from_wire(kind: i32) -> Result<JobKind, FieldError> {
     match v1::JobKind::try_from(kind) {
         Ok(v1::JobKind::Rollout) => Ok(JobKind::Rollout),
+        Ok(v1::JobKind::Generate) => Ok(JobKind::Generate),
         _ => Err(FieldError::new("kind", kind, "must be a known kind of job")),
     }
 }

@@ -227,7 +227,7 @@ impl Session {
             (FinishAck::Refused(error), _) => ack(lease, Verdict::Refused, error.to_string()),
             (FinishAck::Accepted | FinishAck::AlreadyFinished, refused) => {
                 if *reply == FinishAck::Accepted {
-                    count_finish(&key, &outcome);
+                    self.count_finish(&key, &outcome);
                 }
                 match refused {
                     Some(reason) => ack(lease, Verdict::Refused, reason),
@@ -301,14 +301,19 @@ fn ack(lease: v1::Lease, verdict: Verdict, reason: String) -> v1::ResultAck {
     }
 }
 
-fn count_finish(key: &JobKey, outcome: &Outcome) {
-    let labels = [
-        KeyValue::new(attribute::PROJECT, key.project.to_string()),
-        KeyValue::new(
-            attribute::JOB_KIND,
-            espalier_core::queue::JobKind::Rollout.as_str(),
-        ),
-        KeyValue::new(attribute::OUTCOME, history::outcome_name(outcome)),
-    ];
-    telemetry::metrics().job_finishes.add(1, &labels);
+impl Session {
+    fn count_finish(&self, key: &JobKey, outcome: &Outcome) {
+        // A worker takes one kind of job.
+        let kind = self
+            .connected
+            .kinds
+            .first()
+            .map_or("", |kind| kind.as_str());
+        let labels = [
+            KeyValue::new(attribute::PROJECT, key.project.to_string()),
+            KeyValue::new(attribute::JOB_KIND, kind),
+            KeyValue::new(attribute::OUTCOME, history::outcome_name(outcome)),
+        ];
+        telemetry::metrics().job_finishes.add(1, &labels);
+    }
 }

@@ -89,7 +89,7 @@ impl Session {
             worker: self.connected.worker.clone(),
             request: self.shared.registry.next_number(),
             kind,
-            offers: self.connected.tags.clone(),
+            offers: self.connected.offers(),
             n,
             ttl: self.shared.config.lease_ttl(),
         };

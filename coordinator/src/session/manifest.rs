@@ -149,7 +149,7 @@ mod tests {
     use super::*;
     use bytes::Bytes;
     use espalier_core::time::Timestamp;
-    use espalier_core::trace::{FileEntry, RolloutSummary, StopReason, Totals};
+    use espalier_core::trace::{FileEntry, RolloutSummary, StopReason, Summary, Totals};
 
     fn manifest(key: &JobKey, trace: &[u8]) -> Bytes {
         let fence = Fence(7);
@@ -162,14 +162,14 @@ mod tests {
             created_at_us: Timestamp(1),
             files: vec![FileEntry::of(layout::trace(key, fence), trace)],
             parents: Vec::new(),
-            summary: RolloutSummary {
+            summary: Summary::Rollout(RolloutSummary {
                 reward: None,
                 stop: StopReason::Answered,
                 reason: String::new(),
                 task_id: String::new(),
                 task_kind: String::new(),
                 totals: Totals::default(),
-            },
+            }),
         };
         serde_json::to_vec(&manifest).unwrap().into()
     }

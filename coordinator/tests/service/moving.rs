@@ -7,7 +7,7 @@ use std::time::Duration;
 use espalier_coordinator::endpoints::ModelEndpoint;
 use espalier_core::layout;
 use espalier_core::time::Timestamp;
-use espalier_core::trace::{RolloutSummary, StopReason, Totals};
+use espalier_core::trace::{RolloutSummary, StopReason, Summary, Totals};
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::Secret;
@@ -81,14 +81,14 @@ impl Handler for Work {
         lock(&self.running).0 -= 1;
         JobOutcome::Published {
             manifest: layout::manifest(&grant.key),
-            summary: RolloutSummary {
+            summary: Summary::Rollout(RolloutSummary {
                 reward: Some(1.0),
                 stop: StopReason::Answered,
                 reason: String::new(),
                 task_id: String::new(),
                 task_kind: String::new(),
                 totals: Totals::default(),
-            },
+            }),
             spawn: Vec::new(),
         }
     }

@@ -8,7 +8,7 @@ use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::time::Timestamp;
 use espalier_core::trace::{
-    FileEntry, Manifest, RolloutSummary, SCHEMA_VERSION, StopReason, Totals,
+    FileEntry, Manifest, RolloutSummary, SCHEMA_VERSION, StopReason, Summary, Totals,
 };
 use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message as Heard;
@@ -356,14 +356,14 @@ fn manifest(key: &JobKey, fence: Fence, trace: &[u8]) -> Bytes {
         created_at_us: Timestamp(1),
         files: vec![FileEntry::of(layout::trace(key, fence), trace)],
         parents: Vec::new(),
-        summary: RolloutSummary {
+        summary: Summary::Rollout(RolloutSummary {
             reward: Some(1.0),
             stop: StopReason::Answered,
             reason: String::new(),
             task_id: String::new(),
             task_kind: String::new(),
             totals: Totals::default(),
-        },
+        }),
     };
     serde_json::to_vec(&manifest).unwrap().into()
 }

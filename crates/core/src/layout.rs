@@ -5,6 +5,7 @@
 //! {project}/batches/{batch}/jobs/{job}/manifest.json  published once, names the winning attempt
 //! {project}/batches/{batch}/jobs/{job}/patches/{n}.json  corrections, append-only
 //! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
+//! {project}/uploads/…                                 what users bring: requests of `generate` jobs
 //! .probe/{id}…                                        deleted as soon as it is created
 //! _journal/q-{queue}/{project}/{batch}/…              what a shared queue was given, until the batch has ended
 //! ```
@@ -14,7 +15,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use crate::error::FieldError;
-use crate::id::{BatchId, Fence, JobKey, ProjectId};
+use crate::id::{BatchId, Fence, JobId, JobKey, NAME_BYTES_MAX, ProjectId};
 
 /// Everything of a project.
 pub fn project(project: &ProjectId) -> String {
@@ -49,6 +50,30 @@ pub fn segment(key: &JobKey, fence: Fence, n: u32) -> String {
 /// The whole trace of one attempt.
 pub fn trace(key: &JobKey, fence: Fence) -> String {
     format!("{}trace.json.zst", attempt(key, fence))
+}
+
+/// Answers of a `generate` job, the `n`th piece: one a line.
+pub fn answers(key: &JobKey, fence: Fence, n: u32) -> String {
+    format!("{}answers-{n:05}.jsonl", attempt(key, fence))
+}
+
+/// What the `n`th piece of answers holds, written after it: a piece without is not whole.
+pub fn answers_record(key: &JobKey, fence: Fence, n: u32) -> String {
+    format!("{}answers-{n:05}.json", attempt(key, fence))
+}
+
+/// The job, the attempt and the number of the piece whose record lies at `path`; none where it is another object.
+pub fn job_of_answers_record(path: &str) -> Option<(JobKey, Fence, u32)> {
+    let (key, fence) = attempt_of(path)?;
+    let (_, name) = path.rsplit_once('/')?;
+    let n = name.strip_prefix("answers-")?.strip_suffix(".json")?;
+    let n = n.parse().ok()?;
+    (answers_record(&key, fence, n) == path).then_some((key, fence, n))
+}
+
+/// What a user brought under `name`. Every project has a folder of its own for that, and a name leads nowhere else.
+pub fn upload(project: &ProjectId, name: &UploadName) -> String {
+    format!("{project}/uploads/{name}")
 }
 
 /// The manifest, created once and written last.
@@ -93,6 +118,41 @@ pub fn probe_order(id: &str) -> [String; 2] {
 /// The folder of both.
 pub fn probe_order_folder(id: &str) -> String {
     format!(".probe/{id}-order/")
+}
+
+/// The name of something that a user brought: parts with `/` between them, each by the rule of identifiers, so that
+/// none leads out of its folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UploadName(Box<str>);
+
+impl UploadName {
+    /// Longest name, in bytes.
+    pub const BYTES_MAX: usize = 512;
+
+    /// Checks `name`.
+    pub fn new(name: &str) -> Result<Self, FieldError> {
+        let is_part = |part: &str| JobId::new(part).is_ok();
+        if name.len() <= Self::BYTES_MAX && name.split('/').all(is_part) {
+            return Ok(Self(name.into()));
+        }
+        let rule = format!(
+            "must be at most {} bytes of parts with `/` between them, each 1 to {NAME_BYTES_MAX} of A-Z a-z 0-9 . _ - \
+             and beginning with a letter or a digit",
+            Self::BYTES_MAX
+        );
+        Err(FieldError::new("name", name, rule))
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for UploadName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 /// What coordinators keep of a batch, so that a queue which lost it can be given it again.
@@ -272,6 +332,40 @@ mod tests {
             "shop/batches/b1/jobs/j1/patches/000003.json"
         );
         assert_eq!(blob(&key.project, "ab"), "shop/blobs/ab");
+    }
+
+    #[test]
+    fn a_record_of_answers_names_its_piece() {
+        let key: JobKey = "shop/b1/j1".parse().unwrap();
+        let path = answers_record(&key, Fence(7), 12);
+        assert_eq!(path, "shop/batches/b1/jobs/j1/a-7/answers-00012.json");
+        assert_eq!(
+            job_of_answers_record(&path),
+            Some((key.clone(), Fence(7), 12))
+        );
+        for other in [
+            answers(&key, Fence(7), 12),
+            path.replace("00012", "12"),
+            segment(&key, Fence(7), 0),
+        ] {
+            assert_eq!(job_of_answers_record(&other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_name_leads_nowhere_but_into_its_projects_uploads() {
+        let project = "shop".parse().unwrap();
+        let name = UploadName::new("nightly/requests-1.jsonl").unwrap();
+        assert_eq!(
+            upload(&project, &name),
+            "shop/uploads/nightly/requests-1.jsonl"
+        );
+        let long = ["a"; 300].join("/");
+        for bad in [
+            "", "/", "a/", "/a", "..", "a/../b", ".", "a//b", "a b", "ä", ".a", "a#1", &long,
+        ] {
+            assert!(UploadName::new(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use espalier_core::answers::Piece;
 use espalier_core::id::JobKey;
 use espalier_core::trace::{Manifest, Step, Trace, TraceError};
 use serde::Serialize;
@@ -10,6 +11,8 @@ use serde::de::DeserializeOwned;
 
 const TRACE: &str = include_str!("golden/trace-v1.json");
 const STEPS: &str = include_str!("golden/steps-v1.jsonl");
+const MANIFEST_OF_ANSWERS: &str = include_str!("golden/manifest-generate-v1.json");
+const PIECE: &str = include_str!("golden/piece-v1.json");
 const MANIFEST: &str = include_str!("golden/manifest-v1.json");
 
 /// Reads `text` and writes it again, byte by byte the same.
@@ -59,7 +62,24 @@ fn a_manifest_of_version_1() {
         manifest
     );
     assert_eq!(manifest.trace_file().unwrap().size, 2048);
-    assert_eq!(manifest.summary.solved(), Some(false));
+    assert_eq!(manifest.summary.rollout().unwrap().solved(), Some(false));
+}
+
+#[test]
+fn a_manifest_of_answers_and_the_record_of_a_piece_of_version_1() {
+    let manifest: Manifest = reads_and_writes(MANIFEST_OF_ANSWERS);
+    let job: JobKey = "shop/b1/night".parse().unwrap();
+    let parse = |text: &str| Manifest::parse(text.as_bytes(), &job);
+    assert_eq!(parse(MANIFEST_OF_ANSWERS).unwrap(), manifest);
+    assert_eq!(manifest.trace_file(), None);
+    assert_eq!(manifest.summary.generate().unwrap().lines, 12);
+    let disordered = MANIFEST_OF_ANSWERS.replacen("answers-00001", "answers-00002", 1);
+    assert_eq!(parse(&disordered).unwrap_err().field, "manifest.files");
+
+    let piece: Piece = reads_and_writes(PIECE);
+    assert_eq!(Piece::parse(PIECE.as_bytes()), Some(piece));
+    let later = PIECE.replacen("\"version\": 1", "\"version\": 2", 1);
+    assert_eq!(Piece::parse(later.as_bytes()), None);
 }
 
 #[test]

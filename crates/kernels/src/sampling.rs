@@ -7,7 +7,7 @@ use std::sync::Arc;
 /// In this order: penalties, bias, mask, temperature, `top_k`, `top_p`, `min_p`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
-    /// 0: the most likely id, the lowest of equals. Finite and not negative.
+    /// Below [`GREEDY_BELOW`]: the most likely id, the lowest of equals. Finite and not negative.
     pub temperature: f32,
     /// Only so many of the most likely. 0: all.
     pub top_k: u32,
@@ -27,6 +27,21 @@ pub struct Sampling {
     pub allowed: Option<Arc<[u32]>>,
     /// How many of the most likely ids to report beside the drawn one. `None` and 0: none.
     pub logprobs: Option<u8>,
+}
+
+/// Temperatures below this are 0: divided by less, logits are no numbers any more.
+pub const GREEDY_BELOW: f32 = 1e-5;
+
+impl Sampling {
+    /// The temperature that a sampler goes by: 0, or one by which logits can be divided.
+    #[must_use]
+    pub fn effective_temperature(&self) -> f32 {
+        if self.temperature < GREEDY_BELOW {
+            0.0
+        } else {
+            self.temperature
+        }
+    }
 }
 
 impl Default for Sampling {

@@ -167,7 +167,7 @@ impl Ops for Cpu {
         let rows = logits.chunks(columns).zip(how);
         rows.map(|(logits, how)| {
             let logits = &mut logits[..ids_end].to_vec();
-            let drawn = draw(self.0.isa(), logits, &sampling(how, columns));
+            let drawn = draw(&self.0, logits, &sampling(how, columns));
             match drawn {
                 Ok(drawn) => Drawn {
                     id: Some(drawn.id),

@@ -3,9 +3,9 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// Ids from here on are padding of Qwen3's vocabulary of 151,936, and are never sampled.
+/// Ids from here on are padding: no tokenizer of Qwen3 has them, whatever a checkpoint's rows were rounded up to. They are
+/// never sampled.
 const REAL_VOCABULARY: usize = 151_669;
-const PADDED_VOCABULARY: usize = 151_936;
 
 /// What a checkpoint's numbers mean.
 #[derive(Debug, Clone, PartialEq)]
@@ -139,6 +139,17 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// How many there are of something that each takes memory before any weight of it is read.
+    fn count(&self, name: &str) -> Result<usize, ConfigError> {
+        match self.size(name)? {
+            count if count > COUNT_MAX => self.refuse(
+                name,
+                format!("must be a whole number from 1 to {COUNT_MAX}"),
+            ),
+            count => Ok(count),
+        }
+    }
+
     fn positive(&self, name: &str) -> Result<Option<f64>, ConfigError> {
         let rule = "must be a finite number above 0";
         match self.optional::<f64>(name, rule)? {
@@ -154,6 +165,8 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// Most layers, and most experts of one: several times what the largest Qwen3 has.
+const COUNT_MAX: usize = 1024;
 const SIZE: &str = "must be a whole number from 1 to 16777216";
 
 impl Config {
@@ -166,7 +179,7 @@ impl Config {
         let fields = Fields(&map);
         let is_moe = architecture(&fields)?;
         refuse_unsupported(&fields)?;
-        let layers = fields.size("num_hidden_layers")?;
+        let layers = fields.count("num_hidden_layers")?;
         let heads = fields.size("num_attention_heads")?;
         let kv_heads = fields
             .optional_size("num_key_value_heads")?
@@ -191,10 +204,7 @@ impl Config {
             .map_or(0.0, |y| y.factor * y.original_positions as f64);
         Ok(Self {
             vocab_size,
-            real_vocab_size: match vocab_size {
-                PADDED_VOCABULARY => REAL_VOCABULARY,
-                other => other,
-            },
+            real_vocab_size: vocab_size.min(REAL_VOCABULARY),
             hidden_size: fields.size("hidden_size")?,
             intermediate_size: fields.size("intermediate_size")?,
             layers,
@@ -358,6 +368,10 @@ fn moe(fields: &Fields<'_>, layers: usize) -> Result<Moe, ConfigError> {
         (Some(experts), _) | (None, Some(experts)) => experts,
         (None, None) => return fields.refuse("num_experts", SIZE),
     };
+    if experts > COUNT_MAX {
+        let rule = format!("must be a whole number from 1 to {COUNT_MAX}");
+        return fields.refuse("num_experts", rule);
+    }
     let top_k = fields.size("num_experts_per_tok")?;
     if top_k > experts {
         return fields.refuse(

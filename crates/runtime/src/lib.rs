@@ -10,6 +10,7 @@ pub mod config;
 pub mod ids;
 pub mod model;
 pub mod net;
+pub mod publish;
 pub mod shutdown;
 pub mod store;
 pub mod tasks;

@@ -4,7 +4,7 @@
 //! the generation and frees what it held.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::response::sse;
 use futures::stream::{self, AbortHandle, SelectAll, Stream, StreamExt as _};
@@ -14,7 +14,7 @@ use super::choice::{Choice, Finish, Piece};
 use super::error::ApiError;
 use super::metrics::Metrics;
 use super::observe::{Observed, Progress};
-use super::patience;
+use super::patience::{self, SILENCE_MAX};
 use super::reply::{Head, Usage};
 use super::whole::{Answer, Whole};
 
@@ -22,6 +22,7 @@ use super::whole::{Answer, Whole};
 pub(super) struct Answers {
     pub(super) head: Head,
     pub(super) include_usage: bool,
+    pub(super) silence_max: Duration,
     backend: Arc<dyn Backend>,
     told: Told,
     choices: Vec<Option<Choice>>,
@@ -100,6 +101,7 @@ impl Answers {
         Self {
             head,
             include_usage,
+            silence_max: SILENCE_MAX,
             backend,
             told,
             choices,
@@ -121,7 +123,8 @@ impl Answers {
                 self.told.ended(self.usage, &self.reasons);
                 return Ok(None);
             }
-            let (i, event) = patience::next(&mut self.events, &*self.backend).await?;
+            let next = patience::next(&mut self.events, &*self.backend, self.silence_max);
+            let (i, event) = next.await?;
             // A choice that ended by itself may have had events under way.
             let Some(choice) = self.choices[i].as_mut() else {
                 continue;

@@ -25,5 +25,7 @@ pub(super) const SPARE_CONNECTIONS_MAX: usize = 64;
 pub(super) const CONNECTION_BUFFER_BYTES: usize = 64 << 10;
 /// Most requests that are rendered and encoded at a time: each takes a core.
 pub(super) const PREPARING_MAX: usize = 4;
+/// The same of requests of batches, which have places of their own: they keep no client waiting.
+pub(super) const PREPARING_OFFLINE_MAX: usize = 2;
 /// Longest wait for a place among those.
 pub(super) const PREPARE_WAIT_MAX: Duration = Duration::from_secs(30);

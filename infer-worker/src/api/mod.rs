@@ -21,6 +21,7 @@ mod limits;
 mod logprobs;
 mod metrics;
 mod observe;
+mod offline;
 mod options;
 mod patience;
 mod places;
@@ -53,6 +54,7 @@ use tracing::Instrument as _;
 
 pub use connection::serve;
 pub use error::ApiError;
+pub use offline::Offline;
 
 use answers::Answers;
 use auth::Gate;
@@ -109,23 +111,41 @@ impl Seeds {
     }
 }
 
-/// All of the API.
-pub fn router(parts: Parts) -> Router {
-    router_with(parts, limits::KEEP_ALIVE)
+/// All of the API: over HTTP, and for batches.
+pub struct Api(App);
+
+impl Api {
+    /// Over `parts`.
+    pub fn new(parts: Parts) -> Self {
+        Self::with_keep_alive(parts, limits::KEEP_ALIVE)
+    }
+
+    fn with_keep_alive(parts: Parts, keep_alive: Duration) -> Self {
+        Self(App {
+            backend: parts.backend,
+            gate: Gate::new(parts.api_key.as_ref()),
+            clock: parts.clock,
+            ids: parts.ids,
+            metrics: Arc::default(),
+            bodies: Bodies::default(),
+            preparing: Arc::new(Semaphore::new(limits::PREPARING_MAX)),
+            seeds: Arc::new(Seeds::new(parts.seed)),
+            keep_alive,
+        })
+    }
+
+    /// What is served over HTTP.
+    pub fn router(&self) -> Router {
+        router(self.0.clone())
+    }
+
+    /// What answers batches, under the same metrics.
+    pub fn offline(&self) -> Offline {
+        Offline::new(self.0.clone())
+    }
 }
 
-fn router_with(parts: Parts, keep_alive: Duration) -> Router {
-    let app = App {
-        backend: parts.backend,
-        gate: Gate::new(parts.api_key.as_ref()),
-        clock: parts.clock,
-        ids: parts.ids,
-        metrics: Arc::default(),
-        bodies: Bodies::default(),
-        preparing: Arc::new(Semaphore::new(limits::PREPARING_MAX)),
-        seeds: Arc::new(Seeds::new(parts.seed)),
-        keep_alive,
-    };
+fn router(app: App) -> Router {
     let keyed = Router::new()
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
@@ -259,4 +279,4 @@ impl App {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -10,17 +10,20 @@ use super::backend::{Backend, Condition, Load};
 use super::error::ApiError;
 
 /// Longest wait for the next token of an answer while the engine goes on with others: in the queue, or set aside.
-const SILENCE_MAX: Duration = Duration::from_secs(3_600);
+pub(super) const SILENCE_MAX: Duration = Duration::from_secs(3_600);
+/// The same of an answer of a batch, which waits for as long as clients keep coming.
+pub(super) const OFFLINE_SILENCE_MAX: Duration = Duration::from_secs(86_400);
 /// Longest time without a step of an engine that has an answer to give. A step has a limit of its own, which is shorter;
 /// this is for an engine that hangs where it cannot say so.
 const STANDSTILL_MAX: Duration = Duration::from_secs(600);
 /// How often a wait looks at the engine.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 
-/// The next event.
+/// The next event, within `silence_max`.
 pub(super) async fn next<T>(
     events: &mut (impl Stream<Item = T> + Unpin),
     backend: &dyn Backend,
+    silence_max: Duration,
 ) -> Result<T, ApiError> {
     let next = async {
         let mut seen = None;
@@ -31,8 +34,8 @@ pub(super) async fn next<T>(
             }
         }
     };
-    let waited = with_deadline("api.engine", SILENCE_MAX, next).await;
-    waited.unwrap_or(Err(ApiError::waited(SILENCE_MAX)))
+    let waited = with_deadline("api.engine", silence_max, next).await;
+    waited.unwrap_or(Err(ApiError::waited(silence_max)))
 }
 
 /// Whether the engine goes on. `seen` are the steps that it had made, and since when it has made no other.

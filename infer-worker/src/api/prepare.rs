@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::App;
 use super::answers::{Answers, Told};
-use super::backend::{Backend, Form, Generation, Rendered, Target};
+use super::backend::{Backend, Form, Generation, Priority, Rendered, Target};
 use super::chat::{Calls, ChatPrompt, ChatRequest};
 use super::choice::Choice;
 use super::completion::{CompletionRequest, TextPrompt};
@@ -19,6 +19,7 @@ use super::format::Format;
 use super::limits;
 use super::observe::Observed;
 use super::options::Options;
+use super::patience::{OFFLINE_SILENCE_MAX, SILENCE_MAX};
 use super::reply::{Dialect, Head};
 use crate::grammar::{Constraint, Grammar, Thoughts};
 
@@ -35,6 +36,7 @@ pub(super) struct Prepared {
     /// One for each answer.
     constraints: Vec<Option<Box<dyn Constraint>>>,
     context_tokens: usize,
+    silence_max: Duration,
     pub(super) stream: bool,
     pub(super) ignored: String,
 }
@@ -43,6 +45,13 @@ impl Prepared {
     /// What the request calls the model that answers it.
     pub(super) fn model(&self) -> &str {
         &self.target.name
+    }
+
+    /// The same with all its answers as parts of a batch: they yield, and may be silent for long.
+    pub(super) fn offline(mut self) -> Self {
+        self.options.priority = Priority::Batch;
+        self.silence_max = OFFLINE_SILENCE_MAX;
+        self
     }
 }
 
@@ -142,13 +151,9 @@ impl App {
             began,
         };
         let backend = Arc::clone(&self.backend);
-        Ok(Answers::new(
-            head,
-            options.include_usage,
-            backend,
-            told,
-            started,
-        ))
+        let mut answers = Answers::new(head, options.include_usage, backend, told, started);
+        answers.silence_max = prepared.silence_max;
+        Ok(answers)
     }
 }
 
@@ -190,6 +195,7 @@ fn prepare_chat(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError
         calls: request.calls,
         constraints,
         context_tokens,
+        silence_max: SILENCE_MAX,
         ignored: request.ignored,
     })
 }
@@ -230,6 +236,7 @@ fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, Ap
         calls: Calls::Unknown,
         constraints,
         context_tokens,
+        silence_max: SILENCE_MAX,
         ignored: request.ignored,
     })
 }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use espalier_runtime::tasks;
 use serde::Serialize;
 use serde::ser::{SerializeMap as _, Serializer};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::backend::{Backend, Token};
 use super::choice::{Finish, Piece};
@@ -70,25 +70,34 @@ pub(super) struct Whole {
 impl Whole {
     /// The body of the response.
     pub(super) async fn into_bytes(self) -> Result<Bytes, ApiError> {
+        let written = self.write(|whole| serde_json::to_vec(whole));
+        written.await.map(Bytes::from)
+    }
+
+    /// The same as a value, for what is part of another one.
+    pub(super) async fn into_json(self) -> Result<Value, ApiError> {
+        self.write(|whole| serde_json::to_value(whole)).await
+    }
+
+    async fn write<T: Send + 'static>(
+        self,
+        write: fn(&Self) -> serde_json::Result<T>,
+    ) -> Result<T, ApiError> {
         let tokens = self.answers.iter().flat_map(|answer| &answer.tokens);
         let told: usize = tokens.map(|token| 1 + token.top.len()).sum();
         let written = if told + self.usage.completion_tokens <= INLINE_TOKENS_MAX {
-            Ok(self.write())
+            Ok(write(&self))
         } else {
-            tasks::blocking("api.reply", move || self.write()).await
+            tasks::blocking("api.reply", move || write(&self)).await
         };
         let written = match written {
             Ok(written) => written.map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
-        written.map(Bytes::from).map_err(|error| {
+        written.map_err(|error| {
             tracing::error!(error, "an answer could not be written");
             ApiError::internal()
         })
-    }
-
-    fn write(&self) -> serde_json::Result<Vec<u8>> {
-        serde_json::to_vec(self)
     }
 }
 
@@ -155,7 +164,7 @@ struct Message<'a> {
     #[serde(skip_serializing_if = "str::is_empty")]
     reasoning_content: &'a str,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    tool_calls: Vec<serde_json::Value>,
+    tool_calls: Vec<Value>,
 }
 
 impl OneChoice<'_> {

@@ -5,8 +5,8 @@
 //!
 //! What is bounded, and how:
 //!
-//! - *Requests that wait* for their first step, or were set aside for a slow reader: [`EngineConfig::max_queue`]. One
-//!   more is [`EngineError::Full`].
+//! - *Requests that wait* for their first step, or were set aside for a slow reader: [`EngineConfig::max_queue`] of
+//!   each [`Priority`], so that a batch takes no place of an online request. One more is [`EngineError::Full`].
 //! - *Events* of a request that nobody has read: [`EngineConfig::event_buffer`]. The thread never waits for a reader. A
 //!   request whose buffer is nearly full is set aside: it gives up its place and its blocks, and goes on when half of
 //!   the buffer has been read. One that is set aside for longer than [`EngineConfig::reader_patience`], or finds the
@@ -46,7 +46,7 @@ const STOP_GRACE: Duration = Duration::from_secs(5);
 pub struct EngineConfig {
     /// What its scheduler keeps to.
     pub scheduler: Config,
-    /// Requests that wait, at most. At least 1.
+    /// Requests of one priority that wait, at most. At least 1.
     pub max_queue: usize,
     /// Events of a request that nobody has read, at most. At least 16.
     pub event_buffer: usize,
@@ -194,7 +194,7 @@ enum Command {
 struct Shared {
     config: EngineConfig,
     limits: Limits,
-    queue: Arc<Semaphore>,
+    queues: Queues,
     health: watch::Sender<Health>,
     snapshot: Mutex<Snapshot>,
     /// When the thread ends though requests are left. Set: it drains.
@@ -202,6 +202,28 @@ struct Shared {
     /// Adapters that nobody holds any more.
     dropped_adapters: Mutex<Vec<AdapterSlot>>,
     refused: AtomicU64,
+}
+
+/// Places of requests that wait.
+struct Queues {
+    online: Arc<Semaphore>,
+    batch: Arc<Semaphore>,
+}
+
+impl Queues {
+    fn new(places: usize) -> Self {
+        Self {
+            online: Arc::new(Semaphore::new(places)),
+            batch: Arc::new(Semaphore::new(places)),
+        }
+    }
+
+    fn of(&self, priority: Priority) -> Arc<Semaphore> {
+        Arc::clone(match priority {
+            Priority::Online => &self.online,
+            Priority::Batch => &self.batch,
+        })
+    }
 }
 
 /// No code that may panic runs under these locks, and what they hold is valid after every statement.
@@ -243,11 +265,11 @@ impl Engine {
         }
         let limits = executor.limits();
         let scheduler = Scheduler::new(config.scheduler, limits)?;
-        let (commands, received) = sync_channel(config.max_queue + OTHER_COMMANDS_MAX);
+        let (commands, received) = sync_channel(2 * config.max_queue + OTHER_COMMANDS_MAX);
         let shared = Arc::new(Shared {
             config,
             limits,
-            queue: Arc::new(Semaphore::new(config.max_queue)),
+            queues: Queues::new(config.max_queue),
             health: watch::Sender::new(Health::Running),
             snapshot: Mutex::default(),
             stop_at: Mutex::default(),
@@ -296,7 +318,11 @@ impl Engine {
                 .admits(request, shared.limits.vocab)?;
         }
         let count = requests.len().try_into().unwrap_or(u32::MAX);
-        let queue = Arc::clone(&shared.queue);
+        // Those of one submission are answers to one client.
+        let priority = requests
+            .first()
+            .map_or_else(Priority::default, |one| one.priority);
+        let queue = shared.queues.of(priority);
         let Ok(mut permits) = queue.try_acquire_many_owned(count) else {
             return Err(self.full());
         };
@@ -332,9 +358,10 @@ impl Engine {
 
     /// What it has done and has to do, as of the last step.
     pub fn snapshot(&self) -> Snapshot {
-        let waits = self.shared.config.max_queue - self.shared.queue.available_permits();
+        let queues = &self.shared.queues;
+        let waiting = |queue: &Semaphore| self.shared.config.max_queue - queue.available_permits();
         Snapshot {
-            queued: waits,
+            queued: waiting(&queues.online) + waiting(&queues.batch),
             ..*lock(&self.shared.snapshot)
         }
     }

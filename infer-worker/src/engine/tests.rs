@@ -193,6 +193,38 @@ async fn what_does_not_fit_is_refused_at_once() {
 }
 
 #[tokio::test]
+async fn a_batch_takes_no_place_of_online_requests() {
+    let world = world(|config| {
+        config.max_queue = 3;
+        config.scheduler.max_num_seqs = 1;
+    });
+    world.control.set(|s| s.paused = true);
+    let batch = |salt| Request {
+        priority: Priority::Batch,
+        ..Request::new(ids(9, salt), 5)
+    };
+    let first = world.engine.submit(batch(0)).await.unwrap();
+    until("it runs", || world.engine.snapshot().queued == 0).await;
+    let mut pending = vec![first];
+    for salt in 1..4 {
+        pending.push(world.engine.submit(batch(salt)).await.unwrap());
+    }
+    let full = world.engine.submit(batch(4)).await.unwrap_err();
+    assert_eq!(full, EngineError::Full { max_queue: 3 });
+    for salt in 5..8 {
+        let online = world.engine.submit(Request::new(ids(9, salt), 5)).await;
+        pending.push(online.unwrap());
+    }
+    let full = world.engine.submit(Request::new(ids(9, 8), 5)).await;
+    assert_eq!(full.unwrap_err(), EngineError::Full { max_queue: 3 });
+    assert_eq!(world.engine.snapshot().queued, 6);
+    world.control.set(|s| s.paused = false);
+    for events in pending {
+        assert_eq!(answer(events).await.1, Some(FinishReason::Length));
+    }
+}
+
+#[tokio::test]
 async fn the_queue_is_bounded_and_opens_again() {
     let world = world(|config| {
         config.max_queue = 3;

@@ -10,7 +10,9 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::adapters::Loads;
-use super::{Adapter, Command, Event, FinishReason, Health, Shared, Snapshot, Submitted, lock};
+use super::{
+    Adapter, Command, Event, FinishReason, Health, Priority, Shared, Snapshot, Submitted, lock,
+};
 use crate::executor::{Executor, ExecutorError, Input, Step, Ticket};
 use crate::scheduler::{RequestId, Scheduler, Unexpected};
 
@@ -39,6 +41,7 @@ enum Failure {
 /// Whoever asked for a request.
 struct Client {
     events: mpsc::Sender<Event>,
+    priority: Priority,
     /// Its place in the queue, until its first step and while it is set aside.
     queued: Option<OwnedSemaphorePermit>,
     held_since: Option<Instant>,
@@ -171,10 +174,12 @@ impl<E: Executor> Thread<E> {
             events,
             queued,
         } = submitted;
+        let priority = request.priority;
         match self.scheduler.add(request) {
             Ok(id) => {
                 let client = Client {
                     events,
+                    priority,
                     queued: Some(queued),
                     held_since: None,
                 };
@@ -314,8 +319,11 @@ impl<E: Executor> Thread<E> {
         if !self.scheduler.knows(id) {
             return;
         }
-        let place = Arc::clone(&self.shared.queue).try_acquire_owned();
-        let (Ok(place), Some(client)) = (place, self.clients.get_mut(&id)) else {
+        let Some(client) = self.clients.get_mut(&id) else {
+            return;
+        };
+        let place = self.shared.queues.of(client.priority).try_acquire_owned();
+        let Ok(place) = place else {
             return self.abort(id);
         };
         client.queued = Some(place);

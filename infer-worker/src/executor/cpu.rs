@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use espalier_kernels::cpu::sampler::draw;
-use espalier_kernels::cpu::{Isa, KvCache};
+use espalier_kernels::cpu::{KvCache, Pool};
 use espalier_qwen3::{Logits, Lora, Model, Part, Want};
 
 use super::{
@@ -250,7 +250,7 @@ impl Worker {
             for job in &jobs[range] {
                 let mut job = job.lock().unwrap_or_else(PoisonError::into_inner);
                 let (seq, sampling, logits, drawn) = &mut *job;
-                *drawn = Some(draw_row(pool.isa(), *seq, sampling, logits));
+                *drawn = Some(draw_row(pool, *seq, sampling, logits));
             }
         });
         jobs.into_iter()
@@ -264,8 +264,8 @@ type Drawing<'a> = (SeqId, &'a Sampling, &'a mut [f32], Option<Drawn>);
 
 /// Draws one id. Where none can be drawn (logits that are no numbers, a mask that allows nothing) the log-probability is
 /// NaN, so that this sequence alone ends with an error.
-fn draw_row(isa: Isa, seq: SeqId, sampling: &Sampling, logits: &mut [f32]) -> Drawn {
-    match draw(isa, logits, sampling) {
+fn draw_row(pool: &Pool, seq: SeqId, sampling: &Sampling, logits: &mut [f32]) -> Drawn {
+    match draw(pool, logits, sampling) {
         Ok(drawn) => Drawn {
             seq,
             id: drawn.id,

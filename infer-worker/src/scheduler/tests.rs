@@ -43,6 +43,8 @@ struct World {
     scheduler: Scheduler,
     fake: Fake,
     answers: HashMap<RequestId, Answer>,
+    /// How many requests had had a row when each one came.
+    begun_before: HashMap<RequestId, usize>,
     ended: Vec<RequestId>,
 }
 
@@ -52,6 +54,7 @@ impl World {
             scheduler: Scheduler::new(config, limits).unwrap(),
             fake: Fake::new(limits),
             answers: HashMap::new(),
+            begun_before: HashMap::new(),
             ended: Vec::new(),
         }
     }
@@ -59,6 +62,7 @@ impl World {
     fn add(&mut self, request: Request) -> RequestId {
         let id = self.scheduler.add(request).unwrap();
         self.answers.insert(id, Answer::default());
+        self.begun_before.insert(id, self.fake.first_rows.len());
         id
     }
 

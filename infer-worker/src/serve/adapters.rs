@@ -12,7 +12,9 @@ use espalier_core::error::shorten;
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::Clock;
 use espalier_runtime::telemetry::error_chain;
+use espalier_runtime::worker::Serving;
 use futures::future::BoxFuture;
+use tokio::sync::watch;
 
 use crate::api::backend::{AdapterError, AdapterInfo, AdapterSource, Model, Target};
 use crate::engine::{self, Adapter};
@@ -87,6 +89,8 @@ pub(super) struct Adapters {
     load_weights: LoadWeights,
     clock: Arc<dyn Clock>,
     named: Mutex<Named>,
+    /// What other workers are told.
+    serving: watch::Sender<Serving>,
     /// One load at a time: each takes memory for a whole adapter, and versions follow the order of loads.
     loading: tokio::sync::Mutex<()>,
 }
@@ -106,7 +110,12 @@ impl Adapters {
         load_weights: LoadWeights,
         clock: Arc<dyn Clock>,
     ) -> Self {
+        let serving = Serving {
+            models: vec![base.name.clone()],
+            ..Serving::default()
+        };
         Self {
+            serving: watch::Sender::new(serving),
             base,
             max,
             fetcher,
@@ -203,7 +212,31 @@ impl Adapters {
         named
             .current
             .insert(name.to_owned(), (loaded.handle, model.clone()));
+        self.tell(&named);
         model
+    }
+
+    /// What is served, now and later, to those who reach it at `url`.
+    pub(super) fn serving(
+        &self,
+        url: String,
+        api_key_name: Option<String>,
+    ) -> watch::Receiver<Serving> {
+        self.serving.send_modify(|serving| {
+            (serving.url, serving.api_key_name) = (url, api_key_name);
+        });
+        self.serving.subscribe()
+    }
+
+    /// A new version of a known name is no news.
+    fn tell(&self, named: &Named) {
+        let names = std::iter::once(&self.base.name).chain(named.current.keys());
+        let names: Vec<String> = names.cloned().collect();
+        self.serving.send_if_modified(|serving| {
+            let changed = serving.models != names;
+            serving.models = names;
+            changed
+        });
     }
 
     fn has_room(&self, name: &str) -> bool {
@@ -213,8 +246,12 @@ impl Adapters {
 
     /// Takes one out: requests that run on it go on to their end.
     pub(super) fn unload(&self, name: &str) -> Result<(), AdapterError> {
-        match self.lock().current.remove(name) {
-            Some(_) => Ok(()),
+        let mut named = self.lock();
+        match named.current.remove(name) {
+            Some(_) => {
+                self.tell(&named);
+                Ok(())
+            }
             None => Err(AdapterError::Unknown {
                 name: name.to_owned(),
             }),

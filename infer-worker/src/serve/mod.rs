@@ -19,15 +19,18 @@ use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::ids::UuidIds;
 use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::store::StoreError;
 use espalier_runtime::tasks::{BlockingFailed, OnFailure, Tasks, Unfinished, blocking};
+use espalier_runtime::worker::WorkerError;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::api::backend::{AdapterError, Backend as _, Model};
-use crate::api::{self, Parts};
+use crate::api::{self, Api, Parts};
 use crate::config::Options;
 use crate::engine::Health;
 use crate::grammar::GrammarError;
+use crate::jobs::{self, Answering};
 use crate::load::model::{ModelError, ModelFiles};
 use crate::load::{Fetcher, LoadError, Source, Wanted};
 
@@ -65,6 +68,12 @@ pub enum RunError {
     /// An adapter of the command line was not loaded.
     #[error("an adapter cannot be loaded")]
     Adapter(#[from] AdapterError),
+    /// The store of jobs cannot be used.
+    #[error("the object store of jobs cannot be used")]
+    Store(#[from] StoreError),
+    /// Jobs cannot be taken with these settings.
+    #[error("jobs cannot be taken")]
+    Jobs(#[from] WorkerError),
     /// Answers that did not end in time.
     #[error("answers were broken off")]
     Unfinished(#[from] Unfinished),
@@ -79,9 +88,12 @@ pub enum RunError {
 /// A model that runs, and is not served yet.
 pub struct Worker {
     served: Arc<Served>,
-    api_key: Option<Secret>,
-    seed: Option<u64>,
+    api: Api,
     drain_limit: Duration,
+    sequences_max: usize,
+    jobs: Option<jobs::Source>,
+    advertise_url: Option<String>,
+    api_key_name: Option<String>,
 }
 
 impl Worker {
@@ -95,12 +107,37 @@ impl Worker {
         environment: &Environment,
         shutdown: &Shutdown,
     ) -> Result<Self, RunError> {
+        let jobs = options.jobs.open(environment, shutdown).await?;
+        let served = Arc::new(start(options, environment, shutdown).await?);
+        let api = api_of(&served, options.api_key.clone(), options.seed);
         Ok(Self {
-            served: Arc::new(start(options, environment, shutdown).await?),
-            api_key: options.api_key.clone(),
-            seed: options.seed,
+            served,
+            api,
             drain_limit: options.drain_limit(),
+            sequences_max: options.max_num_seqs as usize,
+            jobs,
+            advertise_url: options.advertise_url.clone(),
+            api_key_name: options.api_key_name.clone(),
         })
+    }
+
+    /// What answers jobs, and what other workers are told: that the API is at `url`, under the key that they know by that
+    /// name.
+    pub fn answering(&self, url: String, api_key_name: Option<String>) -> Answering {
+        Answering {
+            offline: self.api.offline(),
+            health: self.served.engine.watch_health(),
+            sequences_max: self.sequences_max,
+            serving: self.served.adapters.serving(url, api_key_name),
+        }
+    }
+
+    /// With coordinators: what answers their jobs, and is told to them.
+    fn taking(&self, address: &str) -> Option<(Answering, jobs::Source)> {
+        let source = self.jobs.clone()?;
+        let url = self.advertise_url.clone();
+        let url = url.unwrap_or_else(|| format!("http://{address}/v1"));
+        Some((self.answering(url, self.api_key_name.clone()), source))
     }
 
     /// Serves until `shutdown` drains; then finishes the answers that run, for at most `--shutdown-timeout`.
@@ -108,30 +145,30 @@ impl Worker {
     /// # Errors
     /// Answers were broken off, or the engine failed.
     pub async fn serve(self, listener: TcpListener, shutdown: Shutdown) -> Result<(), RunError> {
+        let address = listener.local_addr().map(|address| address.to_string());
+        let address = address.unwrap_or_default();
+        let taking = self.taking(&address);
         let served = self.served;
         let ends = Shutdown::new();
         let tasks = Tasks::new(ends.clone());
         let gauges = gauges::run(Arc::clone(&served), ends.clone());
         tasks.spawn("infer.gauges", OnFailure::Log, gauges);
-        let router = api::router(Parts {
-            backend: Arc::<Served>::clone(&served),
-            api_key: self.api_key,
-            clock: Arc::new(SystemClock),
-            ids: Arc::new(UuidIds),
-            seed: self.seed,
-        });
-        let address = listener.local_addr().map(|address| address.to_string());
         tracing::info!(
-            address = address.unwrap_or_default(),
+            address,
             model = served.base.name,
             context_tokens = served.context_tokens,
             "serving"
         );
+        let taking = take_jobs(taking, &shutdown);
+        let router = self.api.router();
         let stops = Shutdown::new();
-        let ended = tokio::select! {
-            ended = api::serve(listener, router, stops.clone(), self.drain_limit) => ended,
-            never = stop(stops, &shutdown, served.engine.watch_health()) => match never {},
+        let serving = async {
+            tokio::select! {
+                ended = api::serve(listener, router, stops.clone(), self.drain_limit) => ended,
+                never = stop(&stops, &shutdown, served.engine.watch_health()) => match never {},
+            }
         };
+        let (ended, taken) = tokio::join!(serving, taking);
         // Nobody is left who would read what still runs.
         let health = served.engine.stop(Duration::ZERO).await;
         tracing::info!(health = %health, "engine stopped");
@@ -139,7 +176,10 @@ impl Worker {
         tasks.join_all(TASKS_END_LIMIT).await?;
         match health {
             Health::Failed(reason) => Err(RunError::Engine(reason)),
-            _ => Ok(ended?),
+            _ => {
+                taken?;
+                Ok(ended?)
+            }
         }
     }
 }
@@ -147,7 +187,7 @@ impl Worker {
 /// Stops the API when the process is told to end, or when the engine has failed: then what runs and what comes is refused
 /// for a while, so that whoever looks learns why, and nothing is waited for.
 async fn stop(
-    stops: Shutdown,
+    stops: &Shutdown,
     shutdown: &Shutdown,
     mut health: watch::Receiver<Health>,
 ) -> Infallible {
@@ -170,6 +210,32 @@ async fn stop(
     }
     stops.abort();
     std::future::pending().await
+}
+
+/// The API in front of `served`.
+fn api_of(served: &Arc<Served>, api_key: Option<Secret>, seed: Option<u64>) -> Api {
+    Api::new(Parts {
+        backend: Arc::<Served>::clone(served),
+        api_key,
+        clock: Arc::new(SystemClock),
+        ids: Arc::new(UuidIds),
+        seed,
+    })
+}
+
+/// Takes jobs, if there is somebody to take them from. Settings that cannot work end the process: somebody wants its jobs done.
+async fn take_jobs(
+    taking: Option<(Answering, jobs::Source)>,
+    shutdown: &Shutdown,
+) -> Result<(), WorkerError> {
+    let Some((answering, source)) = taking else {
+        return Ok(());
+    };
+    let taken = Box::pin(jobs::run(answering, source)).await;
+    if taken.is_err() {
+        shutdown.drain();
+    }
+    taken
 }
 
 /// Starts a worker and serves it until `shutdown` drains.

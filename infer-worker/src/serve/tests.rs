@@ -123,11 +123,15 @@ fn worker(folder: &Path) -> (Worker, mpsc::Sender<()>) {
         context_tokens: CONTEXT,
         shutdown: Shutdown::new(),
     };
+    let served = Arc::new(served);
     let worker = Worker {
-        served: Arc::new(served),
-        api_key: None,
-        seed: None,
+        api: api_of(&served, None, None),
+        served,
         drain_limit: Duration::from_secs(3600),
+        sequences_max: 8,
+        jobs: None,
+        advertise_url: None,
+        api_key_name: None,
     };
     (worker, lose)
 }

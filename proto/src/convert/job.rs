@@ -1,7 +1,8 @@
 //! Errors and results.
 
+use espalier_core::answers::GenerateSummary;
 use espalier_core::error::{ErrorClass, FieldError};
-use espalier_core::trace::{RolloutSummary, StopReason, Totals};
+use espalier_core::trace::{RolloutSummary, StopReason, Summary, Totals};
 
 use crate::v1;
 
@@ -47,7 +48,22 @@ pub fn field_error_to_wire(error: FieldError) -> v1::FieldError {
 }
 
 /// A summary on the wire.
-pub fn summary_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
+pub fn summary_to_wire(summary: &Summary) -> v1::RolloutSummary {
+    match summary {
+        Summary::Rollout(summary) => rollout_to_wire(summary),
+        Summary::Generate(summary) => v1::RolloutSummary {
+            generate: Some(v1::GenerateSummary {
+                lines: summary.lines,
+                failed: summary.failed,
+                prompt_tokens: summary.prompt_tokens,
+                completion_tokens: summary.completion_tokens,
+            }),
+            ..v1::RolloutSummary::default()
+        },
+    }
+}
+
+fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
     v1::RolloutSummary {
         reward: summary.reward,
         stop: summary.stop.as_str().to_owned(),
@@ -60,6 +76,7 @@ pub fn summary_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
         prompt_tokens: summary.totals.prompt_tokens,
         completion_tokens: summary.totals.completion_tokens,
         wall_ms: summary.totals.wall_ms,
+        generate: None,
     }
 }
 
@@ -67,11 +84,19 @@ pub fn summary_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
 ///
 /// # Errors
 /// Names a stop reason that this build does not know.
-pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<RolloutSummary, FieldError> {
+pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<Summary, FieldError> {
+    if let Some(generate) = summary.generate {
+        return Ok(Summary::Generate(GenerateSummary {
+            lines: generate.lines,
+            failed: generate.failed,
+            prompt_tokens: generate.prompt_tokens,
+            completion_tokens: generate.completion_tokens,
+        }));
+    }
     let stop: StopReason = serde_json::from_value(summary.stop.as_str().into()).map_err(|_| {
         FieldError::new("summary.stop", &summary.stop, "must be a known stop reason")
     })?;
-    Ok(RolloutSummary {
+    Ok(Summary::Rollout(RolloutSummary {
         reward: summary.reward,
         stop,
         reason: summary.reason,
@@ -85,5 +110,5 @@ pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<RolloutSummary, 
             completion_tokens: summary.completion_tokens,
             wall_ms: summary.wall_ms,
         },
-    })
+    }))
 }

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::spec::{
-    JobDraft, LimitsDraft, McpServer, McpUseDraft, ObservationDraft, PromptDraft, SamplingDraft,
-    ToolPolicy,
+    GenerateDraft, JobDraft, LimitsDraft, McpServer, McpUseDraft, ObservationDraft, PromptDraft,
+    SamplingDraft, ToolPolicy,
 };
 use prost::Message;
 
@@ -55,6 +55,10 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
             compat_chars: o.compat_chars,
         }),
         verify,
+        generate: spec.generate.map(|generate| GenerateDraft {
+            requests: generate.requests,
+            model: generate.model,
+        }),
     })
 }
 
@@ -95,6 +99,10 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
                 compat_chars: o.compat_chars,
             }),
             verify: draft.verify.as_ref().map(verify::to_wire),
+        }),
+        generate: draft.generate.map(|generate| v1::GenerateSpec {
+            requests: generate.requests,
+            model: generate.model,
         }),
     }
 }
@@ -235,6 +243,17 @@ mod tests {
         let draft = parse_line(FULL.as_bytes()).unwrap();
         assert!(draft.check().is_ok());
         assert_eq!(decode_draft(&[], &encode_draft(&draft)).unwrap(), draft);
+    }
+
+    #[test]
+    fn a_batch_of_requests_survives_the_wire_over_defaults_that_say_nothing_of_its_work() {
+        let own = r#"{"id":"a","needs":["gpu"],"generate":{"requests":"a/b.jsonl","model":"m"}}"#;
+        let own = parse_line(own.as_bytes()).unwrap();
+        let defaults = encode_draft(&parse_line(br#"{"priority":7}"#).unwrap());
+        let granted = decode_draft(&defaults, &encode_draft(&own)).unwrap();
+        assert_eq!(granted.priority, Some(7));
+        assert!(granted.check().unwrap().generate().is_some());
+        assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&own));
     }
 
     #[test]

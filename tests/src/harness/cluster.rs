@@ -45,7 +45,7 @@ pub struct Setup {
     pub queue: String,
     /// How many coordinators share it.
     pub coordinators: usize,
-    /// What workers ask.
+    /// What workers ask; empty: the endpoints that coordinators tell of, for the model `tiny`.
     pub model_url: String,
     /// How long leases last.
     pub lease_ttl_ms: u64,
@@ -254,6 +254,41 @@ impl Cluster {
         command
     }
 
+    /// Options and environment by which an inference worker takes jobs of this cluster.
+    pub fn answering(&self) -> (Vec<String>, Vec<(&'static str, String)>) {
+        let urls: Vec<String> = self
+            .addresses()
+            .iter()
+            .map(|at| format!("http://{at}"))
+            .collect();
+        let options = [
+            "--coordinator-url",
+            &urls.join(","),
+            "--store-url",
+            &store_url(self.folder.path(), &self.setup),
+        ];
+        let token = ("ESPALIER_INFER_WORKER_TOKEN", WORKER_TOKEN.to_owned());
+        (options.map(str::to_owned).into(), vec![token])
+    }
+
+    /// The command `espalier`, for a user of the first of [`PROJECTS`].
+    pub fn user(&self) -> Command {
+        let mut command = Command::new(binary("espalier"));
+        command
+            .env(
+                "ESPALIER_URL",
+                format!("http://{}", self.coordinators[0].address),
+            )
+            .env("ESPALIER_TOKEN", CLIENT_TOKENS[0])
+            .env("ESPALIER_DATA_DIR", self.folder.path().join("user"));
+        command
+    }
+
+    /// Where the objects of the cluster lie.
+    pub fn store_url(&self) -> String {
+        store_url(self.folder.path(), &self.setup)
+    }
+
     /// A client of the first coordinator that may submit and read.
     pub async fn client(&self) -> Client {
         self.client_at(self.coordinators[0].address).await
@@ -318,15 +353,21 @@ impl Cluster {
         .await;
     }
 
+    fn model_config(&self) -> String {
+        match &*self.setup.model_url {
+            "" => "model_name = \"tiny\"\n".to_owned(),
+            url => format!("model_name = \"scripted\"\n[model]\nbase_url = {url:?}\n"),
+        }
+    }
+
     fn worker_config(&self, data_dir: &Path, slots: u32, addresses: &[SocketAddr]) -> String {
         let urls: Vec<String> = addresses.iter().map(|at| format!("http://{at}")).collect();
         format!(
             "coordinator_url = {urls:?}\ntoken = {WORKER_TOKEN:?}\ndata_dir = {data_dir:?}\n\
-             store_url = {store:?}\nmodel_name = \"scripted\"\nslots = {slots}\n\
-             playwright_dir = {playwright:?}\n[model]\nbase_url = {model:?}\n\
+             store_url = {store:?}\nslots = {slots}\nplaywright_dir = {playwright:?}\n{model}\
              [mcp_servers.toy]\ncommand = {toy:?}\n[mcp_servers.browser]\npreset = \"playwright\"\n",
             store = store_url(self.folder.path(), &self.setup),
-            model = self.setup.model_url,
+            model = self.model_config(),
             playwright = Path::new(env!("CARGO_MANIFEST_DIR")).join("../agent-worker/playwright"),
             toy = binary("toy-mcp"),
         )

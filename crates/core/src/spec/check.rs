@@ -4,12 +4,15 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::draft::{JobDraft, McpUseDraft, ObservationDraft, SamplingDraft};
+use super::draft::{GenerateDraft, JobDraft, McpUseDraft, ObservationDraft, SamplingDraft};
 use super::mcp::{McpUse, ToolPolicy};
 use super::verify::Verify;
-use super::{Dependency, JobSpec, Limits, Observation, RolloutSpec, Sampling, Task};
+use super::{
+    Dependency, GenerateSpec, JobSpec, Limits, Observation, RolloutSpec, Sampling, Task, Work,
+};
 use crate::error::FieldError;
 use crate::id::{BatchId, JobId};
+use crate::layout::UploadName;
 
 /// A closed range that a number must lie in.
 pub type Range<T> = RangeInclusive<T>;
@@ -26,12 +29,16 @@ pub mod limits {
     pub const LIST_MAX: usize = 64;
     /// Longest label, tag, task name or model name, in bytes.
     pub const NAME_BYTES_MAX: usize = 256;
+    /// Longest name of the model of a batch of requests, in bytes: it becomes a part of a tag.
+    pub const GENERATE_MODEL_BYTES_MAX: usize = 240;
     /// Most MCP servers of a rollout.
     pub const SERVERS_MAX: usize = 16;
 }
 
 /// How long an attempt may take where nobody says.
 const MAX_RUNTIME_DEFAULT_S: i64 = 3600;
+/// The same of a batch of requests: a day, in which other APIs promise one.
+const GENERATE_RUNTIME_DEFAULT_S: i64 = 86_400;
 /// Longest rollout.
 const WALL_S_MAX: i64 = 86_400;
 /// What an attempt may take beside its rollout: servers start, checks are made, the result is stored.
@@ -122,7 +129,7 @@ impl JobDraft {
     /// The job, or every rule that the draft breaks.
     pub fn check(&self) -> Result<JobSpec, Vec<FieldError>> {
         let mut faults = Faults::default();
-        let spec = JobSpec {
+        let spec = self.check_work(&mut faults).map(|work| JobSpec {
             id: self
                 .id
                 .as_ref()
@@ -141,8 +148,8 @@ impl JobDraft {
             max_infra: faults.number("max_infra", self.max_infra, 1..=1000, 20),
             max_runtime: self.check_max_runtime(&mut faults),
             traceparent: self.traceparent.clone(),
-            rollout: self.check_rollout(&mut faults),
-        };
+            work,
+        });
         faults.count("labels", self.labels.len(), limits::LIST_MAX);
         for (name, value) in &self.labels {
             faults.name(&format!("labels.{name}"), Some(value));
@@ -161,17 +168,42 @@ impl JobDraft {
                 "must be a W3C traceparent, version 00",
             );
         }
-        if faults.0.is_empty() {
-            Ok(spec)
-        } else {
-            Err(faults.0)
+        match spec {
+            Some(spec) if faults.0.is_empty() => Ok(spec),
+            _ => Err(faults.0),
+        }
+    }
+
+    fn check_work(&self, faults: &mut Faults) -> Option<Work> {
+        let Some(generate) = &self.generate else {
+            return Some(Work::Rollout(Box::new(self.check_rollout(faults))));
+        };
+        if let serde_json::Value::Object(given) = serde_json::json!(self.of_a_rollout()) {
+            for (field, value) in given {
+                faults.add(&field, value, "must be absent where `generate` is given");
+            }
+        }
+        check_generate(faults, generate).map(Work::Generate)
+    }
+
+    /// What belongs to rollouts alone.
+    fn of_a_rollout(&self) -> Self {
+        Self {
+            labels: Default::default(),
+            after: Vec::new(),
+            needs: Vec::new(),
+            generate: None,
+            ..self.without_schedule()
         }
     }
 
     /// Who asks for a long rollout without a word about the attempt expects it to run that long.
     fn check_max_runtime(&self, faults: &mut Faults) -> Duration {
         let wall_s = self.limits.as_ref().and_then(|limits| limits.wall_s);
-        let default = MAX_RUNTIME_DEFAULT_S;
+        let default = match self.generate {
+            Some(_) => GENERATE_RUNTIME_DEFAULT_S,
+            None => MAX_RUNTIME_DEFAULT_S,
+        };
         let default = wall_s.map_or(default, |wall_s| {
             let wall_s = wall_s.clamp(0, WALL_S_MAX);
             default.max(wall_s + RUNTIME_MARGIN_S)
@@ -270,6 +302,28 @@ impl JobDraft {
             ),
             tool_call_s: faults.number("limits.tool_call_s", draft.tool_call_s, 1..=3600, 60),
             ask_s: faults.number("limits.ask_s", draft.ask_s, 1..=86_400, 300),
+        }
+    }
+}
+
+fn check_generate(faults: &mut Faults, draft: &GenerateDraft) -> Option<GenerateSpec> {
+    faults.name("generate.model", draft.model.as_deref());
+    let model_bytes = draft.model.as_ref().map_or(0, String::len);
+    if (limits::GENERATE_MODEL_BYTES_MAX + 1..=limits::NAME_BYTES_MAX).contains(&model_bytes) {
+        let rule = format!(
+            "must have at most {} bytes",
+            limits::GENERATE_MODEL_BYTES_MAX
+        );
+        faults.add("generate.model", model_bytes, rule);
+    }
+    match UploadName::new(draft.requests.as_deref().unwrap_or_default()) {
+        Ok(requests) => Some(GenerateSpec {
+            requests,
+            model: draft.model.clone(),
+        }),
+        Err(error) => {
+            faults.add("generate.requests", error.value, error.rule);
+            None
         }
     }
 }
@@ -446,14 +500,16 @@ mod tests {
     fn the_defaults_are_qwen3s_recommendations() {
         let job = spec(r#"{"prompt":"x"}"#);
         assert_eq!((job.priority, job.max_attempts, job.max_infra), (5, 3, 20));
-        let sampling = job.rollout.sampling;
+        let sampling = job.rollout().unwrap().sampling.clone();
         assert_eq!(
             (sampling.temperature, sampling.top_p, sampling.top_k),
             (0.6, 0.95, 20)
         );
         let plain = spec(r#"{"prompt":"x","sampling":{"thinking":false}}"#)
-            .rollout
-            .sampling;
+            .rollout()
+            .unwrap()
+            .sampling
+            .clone();
         assert_eq!((plain.temperature, plain.top_p), (0.7, 0.8));
     }
 
@@ -519,6 +575,44 @@ mod tests {
         // A rollout that is refused for itself takes nothing else along, however large it is.
         let found = faults(r#"{"prompt":"x","limits":{"wall_s":9223372036854775807}}"#);
         assert_eq!(found.len(), 1, "{found:?}");
+    }
+
+    #[test]
+    fn a_batch_of_requests_is_no_rollout() {
+        let job = spec(
+            r#"{"id":"a","labels":{"a":"b"},"needs":["gpu"],"priority":1,"generate":{"requests":"a/b.jsonl"}}"#,
+        );
+        let generate = job.generate().unwrap();
+        assert_eq!(
+            (generate.requests.as_str(), &generate.model),
+            ("a/b.jsonl", &None)
+        );
+        assert_eq!((job.rollout(), job.max_runtime.as_secs()), (None, 86_400));
+        let model = "m".repeat(limits::GENERATE_MODEL_BYTES_MAX + 1);
+        for (line, fields) in [
+            (r#"{"generate":{}}"#, &["generate.requests"][..]),
+            (
+                r#"{"generate":{"requests":"../x"}}"#,
+                &["generate.requests"],
+            ),
+            (
+                r#"{"generate":{"requests":"x","model":" "}}"#,
+                &["generate.model"],
+            ),
+            (
+                r#"{"generate":{"requests":"x"},"prompt":"y","limits":{"turns":1},"mcp":["a"]}"#,
+                &["limits", "mcp", "prompt"],
+            ),
+            (
+                &format!(r#"{{"generate":{{"requests":"x","model":"{model}"}}}}"#),
+                &["generate.model"],
+            ),
+        ] {
+            let errors = parse_line(line.as_bytes()).unwrap().check().unwrap_err();
+            let mut found: Vec<&str> = errors.iter().map(|e| e.field.as_str()).collect();
+            found.sort_unstable();
+            assert_eq!(found, fields, "{line}");
+        }
     }
 
     #[test]

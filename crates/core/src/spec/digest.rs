@@ -32,17 +32,11 @@ impl SpecDigest {
     /// `max_attempts`, `max_infra`, `max_runtime_s`; and what names a job or its submission: `id`, which is a part of
     /// the job's key and absent where the coordinator gave it, and `traceparent`.
     pub fn of(draft: &JobDraft) -> Self {
-        let asked = JobDraft {
-            id: None,
-            priority: None,
-            delay_ms: None,
-            max_attempts: None,
-            max_infra: None,
-            max_runtime_s: None,
-            traceparent: None,
-            prompt: PromptDraft::Turns(draft.prompt.turns().to_vec()),
-            ..draft.clone()
-        };
+        let mut asked = draft.without_schedule();
+        // What is no rollout has no prompt, not even an empty one.
+        if draft.generate.is_none() {
+            asked.prompt = PromptDraft::Turns(draft.prompt.turns().to_vec());
+        }
         let mut canonical = serde_json::json!(asked);
         // Maps keep the order in which their keys came.
         canonical.sort_all_objects();
@@ -103,6 +97,12 @@ mod tests {
         let expected = "3cbf77bd9167206c2049dd4df4401dce35d667449e5983ae09d5361e60501d4c";
         assert_eq!(digest(r#"{"prompt":"x"}"#).as_str(), expected);
         assert_eq!(digest(r#"{"prompt":"x"}"#).short(), &expected[..12]);
+        // `printf '{"generate":{"requests":"x"}}' | sha256sum`.
+        let expected = "d62574a6057329ef401012824e4cdfb75b070f91c774721d9edebdf6233b3d29";
+        assert_eq!(
+            digest(r#"{"generate":{"requests":"x"}}"#).as_str(),
+            expected
+        );
     }
 
     #[test]
@@ -132,6 +132,7 @@ mod tests {
             JOB.replacen('{', r#"{"hints":"h","#, 1),
             JOB.replacen('{', r#"{"after":["other"],"#, 1),
             JOB.replacen('{', r#"{"needs":["gpu"],"#, 1),
+            r#"{"generate":{"requests":"x"}}"#.to_owned(),
         ];
         for line in others {
             assert_ne!(line, JOB);

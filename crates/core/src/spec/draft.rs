@@ -93,6 +93,37 @@ pub struct JobDraft {
     /// How the rollout is judged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify: Option<VerifyDraft>,
+
+    /// Requests to be answered, in place of a rollout: of the fields from `task_id` on none may stand beside it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generate: Option<GenerateDraft>,
+}
+
+/// See [`super::GenerateSpec`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs, reason = "the fields are documented at `GenerateSpec`")]
+pub struct GenerateDraft {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+}
+
+impl JobDraft {
+    /// The same without what names the job or its submission, or decides when and how often it is tried.
+    pub(super) fn without_schedule(&self) -> Self {
+        Self {
+            id: None,
+            priority: None,
+            delay_ms: None,
+            max_attempts: None,
+            max_infra: None,
+            max_runtime_s: None,
+            traceparent: None,
+            ..self.clone()
+        }
+    }
 }
 
 /// One prompt or a list of user turns.

@@ -17,12 +17,14 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{JobId, JobKey};
+use crate::layout::UploadName;
+use crate::queue::JobKind;
 
 pub use check::{Range, limits};
 pub use digest::SpecDigest;
 pub use draft::{
-    JobDraft, LimitsDraft, McpUseDraft, ObservationDraft, PromptDraft, RolloutFile, SamplingDraft,
-    parse_line, parse_toml,
+    GenerateDraft, JobDraft, LimitsDraft, McpUseDraft, ObservationDraft, PromptDraft, RolloutFile,
+    SamplingDraft, parse_line, parse_toml,
 };
 pub use mcp::{McpServer, McpTransport, McpUse, ToolPolicy};
 pub use verify::{
@@ -54,7 +56,58 @@ pub struct JobSpec {
     /// W3C trace context of the submission.
     pub traceparent: Option<String>,
     /// What is to be done.
-    pub rollout: RolloutSpec,
+    pub work: Work,
+}
+
+/// What a job does.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Work {
+    /// A try of a model at a task, through tools.
+    Rollout(Box<RolloutSpec>),
+    /// A file of requests is answered.
+    Generate(GenerateSpec),
+}
+
+impl Work {
+    /// The sort of slot that it takes.
+    pub fn kind(&self) -> JobKind {
+        match self {
+            Self::Rollout(_) => JobKind::Rollout,
+            Self::Generate(_) => JobKind::Generate,
+        }
+    }
+}
+
+impl JobSpec {
+    /// The rollout, if it is one.
+    pub fn rollout(&self) -> Option<&RolloutSpec> {
+        match &self.work {
+            Work::Rollout(rollout) => Some(rollout),
+            Work::Generate(_) => None,
+        }
+    }
+
+    /// The batch of requests, if it is one.
+    pub fn generate(&self) -> Option<&GenerateSpec> {
+        match &self.work {
+            Work::Generate(generate) => Some(generate),
+            Work::Rollout(_) => None,
+        }
+    }
+}
+
+/// A file of requests that are to be answered, valid in every field.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateSpec {
+    /// The requests, one a line, by their name among the project's uploads.
+    pub requests: UploadName,
+    /// The model of lines that name none; absent: the base model of whoever answers.
+    pub model: Option<String>,
+}
+
+/// The tag of workers that serve the model of this name.
+pub fn model_tag(name: &str) -> String {
+    format!("model:{name}")
 }
 
 /// A job that another one waits for.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{SCHEMA_VERSION, StopReason, Totals};
+use crate::answers::GenerateSummary;
 use crate::error::FieldError;
 use crate::id::{Fence, JobKey};
 use crate::layout;
@@ -34,7 +35,41 @@ pub struct Manifest {
     /// What it was made from, as object paths.
     pub parents: Vec<String>,
     /// What tables show of it.
-    pub summary: RolloutSummary,
+    pub summary: Summary,
+}
+
+/// What tables show of a result, by what the job did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Summary {
+    /// A rollout, whose trace is among the files.
+    Rollout(RolloutSummary),
+    /// A batch of requests: the files are its answers, piece by piece.
+    Generate(GenerateSummary),
+}
+
+impl Summary {
+    /// That of a rollout.
+    pub fn rollout(&self) -> Option<&RolloutSummary> {
+        match self {
+            Self::Rollout(summary) => Some(summary),
+            Self::Generate(_) => None,
+        }
+    }
+
+    /// That of a batch of requests.
+    pub fn generate(&self) -> Option<&GenerateSummary> {
+        match self {
+            Self::Generate(summary) => Some(summary),
+            Self::Rollout(_) => None,
+        }
+    }
+}
+
+impl From<RolloutSummary> for Summary {
+    fn from(summary: RolloutSummary) -> Self {
+        Self::Rollout(summary)
+    }
 }
 
 /// A file and the proof that it is whole.
@@ -130,18 +165,27 @@ impl Manifest {
                 ));
             }
         }
-        if !manifest
-            .files
-            .iter()
-            .any(|file| file.path == layout::trace(job, manifest.fence))
-        {
-            return Err(FieldError::new(
+        match &manifest.summary {
+            Summary::Rollout(_) if manifest.trace_file().is_none() => Err(FieldError::new(
                 "manifest.files",
                 manifest.files.len(),
                 "must name the trace",
-            ));
+            )),
+            Summary::Generate(_) => manifest.check_answers().map(|()| manifest),
+            Summary::Rollout(_) => Ok(manifest),
         }
-        Ok(manifest)
+    }
+
+    /// Pieces of answers are read in the order in which they are named, so that it must be theirs.
+    fn check_answers(&self) -> Result<(), FieldError> {
+        for (n, file) in (0..).zip(&self.files) {
+            let path = layout::answers(&self.job, self.fence, n);
+            if file.path != path {
+                let rule = format!("must be {path} at its place");
+                return Err(FieldError::new("manifest.files", &file.path, rule));
+            }
+        }
+        Ok(())
     }
 
     /// The trace's entry.

@@ -45,7 +45,7 @@ const TILE_ROWS: usize = 8;
 /// heads; a row of `out` is `heads · head_dim`.
 ///
 /// # Panics
-/// When lengths do not fit or a block is outside the cache.
+/// When lengths do not fit, a block is outside the cache, or spans are not in the order of their rows.
 #[expect(clippy::too_many_arguments, reason = "the op's operands")]
 pub fn attention(
     pool: &Pool,
@@ -61,7 +61,11 @@ pub fn attention(
     let kv = cache.shape();
     let group = heads / kv.heads;
     assert!(group * kv.heads == heads && heads * kv.head_dim <= q_stride);
+    let mut next_row = 0;
     for span in spans {
+        // No two threads write one row.
+        assert!(span.row >= next_row, "spans are in the order of their rows");
+        next_row = span.row + span.tokens;
         let end = span.start + span.tokens;
         assert!(
             span.blocks.len() * BLOCK_TOKENS >= end,

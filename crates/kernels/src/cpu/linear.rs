@@ -339,8 +339,12 @@ fn pack_q8(
     });
 }
 
-/// max |w| / 127, rounded up to bf16, so that no value falls outside ±127.
+/// max |w| / 127, rounded up to bf16, so that no value falls outside ±127. Of weights that are no numbers, no number: what
+/// they make is none either, as in the other forms.
 fn scale_of(weights: &[f32]) -> bf16 {
+    if !weights.iter().all(|w| w.is_finite()) {
+        return bf16::NAN;
+    }
     let most = weights.iter().fold(0.0_f32, |most, w| most.max(w.abs()));
     let exact = most / 127.0;
     let near = bf16::from_f32(exact);
@@ -406,7 +410,7 @@ pub fn linear_grouped(pool: &Pool, x: &[f32], groups: &[Group<'_>], y: &mut [f32
             "groups are of one shape"
         );
         assert!(
-            group.rows.start >= end && group.rows.end <= rows,
+            group.rows.start >= end && group.rows.start <= group.rows.end && group.rows.end <= rows,
             "groups are in order"
         );
         end = group.rows.end;

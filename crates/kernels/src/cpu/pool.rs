@@ -187,13 +187,11 @@ impl Pool {
                 std::thread::yield_now();
             }
         }
+        let others_panicked = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(panic) = own {
             resume_unwind(panic);
         }
-        assert!(
-            !shared.panicked.swap(false, Ordering::Relaxed),
-            "a kernel panicked on another thread"
-        );
+        assert!(!others_panicked, "a kernel panicked on another thread");
     }
 
     /// Splits `0..items` into equal ranges, one a thread, in order.

@@ -4,7 +4,7 @@
 //! inverse distribution in the order of ids. The random number is Philox4x32-10 at counter `step` under key `seed`, so
 //! it depends on nothing else. Log-probabilities are of the logits as the model gave them, before all of this.
 
-use super::pool::Isa;
+use super::pool::{Isa, Pool};
 use super::simd::{Kernel, Lanes, dispatch, exp};
 use crate::sampling::{Penalties, Sampling};
 
@@ -31,10 +31,12 @@ pub enum DrawError {
 }
 
 /// Draws from `logits`, one for each id of the real vocabulary: padding ids must not be among them. Logits are used up.
+/// Runs on the calling thread, with the instructions of `pool`.
 ///
 /// # Errors
 /// When no token is allowed or a logit is NaN.
-pub fn draw(isa: Isa, logits: &mut [f32], how: &Sampling) -> Result<Drawn, DrawError> {
+pub fn draw(pool: &Pool, logits: &mut [f32], how: &Sampling) -> Result<Drawn, DrawError> {
+    let isa = pool.isa();
     let mut total = Total {
         logits,
         most: 0.0,
@@ -62,7 +64,7 @@ pub fn draw(isa: Isa, logits: &mut [f32], how: &Sampling) -> Result<Drawn, DrawE
         .map(|id| (id, logits[id as usize]))
         .collect();
     adjust(logits, how);
-    let id = if how.temperature <= 0.0 {
+    let id = if how.effective_temperature() == 0.0 {
         largest(logits)?
     } else {
         sample(isa, logits, how)?
@@ -200,7 +202,7 @@ fn sample(isa: Isa, logits: &[f32], how: &Sampling) -> Result<u32, DrawError> {
         return Err(DrawError::NothingAllowed);
     }
     let mut weights = vec![0.0; logits.len()];
-    let inverse_temperature = 1.0 / how.temperature;
+    let inverse_temperature = 1.0 / how.effective_temperature();
     dispatch(
         isa,
         Weigh {
@@ -222,11 +224,12 @@ fn sample(isa: Isa, logits: &[f32], how: &Sampling) -> Result<u32, DrawError> {
         kept.retain(|id| weights[*id as usize] >= how.min_p);
         kept.sort_unstable();
         let kept = kept.iter().map(|id| (*id, weights[*id as usize]));
-        Ok(pick(kept, random))
+        pick(kept, random)
     } else {
         let all = (0_u32..).zip(weights.iter().copied());
-        Ok(pick(all.filter(|(_, weight)| *weight >= how.min_p), random))
+        pick(all.filter(|(_, weight)| *weight >= how.min_p), random)
     }
+    .ok_or(DrawError::NothingAllowed)
 }
 
 /// What top-k and then top-p leave, of weights of which the largest is 1.
@@ -262,15 +265,15 @@ fn cut(mut best: Vec<u32>, weights: &[f32], goal: f64) -> Vec<u32> {
     best
 }
 
-/// The token at `random` of the way through the weights.
-fn pick(weights: impl Iterator<Item = (u32, f32)> + Clone, random: f64) -> u32 {
+/// The token at `random` of the way through the weights; none where nothing has weight.
+fn pick(weights: impl Iterator<Item = (u32, f32)> + Clone, random: f64) -> Option<u32> {
     let total: f64 = weights.clone().map(|(_, weight)| f64::from(weight)).sum();
     let goal = random * total;
     let mut sum = 0.0;
-    let mut last = 0;
+    let mut last = None;
     for (id, weight) in weights.filter(|(_, weight)| *weight > 0.0) {
         sum += f64::from(weight);
-        last = id;
+        last = Some(id);
         if sum > goal {
             break;
         }

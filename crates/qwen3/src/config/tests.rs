@@ -112,6 +112,8 @@ fn bad_configs_are_refused_by_field_value_and_rule() {
             "got nothing",
         ),
         (dense(), "rms_norm_eps", json!("x"), "finite number"),
+        (dense(), "num_hidden_layers", json!(1025), "1 to 1024"),
+        (sparse(), "num_experts", json!(1 << 24), "1 to 1024"),
     ];
     for (mut config, field, value, says) in cases {
         config[field] = value;
@@ -129,4 +131,14 @@ fn bad_configs_are_refused_by_field_value_and_rule() {
         "{error}"
     );
     assert!(Config::parse("{").is_err());
+}
+
+#[test]
+fn rows_beyond_the_tokenizer_are_padding_however_many_there_are() {
+    for (rows, real) in [(151_936, 151_669), (151_680, 151_669), (512, 512)] {
+        let mut config = dense();
+        config["vocab_size"] = json!(rows);
+        let config = Config::parse(&config.to_string()).unwrap();
+        assert_eq!(config.real_vocab_size, real);
+    }
 }

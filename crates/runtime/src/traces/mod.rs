@@ -15,7 +15,7 @@ use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
 use espalier_core::layout;
 use espalier_core::time::Timestamp;
-use espalier_core::trace::{FileEntry, Header, Manifest, SCHEMA_VERSION, Trace, TraceError};
+use espalier_core::trace::{self, FileEntry, Header, Manifest, SCHEMA_VERSION, Trace, TraceError};
 
 use crate::store::{Created, LIST_MAX, Store, StoreError};
 use crate::tasks::{BlockingFailed, blocking};
@@ -139,7 +139,8 @@ impl Traces {
         &self.project
     }
 
-    /// Every published trace of `batch`, or of the whole project, ordered by batch and job. Walks the store.
+    /// The jobs of `batch` with a published result, of the whole project, ordered by batch and job. Walks the store.
+    /// Which of them are rollouts only their [manifests](Self::summary) tell.
     pub async fn list(&self, batch: Option<&BatchId>) -> Result<Vec<Listed>, TracesError> {
         let prefix = match batch {
             Some(batch) => layout::batch(&self.project, batch),
@@ -201,8 +202,8 @@ impl Traces {
     pub async fn summary(&self, listed: &Listed) -> Result<Summary, TracesError> {
         let mut manifest = self.manifest(&listed.job).await?;
         let patch = self.newest_patch(listed).await?;
-        if let Some(patch) = &patch {
-            patch.correct_summary(&mut manifest.summary);
+        if let (Some(patch), trace::Summary::Rollout(summary)) = (&patch, &mut manifest.summary) {
+            patch.correct_summary(summary);
         }
         Ok(Summary { manifest, patch })
     }
@@ -258,7 +259,7 @@ impl Traces {
             return Ok(Created::Exists);
         }
         let (trace, file) = self.create_file(trace).await?;
-        let summary = trace.summary();
+        let summary = trace.summary().into();
         let Header {
             job,
             attempt,

@@ -19,7 +19,7 @@ fn sampling() -> Sampling {
         prompt: PromptDraft::One("x".to_owned()),
         ..JobDraft::default()
     };
-    draft.check().unwrap().rollout.sampling
+    draft.check().unwrap().rollout().unwrap().sampling.clone()
 }
 
 fn key(job: &str) -> JobKey {
@@ -261,8 +261,9 @@ async fn the_newest_correction_counts() {
     assert_eq!(listed[0], traces.find(&key("a")).await.unwrap());
     let loaded = traces.load(&listed[0]).await.unwrap();
     assert_eq!(loaded.trace.reward(), Some(0.5));
-    assert_eq!(loaded.manifest.summary.reward, Some(0.5));
-    assert_eq!(loaded.manifest.summary.reason, "half right");
+    let summary = loaded.manifest.summary.rollout().unwrap();
+    assert_eq!(summary.reward, Some(0.5));
+    assert_eq!(summary.reason, "half right");
 }
 
 #[test]

@@ -34,7 +34,7 @@ use bytes::Bytes;
 use espalier_core::error::ErrorClass;
 use espalier_core::id::{Fence, JobKey, WorkerId};
 use espalier_core::spec::{JobDraft, JobSpec};
-use espalier_core::trace::RolloutSummary;
+use espalier_core::trace::Summary;
 use espalier_proto::v1;
 use tokio::sync::watch;
 
@@ -114,7 +114,7 @@ pub enum JobOutcome {
         /// Object path of its manifest.
         manifest: String,
         /// What tables show of it.
-        summary: RolloutSummary,
+        summary: Summary,
         /// Encoded specs of jobs that follow from it.
         spawn: Vec<Bytes>,
     },

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use espalier_core::layout;
 use espalier_core::spec::parse_line;
 use espalier_core::trace::sha256_hex;
-use espalier_core::trace::{StopReason, Totals};
+use espalier_core::trace::{RolloutSummary, StopReason, Totals};
 use espalier_proto::convert::encode_draft;
 use espalier_proto::v1::coordinator_message::Message as FromCoordinator;
 use espalier_proto::v1::result::Outcome;
@@ -184,14 +184,14 @@ impl Handler for ById {
         self.started.lock().unwrap().push(grant.key.job.to_string());
         let published = JobOutcome::Published {
             manifest: layout::manifest(&grant.key),
-            summary: RolloutSummary {
+            summary: Summary::Rollout(RolloutSummary {
                 reward: None,
                 stop: StopReason::Answered,
                 reason: String::new(),
                 task_id: String::new(),
                 task_kind: String::new(),
                 totals: Totals::default(),
-            },
+            }),
             spawn: vec![],
         };
         match grant.key.job.as_str() {

@@ -20,18 +20,24 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use super::connection::{Bounds, serve_within};
-use super::{Parts, router_with};
+use super::{Api, Offline, Parts};
 use scripted::Scripted;
 
 /// The API in front of a backend.
-fn parts(backend: Arc<Scripted>, key: Option<&str>) -> Parts {
-    Parts {
-        backend,
+fn api(backend: &Arc<Scripted>, key: Option<&str>, keep_alive: Duration) -> Api {
+    let parts = Parts {
+        backend: backend.clone(),
         api_key: key.map(Secret::new),
         clock: Arc::new(ManualClock::new(Timestamp::from_ms(7_000))),
         ids: Arc::new(SequentialIds::new("t")),
         seed: Some(100),
-    }
+    };
+    Api::with_keep_alive(parts, keep_alive)
+}
+
+/// What answers batches in front of a scripted backend.
+pub(crate) fn scripted_offline() -> Offline {
+    api(&Arc::default(), None, Duration::ZERO).offline()
 }
 
 /// A server on a port of its own.
@@ -56,7 +62,7 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let backend = Arc::new(Scripted::default());
-        let router = router_with(parts(backend.clone(), key), keep_alive);
+        let router = api(&backend, key, keep_alive).router();
         let shutdown = Shutdown::new();
         let tasks = Tasks::new(shutdown.clone());
         let drain_limit = Duration::from_secs(10);

@@ -480,7 +480,7 @@ impl Tail {
             self.pair(id, bias.to_bits());
         }
         SampleRow {
-            temperature: sampling.temperature,
+            temperature: sampling.effective_temperature(),
             top_k: sampling.top_k,
             top_p: sampling.top_p,
             min_p: sampling.min_p,

@@ -188,6 +188,37 @@ fn check_blocks(world: &World) {
     assert_eq!(states(State::Held), scheduler.counters().held);
 }
 
+/// Plays requests that share nothing: whether each is of a batch, when it arrives, and the length of its prompt.
+fn play_alone(
+    setting: &Setting,
+    kinds: &[(bool, usize, usize)],
+) -> (World, Vec<Option<RequestId>>) {
+    let ask = |(i, (batch, arrives, prompt)): (usize, &(bool, usize, usize))| Ask {
+        text: 100 + i as u32,
+        prompt: *prompt,
+        max_tokens: 10,
+        stops: false,
+        adapter: None,
+        seed: 0,
+        batch: *batch,
+        penalties: false,
+        grammar: false,
+        arrives: *arrives,
+        aborts: None,
+        holds: None,
+    };
+    let asks: Vec<Ask> = kinds.iter().enumerate().map(ask).collect();
+    let config = Config {
+        prefix_caching: false,
+        ..setting.config
+    };
+    let setting = Setting {
+        config,
+        ..setting.clone()
+    };
+    play(&setting, &asks)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
@@ -216,29 +247,10 @@ proptest! {
         setting in setting(),
         kinds in prop::collection::vec((any::<bool>(), 0..60usize, 1..100usize), 1..60),
     ) {
-        let ask = |(i, (batch, arrives, prompt)): (usize, &(bool, usize, usize))| Ask {
-            text: 100 + i as u32,
-            prompt: *prompt,
-            max_tokens: 10,
-            stops: false,
-            adapter: None,
-            seed: 0,
-            batch: *batch,
-            penalties: false,
-            grammar: false,
-            arrives: *arrives,
-            aborts: None,
-            holds: None,
-        };
-        let asks: Vec<Ask> = kinds.iter().enumerate().map(ask).collect();
-        let setting = Setting {
-            config: Config { prefix_caching: false, ..setting.config },
-            ..setting
-        };
-        let (world, added) = play(&setting, &asks);
+        let (world, added) = play_alone(&setting, &kinds);
         let place = |id: &RequestId| world.fake.first_rows.iter().position(|s| *s == id.seq());
         let places = |batch: bool| {
-            let of_kind = asks.iter().zip(&added).filter(move |(ask, _)| ask.batch == batch);
+            let of_kind = kinds.iter().zip(&added).filter(move |(kind, _)| kind.0 == batch);
             let mut ids: Vec<RequestId> = of_kind.map(|(_, id)| id.unwrap()).collect();
             ids.sort();
             ids.iter().map(|id| (*id, place(id).unwrap())).collect::<Vec<_>>()
@@ -249,6 +261,25 @@ proptest! {
         for (ahead, (id, place)) in batch.iter().enumerate() {
             let later = online.iter().filter(|(other, at)| other > id && at < place).count();
             prop_assert!(later <= (ahead + 1) * ONLINE_PER_BATCH as usize, "{later} before {id:?}");
+        }
+    }
+
+    /// However many batch requests wait: of those that did not run yet when an online request came, so few begin before
+    /// it as the rule says. One may have had its turn already, and one may be about to.
+    #[test]
+    fn an_online_request_waits_for_few_batch_requests(
+        setting in setting(),
+        kinds in prop::collection::vec((prop::bool::weighted(0.8), 0..60usize, 1..100usize), 1..100),
+    ) {
+        let (world, added) = play_alone(&setting, &kinds);
+        let is_batch: HashMap<_, _> = kinds.iter().zip(&added).map(|(kind, id)| (id.unwrap().seq(), kind.0)).collect();
+        let online = kinds.iter().filter(|kind| !kind.0).count();
+        let admitted = online + world.scheduler.counters().preemptions as usize;
+        for id in added.iter().map(|id| id.unwrap()).filter(|id| !is_batch[&id.seq()]) {
+            let rows = &world.fake.first_rows;
+            let place = rows.iter().position(|seq| *seq == id.seq()).unwrap();
+            let before = rows[world.begun_before[&id]..place].iter().filter(|seq| is_batch[seq]).count();
+            prop_assert!(before <= 2 + admitted / ONLINE_PER_BATCH as usize, "{before} before {id:?}");
         }
     }
 }

@@ -95,6 +95,7 @@ fn wished(options: &Options, ordinal: u32, context: u32) -> CudaOptions {
             .unwrap_or(defaults.max_num_batched_tokens),
         gpu_memory_utilization: options.gpu_memory_utilization,
         max_loras: options.max_loras,
+        max_lora_rank: options.max_lora_rank,
         ..defaults
     }
 }

@@ -39,6 +39,23 @@ fn forms_stand_for_the_weights_given() {
 }
 
 #[test]
+fn a_weight_that_is_no_number_is_none_in_any_form() {
+    let pool = Pool::new(1);
+    let (n, k) = (4, 40);
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut given = numbers(1, n * k);
+        given[2 * k + 5] = bad;
+        for form in [Form::F32, Form::Bf16, Form::Q8] {
+            let weights = PackedLinear::pack(&pool, form, k, &[RowSource::F32(&given)]).unwrap();
+            let mut y = vec![0.0; n];
+            linear(&pool, &vec![1.0; k], &weights, &mut y);
+            let finite: Vec<bool> = y.iter().map(|y| y.is_finite()).collect();
+            assert_eq!(finite, [true, true, false, true], "{bad} in {form:?}");
+        }
+    }
+}
+
+#[test]
 fn parts_lie_one_under_the_other_and_bytes_are_read() {
     let pool = Pool::new(2);
     let k = 40;

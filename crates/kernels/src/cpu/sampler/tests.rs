@@ -4,7 +4,10 @@ use super::*;
 use crate::cpu::simd::tests::numbers;
 use crate::sampling::Seen;
 
-const ISA: Isa = Isa::Portable;
+/// The plainest instructions, on this thread.
+fn pool() -> Pool {
+    Pool::with_isa(1, Isa::Portable)
+}
 
 fn probabilities(logits: &[f32], temperature: f64) -> Vec<f64> {
     let parts: Vec<f64> = logits
@@ -26,7 +29,7 @@ fn check(logits: &[f32], how: &Sampling, exact: &[f64]) {
             step,
             ..how.clone()
         };
-        counts[draw(ISA, &mut logits.to_vec(), &how).unwrap().id as usize] += 1;
+        counts[draw(&pool(), &mut logits.to_vec(), &how).unwrap().id as usize] += 1;
     }
     let (mut chi, mut free) = (0.0, -1.0);
     for (id, (count, p)) in counts.iter().zip(exact).enumerate() {
@@ -158,7 +161,7 @@ fn penalties_and_bias_move_logits_and_not_reported_logprobs() {
     check(&logits, &how, &probabilities(&moved, 1.0));
     let exact = probabilities(&logits, 1.0);
     for step in 0..200 {
-        let drawn = draw(ISA, &mut logits.clone(), &at_step(&how, step)).unwrap();
+        let drawn = draw(&pool(), &mut logits.clone(), &at_step(&how, step)).unwrap();
         assert!((f64::from(drawn.logprob) - exact[drawn.id as usize].ln()).abs() < 1e-5);
         assert_eq!(drawn.top.len(), 3);
         assert!(drawn.top.windows(2).all(|pair| pair[0].1 >= pair[1].1));
@@ -168,12 +171,15 @@ fn penalties_and_bias_move_logits_and_not_reported_logprobs() {
 #[test]
 fn greedy_takes_the_largest_and_of_equals_the_lowest() {
     let mut logits = vec![1.0, 5.0, 5.0, -1.0];
-    assert_eq!(draw(ISA, &mut logits, &Sampling::default()).unwrap().id, 1);
+    assert_eq!(
+        draw(&pool(), &mut logits, &Sampling::default()).unwrap().id,
+        1
+    );
     let how = Sampling {
         allowed: Some(Arc::new([0b1101])),
         ..Sampling::default()
     };
-    assert_eq!(draw(ISA, &mut logits, &how).unwrap().id, 2);
+    assert_eq!(draw(&pool(), &mut logits, &how).unwrap().id, 2);
 }
 
 #[test]
@@ -185,7 +191,7 @@ fn what_cannot_be_drawn_is_an_error() {
             ..Sampling::default()
         };
         assert_eq!(
-            draw(ISA, &mut [1.0, 2.0], &none),
+            draw(&pool(), &mut [1.0, 2.0], &none),
             Err(DrawError::NothingAllowed)
         );
         let plain = Sampling {
@@ -199,7 +205,7 @@ fn what_cannot_be_drawn_is_an_error() {
             [f32::INFINITY, 0.0],
         ] {
             assert_eq!(
-                draw(ISA, &mut bad.clone(), &plain),
+                draw(&pool(), &mut bad.clone(), &plain),
                 Err(DrawError::NotANumber)
             );
         }
@@ -214,7 +220,7 @@ fn one_token_is_kept_however_low_top_p_is() {
         ..Sampling::default()
     };
     for step in 0..50 {
-        let drawn = draw(ISA, &mut [0.0, 3.0, 0.0], &at_step(&how, step)).unwrap();
+        let drawn = draw(&pool(), &mut [0.0, 3.0, 0.0], &at_step(&how, step)).unwrap();
         assert_eq!(drawn.id, 1);
     }
 }
@@ -241,4 +247,25 @@ fn a_seed_and_a_step_give_one_number_and_others_another() {
     all.sort_unstable();
     all.dedup();
     assert_eq!(all.len(), 10_000);
+}
+
+#[test]
+fn a_temperature_that_is_nearly_0_is_0() {
+    for temperature in [1e-6, 1e-39, f32::MIN_POSITIVE] {
+        let how = Sampling {
+            temperature,
+            top_k: 20,
+            allowed: Some(Arc::new([0b110])),
+            ..Sampling::default()
+        };
+        let drawn = draw(&pool(), &mut [9.0, 1.0, 3.0], &how).unwrap();
+        assert_eq!(drawn.id, 2, "{temperature}");
+    }
+    // The coldest that is none: still the likeliest, and what is not allowed is not drawn.
+    let how = Sampling {
+        temperature: crate::sampling::GREEDY_BELOW,
+        allowed: Some(Arc::new([0b110])),
+        ..Sampling::default()
+    };
+    assert_eq!(draw(&pool(), &mut [9.0, 1.0, 3.0], &how).unwrap().id, 2);
 }

@@ -10,12 +10,12 @@ use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::spec::SpecDigest;
 use espalier_core::trace::Manifest;
-use espalier_runtime::store::Store;
-use espalier_runtime::tasks::{self, with_deadline};
 use futures::{StreamExt, TryStreamExt};
 
-use super::RecordError;
-use super::publish::patiently;
+use super::{PublishError, Published, patiently};
+use crate::store::Store;
+use crate::tasks::{self, with_deadline};
+use crate::worker::JobContext;
 
 /// Files read at once: enough to hide latency, few enough that blobs of 16 MB fit into memory.
 const READS_MAX: usize = 4;
@@ -43,8 +43,8 @@ impl Claim<'_> {
     }
 
     /// The end of an attempt that found a result of something else under its name.
-    pub fn refuse(&self, found: Option<SpecDigest>) -> RecordError {
-        RecordError::NameUsed {
+    pub fn refuse(&self, found: Option<SpecDigest>) -> PublishError {
+        PublishError::NameUsed {
             job: self.key.clone(),
             found,
             asked: self.spec.cloned(),
@@ -77,17 +77,46 @@ pub async fn find_at_start(
     store: &Store,
     claim: Claim<'_>,
     max_runtime: Duration,
-) -> Result<Found, RecordError> {
+) -> Result<Found, PublishError> {
     let patience = START_PATIENCE.min(max_runtime / 2);
     let find = patiently(claim.key, "adoption", || find_published(store, claim));
     with_deadline("record.start", patience, find).await?
+}
+
+/// Takes over a result that an earlier attempt published, if there is one, it verifies, and it is of the same spec. What
+/// does not verify is reported, and out of the way where this returns none.
+pub async fn adopt(
+    store: &Store,
+    claim: Claim<'_>,
+    max_runtime: Duration,
+    context: &JobContext,
+) -> Result<Option<Published>, PublishError> {
+    let key = claim.key;
+    match find_at_start(store, claim, max_runtime).await? {
+        Found::Nothing => Ok(None),
+        Found::Published(manifest) => {
+            tracing::info!(job = %key, winner = manifest.fence.0, "took over the result of an earlier attempt");
+            Ok(Some(Published {
+                manifest: layout::manifest(key),
+                summary: manifest.summary,
+                adopted: true,
+            }))
+        }
+        Found::OfAnotherSpec(found) => Err(claim.refuse(found)),
+        // Moved aside: this attempt may publish its own.
+        Found::Invalid { reason } if context.report_bad_manifest(&reason).await => Ok(None),
+        Found::Invalid { reason } => Err(PublishError::InvalidManifest {
+            job: key.to_string(),
+            reason,
+        }),
+    }
 }
 
 /// Looks for a published result that `claim` covers and verifies every file of it.
 ///
 /// # Errors
 /// The store did not answer: nothing is known.
-pub async fn find_published(store: &Store, claim: Claim<'_>) -> Result<Found, RecordError> {
+pub async fn find_published(store: &Store, claim: Claim<'_>) -> Result<Found, PublishError> {
     let key = claim.key;
     let bytes = match store.get(&layout::manifest(key)).await {
         Ok(bytes) => bytes,
@@ -111,7 +140,7 @@ pub async fn find_published(store: &Store, claim: Claim<'_>) -> Result<Found, Re
                 Err(error) if error.is_not_found() => {
                     return Ok(Some(format!("`{}` is missing", file.path)));
                 }
-                Err(error) => return Err(RecordError::from(error)),
+                Err(error) => return Err(PublishError::from(error)),
             };
             let path = file.path.clone();
             let holds = tasks::blocking("record.verify", move || file.holds(&bytes)).await?;
