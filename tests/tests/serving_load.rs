@@ -270,7 +270,7 @@ async fn what_makes_no_sense_is_refused_by_name_and_the_worker_stays() {
             json!({"top_p": 0}),
             400,
             "top_p",
-            "must be in (0, 1], got 0",
+            "must be above 1e-37 and at most 1, got 0",
         ),
         (json!({"max_tokens": -5}), 400, "max_tokens", "got -5"),
         (

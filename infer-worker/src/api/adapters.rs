@@ -46,7 +46,7 @@ pub(super) async fn load(
     State(app): State<App>,
     body: axum::body::Body,
 ) -> Result<Json<Value>, ApiError> {
-    let mut fields = read(body).await?;
+    let mut fields = read(&app, body).await?;
     let source = source(&mut fields, "name", "path")?;
     refuse_more(fields)?;
     let model = app.backend.load_adapter(source).await.map_err(refusal)?;
@@ -58,7 +58,7 @@ pub(super) async fn load_as_vllm(
     State(app): State<App>,
     body: axum::body::Body,
 ) -> Result<String, ApiError> {
-    let mut fields = read(body).await?;
+    let mut fields = read(&app, body).await?;
     let source = source(&mut fields, "lora_name", "lora_path")?;
     // A version in the place of one that is there is what happens anyway.
     fields.flag("load_inplace")?;
@@ -75,7 +75,7 @@ pub(super) async fn unload_as_vllm(
     State(app): State<App>,
     body: axum::body::Body,
 ) -> Result<String, ApiError> {
-    let mut fields = read(body).await?;
+    let mut fields = read(&app, body).await?;
     let name = fields.text("lora_name")?.unwrap_or_default();
     app.backend.unload_adapter(&name).await.map_err(refusal)?;
     Ok(format!(
@@ -83,8 +83,9 @@ pub(super) async fn unload_as_vllm(
     ))
 }
 
-async fn read(body: axum::body::Body) -> Result<Fields, ApiError> {
-    Fields::parse(&limits::read(body, limits::ADAPTER_BODY_BYTES_MAX).await?)
+async fn read(app: &App, body: axum::body::Body) -> Result<Fields, ApiError> {
+    let body = app.bodies.read(body, limits::ADAPTER_BODY_BYTES_MAX);
+    Fields::parse(&body.await?)
 }
 
 fn source(

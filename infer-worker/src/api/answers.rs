@@ -14,13 +14,9 @@ use super::choice::{Choice, Finish, Piece};
 use super::error::ApiError;
 use super::metrics::Metrics;
 use super::observe::{Observed, Progress};
-use super::reply::{Answer, Head, Usage};
-
-/// Longest silence of an engine that has begun an answer, or has it in its queue. Beyond it the engine hangs.
-pub(super) const SILENCE_MAX: Duration = Duration::from_secs(600);
-/// The same of an answer of a batch, which waits for as long as clients keep coming. That an engine hangs shows in its
-/// health; this only ends what nothing else did.
-pub(super) const OFFLINE_SILENCE_MAX: Duration = Duration::from_secs(86_400);
+use super::patience::{self, SILENCE_MAX};
+use super::reply::{Head, Usage};
+use super::whole::{Answer, Whole};
 
 /// Answers that were submitted.
 pub(super) struct Answers {
@@ -127,16 +123,8 @@ impl Answers {
                 self.told.ended(self.usage, &self.reasons);
                 return Ok(None);
             }
-            let wait = espalier_runtime::tasks::with_deadline(
-                "api.engine",
-                self.silence_max,
-                self.events.next(),
-            );
-            let (i, event) = match wait.await {
-                Ok(Some(found)) => found,
-                Ok(None) => return Err(ApiError::internal()),
-                Err(_) => return Err(ApiError::stopped()),
-            };
+            let next = patience::next(&mut self.events, &*self.backend, self.silence_max);
+            let (i, event) = next.await?;
             // A choice that ended by itself may have had events under way.
             let Some(choice) = self.choices[i].as_mut() else {
                 continue;
@@ -144,6 +132,10 @@ impl Answers {
             let step = match event {
                 Some(Event::Token(token)) => {
                     self.usage.completion_tokens += 1;
+                    // A prompt is counted once, and computed for the first of its answers: the others find it.
+                    if i % self.head.n == 0 && self.clocks[i].tokens == 0 {
+                        self.usage.cached_tokens += token.cached_tokens;
+                    }
                     self.told.token(&mut self.clocks[i]);
                     let pieces = choice.push(&token);
                     Step {
@@ -153,19 +145,12 @@ impl Answers {
                         finish: choice.finish(),
                     }
                 }
-                Some(Event::Finished {
-                    reason,
-                    cached_tokens,
-                }) => {
-                    self.usage.cached_tokens += cached_tokens;
-                    if matches!(reason, Ended::Abort) {
-                        return Err(ApiError::stopped());
-                    }
+                Some(Event::Finished { reason }) => {
                     if matches!(reason, Ended::Grammar) {
                         return Err(ApiError::grammar());
                     }
-                    if matches!(reason, Ended::Error) {
-                        return Err(self.failure());
+                    if matches!(reason, Ended::Abort | Ended::Error) {
+                        return Err(self.failure(reason));
                     }
                     let pieces = choice.end(reason);
                     Step {
@@ -176,7 +161,7 @@ impl Answers {
                     }
                 }
                 // The engine went without a word.
-                None => return Err(ApiError::stopped()),
+                None => return Err(self.failure(Ended::Error)),
             };
             if let Some(finish) = step.finish {
                 self.choices[i] = None;
@@ -188,31 +173,28 @@ impl Answers {
         }
     }
 
-    /// Why an answer failed: with the engine, or alone.
-    fn failure(&self) -> ApiError {
-        match self.backend.load().condition {
-            Condition::Failed => ApiError::failed(),
-            Condition::Running | Condition::Ending => ApiError::internal(),
+    /// Why an answer failed: with the engine, or alone. An engine that runs gives up only what is not taken.
+    fn failure(&self, ended: Ended) -> ApiError {
+        match (self.backend.load().condition, ended) {
+            (Condition::Failed, _) => ApiError::failed(),
+            (Condition::Running, Ended::Abort) => ApiError::not_taken(),
+            (Condition::Ending, Ended::Abort) => ApiError::stopped(),
+            (Condition::Running | Condition::Ending, _) => ApiError::internal(),
         }
     }
 
     /// Waits for all of them.
-    pub(super) async fn whole(mut self) -> Result<serde_json::Value, ApiError> {
-        let open = || (Vec::new(), Vec::new(), None);
-        let mut parts: Vec<_> = self.choices.iter().map(|_| open()).collect();
+    pub(super) async fn whole(mut self) -> Result<Whole, ApiError> {
+        let mut answers = vec![Answer::default(); self.choices.len()];
         while let Some(step) = self.next().await? {
-            let (pieces, tokens, finish) = &mut parts[step.choice];
-            pieces.extend(step.pieces);
-            tokens.extend(step.token);
-            *finish = step.finish.or(*finish);
+            answers[step.choice].take(&self.head, step.pieces, step.token, step.finish);
         }
-        let answer = |(pieces, tokens, finish): (_, _, Option<Finish>)| Answer {
-            pieces,
-            tokens,
-            finish: finish.unwrap_or(Finish::Stop),
-        };
-        let answers: Vec<Answer> = parts.into_iter().map(answer).collect();
-        Ok(self.head.whole(&answers, self.usage, &*self.backend))
+        Ok(Whole {
+            head: self.head,
+            answers,
+            usage: self.usage,
+            backend: self.backend,
+        })
     }
 
     /// Tells them as they come: openings, chunks in the order in which tokens are drawn, usage, and the mark of the end.

@@ -225,8 +225,6 @@ pub enum Event {
     Finished {
         /// Why.
         reason: Ended,
-        /// Tokens of the prompt that were found in the prefix cache.
-        cached_tokens: usize,
     },
 }
 
@@ -241,6 +239,8 @@ pub struct Token {
     pub top: Vec<(u32, f32)>,
     /// It ends the answer and is no part of its text.
     pub ends: bool,
+    /// Tokens of the prompt that were found in the prefix cache, the same for every id of an answer.
+    pub cached_tokens: usize,
 }
 
 /// Why an answer ended.
@@ -266,6 +266,14 @@ pub enum SubmitError {
     Full {
         /// When it may be better.
         retry_after: Duration,
+    },
+    /// More answers at once than may ever wait.
+    #[error("{answers} answers are more than may wait, which are {limit}")]
+    TooMany {
+        /// That were asked for.
+        answers: usize,
+        /// Of the engine.
+        limit: usize,
     },
     /// It can never run.
     #[error("the prompt has {tokens} tokens, of {limit} at most")]
@@ -358,6 +366,8 @@ pub struct Load {
     pub prefix_queries: u64,
     /// Of those, found.
     pub prefix_hits: u64,
+    /// Steps, by which it is seen to go on.
+    pub steps: u64,
     /// Answers that lost their memory and began again.
     pub preemptions: u64,
 }

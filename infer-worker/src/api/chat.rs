@@ -6,7 +6,9 @@ use super::backend::{Conversation, Sampling};
 use super::conversation::{self, Tool};
 use super::error::ApiError;
 use super::fields::Fields;
+use super::format::{self, Format};
 use super::options::{Options, chat_logprobs};
+use super::unserved;
 use crate::grammar::{CallGrammar, Grammar};
 
 /// A request for the next turn of an assistant.
@@ -17,6 +19,8 @@ pub(super) struct ChatRequest {
     pub(super) calls: Calls,
     /// What binds the answer.
     pub(super) grammar: Option<Grammar>,
+    /// The field that asked for it.
+    pub(super) grammar_field: &'static str,
     /// Names of fields that mean nothing here.
     pub(super) ignored: String,
 }
@@ -64,8 +68,9 @@ impl ChatRequest {
         let tools = conversation::tools(fields.list("tools")?.unwrap_or_default())?;
         let choice = tool_choice(&mut fields, &tools)?;
         let several = fields.flag("parallel_tool_calls")?.unwrap_or(true);
-        let schema = response_format(&mut fields)?;
-        let grammar = grammar(&tools, &choice, several, schema)?;
+        let format = format::take(&mut fields)?;
+        let grammar_field = format.as_ref().map_or("tools", |format| format.field);
+        let grammar = grammar(&tools, &choice, several, format)?;
         let calls = match (&choice, several) {
             _ if tools.is_empty() => Calls::Unknown,
             (Choice::None, _) => Calls::Forbidden,
@@ -73,11 +78,13 @@ impl ChatRequest {
             (_, true) => Calls::Several,
         };
         let prompt = prompt(&mut fields, tools, vocabulary)?;
+        unserved::refuse(&mut fields)?;
         Ok(Self {
             options,
             prompt,
             calls,
             grammar,
+            grammar_field,
             ignored: fields.ignored(),
         })
     }
@@ -147,40 +154,11 @@ fn tool_choice(fields: &mut Fields, tools: &[Tool]) -> Result<Choice, ApiError> 
     }
 }
 
-/// The schema that the content must follow, if there is one.
-fn response_format(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
-    let Some(mut format) = fields.object("response_format")? else {
-        return Ok(None);
-    };
-    let at = format.path("type");
-    match format.text("type")?.as_deref() {
-        Some("text") => Ok(None),
-        Some("json_object") => Ok(Some(json!({"type": "object"}))),
-        Some("json_schema") => {
-            let at = format.path("json_schema");
-            let inner = format.object("json_schema")?;
-            let mut inner = inner.ok_or_else(|| {
-                ApiError::field(&at, "must be an object with `schema`", &Value::Null)
-            })?;
-            let at = inner.path("schema");
-            match inner.take("schema") {
-                Some(schema @ (Value::Object(_) | Value::Bool(true))) => Ok(Some(schema)),
-                other => Err(ApiError::field(at, "must be a JSON schema", &json!(other))),
-            }
-        }
-        other => Err(ApiError::field(
-            at,
-            "must be text, json_object or json_schema",
-            &json!(other),
-        )),
-    }
-}
-
 fn grammar(
     tools: &[Tool],
     choice: &Choice,
     several: bool,
-    schema: Option<Value>,
+    format: Option<Format>,
 ) -> Result<Option<Grammar>, ApiError> {
     let calls = |named: Option<&str>| {
         let chosen = tools
@@ -193,10 +171,11 @@ fn grammar(
         chosen.map(call).collect::<Vec<_>>()
     };
     let forced = matches!(choice, Choice::Required | Choice::Named(_));
-    Ok(match (choice, schema) {
-        (_, Some(_)) if forced => {
-            let message = "`response_format` must be text where `tool_choice` forces a call";
-            return Err(ApiError::about("response_format", message));
+    Ok(match (choice, format) {
+        (_, Some(Format { field, .. })) if forced => {
+            let message =
+                format!("`{field}` must not ask for a form where `tool_choice` forces a call");
+            return Err(ApiError::about(field, message));
         }
         (Choice::Named(name), None) => Some(Grammar::Calls {
             calls: calls(Some(name)),
@@ -206,12 +185,14 @@ fn grammar(
             calls: calls(None),
             several,
         }),
-        (Choice::Auto, Some(schema)) if !tools.is_empty() => Some(Grammar::JsonOrCalls {
-            schema,
-            calls: calls(None),
-            several,
-        }),
-        (_, Some(schema)) => Some(Grammar::Json { schema }),
+        (Choice::Auto, Some(Format { schema, .. })) if !tools.is_empty() => {
+            Some(Grammar::JsonOrCalls {
+                schema,
+                calls: calls(None),
+                several,
+            })
+        }
+        (_, Some(Format { schema, .. })) => Some(Grammar::Json { schema }),
         (_, None) => None,
     })
 }
@@ -260,23 +241,11 @@ mod tests {
     }
 
     #[test]
-    fn a_response_format_is_a_grammar() {
+    fn a_form_is_a_grammar() {
         let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
         let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
-        let read_format =
-            |format: &Value| read(&json!({"response_format": format})).unwrap().grammar;
-        assert_eq!(
-            read_format(&format),
-            Some(Grammar::Json {
-                schema: schema.clone()
-            })
-        );
-        assert_eq!(read_format(&json!({"type": "text"})), None);
-        let object = json!({"type": "object"});
-        assert_eq!(
-            read_format(&json!({"type": "json_object"})),
-            Some(Grammar::Json { schema: object })
-        );
+        let alone = read(&json!({"response_format": format})).unwrap();
+        assert_eq!(alone.grammar, Some(Grammar::Json { schema }));
         let both = read(&json!({"response_format": format, "tools": tools()})).unwrap();
         assert!(matches!(both.grammar, Some(Grammar::JsonOrCalls { .. })));
     }
@@ -314,17 +283,10 @@ mod tests {
                 "tool_choice.function.name",
             ),
             (
-                json!({"response_format": {"type": "xml"}}),
-                "response_format.type",
+                json!({"tools": tools(), "tool_choice": "required", "guided_json": {}}),
+                "guided_json",
             ),
-            (
-                json!({"response_format": {"type": "json_schema"}}),
-                "response_format.json_schema",
-            ),
-            (
-                json!({"response_format": {"type": "json_schema", "json_schema": {"schema": 3}}}),
-                "response_format.json_schema.schema",
-            ),
+            (json!({"min_tokens": 1}), "min_tokens"),
             (
                 json!({"tools": tools(), "tool_choice": "required", "response_format": {"type": "json_object"}}),
                 "response_format",

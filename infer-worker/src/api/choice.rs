@@ -138,6 +138,8 @@ impl Choice {
     /// the model. Where even the name is missing, they are content.
     fn end_call(&mut self, index: usize, error: Option<CallError>, pieces: &mut Vec<Piece>) {
         let call = std::mem::take(&mut self.call);
+        // A call that the end of the answer cut off was not made: why the answer ended is the engine's to say.
+        let unfinished = error.as_ref().is_some_and(|error| error.unfinished);
         match error {
             Some(error) if !call.named => {
                 let close = if error.unfinished { "" } else { "</tool_call>" };
@@ -150,7 +152,7 @@ impl Choice {
             }),
             _ => {}
         }
-        if self.one_call {
+        if self.one_call && !unfinished {
             self.finish = Some(Finish::ToolCalls);
         }
     }
@@ -188,7 +190,7 @@ fn push_text(channel: Channel, text: String, pieces: &mut Vec<Piece>) {
 mod tests {
     use super::*;
 
-    /// Gives the deltas of a list, one entry an id.
+    /// Gives the deltas of a list, one entry an id and the last one at the end.
     struct Script(Vec<Vec<Delta>>);
 
     impl Parser for Script {
@@ -196,7 +198,7 @@ mod tests {
             std::mem::take(&mut self.0[id as usize])
         }
         fn finish(&mut self) -> Vec<Delta> {
-            Vec::new()
+            self.0.pop().unwrap_or_default()
         }
     }
 
@@ -206,8 +208,20 @@ mod tests {
         one_call: bool,
         ended: Ended,
     ) -> (Vec<Piece>, Option<Finish>) {
+        run_to_end(script, vec![], stops, one_call, ended)
+    }
+
+    /// With what the parser still has at the end.
+    fn run_to_end(
+        mut script: Vec<Vec<Delta>>,
+        at_end: Vec<Delta>,
+        stops: &[&str],
+        one_call: bool,
+        ended: Ended,
+    ) -> (Vec<Piece>, Option<Finish>) {
         let stops: Vec<String> = stops.iter().map(|&stop| stop.to_owned()).collect();
         let ids = script.len() as u32;
+        script.push(at_end);
         let mut choice = Choice::new(Box::new(Script(script)), &stops, one_call);
         let mut pieces = Vec::new();
         for id in 0..ids {
@@ -216,6 +230,7 @@ mod tests {
                 logprob: 0.0,
                 top: Vec::new(),
                 ends: false,
+                cached_tokens: 0,
             };
             pieces.extend(choice.push(&token));
         }
@@ -333,13 +348,35 @@ mod tests {
     }
 
     #[test]
+    fn a_call_that_is_cut_off_does_not_count_as_one_that_ended_the_answer() {
+        let cut = || {
+            let name = "f".to_owned();
+            let mut deltas = broken(vec![Delta::ToolCall { index: 0, name }], "{\"na");
+            if let Some(Delta::ToolCallDone { error, .. }) = deltas.last_mut() {
+                error.as_mut().unwrap().unfinished = true;
+            }
+            deltas
+        };
+        for (one_call, ended, finish) in [
+            (true, Ended::Length, Finish::Length),
+            (false, Ended::Length, Finish::Length),
+            (true, Ended::Stop, Finish::ToolCalls),
+        ] {
+            let (pieces, found) = run_to_end(vec![vec![]], cut(), &[], one_call, ended);
+            assert_eq!((pieces.len(), found), (2, Some(finish)));
+        }
+    }
+
+    #[test]
     fn an_id_that_ends_the_answer_has_no_text() {
-        let mut choice = Choice::new(Box::new(Script(vec![vec![content("x")]])), &[], false);
+        let script = Script(vec![vec![content("x")], vec![]]);
+        let mut choice = Choice::new(Box::new(script), &[], false);
         let token = Token {
             id: 0,
             logprob: 0.0,
             top: Vec::new(),
             ends: true,
+            cached_tokens: 0,
         };
         assert_eq!(choice.push(&token), []);
         assert_eq!(choice.end(Ended::Stop), []);

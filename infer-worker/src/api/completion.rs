@@ -5,7 +5,9 @@ use serde_json::{Value, json};
 use super::backend::Sampling;
 use super::error::ApiError;
 use super::fields::{Fields, ids};
+use super::format::{self, Format};
 use super::options::{CHOICES_MAX, Options, completion_logprobs};
+use super::unserved;
 
 /// A request to go on with texts.
 #[derive(Clone, Debug, PartialEq)]
@@ -13,6 +15,8 @@ pub(super) struct CompletionRequest {
     pub(super) options: Options,
     /// At least one; with `n` of each, at most as many answers as a request may have.
     pub(super) prompts: Vec<TextPrompt>,
+    /// What binds the answers.
+    pub(super) format: Option<Format>,
     /// Names of fields that mean nothing here.
     pub(super) ignored: String,
 }
@@ -44,7 +48,9 @@ impl CompletionRequest {
         let n = options.n as i64;
         let rule = format!("must be {n}, as `n` is");
         fields.whole("best_of", &rule, |best| best == n)?;
+        let format = format::take(&mut fields)?;
         let prompts = prompts(&mut fields, vocabulary)?;
+        unserved::refuse(&mut fields)?;
         let answers = prompts.len() * options.n;
         if answers as i64 > CHOICES_MAX {
             let message = format!(
@@ -55,6 +61,7 @@ impl CompletionRequest {
         Ok(Self {
             options,
             prompts,
+            format,
             ignored: fields.ignored(),
         })
     }
@@ -129,6 +136,7 @@ mod tests {
             (json!({"prompt": "a", "suffix": "b"}), "suffix"),
             (json!({"prompt": "a", "best_of": 3}), "best_of"),
             (json!({"prompt": "a", "logprobs": 21}), "logprobs"),
+            (json!({"prompt": "a", "guided_regex": "b"}), "guided_regex"),
         ] {
             let error = read(&body).unwrap_err();
             assert_eq!(error.param(), Some(param), "{body}: {error}");

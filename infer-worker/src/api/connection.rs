@@ -1,6 +1,7 @@
 //! Connections: how many, how slow, and how they end. axum's own server has no deadline for headers, nor for a client
 //! that takes nothing of its answer, so hyper is driven here.
 
+use std::convert::Infallible;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,20 +10,43 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::header::CONNECTION;
+use axum::http::{HeaderValue, Request};
+use axum::response::{IntoResponse as _, Response};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::{OnFailure, Tasks, Unfinished};
+use hyper::body::Incoming;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::{Instant, Sleep};
 
+use super::error::ApiError;
 use super::limits;
+use super::places::{Answered, Place, Places};
 
 /// Wait after an accept that failed: out of file descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What connections are held to.
+#[derive(Clone, Copy)]
+pub(super) struct Bounds {
+    pub(super) connections: usize,
+    pub(super) spare: usize,
+    pub(super) first_header: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            connections: limits::CONNECTIONS_MAX,
+            spare: limits::SPARE_CONNECTIONS_MAX,
+            first_header: limits::FIRST_HEADER_READ_MAX,
+        }
+    }
+}
 
 /// Serves `router` until `shutdown` drains, then finishes the answers that run, for at most `drain_limit`.
 ///
@@ -34,13 +58,22 @@ pub async fn serve(
     shutdown: Shutdown,
     drain_limit: Duration,
 ) -> Result<(), Unfinished> {
+    serve_within(listener, router, shutdown, drain_limit, Bounds::default()).await
+}
+
+pub(super) async fn serve_within(
+    listener: TcpListener,
+    router: Router,
+    shutdown: Shutdown,
+    drain_limit: Duration,
+    bounds: Bounds,
+) -> Result<(), Unfinished> {
     let tasks = Tasks::new(shutdown.clone());
-    let places = Arc::new(Semaphore::new(limits::CONNECTIONS_MAX));
+    let places = Places::new(bounds.connections, bounds.spare);
     while let Some((stream, place)) = accept(&listener, &places, &shutdown).await {
         let (router, shutdown) = (router.clone(), shutdown.clone());
         tasks.spawn_apart("api.connection", OnFailure::Ignore, async move {
-            let _place = place;
-            connection(stream, router, &shutdown).await
+            connection(stream, router, &shutdown, place, bounds.first_header).await
         });
     }
     drop(listener);
@@ -50,19 +83,17 @@ pub async fn serve(
     }
 }
 
-type Place = tokio::sync::OwnedSemaphorePermit;
-
 /// The next connection, once there is a place for it; none when draining began.
 async fn accept(
     listener: &TcpListener,
-    places: &Arc<Semaphore>,
+    places: &Arc<Places>,
     shutdown: &Shutdown,
 ) -> Option<(TcpStream, Place)> {
     let accepted = async {
-        let place = Arc::clone(places).acquire_owned().await.ok()?;
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => return Some((stream, place)),
+                // A place is taken from another one only for a connection that is there.
+                Ok((stream, _)) => return (stream, places.take().await),
                 Err(error) => {
                     tracing::warn!(error = %error, "connection not accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -72,7 +103,7 @@ async fn accept(
     };
     tokio::select! {
         () = shutdown.draining() => None,
-        accepted = accepted => accepted,
+        accepted = accepted => Some(accepted),
     }
 }
 
@@ -80,23 +111,35 @@ async fn connection(
     stream: TcpStream,
     router: Router,
     shutdown: &Shutdown,
+    place: Place,
+    first_header: Duration,
 ) -> Result<(), hyper::Error> {
     // A token is a small write that must not wait for the next.
     let _ = stream.set_nodelay(true);
     let io = TokioIo::new(Stalling::new(stream, limits::WRITE_STALL_MAX));
     let router = TowerToHyperService::new(router);
+    let place = Arc::new(place);
     let asked = AtomicBool::new(false);
     let service = service_fn(|request| {
         asked.store(true, Ordering::Relaxed);
-        router.call(request)
+        answer(&router, request, &place)
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new())
-        .header_read_timeout(limits::HEADER_READ_MAX);
+        .header_read_timeout(limits::HEADER_READ_MAX)
+        .max_buf_size(limits::CONNECTION_BUFFER_BYTES);
     let mut connection = std::pin::pin!(http.serve_connection(io, service));
+    let silent = async {
+        tokio::time::sleep(first_header).await;
+        if asked.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
+    };
     tokio::select! {
         ended = connection.as_mut() => return ended,
         () = shutdown.draining() => {}
+        () = place.given_away() => {}
+        () = silent => {}
     }
     // hyper would wait for the first request of a connection that has had none.
     if !asked.load(Ordering::Relaxed) {
@@ -104,6 +147,29 @@ async fn connection(
     }
     connection.as_mut().graceful_shutdown();
     connection.await
+}
+
+/// The answer to one request. A spare place has only answers that tell how the server does, and one of them.
+fn answer(
+    router: &TowerToHyperService<Router>,
+    request: Request<Incoming>,
+    place: &Arc<Place>,
+) -> impl Future<Output = Result<Response<Answered>, Infallible>> + use<> {
+    let at_work = place.work();
+    let spare = place.is_spare();
+    let served = !spare || ["/health", "/metrics"].contains(&request.uri().path());
+    let answer = served.then(|| router.call(request));
+    async move {
+        let mut response = match answer {
+            Some(answer) => answer.await?,
+            None => ApiError::connections_full().into_response(),
+        };
+        if spare {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
+        }
+        Ok(response.map(|body| at_work.on(body)))
+    }
 }
 
 /// A stream whose writes fail when the other side takes nothing for too long.

@@ -168,6 +168,30 @@ impl ApiError {
         )
     }
 
+    /// 503: every connection is at work, and this one is there for other questions.
+    pub fn connections_full() -> Self {
+        Self {
+            code: Some("connections_full"),
+            retry_after: Some(Duration::from_secs(1)),
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many connections are open; try again later",
+            )
+        }
+    }
+
+    /// 503: the bodies that are being read take all the memory there is for them.
+    pub fn no_room() -> Self {
+        Self {
+            code: Some("bodies_full"),
+            retry_after: Some(Duration::from_secs(1)),
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many large requests are being read; try again later",
+            )
+        }
+    }
+
     /// 503: the engine does not run.
     pub fn stopped() -> Self {
         Self {
@@ -190,10 +214,50 @@ impl ApiError {
         }
     }
 
+    /// 503: the engine runs, and does nothing.
+    pub fn hangs(silent: Duration) -> Self {
+        let seconds = silent.as_secs();
+        Self {
+            code: Some("engine_hangs"),
+            message: format!("the engine has made no step for {seconds} s; try another replica"),
+            ..Self::stopped()
+        }
+    }
+
+    /// 503: the engine is busy with others for too long.
+    pub fn waited(silent: Duration) -> Self {
+        let seconds = silent.as_secs();
+        Self {
+            code: Some("wait_too_long"),
+            message: format!(
+                "no token came within {seconds} s, in which the engine answered other requests; try again later, or \
+                 another replica"
+            ),
+            ..Self::stopped()
+        }
+    }
+
+    /// 408: an answer waited for its reader for too long.
+    pub fn not_taken() -> Self {
+        Self {
+            code: Some("answer_not_taken"),
+            ..Self::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "the answer was given up, because what was ready of it was not taken for too long",
+            )
+        }
+    }
+
     /// What the engine says to a request, for the field that holds the prompt.
     pub fn submit(error: SubmitError, prompt_param: &str) -> Self {
         match error {
             SubmitError::Full { retry_after } => Self::full(retry_after),
+            SubmitError::TooMany { answers, limit } => Self::about(
+                "n",
+                format!(
+                    "`n` for each prompt must make at most {limit} answers, which is what may wait here, got {answers}"
+                ),
+            ),
             SubmitError::TooLong { tokens, limit } => {
                 Self::prompt_too_long(prompt_param, tokens, limit)
             }

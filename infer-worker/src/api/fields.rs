@@ -5,6 +5,9 @@ use serde_json::{Map, Value};
 
 use super::error::ApiError;
 
+/// Most that a body may weigh. What is parsed takes some eighty bytes for each unit.
+const WEIGHT_MAX: usize = 2 << 20;
+
 /// Names of unknown fields that are told back, in bytes all together.
 const IGNORED_BYTES_MAX: usize = 256;
 
@@ -15,11 +18,12 @@ pub(super) struct Fields {
     at: String,
 }
 
-/// What a number must satisfy, in words and as a test.
+/// What a number must satisfy, in words and as a test of the value that is computed with: JSON's numbers are finer, and
+/// those next to a bound become the bound.
 #[derive(Clone, Copy)]
 pub(super) struct Rule {
     pub(super) words: &'static str,
-    pub(super) holds: fn(f64) -> bool,
+    pub(super) holds: fn(f32) -> bool,
 }
 
 impl Fields {
@@ -31,6 +35,13 @@ impl Fields {
                 "the body must be UTF-8, and is not from byte {at} on"
             ))
         })?;
+        let weight = weight(text);
+        if weight > WEIGHT_MAX {
+            return Err(ApiError::body(format!(
+                "the body must have at most {WEIGHT_MAX} JSON values, of which an object counts as 8, also within \
+                 strings, got {weight}"
+            )));
+        }
         match serde_json::from_str(text) {
             Ok(Value::Object(map)) => Ok(Self {
                 map,
@@ -66,10 +77,8 @@ impl Fields {
         let Some(value) = self.take(name) else {
             return Ok(None);
         };
-        match value.as_f64() {
-            Some(number) if (rule.holds)(number) && (number as f32).is_finite() => {
-                Ok(Some(number as f32))
-            }
+        match value.as_f64().map(|number| number as f32) {
+            Some(number) if (rule.holds)(number) && number.is_finite() => Ok(Some(number)),
             _ => Err(ApiError::field(self.path(name), rule.words, &value)),
         }
     }
@@ -158,6 +167,17 @@ impl Fields {
         }
         names
     }
+}
+
+/// How many values a text has, at most, and objects for what they take beside. Strings count as the rest does: some hold
+/// JSON that is parsed in its turn, and escapes that may be such.
+fn weight(text: &str) -> usize {
+    let weight = |byte| match byte {
+        b'{' => 8,
+        b',' | b'[' | b'\\' => 1,
+        _ => 0,
+    };
+    text.bytes().map(weight).sum()
 }
 
 /// A whole number, also when it is written as `3.0`.
@@ -257,6 +277,18 @@ mod tests {
             let error = Fields::parse(body.as_bytes()).unwrap_err();
             assert_eq!(error.param(), param, "{body}: {error}");
         }
+    }
+
+    #[test]
+    fn a_small_text_must_not_become_a_large_tree() {
+        let objects = |count| format!("{{\"a\": [{}0]}}", "{\"\":0},".repeat(count));
+        assert!(Fields::parse(objects(200_000).as_bytes()).is_ok());
+        let error = Fields::parse(objects(300_000).as_bytes()).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains("at most 2097152 JSON values"), "{message}");
+        assert!(message.ends_with("got 2700009"), "{message}");
+        let ids = format!("{{\"prompt\": [{}0]}}", "7,".repeat(2_000_000));
+        assert!(Fields::parse(ids.as_bytes()).is_ok());
     }
 
     #[test]

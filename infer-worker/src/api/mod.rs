@@ -8,6 +8,7 @@ mod adapters;
 mod answers;
 mod auth;
 pub mod backend;
+mod body;
 mod chat;
 mod choice;
 mod completion;
@@ -15,14 +16,20 @@ mod connection;
 mod conversation;
 mod error;
 mod fields;
+mod format;
 mod limits;
+mod logprobs;
 mod metrics;
 mod observe;
 mod offline;
 mod options;
+mod patience;
+mod places;
 mod prepare;
 mod reply;
 mod stop;
+mod unserved;
+mod whole;
 
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
@@ -52,6 +59,7 @@ pub use offline::Offline;
 use answers::Answers;
 use auth::Gate;
 use backend::{Backend, Condition};
+use body::Bodies;
 use metrics::Metrics;
 use observe::Observed;
 use reply::Dialect;
@@ -80,6 +88,7 @@ struct App {
     clock: Arc<dyn Clock>,
     ids: Arc<dyn IdSource>,
     metrics: Arc<Metrics>,
+    bodies: Bodies,
     preparing: Arc<Semaphore>,
     seeds: Arc<Seeds>,
     keep_alive: Duration,
@@ -118,6 +127,7 @@ impl Api {
             clock: parts.clock,
             ids: parts.ids,
             metrics: Arc::default(),
+            bodies: Bodies::default(),
             preparing: Arc::new(Semaphore::new(limits::PREPARING_MAX)),
             seeds: Arc::new(Seeds::new(parts.seed)),
             keep_alive,
@@ -253,14 +263,17 @@ async fn answer(
     began: Instant,
     observed: &mut Observed,
 ) -> Result<Response, ApiError> {
-    let body = limits::read(body, limits::BODY_BYTES_MAX).await?;
+    let body = app.bodies.read(body, limits::BODY_BYTES_MAX).await?;
     let prepared = app.prepare(body, dialect).await?;
     observed.named(prepared.model());
     let (ignored, stream) = (prepared.ignored.clone(), prepared.stream);
     let answers = app.submit(prepared, began, observed.clone()).await?;
     let mut response = match stream {
         true => app.stream(answers),
-        false => axum::Json(answers.whole().await?).into_response(),
+        false => {
+            let whole = answers.whole().await?.into_bytes().await?;
+            ([(CONTENT_TYPE, "application/json")], whole).into_response()
+        }
     };
     if !ignored.is_empty() {
         tracing::debug!(ignored, "fields that mean nothing here");

@@ -58,6 +58,6 @@ impl Offline {
         let prepared = self.0.prepare(body, dialect).await?.offline();
         observed.named(prepared.model());
         let answers = self.0.submit(prepared, began, observed.clone()).await?;
-        answers.whole().await
+        answers.whole().await?.into_json().await
     }
 }

@@ -14,6 +14,8 @@ const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 1_024;
 /// Most stop ids, and most ids with a bias.
 const IDS_MAX: usize = 1_024;
+/// Most log-probabilities of a request that is answered whole. All of them are kept until the last one is there.
+const LOGPROBS_MAX: usize = 4 << 20;
 /// Most alternatives that log-probabilities come with.
 pub(super) const TOP_LOGPROBS_MAX: i64 = 20;
 
@@ -22,8 +24,8 @@ const NOT_NEGATIVE: Rule = Rule {
     holds: |t| t >= 0.0,
 };
 const SHARE: Rule = Rule {
-    words: "must be in (0, 1]",
-    holds: |p| p > 0.0 && p <= 1.0,
+    words: "must be above 1e-37 and at most 1",
+    holds: |p| p > 1e-37 && p <= 1.0,
 };
 const UNIT: Rule = Rule {
     words: "must be in [0, 1]",
@@ -34,9 +36,11 @@ const PENALTY: Rule = Rule {
     holds: |p| (-2.0..=2.0).contains(&p),
 };
 const FACTOR: Rule = Rule {
-    words: "must be above 0",
-    holds: |p| p > 0.0,
+    words: "must be in [0.01, 100]",
+    holds: |p| (0.01..=100.0).contains(&p),
 };
+/// Logits divided by less are out of what numbers can say.
+const GREEDY_BELOW: f32 = 1e-5;
 
 /// Checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -95,6 +99,33 @@ impl Options {
         })
     }
 
+    /// Longest answer to a prompt that leaves `room`.
+    pub(super) fn tokens_within(&self, room: usize) -> usize {
+        self.tokens_max.unwrap_or(room).min(room)
+    }
+
+    /// Whether what an answer would tell of its tokens can be kept until its end. `rooms` are what the prompts leave,
+    /// `top_field` is the field that asks for alternatives.
+    pub(super) fn check_logprobs(
+        &self,
+        rooms: impl Iterator<Item = usize>,
+        top_field: &str,
+    ) -> Result<(), ApiError> {
+        let Some(top) = self.sampling.logprobs.filter(|_| !self.stream) else {
+            return Ok(());
+        };
+        let tokens = rooms.map(|room| self.tokens_within(room)).sum::<usize>() * self.n;
+        let told = tokens * (usize::from(top) + 1);
+        if told > LOGPROBS_MAX {
+            let message = format!(
+                "`n` × `max_tokens` × (`{top_field}` + 1) must be at most {LOGPROBS_MAX} where `stream` is not set, \
+                 got {told}"
+            );
+            return Err(ApiError::about(top_field, message));
+        }
+        Ok(())
+    }
+
     /// The seed of one answer: all differ, and all follow from the request's.
     pub(super) fn seed_of(&self, choice: usize, random: u64) -> u64 {
         let seed = self.seed.map_or(random, |seed| seed as u64);
@@ -111,11 +142,16 @@ fn sampling(
         (-1..=i64::from(u32::MAX)).contains(&k)
     })?;
     let or = |value: Option<f32>, default: f32| value.unwrap_or(default);
+    let temperature = or(
+        fields.number("temperature", NOT_NEGATIVE)?,
+        defaults.temperature,
+    );
     Ok(Sampling {
-        temperature: or(
-            fields.number("temperature", NOT_NEGATIVE)?,
-            defaults.temperature,
-        ),
+        temperature: if temperature < GREEDY_BELOW {
+            0.0
+        } else {
+            temperature
+        },
         top_p: or(fields.number("top_p", SHARE)?, defaults.top_p),
         top_k: top_k.map_or(defaults.top_k, |k| u32::try_from(k).unwrap_or(0)),
         min_p: or(fields.number("min_p", UNIT)?, defaults.min_p),
@@ -283,6 +319,14 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn temperatures_too_low_to_divide_by_are_greedy() {
+        for (given, taken) in [(1e-50, 0.0), (1e-39, 0.0), (9e-6, 0.0), (0.01, 0.01)] {
+            let options = read(&json!({"temperature": given})).unwrap();
+            assert_eq!(options.sampling.temperature, taken);
+        }
+    }
+
+    #[test]
     fn every_field_is_read() {
         let options = read(&json!({
             "model": "m", "n": 2, "temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "seed": -7,
@@ -320,6 +364,32 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn log_probabilities_that_must_be_kept_are_bounded() {
+        let check = |body: &Value, top, rooms: &[usize]| {
+            let mut options = read(body).unwrap();
+            options.sampling.logprobs = top;
+            options.check_logprobs(rooms.iter().copied(), "top_logprobs")
+        };
+        let large = json!({"n": 128, "max_tokens": 2_048});
+        let error = check(&large, Some(20), &[40_000]).unwrap_err();
+        assert_eq!(error.param(), Some("top_logprobs"));
+        assert_eq!(
+            error.to_string(),
+            "`n` × `max_tokens` × (`top_logprobs` + 1) must be at most 4194304 where `stream` is not set, got 5505024"
+        );
+        for (body, top, rooms) in [
+            (&large, None, &[40_000][..]),
+            (&large, Some(0), &[40_000]),
+            (&large, Some(20), &[1_500]),
+            (&json!({"n": 128, "stream": true}), Some(20), &[40_000]),
+            (&json!({"n": 4}), Some(20), &[40_000]),
+        ] {
+            assert_eq!(check(body, top, rooms), Ok(()), "{body}");
+        }
+        assert!(check(&json!({"n": 4}), Some(20), &[40_000, 40_000]).is_err());
+    }
+
+    #[test]
     fn values_beyond_their_rule_are_refused_by_name() {
         for (body, param) in [
             (json!({"temperature": -0.1}), "temperature"),
@@ -327,11 +397,14 @@ pub(super) mod tests {
             (json!({"temperature": 1e300}), "temperature"),
             (json!({"top_p": 0}), "top_p"),
             (json!({"top_p": 1.7}), "top_p"),
+            (json!({"top_p": 1e-50}), "top_p"),
             (json!({"top_k": -2}), "top_k"),
             (json!({"min_p": 2}), "min_p"),
             (json!({"presence_penalty": 3}), "presence_penalty"),
             (json!({"frequency_penalty": -3}), "frequency_penalty"),
             (json!({"repetition_penalty": 0}), "repetition_penalty"),
+            (json!({"repetition_penalty": 1e-50}), "repetition_penalty"),
+            (json!({"repetition_penalty": 101}), "repetition_penalty"),
             (json!({"max_tokens": -5}), "max_tokens"),
             (json!({"max_tokens": 0}), "max_tokens"),
             (

@@ -9,15 +9,17 @@ use espalier_runtime::tasks;
 use serde_json::json;
 
 use super::App;
-use super::answers::{Answers, OFFLINE_SILENCE_MAX, SILENCE_MAX, Told};
+use super::answers::{Answers, Told};
 use super::backend::{Backend, Form, Generation, Priority, Rendered, Target};
 use super::chat::{Calls, ChatPrompt, ChatRequest};
 use super::choice::Choice;
 use super::completion::{CompletionRequest, TextPrompt};
 use super::error::ApiError;
+use super::format::Format;
 use super::limits;
 use super::observe::Observed;
 use super::options::Options;
+use super::patience::{OFFLINE_SILENCE_MAX, SILENCE_MAX};
 use super::reply::{Dialect, Head};
 use crate::grammar::{Constraint, Grammar, GrammarError, Thoughts};
 
@@ -114,7 +116,7 @@ impl App {
                 prompt: Arc::clone(&shared[i / options.n]),
                 target: prepared.target.clone(),
                 sampling,
-                tokens_max: options.tokens_max.unwrap_or(room).min(room),
+                tokens_max: options.tokens_within(room),
                 stop_ids: options.stop_ids.clone(),
                 ignore_eos: options.ignore_eos,
                 priority: options.priority,
@@ -184,18 +186,11 @@ fn prepare_chat(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError
     };
     let context_tokens = backend.context_tokens();
     check_length(&prompt, context_tokens, param)?;
-    let constrain = |_| match &request.grammar {
-        None => Ok(None),
-        Some(grammar) => {
-            let constraint = backend.constrain(grammar, prompt.thoughts);
-            constraint
-                .map(Some)
-                .map_err(|error| grammar_refusal(grammar, error))
-        }
-    };
-    let constraints = (0..request.options.n)
-        .map(constrain)
-        .collect::<Result<_, _>>()?;
+    let room = context_tokens - prompt.ids.len();
+    let options = &request.options;
+    options.check_logprobs(std::iter::once(room), "top_logprobs")?;
+    let bound = request.grammar.map(|it| (it, request.grammar_field));
+    let constraints = constraints(backend, bound, prompt.thoughts, request.options.n)?;
     Ok(Prepared {
         dialect: Dialect::Chat,
         stream: request.options.stream,
@@ -228,7 +223,15 @@ fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, Ap
         .into_iter()
         .map(rendered)
         .collect::<Result<_, _>>()?;
+    let rooms = prompts
+        .iter()
+        .map(|prompt| context_tokens - prompt.ids.len());
+    request.options.check_logprobs(rooms, "logprobs")?;
+    let bound = request
+        .format
+        .map(|Format { schema, field }| (Grammar::Json { schema }, field));
     let answers = prompts.len() * request.options.n;
+    let constraints = constraints(backend, bound, Thoughts::Over, answers)?;
     Ok(Prepared {
         dialect: Dialect::Completion,
         stream: request.options.stream,
@@ -236,7 +239,7 @@ fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, Ap
         target,
         prompts,
         calls: Calls::Unknown,
-        constraints: (0..answers).map(|_| None).collect(),
+        constraints,
         context_tokens,
         silence_max: SILENCE_MAX,
         ignored: request.ignored,
@@ -267,14 +270,26 @@ fn check_length(prompt: &Rendered, context_tokens: usize, param: &str) -> Result
     Ok(())
 }
 
-fn grammar_refusal(grammar: &Grammar, error: GrammarError) -> ApiError {
-    if error == GrammarError::Busy {
-        return ApiError::full(Duration::from_secs(1));
-    }
-    let param = match grammar {
-        Grammar::Json { .. } => "response_format",
-        Grammar::Calls { .. } => "tools",
-        Grammar::JsonOrCalls { .. } => "response_format",
+/// For each answer the state of the grammar that a field asked for.
+fn constraints(
+    backend: &dyn Backend,
+    bound: Option<(Grammar, &str)>,
+    thoughts: Thoughts,
+    answers: usize,
+) -> Result<Vec<Option<Box<dyn Constraint>>>, ApiError> {
+    let constrain = |_| match &bound {
+        None => Ok(None),
+        Some((grammar, field)) => backend
+            .constrain(grammar, thoughts)
+            .map(Some)
+            .map_err(|error| grammar_refusal(field, error)),
     };
-    ApiError::about(param, format!("`{param}`: {error}"))
+    (0..answers).map(constrain).collect()
+}
+
+fn grammar_refusal(field: &str, error: GrammarError) -> ApiError {
+    match error {
+        GrammarError::Busy => ApiError::full(Duration::from_secs(1)),
+        error => ApiError::about(field, format!("`{field}`: {error}")),
+    }
 }

@@ -71,7 +71,13 @@ impl Scheduler {
             publish(sequence, &mut self.pool);
         }
         self.counters.drawn_tokens += 1;
-        events.push((request, Event::Token { id, logprob, top }));
+        let token = Event::Token {
+            id,
+            logprob,
+            top,
+            cached_tokens: sequence.cached_tokens.unwrap_or_default(),
+        };
+        events.push((request, token));
         if sequence.request.stop_ids.contains(&id) {
             self.end(request, FinishReason::Stop, events);
             return None;

@@ -183,6 +183,8 @@ pub enum Event {
         logprob: f32,
         /// The most likely ids, as many as were asked for.
         top: Vec<(u32, f32)>,
+        /// As in [`Finished`](Self::Finished), for those who do not wait for the end.
+        cached_tokens: u32,
     },
     /// The last event.
     Finished {

@@ -90,11 +90,18 @@ impl World {
             let answer = self.answers.get_mut(&id).unwrap();
             assert_eq!(answer.end, None, "{id:?} goes on after its end");
             match event {
-                Event::Token { id, .. } => answer.ids.push(id),
+                Event::Token {
+                    id, cached_tokens, ..
+                } => {
+                    answer.ids.push(id);
+                    answer.cached = cached_tokens;
+                }
                 Event::Finished {
                     reason,
                     cached_tokens,
                 } => {
+                    let same = answer.ids.is_empty() || answer.cached == cached_tokens;
+                    assert!(same, "{id:?} has another prompt at its end");
                     answer.end = Some(reason);
                     answer.cached = cached_tokens;
                     self.ended.push(id);

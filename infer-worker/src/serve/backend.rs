@@ -81,7 +81,9 @@ impl Served {
             .iter()
             .map(|one| Arc::clone(&one.stop_ids))
             .collect();
-        let receivers = self.engine.submit_all(requests).await.map_err(refusal)?;
+        let answers = requests.len();
+        let submitted = self.engine.submit_all(requests).await;
+        let receivers = submitted.map_err(|error| refusal(error, answers))?;
         Ok(receivers
             .into_iter()
             .zip(ends)
@@ -114,8 +116,14 @@ fn drawing(sampling: Sampling) -> executor::Sampling {
     }
 }
 
-fn refusal(error: EngineError) -> SubmitError {
+/// Why so many answers at once were not taken.
+fn refusal(error: EngineError, answers: usize) -> SubmitError {
     match error {
+        // To try again would never help.
+        EngineError::Full { max_queue } if answers > max_queue => SubmitError::TooMany {
+            answers,
+            limit: max_queue,
+        },
         EngineError::Full { .. } => SubmitError::Full {
             retry_after: RETRY_AFTER,
         },
@@ -141,16 +149,19 @@ fn events(mut receiver: mpsc::Receiver<engine::Event>, ends: Arc<[u32]>) -> Even
 
 fn told(event: engine::Event, ends: &[u32]) -> Event {
     match event {
-        engine::Event::Token { id, logprob, top } => Event::Token(Token {
+        engine::Event::Token {
+            id,
+            logprob,
+            top,
+            cached_tokens,
+        } => Event::Token(Token {
             id,
             logprob,
             top,
             ends: ends.contains(&id),
+            cached_tokens: cached_tokens as usize,
         }),
-        engine::Event::Finished {
-            reason,
-            cached_tokens,
-        } => Event::Finished {
+        engine::Event::Finished { reason, .. } => Event::Finished {
             reason: match reason {
                 FinishReason::Stop => Ended::Stop,
                 FinishReason::Length => Ended::Length,
@@ -158,7 +169,6 @@ fn told(event: engine::Event, ends: &[u32]) -> Event {
                 FinishReason::Error => Ended::Error,
                 FinishReason::Grammar => Ended::Grammar,
             },
-            cached_tokens: cached_tokens as usize,
         },
     }
 }
@@ -264,6 +274,7 @@ impl Backend for Served {
             kv_share: f64::from(scheduler.kv_blocks_used) / f64::from(scheduler.kv_blocks.max(1)),
             prefix_queries: scheduler.prompt_tokens,
             prefix_hits: scheduler.cached_tokens,
+            steps: scheduler.steps,
             preemptions: scheduler.preemptions,
         }
     }
@@ -310,10 +321,20 @@ mod tests {
     fn a_rule_of_the_engine_keeps_its_words() {
         let refused = crate::scheduler::Refused::UnknownId { id: 9, vocab: 5 };
         assert_eq!(
-            refusal(EngineError::Invalid(refused)),
+            refusal(EngineError::Invalid(refused), 1),
             SubmitError::Invalid {
                 reason: "token ids must be below 5, got 9".to_owned()
             }
         );
+    }
+
+    #[test]
+    fn only_what_may_ever_wait_is_asked_to_come_again() {
+        let full = || EngineError::Full { max_queue: 2 };
+        let retry_after = RETRY_AFTER;
+        assert_eq!(refusal(full(), 2), SubmitError::Full { retry_after });
+        let (answers, limit) = (3, 2);
+        let refused = SubmitError::TooMany { answers, limit };
+        assert_eq!(refusal(full(), 3), refused);
     }
 }

@@ -121,7 +121,9 @@ pub fn serve_and_abort(
         for (id, event) in scheduler.apply(done.expect("a step did not end")).unwrap() {
             let answer = &mut answers[of[&id]];
             match event {
-                Event::Token { id, logprob, top } => {
+                Event::Token {
+                    id, logprob, top, ..
+                } => {
                     answer.ids.push(id);
                     answer.logprobs.push(logprob);
                     answer.top.push(top);

@@ -1,5 +1,7 @@
 //! The API over real sockets, in front of a scripted backend: the model says what the prompt's last message tells it to.
 
+mod connections;
+mod patience;
 mod refusals;
 mod scripted;
 mod streams;
@@ -17,12 +19,12 @@ use espalier_runtime::tasks::{OnFailure, Tasks};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use super::{Api, Offline, Parts, connection};
+use super::connection::{Bounds, serve_within};
+use super::{Api, Offline, Parts};
 use scripted::Scripted;
 
-/// The API in front of a scripted backend.
-fn scripted(key: Option<&str>, keep_alive: Duration) -> (Api, Arc<Scripted>) {
-    let backend = Arc::new(Scripted::default());
+/// The API in front of a backend.
+fn api(backend: &Arc<Scripted>, key: Option<&str>, keep_alive: Duration) -> Api {
     let parts = Parts {
         backend: backend.clone(),
         api_key: key.map(Secret::new),
@@ -30,12 +32,12 @@ fn scripted(key: Option<&str>, keep_alive: Duration) -> (Api, Arc<Scripted>) {
         ids: Arc::new(SequentialIds::new("t")),
         seed: Some(100),
     };
-    (Api::with_keep_alive(parts, keep_alive), backend)
+    Api::with_keep_alive(parts, keep_alive)
 }
 
-/// What answers batches there.
+/// What answers batches in front of a scripted backend.
 pub(crate) fn scripted_offline() -> Offline {
-    scripted(None, Duration::ZERO).0.offline()
+    api(&Arc::default(), None, Duration::ZERO).offline()
 }
 
 /// A server on a port of its own.
@@ -53,14 +55,18 @@ impl Server {
     }
 
     async fn start_with(key: Option<&str>, keep_alive: Duration) -> Self {
+        Self::start_within(key, keep_alive, Bounds::default()).await
+    }
+
+    async fn start_within(key: Option<&str>, keep_alive: Duration, bounds: Bounds) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let (api, backend) = scripted(key, keep_alive);
-        let router = api.router();
+        let backend = Arc::new(Scripted::default());
+        let router = api(&backend, key, keep_alive).router();
         let shutdown = Shutdown::new();
         let tasks = Tasks::new(shutdown.clone());
-        let serving =
-            connection::serve(listener, router, shutdown.clone(), Duration::from_secs(10));
+        let drain_limit = Duration::from_secs(10);
+        let serving = serve_within(listener, router, shutdown.clone(), drain_limit, bounds);
         tasks.spawn("test.server", OnFailure::Log, serving);
         Self {
             url,

@@ -56,8 +56,16 @@ async fn wrong_values_name_the_field() {
         );
         assert_eq!(error["type"], "invalid_request_error");
     }
-    let (status, error) = refused(server.post("/v1/completions", &json!({"prompt": 3}))).await;
-    assert_eq!((status, &error["param"]), (400, &json!("prompt")));
+    for (body, param) in [
+        (json!({"prompt": 3}), "prompt"),
+        (
+            json!({"prompt": "x", "structured_outputs": {"json": {"type": "x"}}}),
+            "structured_outputs",
+        ),
+    ] {
+        let (status, error) = refused(server.post("/v1/completions", &body)).await;
+        assert_eq!((status, &error["param"]), (400, &json!(param)), "{body}");
+    }
     for (body, param, status) in [
         (json!({"name": "a b", "path": "/a"}), "name", 400),
         (json!({"name": "a"}), "path", 400),
@@ -124,8 +132,10 @@ async fn an_engine_that_refuses_is_told_by_status() {
     let server = Server::start().await;
     for (script, status, kind) in [
         ("full", 429, "rate_limit_error"),
+        ("too many", 400, "invalid_request_error"),
         ("stopped", 503, "server_error"),
         ("invalid", 400, "invalid_request_error"),
+        ("given up", 408, "invalid_request_error"),
         ("broken", 500, "server_error"),
     ] {
         let (found, error) = refused(server.chat(script, json!({}))).await;

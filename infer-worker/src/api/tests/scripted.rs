@@ -1,7 +1,7 @@
 //! A backend whose ids are bytes and a few marks.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
@@ -72,6 +72,9 @@ pub(super) struct Scripted {
     pub(super) go: Arc<Notify>,
     /// How each answer was asked for.
     pub(super) asked: Mutex<Vec<(Target, Sampling, usize)>>,
+    /// Whether it makes a step between two looks at it.
+    pub(super) goes_on: AtomicBool,
+    steps: AtomicU64,
 }
 
 /// Answers that were dropped before their end.
@@ -89,6 +92,8 @@ impl Default for Scripted {
             aborts: Arc::default(),
             go: Arc::default(),
             asked: Mutex::default(),
+            goes_on: AtomicBool::new(true),
+            steps: AtomicU64::new(0),
         }
     }
 }
@@ -118,6 +123,12 @@ impl Scripted {
             b"full" => {
                 return Err(SubmitError::Full {
                     retry_after: Duration::from_millis(1_500),
+                });
+            }
+            b"too many" => {
+                return Err(SubmitError::TooMany {
+                    answers: 3,
+                    limit: 2,
                 });
             }
             b"stopped" => return Err(SubmitError::Stopped),
@@ -163,8 +174,12 @@ async fn play(generation: Generation, events: mpsc::Sender<Event>, go: Arc<Notif
         .cycle()
         .take(if endless { usize::MAX } else { ids.len() });
     for id in script {
-        if prompt.ends_with("slow") && sent == 2 {
+        if prompt.ends_with("slow") && sent == 2 || prompt.ends_with("silent") && sent == 0 {
             go.notified().await;
+        }
+        if prompt.ends_with("given up") && sent == 2 {
+            reason = Ended::Abort;
+            break;
         }
         if endless {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -192,6 +207,7 @@ async fn play(generation: Generation, events: mpsc::Sender<Event>, go: Arc<Notif
             logprob: -0.5,
             top: top.collect(),
             ends: id == END,
+            cached_tokens: 1 + generation.sampling.seed as usize % 5,
         };
         if events.send(Event::Token(token)).await.is_err() {
             return false;
@@ -205,11 +221,7 @@ async fn play(generation: Generation, events: mpsc::Sender<Event>, go: Arc<Notif
             break;
         }
     }
-    let finished = Event::Finished {
-        reason,
-        cached_tokens: 1,
-    };
-    events.send(finished).await.is_ok()
+    events.send(Event::Finished { reason }).await.is_ok()
 }
 
 #[derive(Default)]
@@ -437,9 +449,11 @@ impl Backend for Scripted {
     }
 
     fn load(&self) -> Load {
+        let step = u64::from(self.goes_on.load(Ordering::SeqCst));
         Load {
             condition: Condition::Running,
             running: 3,
+            steps: self.steps.fetch_add(step, Ordering::SeqCst),
             ..Load::default()
         }
     }

@@ -82,6 +82,24 @@ async fn ids_in_and_out_with_logprobs() {
 }
 
 #[tokio::test]
+async fn a_long_answer_is_written_as_a_short_one_is() {
+    let server = Server::start().await;
+    let more = json!({"logprobs": true, "top_logprobs": 20, "n": 2, "return_token_ids": true});
+    let body = server.chat_json(&"ab".repeat(50), more).await;
+    let other = json!({"token": "b", "logprob": -9999.0, "bytes": [98]});
+    for choice in body["choices"].as_array().unwrap() {
+        assert_eq!(choice["message"]["content"], "ab".repeat(50));
+        assert_eq!(choice["token_ids"].as_array().unwrap().len(), 101);
+        let logprobs = choice["logprobs"]["content"].as_array().unwrap();
+        assert_eq!(logprobs.len(), 101);
+        assert_eq!(
+            (&logprobs[98]["token"], &logprobs[98]["top_logprobs"][1]),
+            (&json!("a"), &other)
+        );
+    }
+}
+
+#[tokio::test]
 async fn stop_strings_and_limits_end_answers() {
     let server = Server::start().await;
     let body = server
@@ -145,6 +163,21 @@ async fn several_answers_have_seeds_of_their_own_and_stop_apart() {
 }
 
 #[tokio::test]
+async fn cached_tokens_are_counted_once_a_prompt_whoever_ends_the_answer() {
+    let server = Server::start().await;
+    let cached = async |path: &str, body: Value| {
+        let response = server.post(path, &body).send().await.unwrap();
+        let body: Value = response.json().await.unwrap();
+        body["usage"]["prompt_tokens_details"]["cached_tokens"].clone()
+    };
+    // The script's cache has one token, and one more for each seed above 0.
+    let stopped = chat_body("endless", json!({"seed": 2, "stop": "xx"}));
+    assert_eq!(cached("/v1/chat/completions", stopped).await, 3);
+    let several = json!({"prompt": ["ab", "cd"], "n": 2, "seed": 0});
+    assert_eq!(cached("/v1/completions", several).await, 1 + 3);
+}
+
+#[tokio::test]
 async fn a_forced_call_and_a_schema_bind_the_answer() {
     let server = Server::start().await;
     let forced = json!({"tools": tools(), "tool_choice": "required"});
@@ -163,6 +196,10 @@ async fn a_forced_call_and_a_schema_bind_the_answer() {
         .chat_json("78", json!({"response_format": schema}))
         .await;
     assert_eq!(body["choices"][0]["message"]["content"], "7");
+    let body = json!({"prompt": "78", "guided_json": {"enum": [7]}});
+    let response = server.post("/v1/completions", &body).send().await.unwrap();
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body["choices"][0]["text"], "7");
 }
 
 #[tokio::test]
