@@ -13,7 +13,7 @@ use super::*;
 /// Status and body of the answer to a chat.
 async fn chat(backend: &Arc<Scripted>, script: &str) -> (u16, Value) {
     let router = api(backend, None, Duration::from_secs(60)).router();
-    let request = Request::post("/v1/chat/completions");
+    let request = Request::post("/v1/chat/completions").header("content-type", "application/json");
     let request = request.body(Body::from(chat_body(script, json!({})).to_string()));
     let service = TowerToHyperService::new(router);
     let response = service.call(request.unwrap()).await.unwrap();
