@@ -84,7 +84,7 @@ impl HashChain {
     }
 
     /// How many names there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.shared.len() + self.own.len()
     }
 
@@ -137,7 +137,7 @@ mod tests {
             for block in ids.chunks_exact(BLOCK_TOKENS).skip(shared) {
                 grown.push(block);
             }
-            assert_eq!(grown.len(), 3);
+            assert_eq!(grown.count(), 3);
             assert!((0..3).all(|i| grown.get(i) == &whole[i]), "{shared}");
         }
     }

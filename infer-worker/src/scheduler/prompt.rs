@@ -129,7 +129,9 @@ mod tests {
         let (one, two) = (BlockHash::root(1, None), BlockHash::root(2, None));
         let names = |root| {
             let chain = prompt.names(root);
-            (0..chain.len()).map(|i| *chain.get(i)).collect::<Vec<_>>()
+            (0..chain.count())
+                .map(|i| *chain.get(i))
+                .collect::<Vec<_>>()
         };
         assert_eq!(names(one), names(one));
         assert_eq!(names(one), &*HashChain::names(one, prompt.ids()));

@@ -388,6 +388,6 @@ mod tests {
                 quick = quick => quick,
             }
         });
-        assert_eq!(both.await.unwrap().name, "quick");
+        assert_eq!(Box::pin(both).await.unwrap().name, "quick");
     }
 }
