@@ -161,6 +161,11 @@ impl Options {
         self.served_model_name.as_deref().unwrap_or(&self.model)
     }
 
+    /// Whether other machines reach it and need no key.
+    pub fn is_open(&self) -> bool {
+        !self.host.is_loopback() && self.api_key.is_none()
+    }
+
     /// How long answers may run on when the process is told to end.
     pub fn drain_limit(&self) -> Duration {
         Duration::from_secs(self.shutdown_timeout.into())

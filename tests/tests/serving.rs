@@ -324,3 +324,16 @@ async fn the_official_python_package_drives_it() {
     assert!(output.status.success(), "{told}");
     assert!(told.contains("9 checks passed"), "{told}");
 }
+
+#[tokio::test]
+async fn whoever_reaches_an_open_server_loads_no_adapter() {
+    let serving = Serving::start(&["--host", "0.0.0.0"]).await;
+    let folder = serving.path("adapter");
+    tiny::write_adapter(&folder, 5);
+    let (status, answer) = serving.load_adapter("tuned", &folder).await;
+    assert_eq!(status, 403, "{answer}");
+    let message = answer["error"]["message"].as_str().unwrap();
+    assert!(message.contains("--api-key"), "{message}");
+    // Answers are for everybody all the same.
+    serving.chat("hello", json!({})).await;
+}

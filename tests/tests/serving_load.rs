@@ -331,7 +331,8 @@ async fn what_makes_no_sense_is_refused_by_name_and_the_worker_stays() {
     ] {
         let request = serving
             .client
-            .post(format!("{}/v1/chat/completions", serving.url));
+            .post(format!("{}/v1/chat/completions", serving.url))
+            .header("content-type", "application/json");
         let answer = request.body(body).send().await.unwrap();
         let found = answer.status().as_u16();
         let error: Value = answer.json().await.unwrap();

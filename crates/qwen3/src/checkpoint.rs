@@ -1,7 +1,8 @@
-//! Tensors of a checkpoint: one `model.safetensors`, or shards with an index. Files are mapped, and checked before a
-//! tensor is read.
+//! Tensors of a checkpoint: one `model.safetensors`, or shards with an index. Files are mapped, or were read by the caller,
+//! and checked before a tensor is read.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use espalier_kernels::buffer::MappedFile;
@@ -98,7 +99,7 @@ pub trait TensorSource {
 
 /// A tensor's numbers, where they lie.
 pub enum Tensor<'a> {
-    /// In a mapped file.
+    /// Among the bytes of a file, which is mapped as a rule.
     Mapped(RowSource<'a>),
     /// In memory of its own.
     Owned(Vec<f32>),
@@ -124,14 +125,32 @@ impl Tensor<'_> {
     }
 }
 
+/// The bytes of a file.
+enum Bytes {
+    /// Where they lie, so that a large model takes no memory twice.
+    Mapped(MappedFile),
+    /// As they were when they were read: whatever happens to the file, they stay.
+    Read(Vec<u8>),
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Read(bytes) => bytes,
+        }
+    }
+}
+
 struct Shard {
-    map: MappedFile,
+    bytes: Bytes,
     /// Where tensors start.
     data: usize,
     metadata: Metadata,
 }
 
-/// The mapped files of a checkpoint.
+/// The files of a checkpoint.
 pub struct Checkpoint {
     shards: Vec<Shard>,
     /// Which shard has a tensor.
@@ -165,12 +184,23 @@ impl Checkpoint {
     /// # Errors
     /// When it is missing, cut short or of another format.
     pub fn open_file(path: &Path) -> Result<Self, CheckpointError> {
-        let shard = Shard::open(path)?;
+        Ok(Self::of(Shard::open(path)?))
+    }
+
+    /// The tensors of a file that was read; `path` is what messages call it.
+    ///
+    /// # Errors
+    /// When it is cut short or of another format.
+    pub fn read(path: &Path, bytes: Vec<u8>) -> Result<Self, CheckpointError> {
+        Ok(Self::of(Shard::new(path, Bytes::Read(bytes))?))
+    }
+
+    fn of(shard: Shard) -> Self {
         let names = shard.metadata.offset_keys();
-        Ok(Self {
+        Self {
             tensors: names.into_iter().map(|name| (name, 0)).collect(),
             shards: vec![shard],
-        })
+        }
     }
 
     fn open_sharded(folder: &Path, index: &Path) -> Result<Self, CheckpointError> {
@@ -235,20 +265,24 @@ impl Shard {
             path: path.to_owned(),
             source,
         })?;
+        Self::new(path, Bytes::Mapped(map))
+    }
+
+    fn new(path: &Path, bytes: Bytes) -> Result<Self, CheckpointError> {
         let broken = |source| CheckpointError::Broken {
             path: path.to_owned(),
-            len: map.len(),
+            len: bytes.len(),
             source,
         };
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(broken)?;
+        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
         let data = header + 8;
-        if metadata.data_len() > map.len() - data {
+        if metadata.data_len() > bytes.len() - data {
             return Err(broken(
                 safetensors::SafeTensorError::MetadataIncompleteBuffer,
             ));
         }
         Ok(Self {
-            map,
+            bytes,
             data,
             metadata,
         })
@@ -268,7 +302,7 @@ impl TensorSource for Checkpoint {
             });
         }
         let (start, end) = info.data_offsets;
-        let bytes = &shard.map[shard.data + start..shard.data + end];
+        let bytes = &shard.bytes[shard.data + start..shard.data + end];
         Ok(Tensor::Mapped(match info.dtype {
             Dtype::BF16 => RowSource::Bf16Bytes(bytes),
             Dtype::F16 => RowSource::F16Bytes(bytes),

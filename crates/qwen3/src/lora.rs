@@ -1,5 +1,6 @@
 //! PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`.
 
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use espalier_kernels::cpu::lora::LoraPair;
@@ -9,6 +10,9 @@ use sha2::{Digest, Sha256};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorSource};
 use crate::config::Config;
+
+/// Largest `adapter_config.json`, in bytes.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 /// Why an adapter is refused.
 #[derive(Debug, thiserror::Error)]
@@ -20,8 +24,19 @@ pub enum LoraError {
         path: PathBuf,
         /// Why.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
+    /// A file is larger than any adapter's.
+    #[error("{path} must have at most {bytes_max} bytes")]
+    TooLarge {
+        /// Which.
+        path: PathBuf,
+        /// How many it may have.
+        bytes_max: u64,
+    },
+    /// Its files are not of one version.
+    #[error("{0} was replaced while the weights were read: load it again")]
+    Replaced(PathBuf),
     /// The configuration is not JSON.
     #[error("adapter_config.json is not JSON")]
     Json(#[source] serde_json::Error),
@@ -109,21 +124,28 @@ fn targets(config: &Config) -> [Target; 7] {
 }
 
 impl Lora {
+    /// Largest `adapter_model.safetensors`, in bytes: rank 256 for every projection of the largest dense Qwen3 is 4 GiB.
+    pub const FILE_BYTES_MAX: u64 = 8 << 30;
+
     /// Loads a folder that PEFT (or Espalier's trainer) wrote, for a model of `base`.
     ///
     /// # Errors
     /// When a file is missing or broken, a setting is not plain LoRA, or a tensor does not fit the base.
     pub fn load(folder: &Path, base: &Config, pool: &Pool) -> Result<Self, LoraError> {
-        let path = folder.join("adapter_config.json");
-        let text =
-            std::fs::read_to_string(&path).map_err(|source| LoraError::Read { path, source })?;
+        let config = folder.join("adapter_config.json");
+        let text = read(&config, CONFIG_BYTES_MAX)?;
         let settings = Settings::parse(&text)?;
         let path = folder.join("adapter_model.safetensors");
-        let weights = Checkpoint::open_file(&path)?;
-        let bytes = std::fs::read(&path).map_err(|source| LoraError::Read { path, source })?;
+        // Read once: the digest must be that of the numbers that are computed with, also where somebody replaces the
+        // file meanwhile, and one that is cut short under a map would end the process.
+        let bytes = read(&path, Self::FILE_BYTES_MAX)?;
+        if read(&config, CONFIG_BYTES_MAX)? != text {
+            return Err(LoraError::Replaced(config));
+        }
         let digest = Sha256::new()
             .chain_update(settings.digest_text())
             .chain_update(&bytes);
+        let weights = Checkpoint::read(&path, bytes)?;
         let mut lora = Self {
             layers: Vec::new(),
             digest: digest.finalize().into(),
@@ -182,6 +204,34 @@ impl Lora {
     }
 }
 
+/// The bytes of a file, at most so many.
+fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, LoraError> {
+    let too_large = || LoraError::TooLarge {
+        path: path.to_owned(),
+        bytes_max,
+    };
+    let failed = |source| LoraError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let len = file.metadata().map_err(failed)?.len();
+    if len > bytes_max {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::new();
+    let reserved = bytes.try_reserve_exact(len as usize + 1);
+    reserved.map_err(|error| failed(io::Error::other(error)))?;
+    // It may grow while it is read.
+    file.take(bytes_max + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    if bytes.len() as u64 > bytes_max {
+        return Err(too_large());
+    }
+    Ok(bytes)
+}
+
 fn tensor_name(module: &str, which: &str) -> String {
     format!("base_model.model.{module}.{which}.weight")
 }
@@ -234,6 +284,12 @@ const REFUSED: [&str; 13] = [
     "kasa_config",
 ];
 
+/// How PEFT may have begun: others change the base's weights, whose adapter alone is not what was trained.
+const INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+
+/// Largest rank: several times what any adapter of such a model needs.
+const RANK_MAX: f64 = 1024.0;
+
 fn refuse<T>(field: &str, value: Option<&Value>, rule: &str) -> Result<T, LoraError> {
     Err(LoraError::Field {
         field: field.to_owned(),
@@ -242,9 +298,34 @@ fn refuse<T>(field: &str, value: Option<&Value>, rule: &str) -> Result<T, LoraEr
     })
 }
 
+/// What a number of the settings must be.
+struct Rule {
+    holds: fn(f64) -> bool,
+    text: &'static str,
+}
+
+const RANK: Rule = Rule {
+    holds: |r| r.fract() == 0.0 && (1.0..=RANK_MAX).contains(&r),
+    text: "must be a whole number from 1 to 1024",
+};
+/// Scales are computed with in f32.
+const ALPHA: Rule = Rule {
+    holds: |alpha| alpha > 0.0 && alpha <= 1e6,
+    text: "must be a number above 0, at most 1000000",
+};
+
+impl Rule {
+    fn check(&self, field: &str, value: Option<&Value>) -> Result<f64, LoraError> {
+        match value.and_then(Value::as_f64) {
+            Some(number) if (self.holds)(number) => Ok(number),
+            _ => refuse(field, value, self.text),
+        }
+    }
+}
+
 impl Settings {
-    fn parse(text: &str) -> Result<Self, LoraError> {
-        let map: Map<String, Value> = serde_json::from_str(text).map_err(LoraError::Json)?;
+    fn parse(text: &[u8]) -> Result<Self, LoraError> {
+        let map: Map<String, Value> = serde_json::from_slice(text).map_err(LoraError::Json)?;
         if map.get("peft_type").and_then(Value::as_str) != Some("LORA") {
             return refuse("peft_type", map.get("peft_type"), "must be \"LORA\"");
         }
@@ -260,10 +341,15 @@ impl Settings {
                 return refuse(name, map.get(name), "must be off: plain LoRA is served");
             }
         }
-        let number = |name: &str| match map.get(name).and_then(Value::as_f64) {
-            Some(number) if number.is_finite() && number > 0.0 => Ok(number),
-            _ => refuse(name, map.get(name), "must be a finite number above 0"),
-        };
+        match map.get("init_lora_weights") {
+            None | Some(Value::Null | Value::Bool(_)) => {}
+            Some(Value::String(init)) if INITS.contains(&init.as_str()) => {}
+            other => {
+                let rule = "must leave the base's weights as they are: convert the adapter to plain LoRA when it is saved \
+                            (PEFT: `path_initial_model_for_weight_conversion`)";
+                return refuse("init_lora_weights", other, rule);
+            }
+        }
         let rslora = match map.get("use_rslora") {
             None | Some(Value::Null) => false,
             Some(Value::Bool(flag)) => *flag,
@@ -272,11 +358,11 @@ impl Settings {
         let base = map.get("base_model_name_or_path").and_then(Value::as_str);
         Ok(Self {
             base: base.map(str::to_owned),
-            r: number("r")?,
-            alpha: number("lora_alpha")?,
+            r: RANK.check("r", map.get("r"))?,
+            alpha: ALPHA.check("lora_alpha", map.get("lora_alpha"))?,
             rslora,
-            rank_pattern: pattern(&map, "rank_pattern")?,
-            alpha_pattern: pattern(&map, "alpha_pattern")?,
+            rank_pattern: pattern(&map, "rank_pattern", &RANK)?,
+            alpha_pattern: pattern(&map, "alpha_pattern", &ALPHA)?,
         })
     }
 
@@ -331,7 +417,11 @@ impl Settings {
 }
 
 /// Ranks or alphas by module, in the file's order: the first that matches counts.
-fn pattern(map: &Map<String, Value>, name: &str) -> Result<Vec<(String, f64)>, LoraError> {
+fn pattern(
+    map: &Map<String, Value>,
+    name: &str,
+    rule: &Rule,
+) -> Result<Vec<(String, f64)>, LoraError> {
     let items = match map.get(name) {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::Object(items)) => items,
@@ -347,12 +437,8 @@ fn pattern(map: &Map<String, Value>, name: &str) -> Result<Vec<(String, f64)>, L
                 "must name modules, without regular expressions",
             );
         }
-        match value.as_f64() {
-            Some(number) if number.is_finite() && number > 0.0 => {
-                pattern.push((module.clone(), number));
-            }
-            _ => return refuse(name, map.get(name), "must hold finite numbers above 0"),
-        }
+        let number = rule.check(&format!("{name}.{module}"), Some(value))?;
+        pattern.push((module.clone(), number));
     }
     Ok(pattern)
 }

@@ -455,6 +455,28 @@ fn broken_adapters_are_refused_with_the_reason() {
             "regular expressions",
         ),
         (
+            broken(
+                "lora-plain",
+                set(config, "init_lora_weights", "pissa_niter_4".into()),
+            ),
+            "`init_lora_weights` must leave the base's weights",
+        ),
+        (
+            broken("lora-plain", set(config, "r", 4.5.into())),
+            "`r` must be a whole number from 1 to 1024, got 4.5",
+        ),
+        (
+            broken("lora-plain", set(config, "lora_alpha", 1e39.into())),
+            "`lora_alpha` must be a number above 0",
+        ),
+        (
+            broken(
+                "lora-plain",
+                set(config, "rank_pattern", serde_json::json!({"q_proj": 65536})),
+            ),
+            "`rank_pattern.q_proj` must be a whole number",
+        ),
+        (
             broken("lora-plain", set(config, "r", 8.into())),
             "layers.0.self_attn.q_proj.lora_A.weight has shape [4, 64], the configuration says [8, 64]",
         ),
@@ -471,6 +493,13 @@ fn broken_adapters_are_refused_with_the_reason() {
                 std::fs::write(path, bytes).unwrap();
             }),
             "holds values that are not finite",
+        ),
+        (
+            broken("lora-plain", |f| {
+                let file = std::fs::File::create(f.join("adapter_model.safetensors"));
+                file.unwrap().set_len((8 << 30) + 1).unwrap();
+            }),
+            "adapter_model.safetensors must have at most 8589934592 bytes",
         ),
     ];
     for (error, says) in says {
@@ -496,6 +525,27 @@ fn broken_adapters_are_refused_with_the_reason() {
         source.contains("q_proj.lora_A.weight has shape [4, 64]"),
         "{source}"
     );
+}
+
+/// Numbers and digest are of one read, whatever happens to the file: a pipe gives its bytes once.
+#[test]
+fn the_weights_of_an_adapter_are_read_once() {
+    let base = load("tiny-dense", Form::F32);
+    let pool = Pool::new(1);
+    let (from, folder) = (golden("lora-plain"), tempfile::tempdir().unwrap());
+    let file = |name: &str| folder.path().join(name);
+    let config = "adapter_config.json";
+    std::fs::copy(from.join(config), file(config)).unwrap();
+    let weights = "adapter_model.safetensors";
+    let made = std::process::Command::new("mkfifo")
+        .arg(file(weights))
+        .status();
+    assert!(made.unwrap().success());
+    let (bytes, pipe) = (std::fs::read(from.join(weights)).unwrap(), file(weights));
+    std::thread::spawn(move || std::fs::write(pipe, bytes));
+    let read = Lora::load(folder.path(), base.config(), &pool).unwrap();
+    let expected = Lora::load(&from, base.config(), &pool).unwrap();
+    assert_eq!(read.digest(), expected.digest());
 }
 
 #[test]

@@ -153,6 +153,7 @@ fn refusal(error: AdapterError) -> ApiError {
         AdapterError::Refused { .. } => ApiError::about("path", error.to_string()),
         AdapterError::NameTaken { .. } => ApiError::conflict("name", error.to_string()),
         AdapterError::Unknown { name } => ApiError::unknown_model(&name),
+        AdapterError::Open => ApiError::forbidden(error.to_string()),
         AdapterError::Stopped => ApiError::stopped(),
     }
 }

@@ -146,6 +146,9 @@ impl Answers {
                     }
                 }
                 Some(Event::Finished { reason }) => {
+                    if matches!(reason, Ended::Grammar) {
+                        return Err(ApiError::grammar());
+                    }
                     if matches!(reason, Ended::Abort | Ended::Error) {
                         return Err(self.failure(reason));
                     }

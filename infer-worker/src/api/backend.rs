@@ -254,6 +254,8 @@ pub enum Ended {
     Abort,
     /// It failed.
     Error,
+    /// What binds it became too expensive.
+    Grammar,
 }
 
 /// An answer that does not start.
@@ -327,6 +329,11 @@ pub enum AdapterError {
         /// The name.
         name: String,
     },
+    /// Whoever reaches this server could load what they like.
+    #[error(
+        "adapters are loaded and unloaded over HTTP only with `--api-key`, or where `--host` is this machine alone"
+    )]
+    Open,
     /// The engine does not run.
     #[error("the engine is not running")]
     Stopped,

@@ -50,6 +50,17 @@ impl ApiError {
         }
     }
 
+    /// 400: the form that was asked for could not be kept to.
+    pub fn grammar() -> Self {
+        Self {
+            code: Some("grammar_too_expensive"),
+            ..Self::new(
+                StatusCode::BAD_REQUEST,
+                "the answer's form takes too much to follow: simplify the patterns of its schema",
+            )
+        }
+    }
+
     /// 400: the body as a whole is wrong.
     pub fn body(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, message)
@@ -64,6 +75,19 @@ impl ApiError {
                 "this server needs its API key as `Authorization: Bearer …`",
             )
         }
+    }
+
+    /// 403.
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, message)
+    }
+
+    /// 415: a body that does not say it is JSON.
+    pub fn not_json() -> Self {
+        Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "the header `content-type` must be application/json",
+        )
     }
 
     /// 404: a model that is not served.

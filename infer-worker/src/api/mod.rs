@@ -156,6 +156,7 @@ fn router(app: App) -> Router {
         .route("/v1/unload_lora_adapter", post(adapters::unload_as_vllm))
         .fallback(no_such_place)
         .method_not_allowed_fallback(wrong_method)
+        .layer(axum::middleware::from_fn(check_form))
         .layer(axum::middleware::from_fn_with_state(app.clone(), check_key));
     Router::new()
         .route("/health", get(health))
@@ -174,6 +175,19 @@ async fn check_key(
     next: Next,
 ) -> Result<Response, ApiError> {
     app.gate.check(request.headers())?;
+    Ok(next.run(request).await)
+}
+
+/// A page that a browser on this machine shows can send any body here, but none that says it is JSON: for that the browser
+/// asks first, and is not answered.
+async fn check_form(request: Request, next: Next) -> Result<Response, ApiError> {
+    let form = request.headers().get(CONTENT_TYPE);
+    let form = form.and_then(|form| form.to_str().ok()).unwrap_or_default();
+    let (form, _) = form.split_once(';').unwrap_or((form, ""));
+    let is_json = form.trim().eq_ignore_ascii_case("application/json");
+    if request.method() == Method::POST && !is_json {
+        return Err(ApiError::not_json());
+    }
     Ok(next.run(request).await)
 }
 

@@ -21,7 +21,7 @@ use super::observe::Observed;
 use super::options::Options;
 use super::patience::{OFFLINE_SILENCE_MAX, SILENCE_MAX};
 use super::reply::{Dialect, Head};
-use crate::grammar::{Constraint, Grammar, Thoughts};
+use crate::grammar::{Constraint, Grammar, GrammarError, Thoughts};
 
 /// Keeps an id from being drawn, whatever its logit is.
 const NEVER: f32 = -1e9;
@@ -98,6 +98,11 @@ impl App {
             Dialect::Chat => "messages",
             Dialect::Completion => "prompt",
         };
+        let shared: Vec<Arc<[u32]>> = prepared
+            .prompts
+            .iter()
+            .map(|prompt| prompt.ids.as_slice().into())
+            .collect();
         let (mut generations, mut choices) = (Vec::new(), Vec::new());
         for (i, constraint) in prepared.constraints.into_iter().enumerate() {
             let prompt = &prepared.prompts[i / options.n];
@@ -108,7 +113,7 @@ impl App {
                 sampling.bias.push((self.backend.call_open(), NEVER));
             }
             generations.push(Generation {
-                prompt: prompt.ids.as_slice().into(),
+                prompt: Arc::clone(&shared[i / options.n]),
                 target: prepared.target.clone(),
                 sampling,
                 tokens_max: options.tokens_within(room),
@@ -277,7 +282,14 @@ fn constraints(
         Some((grammar, field)) => backend
             .constrain(grammar, thoughts)
             .map(Some)
-            .map_err(|error| ApiError::about(*field, format!("`{field}`: {error}"))),
+            .map_err(|error| grammar_refusal(field, error)),
     };
     (0..answers).map(constrain).collect()
+}
+
+fn grammar_refusal(field: &str, error: GrammarError) -> ApiError {
+    match error {
+        GrammarError::Busy => ApiError::full(Duration::from_secs(1)),
+        error => ApiError::about(field, format!("`{field}`: {error}")),
+    }
 }

@@ -1,5 +1,7 @@
 //! Names of what a KV block holds, so that two sequences find each other's.
 
+use std::sync::Arc;
+
 use sha2::{Digest, Sha256};
 
 use crate::executor::BLOCK_TOKENS;
@@ -41,33 +43,60 @@ impl BlockHash {
     }
 }
 
-/// The names of all full blocks of a growing list of ids.
+/// The names of all full blocks of a growing list of ids: those of its beginning, which others share, and its own.
 #[derive(Clone, Debug)]
 pub struct HashChain {
     root: BlockHash,
-    hashes: Vec<BlockHash>,
+    shared: Arc<[BlockHash]>,
+    own: Vec<BlockHash>,
 }
 
 impl HashChain {
-    /// Of no ids yet.
-    pub fn new(root: BlockHash) -> Self {
+    /// The names of the full blocks of `ids`.
+    pub fn names(root: BlockHash, ids: &[u32]) -> Arc<[BlockHash]> {
+        let mut parent = root;
+        let blocks = ids.chunks_exact(BLOCK_TOKENS);
+        blocks
+            .map(|block| {
+                parent = parent.child(block);
+                parent
+            })
+            .collect()
+    }
+
+    /// One that begins with these.
+    pub fn new(root: BlockHash, names: Arc<[BlockHash]>) -> Self {
         Self {
             root,
-            hashes: Vec::new(),
+            shared: names,
+            own: Vec::new(),
         }
     }
 
-    /// Names the blocks of `ids` that became full since the last call. `ids` only ever grow.
-    pub fn extend(&mut self, ids: &[u32]) {
-        for block in ids.chunks_exact(BLOCK_TOKENS).skip(self.hashes.len()) {
-            let parent = self.hashes.last().unwrap_or(&self.root);
-            self.hashes.push(parent.child(block));
-        }
+    /// Names the block of these ids after the last one.
+    ///
+    /// # Panics
+    /// When `ids` are not [`BLOCK_TOKENS`].
+    pub fn push(&mut self, ids: &[u32]) {
+        let last = self.own.last().or(self.shared.last());
+        let name = last.unwrap_or(&self.root).child(ids);
+        self.own.push(name);
     }
 
-    /// The names so far, in the order of blocks.
-    pub fn hashes(&self) -> &[BlockHash] {
-        &self.hashes
+    /// How many names there are.
+    pub fn len(&self) -> usize {
+        self.shared.len() + self.own.len()
+    }
+
+    /// The name of the `i`-th block.
+    ///
+    /// # Panics
+    /// When it has none.
+    pub fn get(&self, i: usize) -> &BlockHash {
+        match i.checked_sub(self.shared.len()) {
+            None => &self.shared[i],
+            Some(i) => &self.own[i],
+        }
     }
 }
 
@@ -99,17 +128,17 @@ mod tests {
     fn a_chain_that_grows_has_the_names_of_one_that_is_made_at_once() {
         let ids: Vec<u32> = (0..50).map(|i| i * 7 % 13).collect();
         let root = BlockHash::root(0, None);
-        let mut grown = HashChain::new(root);
-        for end in 0..=ids.len() {
-            grown.extend(&ids[..end]);
-            assert_eq!(grown.hashes().len(), end / BLOCK_TOKENS);
+        let whole = HashChain::names(root, &ids);
+        assert_eq!(whole.len(), 3);
+        assert_eq!(whole[1], root.child(&ids[..16]).child(&ids[16..32]));
+        for shared in 0..=3 {
+            let begin = HashChain::names(root, &ids[..shared * BLOCK_TOKENS]);
+            let mut grown = HashChain::new(root, begin);
+            for block in ids.chunks_exact(BLOCK_TOKENS).skip(shared) {
+                grown.push(block);
+            }
+            assert_eq!(grown.len(), 3);
+            assert!((0..3).all(|i| grown.get(i) == &whole[i]), "{shared}");
         }
-        let mut whole = HashChain::new(root);
-        whole.extend(&ids);
-        assert_eq!(whole.hashes(), grown.hashes());
-        assert_eq!(
-            whole.hashes()[1],
-            root.child(&ids[..16]).child(&ids[16..32])
-        );
     }
 }

@@ -2,24 +2,25 @@
 //!
 //! A version of an adapter is loaded beside the others while steps run. Requests hold it, and so does whoever gives
 //! names to adapters: a new version takes the name over at once, requests that run under the old one end under it, and
-//! the executor forgets it when nobody holds it any more.
+//! the executor forgets it when nobody holds it any more. Where old versions have all places, a new one waits for one.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use espalier_runtime::tasks::with_deadline;
 use tokio::sync::oneshot;
 
-use super::{Adapter, Engine, Health, lock};
+use super::{Adapter, Command, Engine, Health, lock};
 use crate::blocks::AdapterDigest;
 use crate::executor::{AdapterSlot, ExecutorError};
 
 /// Adapters that wait to be loaded, at most: each holds its weights in memory.
 const LOADS_MAX: usize = 16;
 
-/// How long the engine's thread may take until it has loaded an adapter: it does between two steps.
+/// How long the engine's thread may take to load an adapter that has a place: it does between two steps.
 const LOAD_LIMIT: Duration = Duration::from_secs(120);
 
 /// An adapter that was not loaded.
@@ -41,6 +42,10 @@ pub(super) struct Load<A> {
     pub slot: AdapterSlot,
     pub digest: AdapterDigest,
     pub weights: A,
+    /// Since when it waits.
+    pub since: Instant,
+    /// Told of the slot when nobody holds the adapter any more.
+    pub on_drop: Box<dyn Fn(AdapterSlot) + Send + Sync>,
     pub reply: oneshot::Sender<Result<Arc<Adapter>, ExecutorError>>,
 }
 
@@ -52,6 +57,8 @@ pub struct AdapterPort<A> {
     engine: Engine,
     loads: Loads<A>,
     last_slot: Arc<AtomicU32>,
+    /// Of adapters, which hold it weakly: they are no handles of the engine.
+    waker: Arc<SyncSender<Command>>,
 }
 
 impl<A> Clone for AdapterPort<A> {
@@ -60,6 +67,7 @@ impl<A> Clone for AdapterPort<A> {
             engine: self.engine.clone(),
             loads: Arc::clone(&self.loads),
             last_slot: Arc::clone(&self.last_slot),
+            waker: Arc::clone(&self.waker),
         }
     }
 }
@@ -68,6 +76,7 @@ impl<A: Send + 'static> AdapterPort<A> {
     pub(super) fn new(engine: Engine) -> (Self, Loads<A>) {
         let loads = Loads::default();
         let port = Self {
+            waker: Arc::new(engine.commands.clone()),
             engine,
             loads: Arc::clone(&loads),
             last_slot: Arc::default(),
@@ -79,7 +88,7 @@ impl<A: Send + 'static> AdapterPort<A> {
     /// those in requests included.
     ///
     /// # Errors
-    /// It does not fit, or the engine does not run. The engine goes on as before.
+    /// It does not fit, no place came free in time, or the engine does not run. The engine goes on as before.
     pub async fn load(
         &self,
         digest: AdapterDigest,
@@ -100,6 +109,8 @@ impl<A: Send + 'static> AdapterPort<A> {
                 slot,
                 digest,
                 weights,
+                since: Instant::now(),
+                on_drop: self.on_drop(),
                 reply,
             });
         }
@@ -108,11 +119,24 @@ impl<A: Send + 'static> AdapterPort<A> {
         if self.ended() {
             lock(&self.loads).clear();
         }
-        match with_deadline("infer.adapter_load", LOAD_LIMIT, loaded).await {
+        let limit = self.engine.shared.config.adapter_patience + LOAD_LIMIT;
+        match with_deadline("infer.adapter_load", limit, loaded).await {
             Ok(Ok(Ok(adapter))) => Ok(adapter),
             Ok(Ok(Err(error))) => Err(AdapterError::Refused(error)),
             _ => Err(stopped()),
         }
+    }
+
+    /// Tells the thread of an adapter that nobody holds any more, also when it sleeps: its place may be waited for.
+    fn on_drop(&self) -> Box<dyn Fn(AdapterSlot) + Send + Sync> {
+        let (shared, waker) = (Arc::clone(&self.engine.shared), Arc::downgrade(&self.waker));
+        Box::new(move |slot| {
+            lock(&shared.dropped_adapters).push(slot);
+            if let Some(waker) = waker.upgrade() {
+                // A full channel is no harm: the thread is awake then.
+                let _ = waker.try_send(Command::Wake);
+            }
+        })
     }
 
     fn ended(&self) -> bool {

@@ -25,10 +25,10 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use espalier_runtime::tasks::with_deadline;
+use espalier_runtime::tasks::{blocking, with_deadline};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
-pub use crate::scheduler::{Adapter, Event, FinishReason, Priority, Refused, Request};
+pub use crate::scheduler::{Adapter, Event, FinishReason, Priority, Prompt, Refused, Request};
 pub use adapters::{AdapterError, AdapterPort};
 pub use thread::SWEEP_EVERY;
 
@@ -54,6 +54,8 @@ pub struct EngineConfig {
     pub reader_patience: Duration,
     /// How long a step may take.
     pub step_limit: Duration,
+    /// How long an adapter waits for a place where versions that are still used have all.
+    pub adapter_patience: Duration,
 }
 
 impl EngineConfig {
@@ -65,6 +67,7 @@ impl EngineConfig {
             event_buffer: 256,
             reader_patience: Duration::from_secs(300),
             step_limit: Duration::from_secs(120),
+            adapter_patience: Duration::from_secs(120),
         }
     }
 }
@@ -326,6 +329,7 @@ impl Engine {
         let Ok(mut permits) = queue.try_acquire_many_owned(count) else {
             return Err(self.full());
         };
+        let requests = self.prepared(requests).await?;
         let (mut submitted, mut receivers) = (Vec::new(), Vec::new());
         for request in requests {
             let (events, receiver) = mpsc::channel(shared.config.event_buffer);
@@ -344,6 +348,17 @@ impl Engine {
             Err(TrySendError::Full(_)) => Err(self.full()),
             Err(TrySendError::Disconnected(_)) => Err(self.stopped()),
         }
+    }
+
+    /// Makes what is made once for all answers to a prompt, off the engine's thread, and off the caller's too.
+    async fn prepared(&self, requests: Vec<Request>) -> Result<Vec<Request>, EngineError> {
+        let version = self.shared.config.scheduler.weight_version;
+        let prepare = move || {
+            requests.iter().for_each(|request| request.prepare(version));
+            requests
+        };
+        let prepared = blocking("infer.prepare_prompts", prepare).await;
+        prepared.map_err(|_| self.stopped())
     }
 
     /// How it does.

@@ -1,6 +1,8 @@
 use std::collections::BTreeSet;
 use std::sync::Condvar;
 
+use futures::FutureExt as _;
+
 use super::*;
 use crate::executor::{Done, ExecutorError, Step, Ticket};
 use crate::scheduler::tests::fake::{self, Fake};
@@ -86,7 +88,11 @@ impl Executor for Toy {
         adapter: Self::Adapter,
     ) -> Result<(), ExecutorError> {
         adapter.map_err(ExecutorError::Adapter)?;
-        self.control.set(|s| assert!(s.adapters.insert(slot.0)));
+        let places = self.limits.adapters as usize;
+        self.control.set(|s| {
+            assert!(s.adapters.insert(slot.0));
+            assert!(s.adapters.len() <= places, "there is no place for {slot:?}");
+        });
         Ok(())
     }
 
@@ -467,6 +473,63 @@ async fn the_thread_ends_with_the_last_handle() {
     ));
     let ended = health.wait_for(|health| *health == Health::Stopped);
     tokio::time::timeout(SOON, ended).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_new_version_waits_for_the_place_of_an_old_one() {
+    let world = world(|_| {});
+    let load = |digest| world.port.load(fake::digest(digest), Ok(()));
+    let (old, other) = (load(1).await.unwrap(), load(2).await.unwrap());
+    world.control.set(|s| s.paused = true);
+    let request = Request {
+        adapter: Some(Arc::clone(&old)),
+        ..Request::new(ids(50, 1), 5)
+    };
+    let events = world.engine.submit(request).await.unwrap();
+    until("it runs", || world.engine.snapshot().scheduler.running == 1).await;
+    drop(old);
+    let mut new = std::pin::pin!(load(3));
+    assert!(new.as_mut().now_or_never().is_none());
+    world.control.set(|s| s.paused = false);
+    answer(events).await;
+    let new = tokio::time::timeout(SOON, new).await.unwrap().unwrap();
+    assert_eq!(
+        world.control.get(|s| s.adapters.clone()),
+        BTreeSet::from([other.slot().0, new.slot().0])
+    );
+}
+
+#[tokio::test]
+async fn a_version_that_finds_no_place_in_time_is_told_so() {
+    let world = world(|config| config.adapter_patience = Duration::from_millis(30));
+    let load = |digest| world.port.load(fake::digest(digest), Ok(()));
+    let held = [load(1).await.unwrap(), load(2).await.unwrap()];
+    let AdapterError::Refused(reason) = load(3).await.unwrap_err() else {
+        panic!("another error");
+    };
+    assert!(
+        reason.to_string().contains("all 2 places are taken"),
+        "{reason}"
+    );
+    drop(held);
+    load(4).await.unwrap();
+    assert_eq!(world.engine.health(), Health::Running);
+}
+
+/// The thread sleeps for a second when nothing runs; whoever waits for a place must not.
+#[tokio::test]
+async fn an_adapter_that_is_dropped_wakes_the_engine() {
+    let world = world(|_| {});
+    let began = Instant::now();
+    for digest in 1..=20 {
+        world.port.load(fake::digest(digest), Ok(())).await.unwrap();
+        until("it is gone", || {
+            world.control.get(|s| s.adapters.is_empty())
+        })
+        .await;
+    }
+    let spent = began.elapsed();
+    assert!(spent < Duration::from_secs(15), "{spent:?}");
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::adapters::Loads;
+use super::adapters::{Load, Loads};
 use super::{
     Adapter, Command, Event, FinishReason, Health, Priority, Shared, Snapshot, Submitted, lock,
 };
@@ -53,6 +53,8 @@ struct Thread<E: Executor> {
     shared: Arc<Shared>,
     commands: Receiver<Command>,
     loads: Loads<E::Adapter>,
+    /// How many the executor has.
+    adapters: usize,
     clients: HashMap<RequestId, Client>,
     /// Steps in flight, and since when.
     flights: VecDeque<(Ticket, Instant)>,
@@ -87,6 +89,7 @@ pub(super) fn run<E: Executor>(
         shared,
         commands,
         loads,
+        adapters: 0,
         clients: HashMap::new(),
         flights: VecDeque::new(),
         totals: Snapshot::default(),
@@ -194,28 +197,52 @@ impl<E: Executor> Thread<E> {
         }
     }
 
+    /// Forgets adapters first: their places may be waited for.
     fn change_adapters(&mut self) -> Result<(), ExecutorError> {
-        loop {
-            let load = lock(&self.loads).pop_front();
-            let Some(load) = load else { break };
+        let dropped = std::mem::take(&mut *lock(&self.shared.dropped_adapters));
+        for slot in dropped {
+            self.executor.drop_adapter(slot)?;
+            self.adapters -= 1;
+        }
+        while let Some(load) = self.next_load() {
             let loaded = match self.executor.load_adapter(load.slot, load.weights) {
                 Ok(()) => {
-                    let shared = Arc::clone(&self.shared);
-                    let adapter = Adapter::new(load.slot, load.digest)
-                        .on_drop(move |slot| lock(&shared.dropped_adapters).push(slot));
+                    self.adapters += 1;
+                    let adapter = Adapter::new(load.slot, load.digest).on_drop(load.on_drop);
                     Ok(Arc::new(adapter))
                 }
                 Err(error @ ExecutorError::Adapter(_)) => Err(error),
                 Err(error) => return Err(error),
             };
-            // Where nobody waits for it any more it is dropped, and forgotten below.
+            // Where nobody waits for it any more it is dropped, and forgotten in the next round.
             let _ = load.reply.send(loaded);
         }
-        let dropped = std::mem::take(&mut *lock(&self.shared.dropped_adapters));
-        for slot in dropped {
-            self.executor.drop_adapter(slot)?;
-        }
         Ok(())
+    }
+
+    /// The next adapter to load, if there is a place for it; those that waited for one for too long are told so.
+    fn next_load(&mut self) -> Option<Load<E::Adapter>> {
+        let (places, patience) = (
+            self.shared.limits.adapters as usize,
+            self.shared.config.adapter_patience,
+        );
+        let mut loads = lock(&self.loads);
+        loads.retain(|load| !load.reply.is_closed());
+        // An executor without any place says so itself.
+        if self.adapters == 0 || self.adapters < places {
+            return loads.pop_front();
+        }
+        while loads
+            .front()
+            .is_some_and(|load| load.since.elapsed() > patience)
+        {
+            let late = loads.pop_front()?;
+            let _ = late.reply.send(Err(ExecutorError::Adapter(format!(
+                "all {places} places are taken by versions that answers still run under, and none came free within {} s",
+                patience.as_secs()
+            ))));
+        }
+        None
     }
 
     /// Looks after requests that nobody reads.
@@ -366,7 +393,7 @@ impl Snapshot {
             FinishReason::Stop => self.stopped += 1,
             FinishReason::Length => self.at_length += 1,
             FinishReason::Abort => self.aborted += 1,
-            FinishReason::Error => self.failed += 1,
+            FinishReason::Error | FinishReason::Grammar => self.failed += 1,
         }
     }
 }

@@ -64,6 +64,7 @@ impl CpuExecutor {
             rows: config.rows,
             vocab: u32::try_from(model.config().real_vocab_size).map_err(io::Error::other)?,
             steps_in_flight: config.steps_in_flight,
+            adapters: u32::MAX,
         };
         let cache = KvCache::new(model.kv_shape(config.kv_blocks as usize))?;
         let (commands, received) = sync_channel(COMMANDS_MAX);

@@ -9,7 +9,7 @@ pub mod cuda;
 
 use std::time::Duration;
 
-pub use espalier_kernels::sampling::{Penalties, Sampling, Seen};
+pub use espalier_kernels::sampling::{History, Penalties, Sampling, Seen};
 
 /// Tokens whose keys and values one KV block holds.
 pub const BLOCK_TOKENS: usize = 16;
@@ -113,6 +113,8 @@ pub struct Limits {
     /// Steps that may be in flight: 2 where a step runs while the host prepares the next, 1 where there is nothing to
     /// overlap (an ended sequence then never runs a step too many).
     pub steps_in_flight: u32,
+    /// Versions of adapters that are there at once, at most.
+    pub adapters: u32,
 }
 
 /// Why an executor cannot go on, or cannot take an adapter.

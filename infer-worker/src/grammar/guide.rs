@@ -1,8 +1,7 @@
 //! llguidance behind the [`Constraint`] trait: grammars over a vocabulary of bytes.
 
-use std::collections::VecDeque;
 use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use espalier_core::error::shorten;
 use llguidance::api::TopLevelGrammar;
@@ -10,12 +9,23 @@ use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::json;
 
-use super::{CallGrammar, Constraint, Grammar, GrammarError, Thoughts, arguments};
+use super::compiled::Compiled;
+use super::masks::{Pending, Threads};
+use super::{CallGrammar, Constraint, Grammar, GrammarError, Thoughts, arguments, weight};
 
-/// Grammars that are kept compiled: agents send the same tools again and again.
-const COMPILED_MAX: usize = 64;
-/// Largest grammar, in bytes of its text.
-const GRAMMAR_BYTES_MAX: usize = 1 << 20;
+/// Largest schema, in bytes of its text.
+const SCHEMA_BYTES_MAX: usize = 64 << 10;
+/// Largest grammar, in bytes of its text: all tools together.
+const GRAMMAR_BYTES_MAX: usize = 256 << 10;
+/// Most that is copied while a grammar is compiled, in bytes of its text: llguidance takes some tens of bytes for each.
+const COPIED_BYTES_MAX: u64 = 4 << 20;
+
+/// What a mask may cost, in llguidance's units: 14,000 a millisecond.
+const LEXER_FUEL: u64 = 40_000;
+/// The same for items of its parser, of which it makes 20,000 a millisecond.
+const ITEMS_MAX: usize = 20_000;
+/// States that an answer may need, of 1 to 2 kB each: every answer has its own.
+const LEXER_STATES_MAX: usize = 10_000;
 
 /// Blanks between two parts of JSON: lines that are indented ten levels deep.
 const JSON_BLANKS: &str = r"[ \n\r\t]{1,40}";
@@ -40,8 +50,31 @@ pub struct Vocabulary {
 /// Compiles grammars for one vocabulary. Making one takes some tenths of a second: one serves all requests.
 pub struct Guides {
     factory: ParserFactory,
-    compiled: Mutex<VecDeque<(Arc<str>, Matcher)>>,
+    compiled: Compiled<State>,
+    threads: Threads,
     marks: Marks,
+}
+
+/// Where an answer is in its grammar, and what may come next.
+struct State {
+    matcher: Matcher,
+    mask: Arc<[u32]>,
+}
+
+impl State {
+    fn new(mut matcher: Matcher) -> anyhow::Result<Self> {
+        let mask = matcher.compute_mask_or_eos()?.as_slice().into();
+        Ok(Self { matcher, mask })
+    }
+
+    /// What comes after the end of the grammar is the end of the answer.
+    fn after(mut self, id: u32) -> Result<Self, GrammarError> {
+        if self.matcher.is_stopped() {
+            return Ok(self);
+        }
+        self.matcher.consume_token(id).map_err(run_error)?;
+        Self::new(self.matcher).map_err(run_error)
+    }
 }
 
 /// The ids that a constraint itself knows.
@@ -85,67 +118,84 @@ impl Guides {
         let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let mut factory = ParserFactory::new_simple(&env).map_err(compile_error)?;
         factory.quiet();
+        let limits = factory.limits_mut();
         // An error's text would else hold the answer so far.
-        factory.limits_mut().verbose_errors = false;
+        limits.verbose_errors = false;
+        limits.step_lexer_fuel = LEXER_FUEL;
+        limits.step_max_items = ITEMS_MAX;
+        limits.max_lexer_states = LEXER_STATES_MAX;
         Ok(Self {
             factory,
-            compiled: Mutex::default(),
+            compiled: Compiled::default(),
+            threads: Threads::start().map_err(compile_error)?,
             marks,
         })
     }
 
-    /// The state of an answer that has not begun.
+    /// The state of an answer that has not begun. What it may begin with is known then.
     ///
     /// # Errors
-    /// A schema does not compile.
+    /// A schema does not compile, or others are compiled for too long.
     pub fn constrain(
         &self,
         grammar: &Grammar,
         thoughts: Thoughts,
     ) -> Result<Box<dyn Constraint>, GrammarError> {
+        check_sizes(grammar)?;
+        let text = lark(grammar, self.marks.call);
+        check_size("the grammar", text.len(), GRAMMAR_BYTES_MAX)?;
+        let begun = self.compiled.get(&text, || self.compile(&text))?;
+        let state = State {
+            matcher: begun.matcher.deep_clone(),
+            mask: Arc::clone(&begun.mask),
+        };
         Ok(Box::new(Guide {
-            matcher: self.matcher(grammar)?,
+            next: Next::Known(state),
+            threads: self.threads.clone(),
             marks: self.marks.clone(),
             thoughts,
         }))
     }
 
-    fn matcher(&self, grammar: &Grammar) -> Result<Matcher, GrammarError> {
-        let text = lark(grammar, self.marks.call);
-        if text.len() > GRAMMAR_BYTES_MAX {
-            let reason = format!(
-                "it must have at most {GRAMMAR_BYTES_MAX} bytes, got {}",
-                text.len()
-            );
-            return Err(GrammarError::Compile { reason });
+    fn compile(&self, text: &str) -> Result<State, GrammarError> {
+        let grammar = TopLevelGrammar::from_lark(text.to_owned());
+        let parser = self.factory.create_parser(grammar).map_err(compile_error)?;
+        let matcher = Matcher::new(Ok(parser));
+        match matcher.get_error() {
+            Some(reason) => Err(compile_error(reason)),
+            None => State::new(matcher).map_err(compile_error),
         }
-        if let Some(known) = self.known(&text) {
-            return Ok(known);
-        }
-        let parser = self
-            .factory
-            .create_parser(TopLevelGrammar::from_lark(text.clone()));
-        let matcher = Matcher::new(Ok(parser.map_err(compile_error)?));
-        if let Some(reason) = matcher.get_error() {
-            return Err(GrammarError::Compile {
-                reason: shorten(&reason),
-            });
-        }
-        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        compiled.truncate(COMPILED_MAX - 1);
-        compiled.push_front((text.into(), matcher.deep_clone()));
-        Ok(matcher)
     }
+}
 
-    /// A copy of what was compiled before, which then counts as used last.
-    fn known(&self, text: &str) -> Option<Matcher> {
-        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = compiled.iter().position(|(known, _)| **known == *text)?;
-        let entry = compiled.remove(at)?;
-        let matcher = entry.1.deep_clone();
-        compiled.push_front(entry);
-        Some(matcher)
+/// Refuses what would take too long or too much to compile.
+fn check_sizes(grammar: &Grammar) -> Result<(), GrammarError> {
+    let (schema, calls) = match grammar {
+        Grammar::Json { schema } => (Some(schema), &[][..]),
+        Grammar::Calls { calls, .. } => (None, &calls[..]),
+        Grammar::JsonOrCalls { schema, calls, .. } => (Some(schema), &calls[..]),
+    };
+    let arguments = calls.iter().map(|call| &call.arguments);
+    let mut copied = 0_u64;
+    for schema in schema.into_iter().chain(arguments) {
+        check_size("a schema", schema.to_string().len(), SCHEMA_BYTES_MAX)?;
+        copied = copied.saturating_add(weight::copied_bytes(schema));
     }
+    if copied <= COPIED_BYTES_MAX {
+        return Ok(());
+    }
+    Err(compile_error(format!(
+        "with all that stands beside alternatives repeated for each, it must have at most {COPIED_BYTES_MAX} bytes, got {copied}"
+    )))
+}
+
+fn check_size(what: &str, bytes: usize, bytes_max: usize) -> Result<(), GrammarError> {
+    if bytes <= bytes_max {
+        return Ok(());
+    }
+    Err(compile_error(format!(
+        "{what} must have at most {bytes_max} bytes, got {bytes}"
+    )))
 }
 
 impl Marks {
@@ -176,9 +226,33 @@ fn compile_error(error: impl std::fmt::Display) -> GrammarError {
 }
 
 struct Guide {
-    matcher: Matcher,
+    next: Next,
+    threads: Threads,
     marks: Marks,
     thoughts: Thoughts,
+}
+
+/// Where the answer is in its grammar.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one for each answer, and mostly this one"
+)]
+enum Next {
+    Known(State),
+    Coming(Pending<Result<State, GrammarError>>),
+    /// It failed, and the answer with it.
+    Ended,
+}
+
+impl Guide {
+    /// Waits for the state, which the caller puts back.
+    fn take(&mut self) -> Result<State, GrammarError> {
+        match std::mem::replace(&mut self.next, Next::Ended) {
+            Next::Known(state) => Ok(state),
+            Next::Coming(state) => state.wait().flatten(),
+            Next::Ended => Err(run_error("it failed before")),
+        }
+    }
 }
 
 impl Constraint for Guide {
@@ -186,11 +260,14 @@ impl Constraint for Guide {
         if self.thoughts == Thoughts::Open {
             return Ok(Arc::clone(&self.marks.in_thought));
         }
-        let mut allowed = self.matcher.compute_mask_or_eos().map_err(run_error)?;
+        let state = self.take()?;
+        let mut allowed = Arc::clone(&state.mask);
+        self.next = Next::Known(state);
         if self.thoughts == Thoughts::Possible {
-            allowed.allow_token(self.marks.thought.0);
+            let id = self.marks.thought.0;
+            Arc::make_mut(&mut allowed)[id as usize / 32] |= 1 << (id % 32);
         }
-        Ok(allowed.as_slice().into())
+        Ok(allowed)
     }
 
     fn push(&mut self, id: u32) -> Result<(), GrammarError> {
@@ -200,10 +277,8 @@ impl Constraint for Guide {
             Thoughts::Possible if id == self.marks.thought.0 => self.thoughts = Thoughts::Open,
             Thoughts::Possible | Thoughts::Over => {
                 self.thoughts = Thoughts::Over;
-                // What comes after the end of the grammar is the end of the answer.
-                if !self.matcher.is_stopped() {
-                    self.matcher.consume_token(id).map_err(run_error)?;
-                }
+                let state = self.take()?;
+                self.next = Next::Coming(self.threads.begin(move || state.after(id)));
             }
         }
         Ok(())

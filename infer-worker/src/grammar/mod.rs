@@ -1,11 +1,14 @@
 //! Answers that must have a form: JSON of a schema, or calls of tools.
 //!
-//! A [`Grammar`] is what a request asks for; a [`Constraint`] is one answer's state, which the engine asks before each
-//! step which ids are allowed, on a thread where computing is no harm. The work of llguidance is hidden here, and only
-//! the trait is seen by the [scheduler](crate::scheduler).
+//! A [`Grammar`] is what a request asks for; a [`Constraint`] is one answer's state, which the engine tells what was
+//! drawn and asks what is allowed next. What that takes is computed by threads of its own, for all answers of a step at
+//! once. The work of llguidance is hidden here, and only the trait is seen by the [scheduler](crate::scheduler).
 
 mod arguments;
+mod compiled;
 mod guide;
+mod masks;
+mod weight;
 
 use std::sync::Arc;
 
@@ -61,13 +64,14 @@ pub enum Thoughts {
 
 /// One answer's state.
 pub trait Constraint: Send {
-    /// Which ids may come next: bit `id % 32` of word `id / 32`; ids beyond the end may not. At most a few milliseconds.
+    /// Which ids may come next: bit `id % 32` of word `id / 32`; ids beyond the end may not. Waits for what
+    /// [`push`](Self::push) began, at most a few milliseconds. Of an answer that has not begun it is known.
     ///
     /// # Errors
-    /// The grammar became too expensive; the answer ends.
+    /// An id that came was not allowed, or the grammar became too expensive; the answer ends.
     fn allowed(&mut self) -> Result<Arc<[u32]>, GrammarError>;
 
-    /// An allowed id came.
+    /// An allowed id came: begins to compute what may come after it, and does not wait.
     ///
     /// # Errors
     /// The id was not allowed; the answer ends.
@@ -83,6 +87,9 @@ pub enum GrammarError {
         /// Why.
         reason: String,
     },
+    /// Others are being compiled, and took too long.
+    #[error("too many grammars are being compiled")]
+    Busy,
     /// It stopped working in the middle of an answer.
     #[error("the grammar cannot go on: {reason}")]
     Run {

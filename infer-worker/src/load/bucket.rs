@@ -1,6 +1,6 @@
 //! An object store: objects under a prefix, fetched in pieces into a folder of the cache.
 //!
-//! A file of the cache counts as long as the object has the size and the time that it had when it was fetched, which a
+//! A file of the cache counts as long as the object is what it was when it was fetched, by size, time and ETag, which a
 //! note beside the files says. A download that broke off goes on where it stopped, if the object is still the same.
 
 use std::collections::BTreeMap;
@@ -29,15 +29,19 @@ pub(super) struct Bucket {
     url: String,
     store: Store,
     folder: PathBuf,
+    bytes_max: u64,
     /// What the files in the folder were, by name.
     note: Mutex<BTreeMap<String, Version>>,
+    /// Of these, what was asked for.
+    given: Mutex<BTreeMap<String, Version>>,
 }
 
 /// What an object was when it was fetched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Version {
     bytes: u64,
     modified_us: u64,
+    etag: Option<String>,
 }
 
 impl Version {
@@ -45,37 +49,56 @@ impl Version {
         Self {
             bytes: meta.size,
             modified_us: meta.modified.0,
+            etag: meta.etag.clone(),
         }
+    }
+
+    /// For the name of a file.
+    fn digest(&self) -> String {
+        let text = format!("{} {} {:?}", self.bytes, self.modified_us, self.etag);
+        short_digest(&text)
     }
 }
 
+fn short_digest(text: &str) -> String {
+    let digest = Sha256::digest(text);
+    digest[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
 impl Bucket {
-    pub(super) fn open(url: &str, cache: &Path) -> Result<Self, LoadError> {
-        Self::over(url, Store::open_to_read(url)?, cache)
+    pub(super) async fn open(url: &str, cache: &Path, bytes_max: u64) -> Result<Self, LoadError> {
+        Self::over(url, Store::open_to_read(url)?, cache, bytes_max).await
     }
 
-    fn over(url: &str, store: Store, cache: &Path) -> Result<Self, LoadError> {
+    async fn over(
+        url: &str,
+        store: Store,
+        cache: &Path,
+        bytes_max: u64,
+    ) -> Result<Self, LoadError> {
         // A name for people, and a digest, because two URLs may end alike.
-        let digest = Sha256::digest(url);
-        let digest: String = digest[..8]
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
         let last = url.rsplit('/').next().unwrap_or_default();
-        let folder = cache.join(format!("{last}-{digest}"));
+        let folder = cache.join(format!("{last}-{}", short_digest(url)));
         let file_error = |source| LoadError::File {
             path: folder.clone(),
             source,
         };
-        std::fs::create_dir_all(&folder).map_err(file_error)?;
+        let made = tokio::fs::create_dir_all(&folder).await;
+        made.map_err(file_error)?;
         // A note that cannot be read says nothing: all is fetched again.
-        let note = std::fs::read(folder.join(NOTE)).unwrap_or_default();
+        let note = tokio::fs::read(folder.join(NOTE)).await;
+        let note = note.unwrap_or_default();
         let note = serde_json::from_slice(&note).unwrap_or_default();
         Ok(Self {
             url: url.to_owned(),
             store,
             folder,
+            bytes_max,
             note: Mutex::new(note),
+            given: Mutex::default(),
         })
     }
 
@@ -85,10 +108,21 @@ impl Bucket {
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(error.into()),
         };
+        if meta.size > self.bytes_max {
+            return Err(LoadError::TooLarge {
+                place: self.url.clone(),
+                file: file.to_owned(),
+                bytes: meta.size,
+                bytes_max: self.bytes_max,
+            });
+        }
         let (path, version) = (self.folder.join(file), Version::of(&meta));
-        let known = self.note.lock().await.get(file).copied();
+        let mut given = self.given.lock().await;
+        given.insert(file.to_owned(), version.clone());
+        drop(given);
+        let known = self.note.lock().await.get(file).cloned();
         let there = tokio::fs::metadata(&path).await.map(|there| there.len());
-        if known == Some(version) && there.is_ok_and(|bytes| bytes == version.bytes) {
+        if known.as_ref() == Some(&version) && there.is_ok_and(|bytes| bytes == version.bytes) {
             return Ok(Some(path));
         }
         self.download(file, version).await?;
@@ -98,26 +132,17 @@ impl Bucket {
     async fn download(&self, file: &str, version: Version) -> Result<(), LoadError> {
         let path = self.folder.join(file);
         // Named by what it is a part of, so that only the same object is gone on with.
-        let part = self.folder.join(format!(
-            "{file}.{}-{}.part",
-            version.bytes, version.modified_us
-        ));
-        let written = self.write_part(file, &part, version).await;
+        let part = self
+            .folder
+            .join(format!("{file}.{}.part", version.digest()));
+        self.write_part(file, &part, version.bytes).await?;
         let at_part = |source| LoadError::File {
             path: part.clone(),
             source,
         };
-        written?;
-        let after = Version::of(&self.store.head(file).await?);
-        if after != version {
+        if Version::of(&self.store.head(file).await?) != version {
             tokio::fs::remove_file(&part).await.map_err(at_part)?;
-            return Err(LoadError::Damaged {
-                place: self.url.clone(),
-                file: file.to_owned(),
-                what: "what it was at the start",
-                expected: format!("{} bytes of {}", version.bytes, version.modified_us),
-                found: format!("{} bytes of {}", after.bytes, after.modified_us),
-            });
+            return Err(self.changed(file));
         }
         tokio::fs::rename(&part, &path).await.map_err(at_part)?;
         let mut note = self.note.lock().await;
@@ -127,7 +152,25 @@ impl Bucket {
         noted.map_err(at_part)
     }
 
-    async fn write_part(&self, file: &str, part: &Path, version: Version) -> Result<(), LoadError> {
+    /// Finds that all files that were given are still what their objects are.
+    async fn find_unchanged(&self) -> Result<(), LoadError> {
+        let given = self.given.lock().await.clone();
+        for (file, version) in &given {
+            if Version::of(&self.store.head(file).await?) != *version {
+                return Err(self.changed(file));
+            }
+        }
+        Ok(())
+    }
+
+    fn changed(&self, file: &str) -> LoadError {
+        LoadError::Changed {
+            place: self.url.clone(),
+            file: file.to_owned(),
+        }
+    }
+
+    async fn write_part(&self, file: &str, part: &Path, bytes: u64) -> Result<(), LoadError> {
         let at_part = |source| LoadError::File {
             path: part.to_owned(),
             source,
@@ -140,19 +183,14 @@ impl Bucket {
             .open(part)
             .await;
         let mut to = opened.map_err(at_part)?;
-        let done = to
-            .metadata()
-            .await
-            .map_err(at_part)?
-            .len()
-            .min(version.bytes);
+        let done = to.metadata().await.map_err(at_part)?.len().min(bytes);
         to.seek(SeekFrom::Start(done)).await.map_err(at_part)?;
         let mut progress = Progress::new(file, Arc::new(AtomicU64::new(0)));
-        progress.begin(version.bytes);
+        progress.begin(bytes);
         progress.more(done);
         let mut at = done;
-        while at < version.bytes {
-            let end = version.bytes.min(at + PIECE_BYTES);
+        while at < bytes {
+            let end = bytes.min(at + PIECE_BYTES);
             let piece = self.store.get_range(file, at..end).await?;
             if piece.len() as u64 != end - at {
                 return Err(LoadError::Damaged {
@@ -181,18 +219,25 @@ impl Place for Bucket {
     fn get<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Option<PathBuf>, LoadError>> {
         self.find(file).boxed()
     }
+
+    fn confirm(&self) -> BoxFuture<'_, Result<(), LoadError>> {
+        self.find_unchanged().boxed()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
+    use espalier_core::time::Timestamp;
     use espalier_runtime::store::faults::{Fault, Faults};
     use tempfile::TempDir;
 
     use super::*;
+    use crate::load::{Wanted, fetch_all};
 
     async fn bucket(store: &Store, cache: &TempDir) -> Bucket {
-        Bucket::over("s3://models/tiny", store.clone(), cache.path()).unwrap()
+        let opened = Bucket::over("s3://models/tiny", store.clone(), cache.path(), 1 << 30);
+        opened.await.unwrap()
     }
 
     #[tokio::test]
@@ -264,6 +309,64 @@ mod tests {
         assert!(
             std::fs::read(path).unwrap() == content,
             "not the same bytes"
+        );
+    }
+
+    #[test]
+    fn two_writes_of_a_second_are_two_versions() {
+        let meta = |etag: &str| ObjectMeta {
+            path: "a".to_owned(),
+            size: 1,
+            modified: Timestamp::from_ms(1_000),
+            etag: Some(etag.to_owned()),
+        };
+        let (one, two) = (Version::of(&meta("1")), Version::of(&meta("2")));
+        assert_ne!(one, two);
+        assert_ne!(one.digest(), two.digest());
+    }
+
+    #[tokio::test]
+    async fn files_of_two_versions_are_not_given_together() {
+        let (store, cache) = (
+            Store::open("memory://").await.unwrap(),
+            TempDir::new().unwrap(),
+        );
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            store.put(file, Bytes::from_static(b"one")).await.unwrap();
+        }
+        // A trainer writes the next version just when the weights are asked for.
+        let (trainer, mut wrote) = (store.clone(), false);
+        let faults = Faults::new(move |_, path| {
+            if path == "adapter_model.safetensors" && !std::mem::replace(&mut wrote, true) {
+                let put = trainer.put("adapter_config.json", Bytes::from_static(b"two"));
+                put.now_or_never().unwrap().unwrap();
+            }
+            None
+        });
+        let place = bucket(&store.clone().with_faults(faults), &cache).await;
+        let error = fetch_all(&place, Wanted::Adapter).await.unwrap_err();
+        assert!(
+            matches!(&error, LoadError::Changed { file, .. } if file == "adapter_config.json"),
+            "{error}"
+        );
+        let place = bucket(&store, &cache).await;
+        let folder = fetch_all(&place, Wanted::Adapter).await.unwrap();
+        let config = std::fs::read(folder.join("adapter_config.json")).unwrap();
+        assert_eq!(config, b"two");
+    }
+
+    #[tokio::test]
+    async fn what_is_too_large_is_not_fetched() {
+        let (store, cache) = (
+            Store::open("memory://").await.unwrap(),
+            TempDir::new().unwrap(),
+        );
+        store.put("w", Bytes::from_static(b"12345")).await.unwrap();
+        let place = Bucket::over("s3://models/tiny", store, cache.path(), 4);
+        let error = place.await.unwrap().get("w").await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "w of s3://models/tiny must have at most 4 bytes, has 5"
         );
     }
 }

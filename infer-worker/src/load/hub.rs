@@ -85,6 +85,7 @@ impl Settings {
 /// One commit of a repository.
 pub(super) struct Hub {
     repo: String,
+    bytes_max: u64,
     cached: CacheRepo,
     /// None: the hub is not asked, and what is in the cache is all that there is.
     remote: Option<Remote>,
@@ -92,6 +93,7 @@ pub(super) struct Hub {
 
 struct Remote {
     files: Vec<String>,
+    api: Api,
     repo: Arc<ApiRepo>,
 }
 
@@ -101,6 +103,7 @@ impl Hub {
         settings: &Settings,
         repo: &str,
         revision: &str,
+        bytes_max: u64,
     ) -> Result<Self, LoadError> {
         let (api, cache) = settings.api()?;
         let named = |revision: &str| {
@@ -109,6 +112,7 @@ impl Hub {
         let cached = cache.repo(named(revision));
         let offline = |cached| Self {
             repo: repo.to_owned(),
+            bytes_max,
             cached,
             remote: None,
         };
@@ -149,6 +153,7 @@ impl Hub {
         })?;
         Ok(Self {
             repo: repo.to_owned(),
+            bytes_max,
             cached: cache.repo(named(&info.sha)),
             remote: Some(Remote {
                 files: info
@@ -157,6 +162,7 @@ impl Hub {
                     .map(|file| file.rfilename)
                     .collect(),
                 repo: Arc::new(api.repo(named(&info.sha))),
+                api,
             }),
         })
     }
@@ -167,10 +173,31 @@ impl Hub {
         }
         match &self.remote {
             Some(remote) if remote.files.iter().any(|known| known == file) => {
+                self.check_size(remote, file).await?;
                 self.download(remote, file).await.map(Some)
             }
             _ => Ok(None),
         }
+    }
+
+    async fn check_size(&self, remote: &Remote, file: &str) -> Result<(), LoadError> {
+        if self.bytes_max == u64::MAX {
+            return Ok(());
+        }
+        let (api, url) = (remote.api.clone(), remote.repo.url(file));
+        let asked = blocking("load.hub_size", move || api.metadata(&url));
+        let answer = with_deadline("load.hub_size", ASK_MAX, asked).await??;
+        let found = answer.map_err(|source| hub_error(&self.repo, file, source))?;
+        let bytes = found.size() as u64;
+        if bytes > self.bytes_max {
+            return Err(LoadError::TooLarge {
+                place: self.repo.clone(),
+                file: file.to_owned(),
+                bytes,
+                bytes_max: self.bytes_max,
+            });
+        }
+        Ok(())
     }
 
     async fn download(&self, remote: &Remote, file: &str) -> Result<PathBuf, LoadError> {
@@ -212,6 +239,11 @@ impl Place for Hub {
 
     fn get<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Option<PathBuf>, LoadError>> {
         self.find(file).boxed()
+    }
+
+    /// A commit does not change.
+    fn confirm(&self) -> BoxFuture<'_, Result<(), LoadError>> {
+        std::future::ready(Ok(())).boxed()
     }
 }
 

@@ -12,6 +12,7 @@ mod progress;
 use std::path::{Path, PathBuf};
 
 use espalier_core::error::shorten;
+use espalier_qwen3::Lora;
 use espalier_runtime::config::Environment;
 use espalier_runtime::store::StoreError;
 use espalier_runtime::tasks::{BlockingFailed, DeadlineExceeded};
@@ -81,6 +82,26 @@ pub enum LoadError {
         /// As it came.
         found: String,
     },
+    /// Its files are not of one version.
+    #[error("{file} of {place} was replaced while files were fetched: ask for it again")]
+    Changed {
+        /// URL.
+        place: String,
+        /// The file.
+        file: String,
+    },
+    /// It is larger than it may be.
+    #[error("{file} of {place} must have at most {bytes_max} bytes, has {bytes}")]
+    TooLarge {
+        /// Repository or URL.
+        place: String,
+        /// The file.
+        file: String,
+        /// How many it has.
+        bytes: u64,
+        /// How many it may have.
+        bytes_max: u64,
+    },
     /// Nothing came for a while.
     #[error("{file} of {place} stopped coming: nothing for {after_s} s")]
     Stalled {
@@ -138,14 +159,14 @@ impl Source {
     ///
     /// # Errors
     /// [`LoadError::Source`].
-    pub fn parse(name: &str, revision: Option<&str>) -> Result<Self, LoadError> {
+    pub async fn parse(name: &str, revision: Option<&str>) -> Result<Self, LoadError> {
         if name.starts_with("s3://") {
             let url = name.trim_end_matches('/').to_owned();
             return Ok(Self::Bucket { url });
         }
-        let path = Path::new(name);
-        if path.is_dir() {
-            return Ok(Self::Folder(path.to_owned()));
+        let found = tokio::fs::metadata(name).await;
+        if found.is_ok_and(|found| found.is_dir()) {
+            return Ok(Self::Folder(PathBuf::from(name)));
         }
         let revision = revision.unwrap_or("main");
         if is_repository(name) && is_revision(revision) {
@@ -186,6 +207,16 @@ pub enum Wanted {
     Adapter,
 }
 
+impl Wanted {
+    /// Largest file of it, in bytes. Models are named by whoever starts the process, adapters also by those who use it.
+    fn file_bytes_max(self) -> u64 {
+        match self {
+            Self::Model => u64::MAX,
+            Self::Adapter => Lora::FILE_BYTES_MAX,
+        }
+    }
+}
+
 /// Gives files of one place, by plain names.
 trait Place: Send + Sync {
     /// What messages call it.
@@ -193,6 +224,9 @@ trait Place: Send + Sync {
 
     /// A file, fetched if need be; none if there is no such file.
     fn get<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Option<PathBuf>, LoadError>>;
+
+    /// Finds that all files that were given are of one version, as far as can be told.
+    fn confirm(&self) -> BoxFuture<'_, Result<(), LoadError>>;
 }
 
 /// Fetches files into the folders that hold what was fetched before.
@@ -223,12 +257,13 @@ impl Fetcher {
         match source {
             Source::Folder(folder) => Ok(folder.clone()),
             Source::Hub { repo, revision } => {
-                let hub = Hub::open(&self.hub, repo, revision).await?;
+                let hub = Hub::open(&self.hub, repo, revision, wanted.file_bytes_max()).await?;
                 fetch_all(&hub, wanted).await
             }
             Source::Bucket { url } => {
                 let cache = self.cache.as_deref().ok_or(LoadError::NoCache)?;
-                fetch_all(&Bucket::open(url, cache)?, wanted).await
+                let bucket = Bucket::open(url, cache, wanted.file_bytes_max()).await?;
+                fetch_all(&bucket, wanted).await
             }
         }
     }
@@ -246,6 +281,7 @@ async fn fetch_all(place: &dyn Place, wanted: Wanted) -> Result<PathBuf, LoadErr
     for file in weights(place, wanted).await? {
         required(place, &file).await?;
     }
+    place.confirm().await?;
     Ok(first.parent().map(Path::to_owned).unwrap_or_default())
 }
 

@@ -1,26 +1,29 @@
 use super::*;
 
-#[test]
-fn a_name_means_one_place() {
-    let source = |name: &str| Source::parse(name, None).ok();
+async fn source(name: &str) -> Option<Source> {
+    Source::parse(name, None).await.ok()
+}
+
+#[tokio::test]
+async fn a_name_means_one_place() {
     let hub = |repo: &str, revision: &str| Source::Hub {
         repo: repo.to_owned(),
         revision: revision.to_owned(),
     };
     assert_eq!(
-        source("Qwen/Qwen3-0.6B"),
+        source("Qwen/Qwen3-0.6B").await,
         Some(hub("Qwen/Qwen3-0.6B", "main"))
     );
     assert_eq!(
-        Source::parse("a/b", Some("refs/pr/1")).ok(),
+        Source::parse("a/b", Some("refs/pr/1")).await.ok(),
         Some(hub("a/b", "refs/pr/1"))
     );
     let url = "s3://b/p".to_owned();
-    assert_eq!(source("s3://b/p/"), Some(Source::Bucket { url }));
+    assert_eq!(source("s3://b/p/").await, Some(Source::Bucket { url }));
     let folder = tempfile::TempDir::new().unwrap();
     let path = folder.path().display().to_string();
     assert_eq!(
-        source(&path),
+        source(&path).await,
         Some(Source::Folder(folder.path().to_owned()))
     );
     for wrong in [
@@ -33,9 +36,9 @@ fn a_name_means_one_place() {
         "a/b c",
         "https://x/y",
     ] {
-        assert_eq!(source(wrong), None, "{wrong}");
+        assert_eq!(source(wrong).await, None, "{wrong}");
     }
-    assert!(Source::parse("a/b", Some("../x")).is_err());
+    assert!(Source::parse("a/b", Some("../x")).await.is_err());
 }
 
 #[test]

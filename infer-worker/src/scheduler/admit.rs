@@ -87,8 +87,8 @@ impl Scheduler {
         }
         let most = (sequence.tokens.len() - 1) / BLOCK_TOKENS;
         let mut found = Vec::new();
-        for hash in &sequence.chain.hashes()[..most] {
-            match self.pool.find(hash) {
+        for block in 0..most {
+            match self.pool.find(sequence.chain.get(block)) {
                 Some(named) if named.filled_in < step => found.push(named),
                 Some(_) if sequence.waits_for_block <= found.len() => {
                     sequence.waits_for_block = found.len() + 1;
@@ -131,7 +131,7 @@ impl Scheduler {
         sequence.computed = prefix.len() * BLOCK_TOKENS;
         if sequence.cached_tokens.is_none() {
             sequence.cached_tokens = Some(sequence.computed as u32);
-            self.counters.prompt_tokens += sequence.prompt_tokens as u64;
+            self.counters.prompt_tokens += sequence.tokens.prompt_len() as u64;
             self.counters.cached_tokens += sequence.computed as u64;
         }
         true

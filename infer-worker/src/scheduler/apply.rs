@@ -1,7 +1,9 @@
 //! What the result of a step means.
 
+use super::sequence::Sequence;
 use super::{Event, FinishReason, RequestId, Scheduler, publish, release};
 use crate::executor::{Done, Drawn, SeqId};
+use crate::grammar::GrammarError;
 
 /// A result that is not that of the oldest step in flight.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -34,25 +36,35 @@ impl Scheduler {
             release(leaving, &mut self.pool);
         }
         let mut events = Vec::with_capacity(done.drawn.len());
+        // All grammars are told before one is asked: they compute side by side.
+        let mut told = Vec::new();
         for drawn in done.drawn {
-            self.accept(drawn, &mut events);
+            told.extend(self.accept(drawn, &mut events));
+        }
+        for request in told {
+            let sequence = self.sequences.get_mut(&request);
+            if let Some(Err(error)) = sequence.map(Sequence::ask_grammar) {
+                self.end_by_grammar(request, &error, &mut events);
+            }
         }
         Ok(events)
     }
 
-    fn accept(&mut self, drawn: Drawn, events: &mut Vec<(RequestId, Event)>) {
+    /// Gives a request its id. Returns it if its grammar was told.
+    fn accept(&mut self, drawn: Drawn, events: &mut Vec<(RequestId, Event)>) -> Option<RequestId> {
         let request = RequestId(drawn.seq.0);
         let Some(sequence) = self.sequences.get_mut(&request) else {
             // It ended, or was aborted, after this step was decided.
             self.counters.dropped_tokens += 1;
-            return;
+            return None;
         };
         let Drawn {
             id, logprob, top, ..
         } = drawn;
         if logprob.is_nan() {
             tracing::warn!(request = request.0, "no id could be drawn");
-            return self.end(request, FinishReason::Error, events);
+            self.end(request, FinishReason::Error, events);
+            return None;
         }
         sequence.accept(id);
         if self.config.prefix_caching {
@@ -66,17 +78,31 @@ impl Scheduler {
             cached_tokens: sequence.cached_tokens.unwrap_or_default(),
         };
         events.push((request, token));
-        let reason = if sequence.request.stop_ids.contains(&id) {
-            FinishReason::Stop
-        } else if sequence.tokens.len() >= sequence.limit {
-            FinishReason::Length
-        } else if let Err(error) = sequence.advance_grammar(id) {
-            tracing::warn!(request = request.0, %error, "grammar failed");
-            FinishReason::Error
-        } else {
-            return;
-        };
-        self.end(request, reason, events);
+        if sequence.request.stop_ids.contains(&id) {
+            self.end(request, FinishReason::Stop, events);
+            return None;
+        }
+        if sequence.tokens.len() >= sequence.limit {
+            self.end(request, FinishReason::Length, events);
+            return None;
+        }
+        match sequence.push_grammar(id) {
+            Ok(told) => told.then_some(request),
+            Err(error) => {
+                self.end_by_grammar(request, &error, events);
+                None
+            }
+        }
+    }
+
+    fn end_by_grammar(
+        &mut self,
+        request: RequestId,
+        error: &GrammarError,
+        events: &mut Vec<(RequestId, Event)>,
+    ) {
+        tracing::warn!(request = request.0, %error, "grammar failed");
+        self.end(request, FinishReason::Grammar, events);
     }
 
     fn end(

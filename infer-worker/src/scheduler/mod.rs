@@ -19,6 +19,7 @@
 
 mod admit;
 mod apply;
+mod prompt;
 mod queue;
 mod request;
 mod sequence;
@@ -29,6 +30,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 pub use apply::Unexpected;
+pub use prompt::Prompt;
 pub use queue::ONLINE_PER_BATCH;
 use queue::{Rank, Waiting};
 pub use request::{Adapter, Event, FinishReason, Priority, Refused, Request, RequestId};
@@ -135,20 +137,21 @@ impl Config {
     /// # Errors
     /// Why not.
     pub fn admits(&self, request: &Request, vocab: u32) -> Result<(), Refused> {
-        if request.prompt.is_empty() {
+        let prompt_tokens = request.prompt.ids().len();
+        if prompt_tokens == 0 {
             return Err(Refused::EmptyPrompt);
         }
-        if request.prompt.len() >= self.max_model_len {
+        if prompt_tokens >= self.max_model_len {
             return Err(Refused::TooLong {
-                prompt_tokens: request.prompt.len(),
+                prompt_tokens,
                 max_model_len: self.max_model_len,
             });
         }
         if request.max_tokens == 0 {
             return Err(Refused::NoTokens);
         }
-        match request.prompt.iter().find(|id| **id >= vocab) {
-            Some(&id) => Err(Refused::UnknownId { id, vocab }),
+        match request.prompt.unknown(vocab) {
+            Some(id) => Err(Refused::UnknownId { id, vocab }),
             None => Ok(()),
         }
     }
@@ -513,7 +516,7 @@ fn publish(sequence: &mut Sequence, pool: &mut BlockPool) {
     for i in sequence.published..full {
         pool.publish(
             sequence.blocks[i],
-            sequence.chain.hashes()[i],
+            *sequence.chain.get(i),
             sequence.last_step,
         );
     }

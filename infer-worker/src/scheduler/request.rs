@@ -3,8 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::blocks::AdapterDigest;
-use crate::executor::{AdapterSlot, Sampling, SeqId};
+use super::Prompt;
+use crate::blocks::{AdapterDigest, BlockHash, HashChain};
+use crate::executor::{AdapterSlot, History, Sampling, SeqId};
 use crate::grammar::{Constraint, GrammarError};
 
 /// A request. Grows in the order of arrival.
@@ -78,8 +79,8 @@ impl fmt::Debug for Adapter {
 
 /// One answer that is asked for. Several answers to one prompt are as many requests: they share its blocks.
 pub struct Request {
-    /// The prompt's ids, at least one.
-    pub prompt: Vec<u32>,
+    /// The prompt, of at least one id.
+    pub prompt: Arc<Prompt>,
     /// Under which adapter, or the base model.
     pub adapter: Option<Arc<Adapter>>,
     /// How ids are drawn. [`Sampling::step`], [`Sampling::allowed`] and the list of seen ids are set for each draw.
@@ -98,7 +99,7 @@ impl Request {
     /// An online request for the base model, greedy, ended by nothing but `max_tokens`.
     pub fn new(prompt: Vec<u32>, max_tokens: u32) -> Self {
         Self {
-            prompt,
+            prompt: Arc::new(Prompt::new(prompt)),
             adapter: None,
             sampling: Sampling::default(),
             max_tokens,
@@ -107,13 +108,31 @@ impl Request {
             grammar: None,
         }
     }
+
+    /// Makes what is made once for all answers to a prompt, unless it is there: it takes a while for a long one.
+    pub fn prepare(&self, weight_version: u64) {
+        self.names(weight_version);
+        self.history();
+    }
+
+    /// The names of the prompt's blocks under the request's adapter.
+    pub(super) fn names(&self, weight_version: u64) -> HashChain {
+        let digest = self.adapter.as_deref().map(Adapter::digest);
+        self.prompt.names(BlockHash::root(weight_version, digest))
+    }
+
+    /// For penalties: what is seen before the answer begins.
+    pub(super) fn history(&self) -> Option<History> {
+        let penalties = self.sampling.penalties.as_ref();
+        penalties.map(|_| History::new(self.prompt.distinct()))
+    }
 }
 
 impl fmt::Debug for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Prompts are not for logs.
         f.debug_struct("Request")
-            .field("prompt_tokens", &self.prompt.len())
+            .field("prompt_tokens", &self.prompt.ids().len())
             .field("adapter", &self.adapter)
             .field("max_tokens", &self.max_tokens)
             .field("priority", &self.priority)
@@ -185,6 +204,8 @@ pub enum FinishReason {
     Length,
     /// It was not wanted any more, or the engine stopped.
     Abort,
-    /// The executor failed, or its grammar did.
+    /// The executor failed.
     Error,
+    /// Its grammar failed, or became too expensive.
+    Grammar,
 }

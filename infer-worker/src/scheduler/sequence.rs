@@ -1,12 +1,12 @@
 //! A request that waits or runs, and what is known of it.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::prompt::Tokens;
 use super::queue::Rank;
-use super::{Adapter, Priority, Refused, Request, RequestId};
-use crate::blocks::{BlockHash, HashChain};
-use crate::executor::{BLOCK_TOKENS, BlockId, Input, Row, Sampling, Seen};
+use super::{Priority, Refused, Request, RequestId};
+use crate::blocks::HashChain;
+use crate::executor::{BLOCK_TOKENS, BlockId, History, Input, Row, Sampling};
 use crate::grammar::GrammarError;
 
 /// Where a sequence is.
@@ -29,8 +29,7 @@ pub struct Sequence {
     pub class: Priority,
     pub request: Request,
     pub state: State,
-    pub tokens: Vec<u32>,
-    pub prompt_tokens: usize,
+    pub tokens: Tokens,
     /// Tokens of prompt and answer at which it ends.
     pub limit: usize,
     pub drawing: usize,
@@ -45,7 +44,7 @@ pub struct Sequence {
     pub cached_tokens: Option<u32>,
     /// It waits for another one to compute the block of this number, at most once for each.
     pub waits_for_block: usize,
-    seen: Option<BTreeMap<u32, u32>>,
+    seen: Option<History>,
     allowed: Option<Arc<[u32]>>,
 }
 
@@ -56,30 +55,25 @@ impl Sequence {
         max_model_len: usize,
         weight_version: u64,
     ) -> Result<Self, Refused> {
-        let tokens = std::mem::take(&mut request.prompt);
-        let digest = request.adapter.as_deref().map(Adapter::digest);
-        let mut chain = HashChain::new(BlockHash::root(weight_version, digest));
-        chain.extend(&tokens);
+        let tokens = Tokens::new(Arc::clone(&request.prompt));
         let allowed = match &mut request.grammar {
             Some(grammar) => Some(grammar.allowed()?),
             None => None,
         };
-        let penalties = request.sampling.penalties.is_some();
         Ok(Self {
             id,
             class: request.priority,
             state: State::Waiting,
-            prompt_tokens: tokens.len(),
             limit: max_model_len.min(tokens.len().saturating_add(request.max_tokens as usize)),
             drawing: 0,
             computed: 0,
             blocks: Vec::new(),
-            chain,
+            chain: request.names(weight_version),
             published: 0,
             last_step: 0,
             cached_tokens: None,
             waits_for_block: 0,
-            seen: penalties.then(|| tokens.iter().map(|id| (*id, 0)).collect()),
+            seen: request.history(),
             allowed,
             tokens,
             request,
@@ -113,7 +107,7 @@ impl Sequence {
     pub fn row(&mut self, count: usize, step: u64) -> Row {
         let (start, end) = (self.computed, self.computed + count);
         let input = match self.tokens.get(start..end) {
-            Some(ids) => Input::Ids(ids.to_vec()),
+            Some(ids) => Input::Ids(ids),
             None => Input::Sampled,
         };
         let draws = count == self.todo();
@@ -132,12 +126,11 @@ impl Sequence {
     }
 
     fn sampling(&self) -> Sampling {
-        let drawn = self.tokens.len() + self.drawing - self.prompt_tokens;
+        let drawn = self.tokens.len() + self.drawing - self.tokens.prompt_len();
         let mut sampling = self.request.sampling.clone();
         sampling.step = drawn as u32;
         if let (Some(penalties), Some(seen)) = (&mut sampling.penalties, &self.seen) {
-            let seen = seen.iter().map(|(&id, &in_answer)| Seen { id, in_answer });
-            penalties.seen = seen.collect();
+            penalties.seen = seen.clone();
         }
         if self.allowed.is_some() {
             sampling.allowed.clone_from(&self.allowed);
@@ -149,16 +142,28 @@ impl Sequence {
     pub fn accept(&mut self, id: u32) {
         self.drawing -= 1;
         self.tokens.push(id);
-        self.chain.extend(&self.tokens);
+        let end = self.tokens.len();
+        if end.is_multiple_of(BLOCK_TOKENS)
+            && let Some(block) = self.tokens.get(end - BLOCK_TOKENS..end)
+        {
+            self.chain.push(&block);
+        }
         if let Some(seen) = &mut self.seen {
-            *seen.entry(id).or_default() += 1;
+            seen.add(id);
         }
     }
 
-    /// Tells the grammar, and asks it what may come next.
-    pub fn advance_grammar(&mut self, id: u32) -> Result<(), GrammarError> {
+    /// Tells the grammar, which begins to compute what may come next. Whether there is one.
+    pub fn push_grammar(&mut self, id: u32) -> Result<bool, GrammarError> {
+        let Some(grammar) = &mut self.request.grammar else {
+            return Ok(false);
+        };
+        grammar.push(id).map(|()| true)
+    }
+
+    /// Asks the grammar what may come next.
+    pub fn ask_grammar(&mut self) -> Result<(), GrammarError> {
         if let Some(grammar) = &mut self.request.grammar {
-            grammar.push(id)?;
             self.allowed = Some(grammar.allowed()?);
         }
         Ok(())

@@ -1,8 +1,8 @@
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::executor::{AdapterSlot, Done, Penalties};
+use crate::executor::{AdapterSlot, Done, History, Penalties};
 use crate::grammar::{Constraint, GrammarError};
 
 pub(crate) mod fake;
@@ -17,6 +17,7 @@ pub(crate) fn limits(kv_blocks: u32) -> Limits {
         rows: 256,
         vocab: VOCAB,
         steps_in_flight: 2,
+        adapters: 2,
     }
 }
 
@@ -139,12 +140,13 @@ pub(crate) fn ids(count: usize, salt: u32) -> Vec<u32> {
 
 /// What the model answers when nothing else runs.
 pub(crate) fn alone(request: &Request, max_model_len: usize) -> Answer {
-    let mut tokens = request.prompt.clone();
+    let prompt = request.prompt.ids();
+    let mut tokens = prompt.to_vec();
     let limit = max_model_len.min(tokens.len() + request.max_tokens as usize);
     let digest = request.adapter.as_ref().map(|a| *a.digest());
     let mut sampling = request.sampling.clone();
     loop {
-        let answer = &tokens[request.prompt.len()..];
+        let answer = &tokens[prompt.len()..];
         sampling.step = answer.len() as u32;
         if let Some(penalties) = &mut sampling.penalties {
             let all: BTreeSet<u32> = tokens.iter().copied().collect();
@@ -163,7 +165,7 @@ pub(crate) fn alone(request: &Request, max_model_len: usize) -> Answer {
         let stopped = request.stop_ids.contains(&id);
         if stopped || tokens.len() == limit {
             return Answer {
-                ids: tokens[request.prompt.len()..].to_vec(),
+                ids: tokens[prompt.len()..].to_vec(),
                 end: Some(if stopped {
                     FinishReason::Stop
                 } else {
@@ -560,9 +562,39 @@ fn a_grammar_that_fails_ends_its_request_only() {
     world.run();
     assert_eq!(
         (world.answers[&a].ids.len(), world.answers[&a].end),
-        (3, Some(FinishReason::Error))
+        (3, Some(FinishReason::Grammar))
     );
     assert_eq!(world.answers[&b].end, Some(FinishReason::Length));
+}
+
+#[test]
+fn all_grammars_of_a_step_are_told_before_one_is_waited_for() {
+    struct Logs(Arc<Mutex<Vec<&'static str>>>);
+    impl Constraint for Logs {
+        fn allowed(&mut self) -> Result<Arc<[u32]>, GrammarError> {
+            self.0.lock().unwrap().push("asked");
+            Ok(Arc::new([u32::MAX; 2]))
+        }
+        fn push(&mut self, _: u32) -> Result<(), GrammarError> {
+            self.0.lock().unwrap().push("told");
+            Ok(())
+        }
+    }
+    let mut world = World::new(config(8, 256, 160), limits(12));
+    let log = Arc::new(Mutex::new(vec![]));
+    for salt in 0..3 {
+        world.add(Request {
+            grammar: Some(Box::new(Logs(Arc::clone(&log)))),
+            ..Request::new(ids(40, salt), 50)
+        });
+    }
+    log.lock().unwrap().clear();
+    world.decide();
+    world.finish_one();
+    assert_eq!(
+        *log.lock().unwrap(),
+        ["told", "told", "told", "asked", "asked", "asked"]
+    );
 }
 
 #[test]

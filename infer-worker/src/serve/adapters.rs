@@ -6,11 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use espalier_core::error::shorten;
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::Clock;
+use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry::error_chain;
 use espalier_runtime::worker::Serving;
 use futures::future::BoxFuture;
@@ -18,7 +20,12 @@ use tokio::sync::watch;
 
 use crate::api::backend::{AdapterError, AdapterInfo, AdapterSource, Model, Target};
 use crate::engine::{self, Adapter};
-use crate::load::{Fetcher, Source, Wanted};
+use crate::load::{Fetcher, LoadError, Source, Wanted};
+
+/// How long fetching an adapter may take, with the wait for another load from the same place.
+const FETCH_LIMIT: Duration = Duration::from_secs(600);
+/// How long reading it, and handing it to the executor, may take. Longer than the executor has for its part.
+const WEIGHTS_LIMIT: Duration = Duration::from_secs(600);
 
 /// An adapter in the executor.
 pub(super) struct Loaded {
@@ -91,8 +98,27 @@ pub(super) struct Adapters {
     named: Mutex<Named>,
     /// What other workers are told.
     serving: watch::Sender<Serving>,
-    /// One load at a time: each takes memory for a whole adapter, and versions follow the order of loads.
+    places: Places,
+    /// One at a time has its weights in memory, and gets its name: versions follow that order.
     loading: tokio::sync::Mutex<()>,
+}
+
+/// One load at a time of each place: a second one would replace the files that the first one reads.
+#[derive(Default)]
+struct Places(Mutex<BTreeMap<String, Weak<tokio::sync::Mutex<()>>>>);
+
+impl Places {
+    /// The turn of whoever loads from `path`.
+    fn turn(&self, path: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut places = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        places.retain(|_, turn| turn.strong_count() > 0);
+        let known = places.get(path).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let turn = Arc::default();
+            places.insert(path.to_owned(), Arc::downgrade(&turn));
+            turn
+        })
+    }
 }
 
 #[derive(Default)]
@@ -122,6 +148,7 @@ impl Adapters {
             load_weights,
             clock,
             named: Mutex::default(),
+            places: Places::default(),
             loading: tokio::sync::Mutex::default(),
         }
     }
@@ -152,28 +179,31 @@ impl Adapters {
         if name == self.base.name {
             return Err(AdapterError::NameTaken { name });
         }
-        let _one = self.loading.lock().await;
         let refused = |reason: String| AdapterError::Refused {
             name: name.clone(),
             reason,
         };
-        if !self.has_room(&name) {
-            let max = self.max;
-            return Err(refused(format!(
-                "{max} adapters are loaded, and `--max-loras` allows no more"
-            )));
-        }
-        let folder = async {
-            let place = Source::parse(&source.path, None)?;
-            self.fetcher.fetch(&place, Wanted::Adapter).await
+        self.check_room(&name).map_err(refused)?;
+        let turn = self.places.turn(&source.path);
+        let fetched = async {
+            let turn = turn.lock().await;
+            let place = Source::parse(&source.path, None).await?;
+            let folder = self.fetcher.fetch(&place, Wanted::Adapter).await?;
+            Ok::<_, LoadError>((folder, turn))
         };
-        let folder = folder.await.map_err(|error| refused(error_chain(&error)))?;
-        let loaded = match (self.load_weights)(folder).await {
-            Ok(loaded) => loaded,
-            Err(WeightsError::Engine(engine::AdapterError::Stopped(_))) => {
+        let fetched = with_deadline("infer.adapter_fetch", FETCH_LIMIT, fetched).await;
+        let fetched = fetched.map_err(LoadError::from).flatten();
+        let (folder, _turn) = fetched.map_err(|error| refused(error_chain(&error)))?;
+        let _one = self.loading.lock().await;
+        self.check_room(&name).map_err(refused)?;
+        let loaded = (self.load_weights)(folder);
+        let loaded = match with_deadline("infer.adapter_weights", WEIGHTS_LIMIT, loaded).await {
+            Ok(Ok(loaded)) => loaded,
+            Ok(Err(WeightsError::Engine(engine::AdapterError::Stopped(_)))) => {
                 return Err(AdapterError::Stopped);
             }
-            Err(error) => return Err(refused(error_chain(&error))),
+            Ok(Err(error)) => return Err(refused(error_chain(&error))),
+            Err(late) => return Err(refused(error_chain(&late))),
         };
         let model = self.name(&name, source.path, loaded);
         let info = model.adapter.as_ref();
@@ -239,9 +269,15 @@ impl Adapters {
         });
     }
 
-    fn has_room(&self, name: &str) -> bool {
-        let named = self.lock();
-        named.current.contains_key(name) || named.current.len() < self.max
+    /// Says why there is no room for another name.
+    fn check_room(&self, name: &str) -> Result<(), String> {
+        let (named, max) = (self.lock(), self.max);
+        if named.current.contains_key(name) || named.current.len() < max {
+            return Ok(());
+        }
+        Err(format!(
+            "{max} adapters are loaded, and `--max-loras` allows no more"
+        ))
     }
 
     /// Takes one out: requests that run on it go on to their end.
@@ -266,7 +302,14 @@ impl Adapters {
 
 #[cfg(test)]
 mod tests {
+    use espalier_runtime::clock::SystemClock;
+    use espalier_runtime::config::Environment;
+    use futures::FutureExt as _;
+    use tempfile::TempDir;
+    use tokio::net::TcpListener;
+
     use super::*;
+    use crate::executor::AdapterSlot;
 
     #[test]
     fn copies_of_a_model_are_no_other_model() {
@@ -298,5 +341,53 @@ mod tests {
                 "{doubt}"
             );
         }
+    }
+
+    /// Gives every folder to an executor that takes all.
+    fn adapters(environment: Environment) -> Adapters {
+        let base = Base {
+            name: "served".to_owned(),
+            source: "/served".to_owned(),
+        };
+        let weights: LoadWeights = Box::new(|_| {
+            let loaded = Loaded {
+                handle: Arc::new(Adapter::new(AdapterSlot(1), [1; 32])),
+                rank: 4,
+                made_for: None,
+            };
+            std::future::ready(Ok(loaded)).boxed()
+        });
+        let fetcher = Fetcher::new(&environment, None);
+        Adapters::new(base, 2, fetcher, weights, Arc::new(SystemClock))
+    }
+
+    #[tokio::test]
+    async fn a_slow_repository_holds_up_no_other_load() {
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", silent.local_addr().unwrap());
+        let (cache, folder) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+        let path = |folder: &TempDir| folder.path().display().to_string();
+        let adapters = adapters(Environment::from([
+            ("HF_ENDPOINT".to_owned(), url),
+            ("HF_HUB_CACHE".to_owned(), path(&cache)),
+        ]));
+        let from = |name: &str, path: String| AdapterSource {
+            name: name.to_owned(),
+            path,
+        };
+        let slow = adapters.load(from("slow", "a/b".to_owned()));
+        let quick = async {
+            // It was asked, and says nothing until this is over.
+            let _asked = silent.accept().await.unwrap();
+            adapters.load(from("quick", path(&folder))).await.unwrap()
+        };
+        let both = with_deadline("test", Duration::from_secs(20), async {
+            tokio::select! {
+                biased;
+                _ = slow => panic!("the repository answered"),
+                quick = quick => quick,
+            }
+        });
+        assert_eq!(both.await.unwrap().name, "quick");
     }
 }

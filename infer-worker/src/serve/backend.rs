@@ -16,8 +16,8 @@ use crate::api::backend::{
     Generation, Load, Model, Parser, Priority, RenderError, Rendered, Sampling, SubmitError,
     Target, Token,
 };
-use crate::engine::{self, Engine, EngineError, FinishReason, Health, Request};
-use crate::executor::{self, Penalties};
+use crate::engine::{self, Engine, EngineError, FinishReason, Health, Prompt, Request};
+use crate::executor::{self, History, Penalties};
 use crate::grammar::{Constraint, Grammar, GrammarError, Thoughts};
 
 /// When a request that found the queue full may try again: places come free with every answer that ends.
@@ -31,16 +31,34 @@ pub(super) struct Served {
     pub(super) base: Model,
     pub(super) context_tokens: usize,
     pub(super) shutdown: Shutdown,
+    /// Other machines reach the API, and it asks for no key.
+    pub(super) open: bool,
+}
+
+/// The prompt of the answer before: several answers to one prompt come one after the other.
+struct SharedPrompt(Option<(Arc<[u32]>, Arc<Prompt>)>);
+
+impl SharedPrompt {
+    fn of(&mut self, ids: Arc<[u32]>) -> Arc<Prompt> {
+        match &self.0 {
+            Some((known, prompt)) if Arc::ptr_eq(known, &ids) => Arc::clone(prompt),
+            _ => {
+                let prompt = Arc::new(Prompt::new(Arc::clone(&ids)));
+                self.0 = Some((ids, Arc::clone(&prompt)));
+                prompt
+            }
+        }
+    }
 }
 
 impl Served {
-    fn request(&self, generation: Generation) -> Request {
+    fn request(&self, generation: Generation, shared: &mut SharedPrompt) -> Request {
         let eos = &self.text.files().eos;
         // A grammar ends with the model's own end, and allows nothing after it.
         let own_end = !generation.ignore_eos || generation.constraint.is_some();
         let own = eos.iter().filter(|_| own_end);
         Request {
-            prompt: generation.prompt.to_vec(),
+            prompt: shared.of(generation.prompt),
             adapter: generation.target.adapter,
             sampling: drawing(generation.sampling),
             max_tokens: u32::try_from(generation.tokens_max).unwrap_or(u32::MAX),
@@ -54,9 +72,10 @@ impl Served {
     }
 
     async fn start(&self, generations: Vec<Generation>) -> Result<Vec<Events>, SubmitError> {
+        let mut shared = SharedPrompt(None);
         let requests: Vec<Request> = generations
             .into_iter()
-            .map(|one| self.request(one))
+            .map(|one| self.request(one, &mut shared))
             .collect();
         let ends: Vec<Arc<[u32]>> = requests
             .iter()
@@ -79,7 +98,7 @@ fn drawing(sampling: Sampling) -> executor::Sampling {
         presence: sampling.presence_penalty,
         frequency: sampling.frequency_penalty,
         repetition: sampling.repetition_penalty,
-        seen: Arc::new([]),
+        seen: History::default(),
     };
     let penalises =
         penalties.presence != 0.0 || penalties.frequency != 0.0 || penalties.repetition != 1.0;
@@ -148,6 +167,7 @@ fn told(event: engine::Event, ends: &[u32]) -> Event {
                 FinishReason::Length => Ended::Length,
                 FinishReason::Abort => Ended::Abort,
                 FinishReason::Error => Ended::Error,
+                FinishReason::Grammar => Ended::Grammar,
             },
         },
     }
@@ -226,11 +246,18 @@ impl Backend for Served {
     }
 
     fn load_adapter(&self, source: AdapterSource) -> BoxFuture<'_, Result<Model, AdapterError>> {
-        self.adapters.load(source).boxed()
+        match self.open {
+            true => std::future::ready(Err(AdapterError::Open)).boxed(),
+            false => self.adapters.load(source).boxed(),
+        }
     }
 
     fn unload_adapter(&self, name: &str) -> BoxFuture<'_, Result<(), AdapterError>> {
-        std::future::ready(self.adapters.unload(name)).boxed()
+        let unloaded = match self.open {
+            true => Err(AdapterError::Open),
+            false => self.adapters.unload(name),
+        };
+        std::future::ready(unloaded).boxed()
     }
 
     fn load(&self) -> Load {

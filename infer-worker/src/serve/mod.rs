@@ -25,7 +25,7 @@ use espalier_runtime::worker::WorkerError;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::api::backend::{AdapterError, Backend as _, Model};
+use crate::api::backend::{AdapterError, Model};
 use crate::api::{self, Api, Parts};
 use crate::config::Options;
 use crate::engine::Health;
@@ -261,7 +261,7 @@ async fn start(
     shutdown: &Shutdown,
 ) -> Result<Served, RunError> {
     let fetcher = Fetcher::new(environment, options.download_dir.as_deref());
-    let source = Source::parse(&options.model, options.revision.as_deref())?;
+    let source = Source::parse(&options.model, options.revision.as_deref()).await?;
     let folder = fetcher.fetch(&source, Wanted::Model).await?;
     let files = read(&folder).await?;
     let running = with_signs_of_life(device::start(options, &files)).await;
@@ -285,9 +285,10 @@ async fn start(
         base,
         context_tokens: running.context_tokens,
         shutdown: shutdown.clone(),
+        open: options.is_open(),
     };
     for source in &options.adapters {
-        served.load_adapter(source.clone()).await?;
+        served.adapters.load(source.clone()).await?;
     }
     Ok(served)
 }

@@ -38,6 +38,7 @@ impl Executor for LostDevice {
             rows: 8,
             vocab: ids::VOCABULARY,
             steps_in_flight: 1,
+            adapters: 1,
         }
     }
 
@@ -122,6 +123,7 @@ fn worker(folder: &Path) -> (Worker, mpsc::Sender<()>) {
         },
         context_tokens: CONTEXT,
         shutdown: Shutdown::new(),
+        open: false,
     };
     let served = Arc::new(served);
     let worker = Worker {

@@ -115,7 +115,12 @@ fn come_and_go() {
             .unwrap();
     }
     let first: Vec<_> = (1..4).map(|slot| draw(&mut executor, slot)).collect();
-    // All three places are taken: refused, and the executor goes on.
+    // The place for a version beside the one whose name it takes.
+    executor
+        .load_adapter(AdapterSlot(7), lora(FOLDERS[1]))
+        .unwrap();
+    assert_eq!(draw(&mut executor, 7), first[0]);
+    // All places are taken: refused, and the executor goes on.
     let refused = executor.load_adapter(AdapterSlot(4), lora(FOLDERS[1]));
     assert!(
         matches!(refused, Err(ExecutorError::Adapter(_))),

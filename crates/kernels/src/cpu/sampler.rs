@@ -56,7 +56,10 @@ pub fn draw(pool: &Pool, logits: &mut [f32], how: &Sampling) -> Result<Drawn, Dr
     }
     // Processing changes the logits; the drawn token's own is wanted as the model gave it.
     let bias = how.bias.as_deref().unwrap_or_default();
-    let seen = how.penalties.iter().flat_map(|penalties| &*penalties.seen);
+    let seen = how
+        .penalties
+        .iter()
+        .flat_map(|penalties| penalties.seen.iter());
     let touched: Vec<(u32, f32)> = seen
         .map(|seen| seen.id)
         .chain(bias.iter().map(|(id, _)| *id))
@@ -153,7 +156,7 @@ fn adjust(logits: &mut [f32], how: &Sampling) {
 }
 
 fn penalise(logits: &mut [f32], penalties: &Penalties) {
-    for seen in &*penalties.seen {
+    for seen in penalties.seen.iter() {
         let Some(logit) = logits.get_mut(seen.id as usize) else {
             continue;
         };

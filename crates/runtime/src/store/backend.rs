@@ -115,6 +115,7 @@ impl Backend {
             path: path.unwrap_or(meta.location).into(),
             size: meta.size,
             modified: Timestamp(modified_us),
+            etag: meta.e_tag,
         }
     }
 

@@ -91,8 +91,10 @@ pub struct ObjectMeta {
     pub path: String,
     /// Its size in bytes.
     pub size: u64,
-    /// When it was last written, by the store's clock.
+    /// When it was last written, by the store's clock. Buckets count whole seconds.
     pub modified: Timestamp,
+    /// What the store calls this content: it changes with every write that changes the content, also twice in a second.
+    pub etag: Option<String>,
 }
 
 /// An open object store. Clones share it.

@@ -79,6 +79,9 @@ async fn reads_what_was_written(store: &Store) {
     let meta = store.head("p/one").await.unwrap();
     assert_eq!((meta.path.as_str(), meta.size), ("p/one", 2));
     assert!(meta.modified > Timestamp::from_ms(1_577_836_800_000));
+    store.put("p/one", Bytes::from_static(b"33")).await.unwrap();
+    let etag = store.head("p/one").await.unwrap().etag;
+    assert!(etag.is_some() && etag != meta.etag, "{etag:?}");
 }
 
 async fn create_never_overwrites(store: &Store) {

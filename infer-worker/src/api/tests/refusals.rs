@@ -85,6 +85,7 @@ async fn a_body_that_is_no_json_is_refused() {
         server
             .client
             .post(format!("{}/v1/chat/completions", server.url))
+            .header("content-type", "application/json")
             .body(body)
     };
     let (status, error) = refused(post(b"{\"a\": \"\xff\"}".to_vec())).await;
@@ -209,7 +210,7 @@ async fn who_leaves_ends_the_answer() {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let body = chat_body("endless", json!({})).to_string();
     let head = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all(head.as_bytes()).await.unwrap();
@@ -252,4 +253,22 @@ async fn draining_ends_when_the_answers_have_ended() {
         "an idle connection is closed"
     );
     assert!(server.chat("hi", json!({})).send().await.is_err());
+}
+
+#[tokio::test]
+async fn what_a_page_in_a_browser_can_send_unasked_is_refused() {
+    let server = Server::start().await;
+    let client = reqwest::Client::new();
+    for path in ["/v1/chat/completions", "/v1/adapters"] {
+        let body = json!({"name": "a", "path": "/x", "messages": []}).to_string();
+        let request = client.post(format!("{}{path}", server.url)).body(body);
+        let plain = request.try_clone().unwrap();
+        let plain = plain.header("content-type", "text/plain;charset=UTF-8");
+        for request in [plain, request] {
+            let (status, error) = refused(request).await;
+            assert_eq!(status, 415);
+            let message = error["message"].as_str().unwrap();
+            assert!(message.contains("application/json"), "{message}");
+        }
+    }
 }

@@ -532,9 +532,9 @@ fn merged(bias: &[(u32, f32)]) -> Vec<(u32, f32)> {
     merged
 }
 
-/// Pairs that a row of the sampler has at most.
+/// Pairs that a row of the sampler has at most: biases of one id become one.
 fn pairs_of(sampling: &Sampling) -> usize {
-    let seen = sampling.penalties.as_ref().map_or(0, |p| p.seen.len());
+    let seen = sampling.penalties.as_ref().map_or(0, |p| p.seen.count());
     seen + sampling.bias.as_ref().map_or(0, |bias| bias.len())
 }
 

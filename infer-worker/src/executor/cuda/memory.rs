@@ -45,7 +45,7 @@ impl MemoryUse {
                 + graphs,
             adapters: adapters::bytes(
                 config,
-                options.max_loras as usize,
+                options.adapter_places() as usize,
                 options.max_lora_rank.next_multiple_of(8) as usize,
                 largest.tokens,
             ),

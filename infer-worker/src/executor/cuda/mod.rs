@@ -66,7 +66,8 @@ pub struct CudaOptions {
     pub max_num_batched_tokens: u32,
     /// Share of the device's memory that may be used, by others too. In (0, 1].
     pub gpu_memory_utilization: f64,
-    /// Adapters that are loaded at once, old versions that still run among them.
+    /// Adapters that are loaded at once. There is a place more, so that a new version can be loaded beside the one whose
+    /// name it takes.
     pub max_loras: u32,
     /// Rank of an adapter.
     pub max_lora_rank: u32,
@@ -90,6 +91,14 @@ impl CudaOptions {
             max_lora_rank: 64,
             kv_blocks: None,
             graphs: true,
+        }
+    }
+
+    /// Places for versions of adapters: none where none are wanted.
+    fn adapter_places(&self) -> u32 {
+        match self.max_loras {
+            0 => 0,
+            max => max.saturating_add(1),
         }
     }
 }
@@ -261,7 +270,7 @@ impl CudaExecutor {
             room: Room::new(&device, config, &largest)?,
             // Of one block, until it is known how many there is room for.
             caches: Cache::all(&device, config, 1)?,
-            adapters: match options.max_loras {
+            adapters: match options.adapter_places() {
                 0 => None,
                 places => Some(Adapters::new(
                     &device,
@@ -290,6 +299,7 @@ impl CudaExecutor {
                 rows: options.max_num_seqs,
                 vocab: config.real_vocab_size as u32,
                 steps_in_flight: IN_FLIGHT as u32,
+                adapters: options.adapter_places(),
             },
             bounds: Bounds {
                 rows: options.max_num_seqs as usize,

@@ -1,3 +1,4 @@
+use espalier_qwen3_text::{Tokenizer, ids};
 use serde_json::Value;
 
 use super::*;
@@ -222,12 +223,124 @@ fn a_schema_that_does_not_compile_says_why() {
 #[test]
 fn what_was_compiled_is_used_again_from_its_beginning() {
     let guides = guides();
-    for i in 0..COMPILED_MAX + 2 {
-        let schema = json_grammar(json!({"const": i}));
-        for _ in 0..2 {
-            let mut constraint = guides.constrain(&schema, Thoughts::Over).unwrap();
-            assert_eq!(accept(&mut *constraint, &bytes(&i.to_string())), Ok(()));
-        }
+    let schema = json_grammar(json!({"const": 12}));
+    for _ in 0..2 {
+        let mut constraint = guides.constrain(&schema, Thoughts::Over).unwrap();
+        assert_eq!(accept(&mut *constraint, &bytes("12")), Ok(()));
     }
-    assert_eq!(guides.compiled.lock().unwrap().len(), COMPILED_MAX);
+}
+
+#[test]
+fn what_would_take_gigabytes_is_refused_before_it_is_compiled() {
+    let guides = guides();
+    let refusal = |grammar: &Grammar| {
+        let error = guides.constrain(grammar, Thoughts::Over).err();
+        error.expect("it is refused").to_string()
+    };
+    let options = |count| vec![json!({"type": "object"}); count];
+    let long = json!({"a": {"const": "x".repeat(800 << 10)}});
+    let large = json!({"type": "object", "properties": long, "anyOf": options(9_500)});
+    assert!(refusal(&json_grammar(large)).contains("must have at most 65536 bytes, got 9"));
+    let long = json!({"a": {"const": "x".repeat(30 << 10)}});
+    let copied = json!({"type": "object", "properties": long, "anyOf": options(1_500)});
+    let reason = refusal(&json_grammar(copied));
+    assert!(reason.contains("repeated for each"), "{reason}");
+    let call = CallGrammar {
+        name: "a".to_owned(),
+        arguments: json!({"description": "x".repeat(60 << 10)}),
+    };
+    let calls = Grammar::Calls {
+        calls: vec![call; 5],
+        several: false,
+    };
+    let reason = refusal(&calls);
+    assert!(
+        reason.contains("the grammar must have at most 262144 bytes"),
+        "{reason}"
+    );
+}
+
+/// Each `a` doubles what the automaton has to tell apart.
+#[test]
+fn a_pattern_that_needs_too_many_states_ends_the_answer_and_says_so() {
+    let guides = guides();
+    let schema = json!({"type": "string", "pattern": "^(a|b)*a(a|b){16}$"});
+    let mut constraint = guides
+        .constrain(&json_grammar(schema), Thoughts::Over)
+        .unwrap();
+    let mut seed = 1_u32;
+    let mut next = || {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        if seed >> 31 == 0 { b'a' } else { b'b' }
+    };
+    constraint.push(u32::from(b'"')).unwrap();
+    let mut drawn = 0;
+    let error = loop {
+        match constraint.allowed() {
+            Ok(_) => constraint.push(u32::from(next())).unwrap(),
+            Err(error) => break error,
+        }
+        drawn += 1;
+        assert!(drawn < 200_000, "no end");
+    };
+    let text = error.to_string();
+    assert!(
+        text.contains("too many states") || text.contains("fuel"),
+        "{text}"
+    );
+    assert!(constraint.allowed().is_err(), "it goes on");
+}
+
+/// The bounds on a mask leave room for what schemas have, over the vocabulary of the model.
+#[test]
+fn schemas_of_many_kinds_keep_within_the_bounds() {
+    let tokenizer = Tokenizer::shared().unwrap();
+    let word = |id| tokenizer.token_bytes(id).unwrap_or_default().to_vec();
+    let guides = Guides::new(Vocabulary {
+        words: (0..ids::VOCABULARY).map(word).collect(),
+        control: (ids::END_OF_TEXT..ids::VOCABULARY).collect(),
+        end: ids::TURN_CLOSE,
+        call: (ids::CALL_OPEN, ids::CALL_CLOSE),
+        thought: (ids::THOUGHT_OPEN, ids::THOUGHT_CLOSE),
+    })
+    .unwrap();
+    let optional: serde_json::Map<String, Value> = (0..60)
+        .map(|i| {
+            let schema = json!({"anyOf": [{"type": "string", "maxLength": 200}, {"type": "null"}]});
+            (format!("optional_{i}"), schema)
+        })
+        .collect();
+    let words: Vec<String> = (0..300)
+        .map(|i| format!("{}-{i}", "word".repeat(i % 5)))
+        .collect();
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "when": {"type": "string", "format": "date-time"},
+            "who": {"type": "string", "format": "email"},
+            "id": {"type": "string", "format": "uuid"},
+            "where": {"type": "string", "format": "uri"},
+            "code": {"type": "string", "pattern": "^[A-Z]{2,4}-[0-9]{4,12}$"},
+            "word": {"enum": words},
+            "number": {"type": "number", "minimum": -1.5, "maximum": 1_000_000},
+            "list": {"type": "array", "minItems": 1, "maxItems": 50, "items": {"$ref": "#/$defs/point"}},
+            "more": {"type": "object", "properties": optional},
+        },
+        "required": ["when", "who", "id", "where", "code", "word", "number", "list", "more"],
+        "$defs": {"point": {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}},
+            "required": ["x", "y"], "additionalProperties": false}},
+    });
+    let answer = json!({
+        "when": "2026-11-30T06:17:47Z", "who": "someone@example.com", "id": "123e4567-e89b-12d3-a456-426614174000",
+        "where": "https://example.com/a/b?c=d#e", "code": "ABC-12345", "word": "wordwordword-13", "number": 12.5,
+        "list": [{"x": 1, "y": -2}, {"x": 30, "y": 4}],
+        "more": {"optional_3": "a \"word\" — and more", "optional_59": null},
+    });
+    let mut constraint = guides
+        .constrain(&json_grammar(schema), Thoughts::Over)
+        .unwrap();
+    // In the schema's order, which objects keep.
+    let mut text = tokenizer.encode(&answer.to_string());
+    text.push(ids::TURN_CLOSE);
+    assert_eq!(accept(&mut *constraint, &text), Ok(()));
 }

@@ -62,7 +62,7 @@ impl Ask {
             presence: 0.5,
             frequency: 0.5,
             repetition: 1.0,
-            seen: Arc::new([]),
+            seen: History::default(),
         });
         if self.grammar {
             request.grammar = Some(Box::new(Parity(0)));
@@ -106,6 +106,7 @@ fn setting() -> impl Strategy<Value = Setting> {
                     rows: seqs as u32,
                     vocab: VOCAB,
                     steps_in_flight: flight,
+                    adapters: u32::MAX,
                 },
                 delays,
             }

@@ -71,7 +71,7 @@ pub(super) async fn start(
     let (engine, port) = Engine::start(executor, config)?;
     Ok(Running {
         engine,
-        load_weights: adapters(port, files.config.clone()),
+        load_weights: adapters(port, files.config.clone(), options.max_lora_rank),
         context_tokens: context,
     })
 }

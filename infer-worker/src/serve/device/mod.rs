@@ -139,7 +139,7 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
     let (engine, port) = Engine::start(executor.map_err(DeviceError::Executor)?, config)?;
     Ok(Running {
         engine,
-        load_weights: adapters(port, files.config.clone()),
+        load_weights: adapters(port, files.config.clone(), options.max_lora_rank),
         context_tokens: plan.context_tokens,
     })
 }
@@ -153,7 +153,7 @@ fn threads(asked: Option<u32>) -> usize {
 }
 
 /// Reads adapters beside the steps that run, on a thread of their own, so that no answer waits for them.
-fn adapters(port: AdapterPort<Box<Lora>>, base: Config) -> LoadWeights {
+fn adapters(port: AdapterPort<Box<Lora>>, base: Config, rank_max: u32) -> LoadWeights {
     let (base, pool) = (Arc::new(base), Arc::new(Pool::new(1)));
     Box::new(move |folder: PathBuf| {
         let (port, base, pool) = (port.clone(), Arc::clone(&base), Arc::clone(&pool));
@@ -162,12 +162,18 @@ fn adapters(port: AdapterPort<Box<Lora>>, base: Config) -> LoadWeights {
             let refused = |error: &dyn std::error::Error| WeightsError::Refused(error.to_string());
             let lora = read.await.map_err(|error| refused(&error))?;
             let lora = lora.map_err(|error| WeightsError::Refused(error_chain(&error)))?;
-            let (digest, rank) = (lora.digest(), lora.rank());
+            let (digest, rank) = (lora.digest(), u32::try_from(lora.rank()));
+            let rank = rank.unwrap_or(u32::MAX);
+            if rank > rank_max {
+                return Err(WeightsError::Refused(format!(
+                    "its rank must be at most {rank_max} (`--max-lora-rank`), got {rank}"
+                )));
+            }
             let made_for = lora.base().map(str::to_owned);
             let handle = port.load(digest, Box::new(lora)).await?;
             Ok(Loaded {
                 handle,
-                rank: u32::try_from(rank).unwrap_or(u32::MAX),
+                rank,
                 made_for,
             })
         }

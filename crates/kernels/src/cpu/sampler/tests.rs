@@ -140,7 +140,10 @@ fn penalties_and_bias_move_logits_and_not_reported_logprobs() {
         presence: 0.4,
         frequency: 0.2,
         repetition: 1.3,
-        seen: seen.map(|(id, in_answer)| Seen { id, in_answer }).into(),
+        seen: seen
+            .map(|(id, in_answer)| Seen { id, in_answer })
+            .into_iter()
+            .collect(),
     };
     let how = Sampling {
         temperature: 1.0,
