@@ -70,7 +70,7 @@ pub(super) struct Whole {
 impl Whole {
     /// The body of the response.
     pub(super) async fn into_bytes(self) -> Result<Bytes, ApiError> {
-        let written = self.write(|whole| serde_json::to_vec(whole));
+        let written = self.write(serde_json::to_vec);
         written.await.map(Bytes::from)
     }
 
