@@ -168,6 +168,11 @@ async fn a_killed_worker_costs_no_line_that_was_stored_and_no_other_answer() {
     assert!((1..200).contains(&before), "{before} of 200 lines");
 
     let second = worker(&cluster, 8).await;
+    wait_for("a batch that is full", DEADLINE, || async {
+        let running = second.metric("vllm:num_requests_running").await;
+        if running == 8.0 { Ok(()) } else { Err(running) }
+    })
+    .await;
     let job = done(&cluster, &key).await;
     assert_eq!((job.attempts, job.infra_failures), (2, 1), "{job:?}");
     let text = answers(&cluster, &key);
