@@ -8,7 +8,7 @@ use std::time::Duration;
 use espalier_core::answers::Piece;
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
-use espalier_proto::v1::{Job, JobState};
+use espalier_proto::v1::{GetTraceRequest, Job, JobState};
 use espalier_tests::harness::cluster::Cluster;
 use espalier_tests::harness::serving::{Serving, chat};
 use espalier_tests::harness::wait_for;
@@ -159,8 +159,8 @@ async fn check_equal_over_http(serving: &Serving, answers: &[Value], lines: &[Va
 #[tokio::test]
 async fn a_killed_worker_costs_no_line_that_was_stored_and_no_other_answer() {
     let cluster = Cluster::start(NO_MODEL, 3_000).await;
-    let lines = chats(200, 24);
-    let mut first = worker(&cluster, 2).await;
+    let lines = chats(200, 12);
+    let mut first = worker(&cluster, 1).await;
     let key = submit(&cluster, &texts(&lines)).await;
     let fence = first_piece(&cluster, &key).await;
     first.process.kill();
@@ -168,6 +168,11 @@ async fn a_killed_worker_costs_no_line_that_was_stored_and_no_other_answer() {
     assert!((1..200).contains(&before), "{before} of 200 lines");
 
     let second = worker(&cluster, 8).await;
+    wait_for("a batch that is full", DEADLINE, || async {
+        let running = second.metric("vllm:num_requests_running").await;
+        if running == 8.0 { Ok(()) } else { Err(running) }
+    })
+    .await;
     let job = done(&cluster, &key).await;
     assert_eq!((job.attempts, job.infra_failures), (2, 1), "{job:?}");
     let text = answers(&cluster, &key);
@@ -179,7 +184,7 @@ async fn a_killed_worker_costs_no_line_that_was_stored_and_no_other_answer() {
     assert_eq!(again as u64, 200 - before, "no stored line is done again");
     let summary = job.summary.unwrap().generate.unwrap();
     assert_eq!((summary.lines, summary.failed), (200, 0));
-    assert_eq!(summary.completion_tokens, 200 * 24);
+    assert_eq!(summary.completion_tokens, 200 * 12);
     for some in [0..4, 180..200] {
         check_equal_over_http(&second, &answers[some.clone()], &lines[some]).await;
     }
@@ -188,8 +193,8 @@ async fn a_killed_worker_costs_no_line_that_was_stored_and_no_other_answer() {
 #[tokio::test]
 async fn a_worker_that_stops_in_good_order_hands_its_job_on_and_spends_no_attempt() {
     let cluster = Cluster::start(NO_MODEL, 30_000).await;
-    let lines = chats(100, 32);
-    let mut first = worker(&cluster, 2).await;
+    let lines = chats(100, 24);
+    let mut first = worker(&cluster, 1).await;
     let key = submit(&cluster, &texts(&lines)).await;
     let fence = first_piece(&cluster, &key).await;
     let status = first.process.terminate(DEADLINE).await;
@@ -254,6 +259,38 @@ async fn bad_lines_are_answered_in_their_place() {
     assert_eq!(said, expected);
     let hot = &answers[4]["response"]["body"]["error"];
     assert_eq!(hot["param"], "temperature", "{hot}");
+    let mut client = cluster.client().await;
+    let trace = GetTraceRequest {
+        batch: "b".to_owned(),
+        id: "j".to_owned(),
+    };
+    let no_trace = client.jobs.get_trace(trace).await.unwrap_err();
+    assert!(
+        no_trace.message().contains("it is no rollout"),
+        "{no_trace}"
+    );
+}
+
+#[tokio::test]
+async fn a_project_reads_no_uploads_of_another() {
+    let cluster = Cluster::start(NO_MODEL, 30_000).await;
+    let _worker = worker(&cluster, 4).await;
+    let key = submit(&cluster, &texts(&chats(1, 4))).await;
+    done(&cluster, &key).await;
+    let [_, mut other] = cluster.clients_at(cluster.addresses()[0]).await;
+    let job = |id: &str, requests: &str| json!({"id": id, "generate": {"requests": requests}});
+    let out = [
+        job("up", "../../default/uploads/nightly/r.jsonl"),
+        job("same", "nightly/r.jsonl"),
+    ];
+    let answer = other.submit("b", &out).await;
+    assert_eq!((answer.accepted, answer.rejected.len()), (1, 1));
+    assert_eq!(answer.rejected[0].errors[0].field, "generate.requests");
+    let result = other.wait("b", DEADLINE).await;
+    let same = &result.jobs["same"];
+    assert_eq!((same.state(), same.attempts), (JobState::Dead, 1));
+    let said = &same.last_error.as_ref().unwrap().message;
+    assert!(said.contains("`other/uploads/nightly/r.jsonl`"), "{said}");
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_core::layout;
-use espalier_core::spec::GenerateSpec;
+use espalier_core::spec::{GenerateSpec, SpecDigest};
 use espalier_core::trace::{Manifest, SCHEMA_VERSION, Summary};
 use espalier_proto::v1;
 use espalier_runtime::clock::Clock;
@@ -54,13 +54,9 @@ impl GenerateHandler {
             return Err(GenerateError::NoRequests);
         };
         let spec = publish::spec_digest(grant).await?;
-        let claim = Claim {
-            key: &grant.key,
-            fence: grant.fence,
-            spec: Some(&spec),
-        };
+        let claim = claim(grant, &spec);
         let stopped = context.lease().stopped();
-        let begin = Box::pin(self.begin(grant, generate, claim, context));
+        let begin = Box::pin(self.begin(grant, generate, &spec, context));
         let begun = stopped.run_until_cancelled(begin).await;
         let (input, mut output) = match begun.ok_or(GenerateError::Stopped)?? {
             Begun::Done(published) => return Ok(published),
@@ -85,10 +81,10 @@ impl GenerateHandler {
         &self,
         grant: &Grant,
         generate: &GenerateSpec,
-        claim: Claim<'_>,
+        spec: &SpecDigest,
         context: &JobContext,
     ) -> Result<Begun, GenerateError> {
-        let max_runtime = grant.spec.max_runtime;
+        let (claim, max_runtime) = (claim(grant, spec), grant.spec.max_runtime);
         let adopted = publish::adopt(&self.store, claim, max_runtime, context).await?;
         if let Some(published) = adopted {
             return Ok(Begun::Done(published));
@@ -96,8 +92,7 @@ impl GenerateHandler {
         let (key, fence) = (&grant.key, grant.fence);
         let path = layout::upload(&key.project, &generate.requests);
         let input = Input::open(&self.store, key, path).await?;
-        let spec = publish::spec_digest(grant).await?;
-        let mut output = Output::new(self.store.clone(), key.clone(), fence, spec);
+        let mut output = Output::new(self.store.clone(), key.clone(), fence, spec.clone());
         output.take_over(&input).await?;
         tell(context.lease(), &input, &output);
         Ok(Begun::Open(input, Box::new(output)))
@@ -156,6 +151,14 @@ impl GenerateHandler {
             parents: vec![input.path().to_owned()],
             summary: Summary::Generate(output.summary()),
         }
+    }
+}
+
+fn claim<'a>(grant: &'a Grant, spec: &'a SpecDigest) -> Claim<'a> {
+    Claim {
+        key: &grant.key,
+        fence: grant.fence,
+        spec: Some(spec),
     }
 }
 

@@ -9,15 +9,17 @@ use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::spec::{SpecDigest, parse_line};
 use espalier_runtime::ids::SequentialIds;
+use espalier_runtime::net::Addresses;
+use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use super::Answering;
 use super::error::GenerateError;
 use super::input::{Input, Line};
 use super::output::Output;
 use super::window::{Answered, Window};
+use super::{Answering, Source, run};
 use crate::api::tests::scripted_offline;
 use crate::engine::Health;
 
@@ -208,6 +210,24 @@ async fn an_engine_that_fails_gives_the_job_back_and_no_wrong_answers() {
     let answers = answers.unwrap();
     assert_eq!(answers[0]["response"]["status_code"], 500);
     assert_eq!(answers[1]["response"]["status_code"], 200);
+}
+
+#[tokio::test]
+async fn a_process_whose_engine_failed_takes_no_more_jobs() {
+    let (window, health) = window(2);
+    let source = Source {
+        // Nobody listens there, and nobody has to: the loop would try for ever.
+        coordinators: Addresses::parse("http://127.0.0.1:1").unwrap(),
+        tls: None,
+        token: None,
+        store: Store::open("memory://").await.unwrap(),
+        shutdown: Shutdown::new(),
+    };
+    let mut taking = Box::pin(run(window.answering.clone(), source));
+    assert!(futures::poll!(&mut taking).is_pending());
+    health.send_replace(Health::Failed("the GPU fell off".into()));
+    let ended = tokio::time::timeout(Duration::from_secs(60), taking).await;
+    ended.expect("it ends").unwrap();
 }
 
 fn output(store: &Store, fence: u64, spec: SpecDigest) -> Output {

@@ -129,27 +129,17 @@ impl JobDraft {
     /// The job, or every rule that the draft breaks.
     pub fn check(&self) -> Result<JobSpec, Vec<FieldError>> {
         let mut faults = Faults::default();
-        let spec = self.check_work(&mut faults).map(|work| JobSpec {
-            id: self
-                .id
-                .as_ref()
-                .and_then(|id| JobId::new(id).map_err(|e| faults.0.push(e)).ok()),
-            priority: faults.number("priority", self.priority, 0..=9, 5),
-            labels: self.labels.clone(),
-            after: check_after(&mut faults, &self.after),
-            needs: self.needs.clone(),
-            delay: Duration::from_millis(faults.number(
-                "delay_ms",
-                self.delay_ms,
-                0..=30 * 86_400_000,
-                0,
-            )),
-            max_attempts: faults.number("max_attempts", self.max_attempts, 1..=100, 3),
-            max_infra: faults.number("max_infra", self.max_infra, 1..=1000, 20),
-            max_runtime: self.check_max_runtime(&mut faults),
-            traceparent: self.traceparent.clone(),
-            work,
-        });
+        let id = self
+            .id
+            .as_ref()
+            .and_then(|id| JobId::new(id).map_err(|e| faults.0.push(e)).ok());
+        let priority = faults.number("priority", self.priority, 0..=9, 5);
+        let after = check_after(&mut faults, &self.after);
+        let delay_ms = faults.number("delay_ms", self.delay_ms, 0..=30 * 86_400_000, 0);
+        let max_attempts = faults.number("max_attempts", self.max_attempts, 1..=100, 3);
+        let max_infra = faults.number("max_infra", self.max_infra, 1..=1000, 20);
+        let max_runtime = self.check_max_runtime(&mut faults);
+        let work = self.check_work(&mut faults);
         faults.count("labels", self.labels.len(), limits::LIST_MAX);
         for (name, value) in &self.labels {
             faults.name(&format!("labels.{name}"), Some(value));
@@ -168,8 +158,20 @@ impl JobDraft {
                 "must be a W3C traceparent, version 00",
             );
         }
-        match spec {
-            Some(spec) if faults.0.is_empty() => Ok(spec),
+        match work {
+            Some(work) if faults.0.is_empty() => Ok(JobSpec {
+                id,
+                priority,
+                labels: self.labels.clone(),
+                after,
+                needs: self.needs.clone(),
+                delay: Duration::from_millis(delay_ms),
+                max_attempts,
+                max_infra,
+                max_runtime,
+                traceparent: self.traceparent.clone(),
+                work,
+            }),
             _ => Err(faults.0),
         }
     }
