@@ -22,6 +22,8 @@ fn margin(form: Form) -> f64 {
 
 /// Greedy answers, of which each may leave the other's only at a place where llama.cpp is undecided.
 pub struct Agreement {
+    /// What both say of the instructions that they use.
+    pub instructions: [Option<String>; 2],
     /// Ids that were compared: up to where answers part.
     pub ids: usize,
     /// Of those, the same.
@@ -30,8 +32,16 @@ pub struct Agreement {
 
 /// Starts one server after the other and compares.
 pub async fn check(setup: &Setup) -> Result<Agreement, Problem> {
+    let setup = &Setup {
+        verbose: true,
+        ..setup.clone()
+    };
     let mut answers = Vec::new();
-    for kind in [Kind::Espalier, Kind::Llama] {
+    let mut instructions = [None, None];
+    for (kind, told) in [Kind::Espalier, Kind::Llama]
+        .into_iter()
+        .zip(&mut instructions)
+    {
         let server = Server::start(setup, kind).await?;
         let mut of_kind = Vec::new();
         for n in 0..PROMPTS {
@@ -39,9 +49,14 @@ pub async fn check(setup: &Setup) -> Result<Agreement, Problem> {
             of_kind.push(server.answer(&prompt, ANSWER_TOKENS, LIKELY).await?);
         }
         answers.push(of_kind);
+        *told = server.instructions();
         server.end().await?;
     }
-    let mut agreement = Agreement { ids: 0, same: 0 };
+    let mut agreement = Agreement {
+        instructions,
+        ids: 0,
+        same: 0,
+    };
     let [ours, theirs] = answers.try_into().unwrap_or_default();
     for (ours, theirs) in ours.iter().zip(&theirs) {
         let same = ours.ids.iter().zip(&theirs.ids).take_while(|(a, b)| a == b);

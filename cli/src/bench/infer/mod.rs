@@ -134,6 +134,7 @@ impl Bench<'_> {
             form,
             threads: self.threads,
             folder: self.logs.clone(),
+            verbose: false,
         })
     }
 
@@ -160,7 +161,6 @@ impl Bench<'_> {
                     round + 1
                 ));
                 let (server, visit) = visit::visit(&setup, *kind, u64::from(round)).await?;
-                visits.instructions.insert(*kind, server.instructions());
                 visits.of(*kind).push(visit);
                 server.end().await?;
             }

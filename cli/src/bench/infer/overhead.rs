@@ -17,9 +17,9 @@ const REQUEST_MAX_MS: f64 = 1.0;
 const TOKEN_MAX_MS: f64 = 0.1;
 /// Answers of one token, and of as many as this.
 const ANSWER_TOKENS: u32 = 129;
-const ROUNDS: usize = 30;
+const ROUNDS: usize = 20;
 /// Words of a question: a prompt of about 128 tokens.
-const WORDS: usize = 30;
+const WORDS: usize = 11;
 
 /// Times of one round: of short answers and long ones.
 struct Times {

@@ -24,7 +24,7 @@ const READY_LIMIT: Duration = Duration::from_secs(120);
 const ANSWER_LIMIT: Duration = Duration::from_secs(300);
 
 /// Whose server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Espalier,
     Llama,
@@ -57,6 +57,7 @@ impl Form {
 }
 
 /// What the servers are started with.
+#[derive(Clone)]
 pub struct Setup {
     pub worker: PathBuf,
     pub llama: PathBuf,
@@ -66,6 +67,8 @@ pub struct Setup {
     pub threads: usize,
     /// For logs.
     pub folder: PathBuf,
+    /// llama.cpp names the instructions that it uses only where it says more than usual.
+    pub verbose: bool,
 }
 
 impl Setup {
@@ -94,6 +97,9 @@ impl Setup {
                 command.args(["--ctx-size", &context, "--parallel", &sequences]);
                 // One memory for all sequences, as ours is, and no copies of it: each is held against us in memory.
                 command.args(["--kv-unified", "--cache-ram", "0"]);
+                if self.verbose {
+                    command.args(["--verbosity", "4"]);
+                }
             }
         }
         command
@@ -131,8 +137,10 @@ impl Server {
         let port = free_port()?;
         let began = Instant::now();
         let process = Process::start(name, setup.command(kind, port), setup.folder.join(log))?;
+        // A connection for each request: llama.cpp closes them without a word after a stream.
         let client = reqwest::Client::builder()
             .no_proxy()
+            .pool_max_idle_per_host(0)
             .build()
             .map_err(failed)?;
         let url = format!("http://127.0.0.1:{port}");
@@ -167,14 +175,7 @@ impl Server {
 
     /// What it says of the instructions that it uses.
     pub fn instructions(&self) -> Option<String> {
-        let log = self.process.log();
-        let mark = match self.kind {
-            Kind::Espalier => "instructions",
-            Kind::Llama => "system_info",
-        };
-        log.lines()
-            .find(|line| line.contains(mark))
-            .map(str::to_owned)
+        instructions(self.kind, &self.process.log())
     }
 
     /// Ends it.
@@ -288,6 +289,21 @@ fn failed(error: reqwest::Error) -> Problem {
     Problem::failed(espalier_runtime::telemetry::error_chain(&error))
 }
 
+/// From a log: a field of ours, the rest of a line of llama.cpp's.
+fn instructions(kind: Kind, log: &str) -> Option<String> {
+    match kind {
+        Kind::Espalier => log.lines().find_map(|line| {
+            let line: Value = serde_json::from_str(line).ok()?;
+            Some(line["instructions"].as_str()?.to_owned())
+        }),
+        Kind::Llama => {
+            let line = log.lines().find(|line| line.contains("system_info:"))?;
+            let (_, features) = line.split_once("CPU : ")?;
+            Some(features.trim_end_matches([' ', '|']).to_owned())
+        }
+    }
+}
+
 fn ids_of(kind: Kind, reply: &Value) -> Vec<u32> {
     let ids = match kind {
         Kind::Espalier => &reply["choices"][0]["token_ids"],
@@ -345,6 +361,18 @@ mod tests {
         let theirs = br#"{"content":"","tokens":[9],"tokens_predicted":6,"stop":false}"#;
         assert_eq!(count_of(Kind::Llama, theirs, 3).unwrap(), 6);
         assert!(count_of(Kind::Llama, b"oops", 3).is_err());
+    }
+
+    #[test]
+    fn instructions_are_found_in_logs() {
+        let ours = "listening\n{\"message\":\"model loaded\",\"instructions\":\"Avx512\"}\n";
+        let found = instructions(Kind::Espalier, ours);
+        assert_eq!(found.as_deref(), Some("Avx512"));
+        let theirs =
+            "0.1 I cmn: system_info: n_threads = 2 / 2 | CPU : AVX2 = 1 | LLAMAFILE = 1 | \n";
+        let found = instructions(Kind::Llama, theirs);
+        assert_eq!(found.as_deref(), Some("AVX2 = 1 | LLAMAFILE = 1"));
+        assert_eq!(instructions(Kind::Llama, ours), None);
     }
 
     #[test]

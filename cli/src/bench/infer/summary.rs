@@ -1,7 +1,5 @@
 //! What the visits come to: medians, bests, and ratios with their bounds.
 
-use std::collections::BTreeMap;
-
 use serde_json::{Value, json};
 
 use super::super::figures::{Bound, Headline};
@@ -84,8 +82,6 @@ pub struct Visits {
     theirs: Vec<Visit>,
     /// Bytes of memory that the cores read in a second, by round.
     pub reads_per_s: Vec<f64>,
-    /// Lines in which servers name the instructions that they use.
-    pub instructions: BTreeMap<Kind, Option<String>>,
     /// Of greedy answers, where both were asked.
     pub agreement: Option<Agreement>,
 }
@@ -97,7 +93,6 @@ impl Visits {
             ours: Vec::new(),
             theirs: Vec::new(),
             reads_per_s: Vec::new(),
-            instructions: BTreeMap::new(),
             agreement: None,
         }
     }
@@ -111,12 +106,14 @@ impl Visits {
     }
 
     pub fn to_json(&self) -> Value {
-        let told = |kind| self.instructions.get(&kind).cloned().flatten();
         json!({
             "read_bytes_per_s": self.read_per_s(),
-            "answers": self.agreement.as_ref().map(|a| json!({"ids": a.ids, "same": a.same})),
-            "espalier": { "visits": self.ours, "instructions": told(Kind::Espalier) },
-            "llama.cpp": { "visits": self.theirs, "instructions": told(Kind::Llama) },
+            "answers": self.agreement.as_ref().map(|a| {
+                let [ours, theirs] = &a.instructions;
+                json!({"ids": a.ids, "same": a.same, "instructions": { "espalier": ours, "llama.cpp": theirs }})
+            }),
+            "espalier": self.ours,
+            "llama.cpp": self.theirs,
         })
     }
 

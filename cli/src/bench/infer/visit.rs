@@ -17,7 +17,7 @@ pub const LONG_TOKENS: usize = 2048;
 const ANSWER_TOKENS: u32 = 64;
 const SHORT_ROUNDS: u64 = 5;
 const LONG_ROUNDS: u64 = 2;
-const DECODE_ROUNDS: u64 = 3;
+const DECODE_ROUNDS: u64 = 2;
 /// A conversation: what it begins with, and what each turn adds and is answered with.
 const TURNS: u64 = 6;
 const OPENING_TOKENS: usize = 1024;
