@@ -14,9 +14,15 @@ NODE_PACKAGE := node-linux-$(if $(filter aarch64,$(shell uname -m)),arm64,x64)@2
 export PATH := $(CURDIR)/$(NODE)/node_modules/.bin:$(PATH)
 NPM_QUIET := --ignore-scripts --no-audit --no-fund --loglevel=error
 PYTHON_READY := $(VENV)/ready
-# Queues that ours is measured against, for `make bench` only.
+# What ours is measured against, for `make bench` only.
 BULLMQ := target/bench/bullmq/node_modules/.package-lock.json
 CELERY := target/bench/celery/ready
+# llama.cpp's server, beside which ours is measured, and models of random weights for both.
+LLAMA := target/bench/llama
+LLAMA_SERVER := $(LLAMA)/llama-server
+LLAMA_PYTHON := $(LLAMA)/venv/ready
+LLAMA_MODELS := $(LLAMA)/models/tiny/ready $(LLAMA)/models/0.6b/ready
+TOKENIZER := crates/qwen3-text/assets/tokenizer.json.zst
 PYTHON_NEEDS := examples/python/requirements.txt tests/testbed/requirements.txt
 TEST_BINS := cargo build --locked --workspace --bins
 
@@ -57,11 +63,12 @@ $(PYTHON_READY): $(PYTHON_NEEDS)
 	$(VENV)/bin/pip install --quiet $(PYTHON_NEEDS:%=-r %)
 	@touch $@
 
-setup-bench: setup ## Installs what measuring needs on top: Redis, and the queues that ours is measured against
+setup-bench: setup ## Installs what measuring needs on top: Redis, and the queues and the model server that ours are measured against
+	$(call need,cmake,cmake)
 	$(call need,redis-server,redis-server)
 	$(call need,python3,python3)
 	@python3 -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update -qq; $(APT) install -y -qq --no-install-recommends python3-venv; }
-	@$(MAKE) --no-print-directory $(BULLMQ) $(CELERY)
+	@$(MAKE) --no-print-directory $(BULLMQ) $(CELERY) $(LLAMA_SERVER) $(LLAMA_MODELS)
 
 $(BULLMQ): $(wildcard examples/bench/bullmq/*)
 	@mkdir -p target/bench/bullmq
@@ -73,6 +80,31 @@ $(BULLMQ): $(wildcard examples/bench/bullmq/*)
 $(CELERY): examples/bench/celery/requirements.txt
 	python3 -m venv target/bench/celery
 	target/bench/celery/bin/pip install --quiet -r $<
+	@touch $@
+
+$(LLAMA_PYTHON): examples/bench/llama/requirements.txt
+	python3 -m venv $(LLAMA)/venv
+	$(LLAMA)/venv/bin/pip install --quiet -r $<
+	@touch $@
+
+# Built here, for the instructions that this machine has. The source package of its Python bindings carries all of it.
+$(LLAMA_SERVER): examples/bench/llama/source.txt | $(LLAMA_PYTHON)
+	@rm -rf $(LLAMA)/source $(LLAMA)/build
+	$(LLAMA)/venv/bin/pip download --quiet --no-deps --no-binary :all: --dest $(LLAMA)/source -r $<
+	tar xzf $(LLAMA)/source/*.tar.gz -C $(LLAMA)/source --strip-components=1
+	cmake -S $(LLAMA)/source/vendor/llama.cpp -B $(LLAMA)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+		-DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF >$(LLAMA)/build.log
+	cmake --build $(LLAMA)/build --target llama-server --parallel $$(nproc) >>$(LLAMA)/build.log
+	@cp $(LLAMA)/build/bin/llama-server $@
+	@rm -rf $(LLAMA)/source $(LLAMA)/build
+
+$(LLAMA)/models/tiny/ready: examples/bench/llama/model.py $(LLAMA_PYTHON)
+	$(LLAMA)/venv/bin/python $< tiny $(@D) $(TOKENIZER)
+	@touch $@
+
+$(LLAMA)/models/0.6b/ready: examples/bench/llama/model.py $(LLAMA_PYTHON)
+	$(LLAMA)/venv/bin/python $< 0.6b $(@D) $(TOKENIZER) bf16 q8_0
 	@touch $@
 
 # --- what people do ------------------------------------------------------------------------------------------------
@@ -95,7 +127,7 @@ check: ## Format, lints, rules of the tree
 
 bench: ## Measures; JSON lines on standard output, everything else on standard error
 	@$(MAKE) --no-print-directory setup-bench >&2
-	@cargo build --locked --release -p espalier-cli -p espalier-tests -p espalier-coordinator --bin espalier --bin scripted-model --bin toy-mcp --bin espalier-coordinator >&2
+	@cargo build --locked --release -p espalier-cli -p espalier-tests -p espalier-coordinator -p espalier-infer-worker --bin espalier --bin scripted-model --bin toy-mcp --bin espalier-coordinator --bin espalier-infer-worker >&2
 	@examples/practice/bench.sh target/release target/bench
 
 soak: setup-test ## 1,000 rounds of random kill -9, and as many of random faults over a cluster

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Measures this machine: the queue, embedded and in Redis beside other queues, the loop over a toy tool server, eight
-# browsers at once, memory.
+# Measures this machine: the queue, embedded and in Redis beside other queues, the model server beside llama.cpp's, the
+# loop over a toy tool server, eight browsers at once, memory.
 # JSON lines on standard output, a table on standard error. Everything lives in a temporary folder.
-# Usage: bench.sh FOLDER_WITH_BINARIES FOLDER_WITH_OTHER_QUEUES
+# Usage: bench.sh FOLDER_WITH_BINARIES FOLDER_WITH_OTHERS
 set -euo pipefail
 bin=$(cd "$1" && pwd)
 others=$(cd "$2" && pwd)
@@ -54,6 +54,7 @@ measure queue
 # Celery is given fewer jobs: it is ten times slower, and no faster with more.
 measure redis --bullmq "node $others/bullmq/cycle.mjs 50000" \
   --celery "$others/celery/bin/python $here/../bench/celery/cycle.py 10000"
+measure infer --llama "$others/llama/llama-server" --models "$others/llama/models"
 
 # An idle coordinator, with a token that nobody uses.
 mkdir "$data/coordinator"

@@ -1,16 +1,18 @@
 //! `espalier bench`: what the parts manage on this machine, measured over real gRPC.
 //!
 //! `submit` and `queue` start a coordinator of their own on a temporary folder, with the embedded queue and every
-//! commit durable; `redis` starts a Redis and coordinators as processes; `rollouts` measures a running `espalier up`, `memory` any process. Figures are meant for a release
+//! commit durable; `redis` starts a Redis and coordinators as processes, `infer` model servers; `rollouts` measures a running `espalier up`, `memory` any process. Figures are meant for a release
 //! build. `make bench` runs all of them.
 
 mod crew;
 mod disk;
 mod figures;
+mod infer;
 mod ledger;
 mod machine;
 mod memory;
 mod overhead;
+mod process;
 mod queue;
 mod redis;
 mod rollouts;
@@ -44,6 +46,8 @@ pub enum Bench {
     Queue(QueueArgs),
     /// The queue in Redis, with real coordinators, beside other queues on the same Redis
     Redis(redis::RedisArgs),
+    /// The model server, beside llama.cpp's on the same cores; or the engine on a GPU
+    Infer(infer::InferArgs),
     /// A running `espalier up`: rollouts a minute, memory, and what a turn costs beside model and tools
     Rollouts(rollouts::Rollouts),
     /// Memory of a process and of what it started; the bound is that of an idle coordinator
@@ -89,6 +93,7 @@ pub async fn run(context: &Context, command: &Bench) -> Outcome {
         Bench::Submit(args) => ("submit", submit::measure(*args).await?),
         Bench::Queue(args) => ("queue", queue::measure(*args).await?),
         Bench::Redis(args) => ("redis", Box::pin(redis::measure(args)).await?),
+        Bench::Infer(args) => ("infer", Box::pin(infer::measure(args)).await?),
         Bench::Rollouts(args) => (
             args.name.as_str(),
             Box::pin(rollouts::measure(context, args)).await?,

@@ -1,8 +1,9 @@
 //! Measures the engine on a GPU, without HTTP: random weights of Qwen3's exact shapes, the workloads of vLLM's baseline,
-//! and what the device itself reaches in the same run.
+//! and what the device itself reaches in the same run. On the CPU: the executor alone.
 //!
-//! Not part of serving. The example `throughput` prints what it finds.
+//! Not part of serving. `espalier bench infer` shows what it finds.
 
+mod alone;
 mod device;
 mod random;
 mod shapes;
@@ -10,7 +11,8 @@ mod workloads;
 
 use std::time::{Duration, Instant};
 
-use espalier_kernels::cuda::Options;
+pub use espalier_kernels::cuda::Options as DeviceOptions;
+use espalier_qwen3::ModelError;
 use serde_json::{Value, json};
 
 use crate::engine::{Engine, EngineConfig, Request};
@@ -18,6 +20,7 @@ use crate::executor::cuda::{CudaExecutor, CudaOptions, LoadError};
 use crate::executor::{Executor, ExecutorError};
 use crate::scheduler::{Config, Scheduler, Unexpected};
 
+pub use alone::Alone;
 pub use device::Ceilings;
 pub use shapes::Shape;
 pub use workloads::Workload;
@@ -33,7 +36,7 @@ pub struct Plan {
     /// In this order.
     pub workloads: Vec<Workload>,
     /// The device.
-    pub device: Options,
+    pub device: DeviceOptions,
     /// How often `bench` and `agent` are run.
     pub repeats: u32,
 }
@@ -50,6 +53,12 @@ pub enum BenchError {
     /// What the device can do was not measured.
     #[error("the device cannot be measured")]
     Device(#[from] espalier_kernels::cuda::CudaError),
+    /// The model was not loaded.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// There is no memory for keys and values, or no thread.
+    #[error("no memory for keys and values, or no thread")]
+    Memory(#[source] std::io::Error),
     /// The engine answered something else than was asked for.
     #[error("the engine gave a wrong answer: {0}")]
     Answer(String),

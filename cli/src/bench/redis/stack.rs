@@ -1,17 +1,17 @@
 //! A Redis and coordinators for one measurement, as real processes on loopback with fresh data; what they used of the
 //! processor, and what Redis says of itself. They end with the measurement.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::time::Duration;
 
 use espalier_core::trace::sha256_hex;
 use espalier_runtime::config::Secret;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::Tasks;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 
+use super::super::process::{Process, free_port};
 use crate::client::{Client, Target};
 use crate::exit::Problem;
 
@@ -20,9 +20,6 @@ pub const PROJECT: &str = "bench";
 const WORKER_TOKEN: &str = "bench-worker";
 /// How long a process may take to serve.
 const READY_LIMIT: Duration = Duration::from_secs(30);
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// Lines of a log that an error shows.
-const LOG_LINES_MAX: usize = 5;
 
 /// What runs.
 pub struct Setup<'a> {
@@ -52,13 +49,6 @@ pub struct Stack {
     tasks: Tasks,
 }
 
-/// A child that dies with its owner.
-struct Process {
-    name: &'static str,
-    child: Child,
-    log: PathBuf,
-}
-
 /// Seconds of processor time since some moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CpuSeconds {
@@ -83,7 +73,10 @@ impl RedisServer {
             folder,
         };
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        server.process.wait_for_port(address).await?;
+        let served = server
+            .process
+            .wait_until(READY_LIMIT, async || listens(address).await);
+        served.await?;
         Ok(server)
     }
 
@@ -137,7 +130,8 @@ impl Stack {
             command.args(["--listen", &address.to_string()]);
             let log = stack.redis.folder().join(format!("coordinator-{n}.log"));
             let mut process = Process::start("espalier-coordinator", command, log)?;
-            process.wait_for_port(address).await?;
+            let served = process.wait_until(READY_LIMIT, async || listens(address).await);
+            served.await?;
             stack.coordinators.push(process);
             stack.urls.push(format!("http://{address}"));
         }
@@ -169,10 +163,13 @@ impl Stack {
 
     /// What was used so far.
     pub fn cpu(&self) -> CpuSeconds {
-        let of = |child: &Child| child.id().map_or(0.0, |pid| cpu_seconds(&pid.to_string()));
+        let of = |process: &Process| {
+            let pid = process.pid();
+            pid.map_or(0.0, |pid| cpu_seconds(&pid.to_string()))
+        };
         CpuSeconds {
-            redis: of(&self.redis.process.child),
-            coordinators: self.coordinators.iter().map(|c| of(&c.child)).sum(),
+            redis: of(&self.redis.process),
+            coordinators: self.coordinators.iter().map(of).sum(),
             this_process: cpu_seconds("self"),
         }
     }
@@ -189,39 +186,9 @@ impl CpuSeconds {
     }
 }
 
-impl Process {
-    fn start(name: &'static str, mut command: Command, log: PathBuf) -> Result<Self, Problem> {
-        let output = std::fs::File::create(&log)?;
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output)
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|error| Problem::refused(format!("cannot start {name}: {error}")))?;
-        Ok(Self { name, child, log })
-    }
-
-    async fn wait_for_port(&mut self, address: SocketAddr) -> Result<(), Problem> {
-        let began = Instant::now();
-        while tokio::net::TcpStream::connect(address).await.is_err() {
-            let name = self.name;
-            if self.child.try_wait()?.is_some() {
-                let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-                let lines: Vec<&str> = log.lines().collect();
-                let tail = lines[lines.len().saturating_sub(LOG_LINES_MAX)..].join("\n");
-                return Err(Problem::failed(format!("{name} ended:\n{tail}")));
-            }
-            if began.elapsed() > READY_LIMIT {
-                let limit = READY_LIMIT.as_secs();
-                return Err(Problem::failed(format!(
-                    "{name} does not serve after {limit} s"
-                )));
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-        Ok(())
-    }
+/// Whether somebody listens there.
+async fn listens(address: SocketAddr) -> bool {
+    tokio::net::TcpStream::connect(address).await.is_ok()
 }
 
 /// Tokens of coordinators that only this machine reaches, for a few seconds.
@@ -253,12 +220,6 @@ fn configuration(setup: &Setup<'_>, folder: &Path) -> String {
     text
 }
 
-/// A port that nobody listens on now.
-fn free_port() -> Result<u16, Problem> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    Ok(listener.local_addr()?.port())
-}
-
 /// User and system time of a process, which Linux tells in hundredths of a second (`proc(5)`, fields 14 and 15).
 fn cpu_seconds(pid: &str) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -269,6 +230,8 @@ fn cpu_seconds(pid: &str) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     #[test]

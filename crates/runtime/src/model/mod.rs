@@ -36,6 +36,7 @@ use crate::telemetry::{self, Metrics};
 
 pub use error::ModelError;
 pub use served::Served;
+pub use sse::EventParser;
 
 use route::{Member, lock};
 

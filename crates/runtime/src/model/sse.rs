@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 /// Turns bytes, however they are cut, into events. The caller bounds how many bytes come.
 #[derive(Debug, Default)]
-pub(super) struct EventParser {
+pub struct EventParser {
     line: Vec<u8>,
     after_return: bool,
     data: Vec<u8>,
@@ -18,7 +18,7 @@ pub(super) struct EventParser {
 
 impl EventParser {
     /// Takes the next bytes of the stream.
-    pub(super) fn push(&mut self, mut bytes: &[u8]) {
+    pub fn push(&mut self, mut bytes: &[u8]) {
         while let Some(end) = bytes.iter().position(|byte| matches!(byte, b'\n' | b'\r')) {
             let newline = bytes[end];
             // The second half of a `\r\n` ends no line of its own.
@@ -37,7 +37,7 @@ impl EventParser {
     }
 
     /// The data of the next complete event.
-    pub(super) fn next_event(&mut self) -> Option<Vec<u8>> {
+    pub fn next_event(&mut self) -> Option<Vec<u8>> {
         self.ready.pop_front()
     }
 
