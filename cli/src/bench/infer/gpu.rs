@@ -36,7 +36,7 @@ fn workload(name: &str) -> Result<Workload, String> {
     Workload::of(name).ok_or_else(|| "must be b1, bench or agent".to_owned())
 }
 
-/// vLLM 0.26 on an H100 with 80 GB, as `baselines/` of the project has it.
+/// vLLM 0.26 on an H100 with 80 GB, measured with the same workloads.
 struct Peer {
     test: &'static str,
     /// The field of our figure.

@@ -131,7 +131,7 @@ impl Server {
     /// Starts one and waits until it answers.
     pub async fn start(setup: &Setup, kind: Kind) -> Result<Self, Problem> {
         let (name, log) = match kind {
-            Kind::Espalier => ("espalier-infer-worker", "espalier.log"),
+            Kind::Espalier => ("espalier-infer-worker", "ours.log"),
             Kind::Llama => ("llama-server", "llama.log"),
         };
         let port = free_port()?;
