@@ -160,7 +160,28 @@ fn adapters_equal_peft_and_differ_from_the_base() {
 /// the bits that it has alone.
 #[test]
 fn a_mixed_batch_gives_each_sequence_its_own_bits() {
-    let model = load("tiny-dense", Form::Bf16);
+    for form in [Form::Bf16, Form::bf16()] {
+        mixed_batch(form);
+    }
+}
+
+/// Where inputs are rounded too, logits are as near to those of f32 as twice torch's own bf16.
+#[test]
+fn bf16_throughout_is_as_near_to_f32_as_torch_s() {
+    let torch = json(&golden("bf16.json"));
+    for name in ["tiny-dense", "tiny-moe"] {
+        let facts = json(&golden(name).join("expected.json"));
+        let case = &facts["greedy"][facts["logits_of"].as_u64().unwrap() as usize];
+        let prompt = ids(&case["prompt"]);
+        let [f32, bf16] = [Form::F32, Form::bf16()].map(|f| logits(&load(name, f), None, &prompt));
+        let error = f64::from(relative(&bf16, &f32));
+        let allowed = 2.0 * torch[name]["relative"].as_f64().unwrap();
+        assert!(error <= allowed, "{name}: off by {error}, {allowed} allowed");
+    }
+}
+
+fn mixed_batch(form: Form) {
+    let model = load("tiny-dense", form);
     let lora = |name| Lora::load(&golden(name), model.config(), model.pool()).unwrap();
     let (plain, rslora) = (lora("lora-plain"), lora("lora-rslora"));
     let loras = [None, Some(&plain), Some(&plain), Some(&rslora), None];

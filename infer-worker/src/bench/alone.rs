@@ -27,7 +27,7 @@ impl Alone {
     /// # Errors
     /// When it cannot be loaded.
     pub fn load(folder: &Path, threads: usize) -> Result<Self, BenchError> {
-        let model = Model::load(folder, Form::Bf16, Arc::new(Pool::new(threads)))?;
+        let model = Model::load(folder, Form::bf16(), Arc::new(Pool::new(threads)))?;
         let config = CpuConfig {
             kv_blocks: TOKENS_MAX / BLOCK_TOKENS as u32,
             tokens: TOKENS_MAX,

@@ -102,7 +102,7 @@ pub(super) fn check_weights(
 pub(super) fn form_name(form: Form) -> &'static str {
     match form {
         Form::F32 => "f32",
-        Form::Bf16 => "bf16",
+        Form::Bf16 | Form::Bf16Pairs => "bf16",
         Form::Q8 => "q8",
     }
 }
@@ -167,7 +167,7 @@ fn weight_bytes(config: &Config, form: Form) -> u64 {
     let count = vocabulary + layers;
     match form {
         Form::F32 => count * 4,
-        Form::Bf16 => count * 2,
+        Form::Bf16 | Form::Bf16Pairs => count * 2,
         // A scale of two bytes for each block of 32.
         Form::Q8 => count + count / 16,
     }

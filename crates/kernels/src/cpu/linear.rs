@@ -4,6 +4,8 @@
 //! them once, in a stream, and vectors run over outputs. Each output is one chain of fused multiply-adds over k. A
 //! weight in bf16 or 8 bits stands for exactly one f32 (8 bits: value × scale, rounded once), and the sum is that of f32.
 //!
+//! Machines that multiply bf16 in pairs have a form of weights for that, with which inputs are rounded too: see [`pairs`].
+//!
 //! With many rows a panel's weights are turned into f32 once per 240 rows and 512 k, which stay in the core's cache.
 
 #![expect(
@@ -22,6 +24,8 @@ use super::pool::{Parts, Pool, share};
 use super::simd::{Kernel, Lanes, dispatch};
 use crate::buffer::Buffer;
 
+mod pairs;
+
 /// Outputs in a panel.
 const PANEL: usize = 64;
 /// Values of k that share a scale in the 8-bit form.
@@ -38,13 +42,29 @@ pub enum Form {
     F32,
     /// 2 bytes a weight, rounded to nearest even.
     Bf16,
+    /// The same weights, and inputs rounded to bf16 as well, as GPUs do it: twice the products in an instruction, on
+    /// machines that have it ([`Form::bf16`]).
+    Bf16Pairs,
     /// 8 bits and a bf16 scale per row and 32 columns: 8.5 bits a weight. Scale = max |w| / 127, rounded up.
     Q8,
+}
+
+impl Form {
+    /// Weights in bf16, as this machine computes with them fastest.
+    #[must_use]
+    pub fn bf16() -> Self {
+        if pairs::are_available() {
+            Self::Bf16Pairs
+        } else {
+            Self::Bf16
+        }
+    }
 }
 
 enum Data {
     F32(Buffer<f32>),
     Bf16(Buffer<u16>),
+    Pairs(Buffer<u16>),
     Q8 {
         quants: Buffer<i8>,
         scales: Buffer<u16>,
@@ -149,14 +169,16 @@ impl PackedLinear {
     /// When the system has no memory for them.
     ///
     /// # Panics
-    /// When a part is not whole rows.
+    /// When a part is not whole rows, or the machine does not have the form.
     pub fn pack(pool: &Pool, form: Form, k: usize, parts: &[RowSource<'_>]) -> io::Result<Self> {
+        assert!(form != Form::Bf16Pairs || pairs::are_available());
         assert!(k > 0 && parts.iter().all(|part| part.count() % k == 0));
         let n = parts.iter().map(|part| part.count() / k).sum::<usize>();
         let panels = n.div_ceil(PANEL);
         let blocks = k.div_ceil(SCALE_K);
         let mut data = match form {
             Form::F32 => Data::F32(Buffer::zeroed(panels * k * PANEL)?),
+            Form::Bf16Pairs => Data::Pairs(Buffer::zeroed(panels * pairs::panel_len(k))?),
             Form::Bf16 => Data::Bf16(Buffer::zeroed(panels * k * PANEL)?),
             Form::Q8 => Data::Q8 {
                 quants: Buffer::zeroed(panels * k * PANEL)?,
@@ -176,6 +198,7 @@ impl PackedLinear {
                 });
                 weave(pool, to);
             }
+            Data::Pairs(to) => pairs::pack(pool, to, k, panels, &rows_of),
             Data::Q8 { quants, scales } => {
                 pack_q8(pool, quants, scales, k, panels, &rows_of);
                 weave(pool, scales);
@@ -196,12 +219,16 @@ impl PackedLinear {
         self.k
     }
 
+    fn is_in_pairs(&self) -> bool {
+        matches!(self.data, Data::Pairs(_))
+    }
+
     /// Bytes that one pass over the weights reads.
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.data {
             Data::F32(data) => data.len() * 4,
-            Data::Bf16(data) => data.len() * 2,
+            Data::Bf16(data) | Data::Pairs(data) => data.len() * 2,
             Data::Q8 { quants, scales } => quants.len() + scales.len() * 2,
         }
     }
@@ -227,6 +254,12 @@ impl PackedLinear {
             Data::Bf16(data) => {
                 for (k, out) in out.iter_mut().enumerate() {
                     *out = from_bf16(data[at + k * PANEL + woven(column)]);
+                }
+            }
+            Data::Pairs(data) => {
+                let data = &data[panel * pairs::panel_len(self.k)..];
+                for (k, out) in out.iter_mut().enumerate() {
+                    *out = from_bf16(data[pairs::place(column, k)]);
                 }
             }
             Data::Q8 { quants, scales } => {
@@ -417,6 +450,8 @@ pub fn linear_grouped(pool: &Pool, x: &[f32], groups: &[Group<'_>], y: &mut [f32
     }
     let panels = n.div_ceil(PANEL);
     let work: Vec<&Group<'_>> = groups.iter().filter(|g| !g.rows.is_empty()).collect();
+    let in_pairs = work.iter().any(|group| group.weights.is_in_pairs());
+    let inputs = in_pairs.then(|| pairs::Inputs::of(pool, x, k));
     let y = Parts::new(y);
     pool.run(&|index| {
         let mine = share(work.len() * panels, index, pool.threads());
@@ -424,18 +459,32 @@ pub fn linear_grouped(pool: &Pool, x: &[f32], groups: &[Group<'_>], y: &mut [f32
         for (at, group) in work.iter().enumerate() {
             let start = mine.start.clamp(at * panels, (at + 1) * panels) - at * panels;
             let end = mine.end.clamp(at * panels, (at + 1) * panels) - at * panels;
-            if start < end {
-                dispatch(
-                    pool.isa(),
-                    Panels {
-                        group,
-                        x,
-                        y: &y,
-                        panels: start..end,
-                        scratch: &mut scratch,
-                    },
-                );
+            if start == end {
+                continue;
             }
+            if let (Data::Pairs(weights), Some(inputs)) = (&group.weights.data, &inputs) {
+                let panels = pairs::Panels {
+                    weights,
+                    n,
+                    inputs,
+                    rows: group.rows.clone(),
+                    panels: start..end,
+                    y: &y,
+                };
+                // SAFETY: weights are packed so only where the machine has it, and panels are shared out to threads.
+                unsafe { panels.run() };
+                continue;
+            }
+            dispatch(
+                pool.isa(),
+                Panels {
+                    group,
+                    x,
+                    y: &y,
+                    panels: start..end,
+                    scratch: &mut scratch,
+                },
+            );
         }
     });
 }
@@ -480,6 +529,8 @@ impl Panels<'_> {
                     let at = &data[panel * weights.k * PANEL..];
                     self.tiles(lanes, &area, Bf16Panel(at.as_ptr()));
                 }
+                // They have a kernel of their own.
+                Data::Pairs(_) => {}
                 Data::Q8 { quants, scales } => {
                     let at = &quants[panel * weights.k * PANEL..];
                     let scales = &scales[panel * weights.k.div_ceil(SCALE_K) * PANEL..];
@@ -775,6 +826,8 @@ fn unpack<L: Lanes>(
     match &weights.data {
         Data::F32(data) => out[..end - at].copy_from_slice(&data[at..end]),
         Data::Bf16(data) => copy_panel(lanes, Bf16Panel(data[at..end].as_ptr()), k.len(), out),
+        // They are not unpacked.
+        Data::Pairs(_) => {}
         Data::Q8 { quants, scales } => {
             // `BLOCK_K` is a multiple of `SCALE_K`, so a block's scales start at its first k.
             let first = panel * weights.k.div_ceil(SCALE_K) + k.start / SCALE_K;

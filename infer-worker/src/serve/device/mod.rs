@@ -81,7 +81,7 @@ pub(super) async fn start(options: &Options, files: &ModelFiles) -> Result<Runni
 
 async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, DeviceError> {
     let form = match options.dtype {
-        Dtype::Auto | Dtype::Bf16 => Form::Bf16,
+        Dtype::Auto | Dtype::Bf16 => Form::bf16(),
         Dtype::F32 => Form::F32,
         Dtype::Q8 => Form::Q8,
     };
@@ -106,6 +106,10 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
         kernels = model.pool().isa().name(),
         threads,
         weights = form_name(form),
+        products = match form {
+            Form::Bf16Pairs => "pairs of bf16 (AVX512_BF16), sums in f32",
+            _ => "f32",
+        },
         because = match options.dtype {
             Dtype::Auto => "no faster form keeps the checkpoint's numbers; `--dtype q8` is faster, with other numbers",
             _ => "`--dtype` says so",

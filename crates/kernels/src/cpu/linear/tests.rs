@@ -189,3 +189,40 @@ fn numbers_of_every_kind_become_bf16() {
         assert_eq!(out.as_slice(), expected);
     }
 }
+
+/// Forms whose products are of pairs, where the machine has them.
+fn pairs() -> Option<Form> {
+    Some(Form::bf16()).filter(|form| *form == Form::Bf16Pairs)
+}
+
+#[test]
+fn products_of_pairs_are_close_to_f64_and_the_same_for_any_rows_and_threads() {
+    let Some(form) = pairs() else { return };
+    for (rows, n, k) in [(1, 64, 32), (3, 130, 101), (13, 200, 1030), (300, 65, 33)] {
+        let x = numbers(3, rows * k);
+        let given = numbers(4, n * k);
+        let rounded = |x: &f32| f64::from(bf16::from_f32(*x).to_f32());
+        let pool = Pool::new(2);
+        let packed = PackedLinear::pack(&pool, form, k, &[RowSource::F32(&given)]).unwrap();
+        let w = values(&packed);
+        assert!(w.iter().zip(&given).all(|(w, g)| f64::from(*w) == rounded(g)));
+        let mut y = vec![f32::NAN; rows * n];
+        linear(&pool, &x, &packed, &mut y);
+        for (at, y) in y.iter().enumerate() {
+            let pairs = x[at / n * k..][..k].iter().zip(&w[at % n * k..][..k]);
+            let products: Vec<f64> = pairs.map(|(x, w)| rounded(x) * f64::from(*w)).collect();
+            let exact: f64 = products.iter().sum();
+            let size: f64 = products.iter().map(|p| p.abs()).sum();
+            let error = (f64::from(*y) - exact).abs() / size.max(1e-30);
+            assert!(error < 2e-6, "{rows}x{n}x{k} at {at}: {error}");
+        }
+        for threads in [1, 3] {
+            let pool = Pool::new(threads);
+            for (row, expected) in x.chunks(k).zip(y.chunks(n)) {
+                let mut alone = vec![f32::NAN; n];
+                linear(&pool, row, &packed, &mut alone);
+                assert_eq!(alone, expected, "{rows}x{n}x{k}, {threads} threads");
+            }
+        }
+    }
+}
