@@ -9,8 +9,8 @@ use espalier_kernels::cpu::lora::{LoraPair, lora_add};
 use espalier_kernels::cpu::moe::{self, Experts};
 use espalier_kernels::cpu::sampler::draw;
 use espalier_kernels::cpu::{
-    Form, KvCache, KvShape, PackedLinear, Pool, QkvShape, RowSource, Span, add_rms_norm, attention,
-    linear, norm_rope_write, silu_mul,
+    Form, KvCache, KvForm, KvShape, PackedLinear, Pool, QkvShape, RowSource, Span, add_rms_norm,
+    attention, linear, norm_rope_write, silu_mul,
 };
 
 use espalier_kernels::sampling::{Penalties, Sampling, Seen};
@@ -81,6 +81,7 @@ impl Ops for Cpu {
             blocks: sequences * each,
             heads: case.kv_heads,
             head_dim: dim,
+            form: KvForm::F32,
         })
         .unwrap();
         let (shape, turns) = (

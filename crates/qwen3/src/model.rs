@@ -7,8 +7,8 @@ use espalier_kernels::cpu::kv::{BLOCK_TOKENS, Place};
 use espalier_kernels::cpu::lora::lora_add;
 use espalier_kernels::cpu::moe::{self, Experts};
 use espalier_kernels::cpu::{
-    Form, KvCache, KvShape, PackedLinear, Pool, QkvShape, Span, add, add_rms_norm, attention,
-    linear, norm_rope_write, silu_mul,
+    Form, KvCache, KvForm, KvShape, PackedLinear, Pool, QkvShape, Span, add, add_rms_norm,
+    attention, linear, norm_rope_write, silu_mul,
 };
 
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorSource};
@@ -76,6 +76,7 @@ pub struct Model {
     layers: Vec<Layer>,
     final_norm: Vec<f32>,
     rotary: Rotary,
+    kv_form: KvForm,
 }
 
 /// Which logits of a part are wanted.
@@ -182,6 +183,11 @@ impl Model {
             layers,
             final_norm: load.vector(&config.final_norm())?,
             rotary: Rotary::new(&config.rope, config.head_dim),
+            // What is rounded before it is multiplied may be kept so.
+            kv_form: match form {
+                Form::Bf16Pairs => KvForm::Bf16,
+                Form::F32 | Form::Bf16 | Form::Q8 => KvForm::F32,
+            },
             config,
             pool,
         })
@@ -207,6 +213,7 @@ impl Model {
             blocks,
             heads: self.config.kv_heads,
             head_dim: self.config.head_dim,
+            form: self.kv_form,
         }
     }
 

@@ -13,7 +13,7 @@
     reason = "blocks are read, and rows written, through pointers"
 )]
 
-use super::kv::{BLOCK_TOKENS, KvCache};
+use super::kv::{BLOCK_TOKENS, Element, KvCache, KvShape, Layer};
 use super::pool::{Parts, Pool};
 use super::simd::{Kernel, Lanes, dispatch, exp, tree};
 
@@ -79,35 +79,61 @@ pub fn attention(
         assert!((span.row + span.tokens) * q_stride <= q.len());
         assert!((span.row + span.tokens) * heads * kv.head_dim <= out.len());
     }
-    let tiles = tiles_of(spans, kv.heads, (TILE_ROWS / group).max(1));
-    let cost = |tile: &Tile<'_>| (tile.span.start + tile.first + tile.tokens) * tile.tokens;
-    let total: usize = tiles.iter().map(cost).sum();
-    let out = Parts::new(out);
-    pool.run(&|index| {
-        let threads = pool.threads();
-        let mut scores = Vec::new();
-        let mut done = 0;
-        for tile in &tiles {
-            // A tile is the thread's in whose share of the cost its start falls.
-            let owner = (done * threads / total.max(1)).min(threads - 1);
-            done += cost(tile);
-            if owner == index {
-                let call = Call {
-                    q,
-                    q_stride,
-                    heads,
-                    group,
-                    scale,
-                    cache,
-                    layer,
-                    out: &out,
-                    tile,
-                    scores: &mut scores,
-                };
-                dispatch(pool.isa(), call);
+    let step = Step {
+        pool,
+        q,
+        q_stride,
+        heads,
+        group,
+        scale,
+        kv,
+        tiles: tiles_of(spans, kv.heads, (TILE_ROWS / group).max(1)),
+    };
+    match cache.layer(layer) {
+        Layer::F32(keys, values) => step.run(keys, values, out),
+        Layer::Bf16(keys, values) => step.run(keys, values, out),
+    }
+}
+
+/// All tiles of a layer's step.
+struct Step<'a> {
+    pool: &'a Pool,
+    q: &'a [f32],
+    q_stride: usize,
+    heads: usize,
+    group: usize,
+    scale: f32,
+    kv: KvShape,
+    tiles: Vec<Tile<'a>>,
+}
+
+impl Step<'_> {
+    fn run<E: Element>(&self, keys: &[E], values: &[E], out: &mut [f32]) {
+        let cost = |tile: &Tile<'_>| (tile.span.start + tile.first + tile.tokens) * tile.tokens;
+        let total: usize = self.tiles.iter().map(cost).sum();
+        let out = Parts::new(out);
+        self.pool.run(&|index| {
+            let threads = self.pool.threads();
+            let mut scores = Vec::new();
+            let mut done = 0;
+            for tile in &self.tiles {
+                // A tile is the thread's in whose share of the cost its start falls.
+                let owner = (done * threads / total.max(1)).min(threads - 1);
+                done += cost(tile);
+                if owner == index {
+                    let call = Call {
+                        step: self,
+                        keys,
+                        values,
+                        out: &out,
+                        tile,
+                        scores: &mut scores,
+                    };
+                    dispatch(self.pool.isa(), call);
+                }
             }
-        }
-    });
+        });
+    }
 }
 
 fn tiles_of<'a>(spans: &[Span<'a>], kv_heads: usize, tokens: usize) -> Vec<Tile<'a>> {
@@ -127,23 +153,19 @@ fn tiles_of<'a>(spans: &[Span<'a>], kv_heads: usize, tokens: usize) -> Vec<Tile<
     tiles
 }
 
-struct Call<'a> {
-    q: &'a [f32],
-    q_stride: usize,
-    heads: usize,
-    group: usize,
-    scale: f32,
-    cache: &'a KvCache,
-    layer: usize,
+struct Call<'a, E> {
+    step: &'a Step<'a>,
+    keys: &'a [E],
+    values: &'a [E],
     out: &'a Parts<'a, f32>,
     tile: &'a Tile<'a>,
     scores: &'a mut Vec<f32>,
 }
 
-impl Kernel for Call<'_> {
+impl<E: Element> Kernel for Call<'_, E> {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let rows = self.tile.tokens * self.group;
+        let rows = self.tile.tokens * self.step.group;
         let most = if L::WIDE { 8 } else { L::ROWS };
         let length = self.positions().next_multiple_of(BLOCK_TOKENS);
         let mut scores = std::mem::take(self.scores);
@@ -166,7 +188,7 @@ impl Kernel for Call<'_> {
         let mut inverse = vec![0.0; rows];
         for (row, inverse) in inverse.iter_mut().enumerate() {
             let seen = self.seen(row);
-            *inverse = softmax(&mut scores[row * length..][..length], seen, self.scale);
+            *inverse = softmax(&mut scores[row * length..][..length], seen, self.step.scale);
         }
         let most = L::ROWS.min(4);
         for first in (0..rows).step_by(most) {
@@ -187,7 +209,7 @@ impl Kernel for Call<'_> {
     }
 }
 
-impl Call<'_> {
+impl<E: Element> Call<'_, E> {
     /// Positions that the tile's last token sees.
     fn positions(&self) -> usize {
         self.tile.span.start + self.tile.first + self.tile.tokens
@@ -195,14 +217,14 @@ impl Call<'_> {
 
     /// Positions that a row sees. Rows are tokens, and under each the heads of the group.
     fn seen(&self, row: usize) -> usize {
-        self.tile.span.start + self.tile.first + row / self.group + 1
+        self.tile.span.start + self.tile.first + row / self.step.group + 1
     }
 
     /// Token in the batch and head of q of a row.
     fn place(&self, row: usize) -> (usize, usize) {
         (
-            self.tile.span.row + self.tile.first + row / self.group,
-            self.tile.kv_head * self.group + row % self.group,
+            self.tile.span.row + self.tile.first + row / self.step.group,
+            self.tile.kv_head * self.step.group + row % self.step.group,
         )
     }
 
@@ -214,23 +236,23 @@ impl Call<'_> {
         length: usize,
         scores: &mut [f32],
     ) {
-        let kv = self.cache.shape();
-        let (keys, _) = self.cache.layer(self.layer);
-        let mut q = [self.q.as_ptr(); ROWS];
+        let kv = self.step.kv;
+        let mut q = [self.step.q.as_ptr(); ROWS];
         for (r, q) in q.iter_mut().enumerate() {
             let (token, head) = self.place(first + r);
-            *q = self.q[token * self.q_stride + head * kv.head_dim..][..kv.head_dim].as_ptr();
+            *q = self.step.q[token * self.step.q_stride + head * kv.head_dim..][..kv.head_dim]
+                .as_ptr();
         }
         assert!(scores.len() >= ROWS * length);
         for at in 0..length / BLOCK_TOKENS {
             let block = self.tile.span.blocks[at] as usize;
             let start = (block * kv.heads + self.tile.kv_head) * kv.head_dim * BLOCK_TOKENS;
-            let keys = keys[start..start + kv.head_dim * BLOCK_TOKENS].as_ptr();
+            let keys = self.keys[start..start + kv.head_dim * BLOCK_TOKENS].as_ptr();
             // SAFETY: each q has `head_dim` elements, the block as many vectors, a row of scores `length` places.
             unsafe {
                 let mut acc = [lanes.zero(); ROWS];
                 for d in 0..kv.head_dim {
-                    let k = lanes.load(keys.add(d * BLOCK_TOKENS));
+                    let k = E::load(lanes, keys.add(d * BLOCK_TOKENS));
                     for r in 0..ROWS {
                         acc[r] = lanes.fma(lanes.splat(*q[r].add(d)), k, acc[r]);
                     }
@@ -254,7 +276,7 @@ impl Call<'_> {
         weights: &[f32],
         inverse: &[f32],
     ) {
-        let dim = self.cache.shape().head_dim;
+        let dim = self.step.kv.head_dim;
         let mut at = 0;
         while L::WIDE && at + 64 <= dim {
             self.mix::<L, ROWS, 4>(lanes, first, length, weights, inverse, at);
@@ -277,8 +299,7 @@ impl Call<'_> {
         inverse: &[f32],
         from: usize,
     ) {
-        let kv = self.cache.shape();
-        let (_, values) = self.cache.layer(self.layer);
+        let kv = self.step.kv;
         let positions = self.positions();
         assert!(weights.len() >= ROWS * length && from + VECTORS * 16 <= kv.head_dim);
         // SAFETY: a block holds 16 tokens of `head_dim` elements; rows of `out` are this tile's alone.
@@ -287,12 +308,12 @@ impl Call<'_> {
             for at in 0..length / BLOCK_TOKENS {
                 let block = self.tile.span.blocks[at] as usize;
                 let start = (block * kv.heads + self.tile.kv_head) * kv.head_dim * BLOCK_TOKENS;
-                let values = values[start..start + kv.head_dim * BLOCK_TOKENS].as_ptr();
+                let values = self.values[start..start + kv.head_dim * BLOCK_TOKENS].as_ptr();
                 let tokens = BLOCK_TOKENS.min(positions - at * BLOCK_TOKENS);
                 for t in 0..tokens {
                     let mut v = [lanes.zero(); VECTORS];
                     for (i, v) in v.iter_mut().enumerate() {
-                        *v = lanes.load(values.add(t * kv.head_dim + from + i * 16));
+                        *v = E::load(lanes, values.add(t * kv.head_dim + from + i * 16));
                     }
                     for r in 0..ROWS {
                         let w = *weights.as_ptr().add(r * length + at * BLOCK_TOKENS + t);
@@ -305,7 +326,7 @@ impl Call<'_> {
             }
             for r in 0..ROWS {
                 let (token, head) = self.place(first + r);
-                let at = (token * self.heads + head) * kv.head_dim + from;
+                let at = (token * self.step.heads + head) * kv.head_dim + from;
                 let out = self.out.part(at..at + VECTORS * 16).as_mut_ptr();
                 for i in 0..VECTORS {
                     lanes.store(

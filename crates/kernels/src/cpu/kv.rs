@@ -1,4 +1,4 @@
-//! The paged KV cache in f32, and the op that fills it: per-head RMSNorm and RoPE of q and k, and the write of k and v.
+//! The paged KV cache in f32 or bf16, and the op that fills it: per-head RMSNorm and RoPE of q and k, and the write of k and v.
 //!
 //! A block holds 16 tokens. Keys lie `[block, head, element, token]`, so that one vector is 16 tokens' element; values
 //! lie `[block, head, token, element]`.
@@ -7,13 +7,57 @@
 
 use std::io;
 
+use half::bf16;
+
 use super::elementwise::inverse_rms;
 use super::pool::{Parts, Pool};
 use super::simd::{Kernel, Lanes, dispatch};
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Plain};
 
 /// Tokens of a KV block.
 pub const BLOCK_TOKENS: usize = 16;
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvForm {
+    /// 4 bytes a number.
+    F32,
+    /// 2 bytes a number, rounded to nearest even as it is written.
+    Bf16,
+}
+
+/// A number of the cache.
+pub(crate) trait Element: Copy + Send + Sync {
+    fn of(x: f32) -> Self;
+    /// # Safety
+    /// 16 of them can be read there.
+    unsafe fn load<L: Lanes>(lanes: L, from: *const Self) -> L::V;
+}
+
+impl Element for f32 {
+    fn of(x: f32) -> Self {
+        x
+    }
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(lanes: L, from: *const Self) -> L::V {
+        // SAFETY: by contract.
+        unsafe { lanes.load(from) }
+    }
+}
+
+/// A bf16 by its bits.
+impl Element for u16 {
+    fn of(x: f32) -> Self {
+        bf16::from_f32(x).to_bits()
+    }
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(lanes: L, from: *const Self) -> L::V {
+        // SAFETY: by contract.
+        unsafe { lanes.load_bf16_16(from) }
+    }
+}
 
 /// The shape of a KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +70,8 @@ pub struct KvShape {
     pub heads: usize,
     /// Elements of a head: a multiple of 16.
     pub head_dim: usize,
+    /// How they are kept.
+    pub form: KvForm,
 }
 
 impl KvShape {
@@ -40,15 +86,34 @@ impl KvShape {
     /// Bytes of one block over all layers.
     #[must_use]
     pub fn block_bytes(&self) -> usize {
-        self.layers * self.block_len() * 2 * size_of::<f32>()
+        let bytes = match self.form {
+            KvForm::F32 => size_of::<f32>(),
+            KvForm::Bf16 => size_of::<u16>(),
+        };
+        self.layers * self.block_len() * 2 * bytes
     }
 }
 
 /// Keys and values of all layers.
 pub struct KvCache {
     shape: KvShape,
-    keys: Buffer<f32>,
-    values: Buffer<f32>,
+    data: Data,
+}
+
+enum Data {
+    F32(Pages<f32>),
+    Bf16(Pages<u16>),
+}
+
+struct Pages<E: Plain> {
+    keys: Buffer<E>,
+    values: Buffer<E>,
+}
+
+/// Keys and values of one layer.
+pub(crate) enum Layer<'a> {
+    F32(&'a [f32], &'a [f32]),
+    Bf16(&'a [u16], &'a [u16]),
 }
 
 impl KvCache {
@@ -62,11 +127,17 @@ impl KvCache {
     pub fn new(shape: KvShape) -> io::Result<Self> {
         assert!(shape.head_dim.is_multiple_of(16), "{shape:?}");
         let len = shape.layers * shape.layer_len();
-        Ok(Self {
-            shape,
-            keys: Buffer::zeroed(len)?,
-            values: Buffer::zeroed(len)?,
-        })
+        let data = match shape.form {
+            KvForm::F32 => Data::F32(Pages {
+                keys: Buffer::zeroed(len)?,
+                values: Buffer::zeroed(len)?,
+            }),
+            KvForm::Bf16 => Data::Bf16(Pages {
+                keys: Buffer::zeroed(len)?,
+                values: Buffer::zeroed(len)?,
+            }),
+        };
+        Ok(Self { shape, data })
     }
 
     /// Its shape.
@@ -75,17 +146,13 @@ impl KvCache {
         self.shape
     }
 
-    /// Keys and values of a layer.
-    pub(crate) fn layer(&self, layer: usize) -> (&[f32], &[f32]) {
+    pub(crate) fn layer(&self, layer: usize) -> Layer<'_> {
         let len = self.shape.layer_len();
         let range = layer * len..(layer + 1) * len;
-        (&self.keys[range.clone()], &self.values[range])
-    }
-
-    fn layer_mut(&mut self, layer: usize) -> (&mut [f32], &mut [f32]) {
-        let len = self.shape.layer_len();
-        let range = layer * len..(layer + 1) * len;
-        (&mut self.keys[range.clone()], &mut self.values[range])
+        match &self.data {
+            Data::F32(all) => Layer::F32(&all.keys[range.clone()], &all.values[range]),
+            Data::Bf16(all) => Layer::Bf16(&all.keys[range.clone()], &all.values[range]),
+        }
     }
 }
 
@@ -135,40 +202,73 @@ pub fn norm_rope_write(
         sorted.windows(2).all(|pair| pair[0] != pair[1]),
         "two tokens in one place"
     );
-    let (keys, values) = cache.layer_mut(layer);
-    let (qkv, keys, values) = (Parts::new(qkv), Parts::new(keys), Parts::new(values));
-    pool.split(places.len(), &|range| {
-        for token in range {
-            let place = places[token];
-            assert!((place.offset as usize) < BLOCK_TOKENS);
-            // SAFETY: a token is one thread's.
-            let row = unsafe { qkv.part(token * width..(token + 1) * width) };
-            dispatch(
-                pool.isa(),
-                Turn {
-                    shape,
-                    kv,
-                    row,
-                    turns: &turns[token * kv.head_dim..][..kv.head_dim],
-                },
-            );
-            let (_, row) = row.split_at(shape.heads * kv.head_dim);
-            let (k, v) = row.split_at(kv.heads * kv.head_dim);
-            for head in 0..kv.heads {
-                let at = (place.block as usize * kv.heads + head) * kv.head_dim * BLOCK_TOKENS;
-                let k = &k[head * kv.head_dim..][..kv.head_dim];
-                for (element, k) in k.iter().enumerate() {
-                    let at = at + element * BLOCK_TOKENS + place.offset as usize;
-                    // SAFETY: no other token has this place, so no other thread this element.
-                    unsafe { keys.part(at..at + 1)[0] = *k };
-                }
-                let at = at + place.offset as usize * kv.head_dim;
-                // SAFETY: as above.
-                let to = unsafe { values.part(at..at + kv.head_dim) };
-                to.copy_from_slice(&v[head * kv.head_dim..][..kv.head_dim]);
-            }
+    let len = kv.layer_len();
+    let range = layer * len..(layer + 1) * len;
+    let tokens = Tokens {
+        pool,
+        shape,
+        kv,
+        turns,
+        places,
+    };
+    match &mut cache.data {
+        Data::F32(all) => {
+            tokens.write(qkv, &mut all.keys[range.clone()], &mut all.values[range]);
         }
-    });
+        Data::Bf16(all) => {
+            tokens.write(qkv, &mut all.keys[range.clone()], &mut all.values[range]);
+        }
+    }
+}
+
+/// Tokens that go into a layer of the cache, each into a place of its own.
+struct Tokens<'a> {
+    pool: &'a Pool,
+    shape: &'a QkvShape<'a>,
+    kv: KvShape,
+    turns: &'a [f32],
+    places: &'a [Place],
+}
+
+impl Tokens<'_> {
+    fn write<E: Element>(&self, qkv: &mut [f32], keys: &mut [E], values: &mut [E]) {
+        let dim = self.kv.head_dim;
+        let width = (self.shape.heads + 2 * self.kv.heads) * dim;
+        let (qkv, keys, values) = (Parts::new(qkv), Parts::new(keys), Parts::new(values));
+        self.pool.split(self.places.len(), &|range| {
+            for token in range {
+                let place = self.places[token];
+                assert!((place.offset as usize) < BLOCK_TOKENS);
+                // SAFETY: a token is one thread's.
+                let row = unsafe { qkv.part(token * width..(token + 1) * width) };
+                dispatch(
+                    self.pool.isa(),
+                    Turn {
+                        shape: self.shape,
+                        kv: self.kv,
+                        row,
+                        turns: &self.turns[token * dim..][..dim],
+                    },
+                );
+                let (_, row) = row.split_at(self.shape.heads * dim);
+                let (k, v) = row.split_at(self.kv.heads * dim);
+                for head in 0..self.kv.heads {
+                    let at = (place.block as usize * self.kv.heads + head) * dim * BLOCK_TOKENS;
+                    for (element, k) in k[head * dim..][..dim].iter().enumerate() {
+                        let at = at + element * BLOCK_TOKENS + place.offset as usize;
+                        // SAFETY: no other token has this place, so no other thread this element.
+                        unsafe { keys.part(at..at + 1)[0] = E::of(*k) };
+                    }
+                    let at = at + place.offset as usize * dim;
+                    // SAFETY: as above.
+                    let to = unsafe { values.part(at..at + dim) };
+                    for (to, v) in to.iter_mut().zip(&v[head * dim..][..dim]) {
+                        *to = E::of(*v);
+                    }
+                }
+            }
+        });
+    }
 }
 
 struct Turn<'a> {

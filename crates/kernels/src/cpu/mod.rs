@@ -25,6 +25,6 @@ pub(crate) mod simd;
 
 pub use attention::{Span, attention};
 pub use elementwise::{add, add_rms_norm, rms_norm, silu_mul};
-pub use kv::{KvCache, KvShape, QkvShape, norm_rope_write};
+pub use kv::{KvCache, KvForm, KvShape, QkvShape, norm_rope_write};
 pub use linear::{Form, PackedLinear, RowSource, linear};
 pub use pool::{Isa, Pool};

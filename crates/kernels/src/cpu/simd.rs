@@ -30,6 +30,11 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// 32 u16 can be read there.
     unsafe fn load_bf16(self, from: *const u16) -> (Self::V, Self::V);
+    /// 16 bf16, in order.
+    ///
+    /// # Safety
+    /// 16 u16 can be read there.
+    unsafe fn load_bf16_16(self, from: *const u16) -> Self::V;
     /// # Safety
     /// 16 i8 can be read there.
     unsafe fn load_i8(self, from: *const i8) -> Self::V;
@@ -99,6 +104,12 @@ impl Lanes for Portable {
             std::array::from_fn(|i| at(2 * i)),
             std::array::from_fn(|i| at(2 * i + 1)),
         )
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_16(self, from: *const u16) -> [f32; 16] {
+        // SAFETY: by contract.
+        let all = unsafe { from.cast::<[u16; 16]>().read_unaligned() };
+        std::array::from_fn(|i| f32::from_bits(u32::from(all[i]) << 16))
     }
     #[inline(always)]
     unsafe fn load_i8(self, from: *const i8) -> [f32; 16] {
@@ -177,6 +188,14 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn load_bf16_16(self, from: *const u16) -> __m512 {
+            // SAFETY: see above.
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+        }
+        #[inline(always)]
         unsafe fn load_i8(self, from: *const i8) -> __m512 {
             // SAFETY: see above.
             unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
@@ -238,6 +257,18 @@ mod x86 {
                     [_mm256_castsi256_ps(low[0]), _mm256_castsi256_ps(low[1])],
                     [_mm256_castsi256_ps(high[0]), _mm256_castsi256_ps(high[1])],
                 )
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16_16(self, from: *const u16) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe {
+                let a = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                let b = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
+                [
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)),
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b)),
+                ]
             }
         }
         #[inline(always)]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use espalier_kernels::cpu::{Form, Pool};
+use espalier_kernels::cpu::{Form, KvForm, Pool};
 use espalier_qwen3::{CheckpointError, Config, Lora};
 use espalier_runtime::tasks::{BlockingFailed, blocking};
 use espalier_runtime::telemetry::error_chain;
@@ -99,7 +99,8 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
         sequences: options.max_num_seqs as usize,
         step_tokens: step_tokens as usize,
     };
-    let block_bytes = model.kv_shape(1).block_bytes() as u64;
+    let kv = model.kv_shape(1);
+    let block_bytes = kv.block_bytes() as u64;
     let plan = memory::plan(&files.config, block_bytes, wish, memory::available())?;
     tracing::info!(
         device = "cpu",
@@ -116,7 +117,10 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
         },
         weights_read_a_token = %Gib(model.weight_bytes() as u64),
         kv = %Gib(u64::from(plan.kv_blocks) * block_bytes),
-        kv_form = "f32",
+        kv_form = match kv.form {
+            KvForm::F32 => "f32",
+            KvForm::Bf16 => "bf16",
+        },
         context_tokens = plan.context_tokens,
         "model loaded"
     );

@@ -1,6 +1,6 @@
 use super::*;
 use crate::cpu::Isa;
-use crate::cpu::kv::{KvShape, Place, QkvShape, norm_rope_write};
+use crate::cpu::kv::{KvForm, KvShape, Place, QkvShape, norm_rope_write};
 use crate::cpu::simd::tests::numbers;
 
 const HEADS: usize = 6;
@@ -9,11 +9,16 @@ const DIM: usize = 80;
 const WIDTH: usize = (HEADS + 2 * KV_HEADS) * DIM;
 
 fn cache() -> KvCache {
+    cache_in(KvForm::F32)
+}
+
+fn cache_in(form: KvForm) -> KvCache {
     let shape = KvShape {
         layers: 2,
         blocks: 40,
         heads: KV_HEADS,
         head_dim: DIM,
+        form,
     };
     KvCache::new(shape).unwrap()
 }
@@ -125,15 +130,23 @@ fn exact(qkv: &[f32], tokens: usize) -> Vec<f64> {
     out
 }
 
-/// Against f64, 2e-6 of values in ±1; chunked, token by token, on other blocks and other instructions: the same bits.
+/// Against f64, 2e-6 of values in ±1, with keys and values in bf16 2e-2; chunked, token by token, on other blocks and other
+/// instructions: the same bits.
 #[test]
 fn whole_chunked_and_stepwise_agree_with_f64_and_bit_for_bit_with_each_other() {
+    for (form, tolerance) in [(KvForm::F32, 2e-6), (KvForm::Bf16, 2e-2)] {
+        agree(form, tolerance);
+    }
+}
+
+fn agree(form: KvForm, tolerance: f64) {
     let tokens = 53;
     let qkv = numbers(1, tokens * WIDTH);
     let pool = Pool::new(2);
-    let whole = step(&pool, &mut cache(), &qkv, 0..tokens, &[3, 9, 1, 20]);
+    let whole = step(&pool, &mut cache_in(form), &qkv, 0..tokens, &[3, 9, 1, 20]);
     for (got, exact) in whole.iter().zip(exact(&qkv, tokens)) {
-        assert!((f64::from(*got) - exact).abs() < 2e-6, "{got} for {exact}");
+        let error = (f64::from(*got) - exact).abs();
+        assert!(error < tolerance, "{form:?}: {got} for {exact}");
     }
     for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512] {
         if !isa.is_available() {
@@ -146,7 +159,7 @@ fn whole_chunked_and_stepwise_agree_with_f64_and_bit_for_bit_with_each_other() {
             vec![5, 48],
         ] {
             let pool = Pool::with_isa(3, isa);
-            let mut cache = cache();
+            let mut cache = cache_in(form);
             // Stale numbers of an earlier sequence must not show.
             step(
                 &pool,
@@ -161,7 +174,7 @@ fn whole_chunked_and_stepwise_agree_with_f64_and_bit_for_bit_with_each_other() {
                 got.extend(step(&pool, &mut cache, &qkv, at..at + size, &[7, 0, 33, 2]));
                 at += size;
             }
-            assert!(got == whole, "{isa:?} {sizes:?}: other bits");
+            assert!(got == whole, "{form:?} {isa:?} {sizes:?}: other bits");
         }
     }
 }

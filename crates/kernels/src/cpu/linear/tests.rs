@@ -205,7 +205,11 @@ fn products_of_pairs_are_close_to_f64_and_the_same_for_any_rows_and_threads() {
         let pool = Pool::new(2);
         let packed = PackedLinear::pack(&pool, form, k, &[RowSource::F32(&given)]).unwrap();
         let w = values(&packed);
-        assert!(w.iter().zip(&given).all(|(w, g)| f64::from(*w) == rounded(g)));
+        assert!(
+            w.iter()
+                .zip(&given)
+                .all(|(w, g)| f64::from(*w) == rounded(g))
+        );
         let mut y = vec![f32::NAN; rows * n];
         linear(&pool, &x, &packed, &mut y);
         for (at, y) in y.iter().enumerate() {
