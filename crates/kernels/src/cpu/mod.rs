@@ -3,7 +3,8 @@
 //! # Order of sums
 //! A result depends on its own row and on nothing else: not on the number of rows, of threads or of chunks, nor on the
 //! instruction set. That holds bit for bit, because every sum has one order:
-//! - [`linear()`]: each output is one chain of fused multiply-adds over k, ascending. Vectors run over outputs.
+//! - [`linear()`]: each output is one chain of fused multiply-adds over k, ascending. Vectors run over outputs. In
+//!   [`Form::Bf16Pairs`] the chain is of pairs of k, with one instruction, which only some machines have.
 //! - [`attention()`]: each score is one such chain over the head's elements; a row's sum of weights has 16 lanes by
 //!   `position % 16`, added up by one tree; its mix of values is one chain over positions, ascending from 0. So decode,
 //!   chunked, cached and whole prefill agree.
