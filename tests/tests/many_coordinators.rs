@@ -100,7 +100,15 @@ async fn an_operator_of_one_watches_jobs_and_workers_of_both() {
         (done && both).then_some(()).ok_or(look.to_string())
     })
     .await;
-    let look = one_look(&cluster, first).await;
+    // The first one sees the worker of the second a moment later.
+    let look = wait_for("the other one to show both", DEADLINE, || async {
+        let look = one_look(&cluster, first).await;
+        match look["workers"].as_array().map(Vec::len) {
+            Some(2) => Ok(look),
+            _ => Err(look.to_string()),
+        }
+    })
+    .await;
     assert_eq!(look["batches"][0]["counts"]["succeeded"], 20, "{look}");
     assert_eq!(look["queues"][0]["kind"], "rollout", "{look}");
     assert_eq!(look["workers"][1]["kinds"], json!(["rollout"]), "{look}");
