@@ -174,7 +174,7 @@ fn bf16_throughout_is_as_near_to_f32_as_torch_s() {
         let case = &facts["greedy"][facts["logits_of"].as_u64().unwrap() as usize];
         let prompt = ids(&case["prompt"]);
         let [f32, bf16] = [Form::F32, Form::bf16()].map(|f| logits(&load(name, f), None, &prompt));
-        let error = f64::from(relative(&bf16, &f32));
+        let error = relative(&bf16, &f32);
         let allowed = 2.0 * torch[name]["relative"].as_f64().unwrap();
         assert!(
             error <= allowed,
