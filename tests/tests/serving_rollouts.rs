@@ -117,9 +117,15 @@ async fn up_serves_the_model_itself() {
     let store = up.store_folder();
     client.submit("last", &[cut_after(200, "j")]).await;
     let key: JobKey = "default/last/j".parse().unwrap();
+    let attempts = store.with_file_name("worker").join("attempts");
     wait_for("the last rollout to run", DEADLINE, || async {
         let leases = client.leases(std::slice::from_ref(&key)).await;
-        leases.get(&key).copied().ok_or("no lease")
+        // A lease may still be on its way to the worker, which would hand it back.
+        let fence = leases.get(&key).ok_or("no lease")?;
+        let begun = std::fs::read_dir(&attempts).into_iter().flatten().flatten();
+        let mut begun = begun.filter_map(|entry| entry.file_name().into_string().ok());
+        let is_begun = begun.any(|name| name.starts_with(&format!("{}-", fence.0)));
+        is_begun.then_some(()).ok_or("not begun")
     })
     .await;
     assert!(up.process.terminate(DRAIN_DEADLINE).await.success());
