@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Parser;
+use espalier_kernels::cpu::Form;
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::telemetry::TelemetryConfig;
 
@@ -127,6 +128,17 @@ pub enum Dtype {
     Bf16,
     /// 8-bit integers with a scale a block.
     Q8,
+}
+
+impl Dtype {
+    /// The form of weights on the CPU.
+    pub fn on_cpu(self) -> Form {
+        match self {
+            Self::Auto | Self::Bf16 => Form::bf16(),
+            Self::F32 => Form::F32,
+            Self::Q8 => Form::Q8,
+        }
+    }
 }
 
 impl FromStr for Device {

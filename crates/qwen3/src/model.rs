@@ -183,11 +183,7 @@ impl Model {
             layers,
             final_norm: load.vector(&config.final_norm())?,
             rotary: Rotary::new(&config.rope, config.head_dim),
-            // What is rounded before it is multiplied may be kept so.
-            kv_form: match form {
-                Form::Bf16Pairs => KvForm::Bf16,
-                Form::F32 | Form::Bf16 | Form::Q8 => KvForm::F32,
-            },
+            kv_form: form.kv(),
             config,
             pool,
         })

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use espalier_infer_worker::config::Dtype;
 use espalier_runtime::model::EventParser;
 use espalier_runtime::tasks::with_deadline;
 use futures::StreamExt as _;
@@ -17,8 +18,8 @@ use crate::exit::Problem;
 pub const CONTEXT_TOKENS: u32 = 4096;
 /// Sequences at once.
 pub const SEQUENCES: u32 = 8;
-/// Bytes of a token's keys and values in f32: layers, heads, elements, keys and values.
-const KV_BYTES: u32 = 28 * 8 * 128 * 2 * 4;
+/// Numbers of a token's keys and values: layers, heads, elements, keys and values.
+const KV_NUMBERS: usize = 28 * 8 * 128 * 2;
 /// How long a server may take to be ready, and to answer.
 const READY_LIMIT: Duration = Duration::from_secs(120);
 const ANSWER_LIMIT: Duration = Duration::from_secs(300);
@@ -45,6 +46,13 @@ impl Form {
         match self {
             Self::Bf16 => "bf16",
             Self::Q8 => "q8",
+        }
+    }
+
+    fn dtype(self) -> Dtype {
+        match self {
+            Self::Bf16 => Dtype::Bf16,
+            Self::Q8 => Dtype::Q8,
         }
     }
 
@@ -79,7 +87,8 @@ impl Setup {
         let mut command;
         match kind {
             Kind::Espalier => {
-                let kv_bytes = u64::from(CONTEXT_TOKENS) * u64::from(KV_BYTES);
+                let number_bytes = self.form.dtype().on_cpu().kv().bytes();
+                let kv_bytes = CONTEXT_TOKENS as usize * KV_NUMBERS * number_bytes;
                 command = Command::new(&self.worker);
                 command.arg("--model").arg(self.model.join("espalier"));
                 command.args(["--device", "cpu", "--dtype", self.form.name()]);
@@ -289,12 +298,13 @@ fn failed(error: reqwest::Error) -> Problem {
     Problem::failed(espalier_runtime::telemetry::error_chain(&error))
 }
 
-/// From a log: a field of ours, the rest of a line of llama.cpp's.
+/// From a log: what ours says when the model is loaded, the rest of a line of llama.cpp's.
 fn instructions(kind: Kind, log: &str) -> Option<String> {
     match kind {
         Kind::Espalier => log.lines().find_map(|line| {
             let line: Value = serde_json::from_str(line).ok()?;
-            Some(line["instructions"].as_str()?.to_owned())
+            let (kernels, products) = (line["kernels"].as_str()?, line["products"].as_str()?);
+            Some(format!("{kernels}; products: {products}"))
         }),
         Kind::Llama => {
             let line = log.lines().find(|line| line.contains("system_info:"))?;
@@ -365,9 +375,9 @@ mod tests {
 
     #[test]
     fn instructions_are_found_in_logs() {
-        let ours = "listening\n{\"message\":\"model loaded\",\"instructions\":\"Avx512\"}\n";
+        let ours = "listening\n{\"message\":\"model loaded\",\"kernels\":\"avx512\",\"products\":\"f32\"}\n";
         let found = instructions(Kind::Espalier, ours);
-        assert_eq!(found.as_deref(), Some("Avx512"));
+        assert_eq!(found.as_deref(), Some("avx512; products: f32"));
         let theirs =
             "0.1 I cmn: system_info: n_threads = 2 / 2 | CPU : AVX2 = 1 | LLAMAFILE = 1 | \n";
         let found = instructions(Kind::Llama, theirs);

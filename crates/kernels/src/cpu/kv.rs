@@ -26,6 +26,17 @@ pub enum KvForm {
     Bf16,
 }
 
+impl KvForm {
+    /// Bytes of a number.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::Bf16 => size_of::<u16>(),
+        }
+    }
+}
+
 /// A number of the cache.
 pub(crate) trait Element: Copy + Send + Sync {
     fn of(x: f32) -> Self;
@@ -86,11 +97,7 @@ impl KvShape {
     /// Bytes of one block over all layers.
     #[must_use]
     pub fn block_bytes(&self) -> usize {
-        let bytes = match self.form {
-            KvForm::F32 => size_of::<f32>(),
-            KvForm::Bf16 => size_of::<u16>(),
-        };
-        self.layers * self.block_len() * 2 * bytes
+        self.layers * self.block_len() * 2 * self.form.bytes()
     }
 }
 

@@ -20,6 +20,7 @@ use std::ops::Range;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::kv::KvForm;
 use super::pool::{Parts, Pool, share};
 use super::simd::{Kernel, Lanes, dispatch};
 use crate::buffer::Buffer;
@@ -57,6 +58,15 @@ impl Form {
             Self::Bf16Pairs
         } else {
             Self::Bf16
+        }
+    }
+
+    /// How keys and values are kept beside such weights: what is rounded before it is multiplied may be kept so.
+    #[must_use]
+    pub fn kv(self) -> KvForm {
+        match self {
+            Self::Bf16Pairs => KvForm::Bf16,
+            Self::F32 | Self::Bf16 | Self::Q8 => KvForm::F32,
         }
     }
 }

@@ -80,11 +80,7 @@ pub(super) async fn start(options: &Options, files: &ModelFiles) -> Result<Runni
 }
 
 async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, DeviceError> {
-    let form = match options.dtype {
-        Dtype::Auto | Dtype::Bf16 => Form::bf16(),
-        Dtype::F32 => Form::F32,
-        Dtype::Q8 => Form::Q8,
-    };
+    let form = options.dtype.on_cpu();
     memory::check_weights(&files.config, form, memory::available())?;
     let threads = threads(options.cpu_threads);
     let folder = files.folder.clone();
