@@ -1,6 +1,7 @@
 //! The loop against a real MCP server and a model endpoint that plays a script.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use espalier_core::chat::Message;
@@ -44,8 +45,11 @@ impl Ran {
 }
 
 async fn recorder(world: &World, key: &str) -> Recorder {
+    // No two attempts at a job have the same fence, and the folder of one is removed when its last task ends.
+    static FENCES: AtomicU64 = AtomicU64::new(1);
+    let fence = Fence(FENCES.fetch_add(1, Ordering::Relaxed));
     let key: JobKey = key.parse().unwrap();
-    Recorder::open(world.record.clone(), key, 1, Fence(7), None)
+    Recorder::open(world.record.clone(), key, 1, fence, None)
         .await
         .unwrap()
 }
