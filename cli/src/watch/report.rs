@@ -25,12 +25,13 @@ pub struct Report {
 #[derive(Clone, Debug, PartialEq)]
 struct Ended {
     state: v1::JobState,
+    work: v1::JobKind,
     kind: String,
     why: String,
     summary: Option<v1::RolloutSummary>,
 }
 
-/// One row of the table.
+/// One row of the table of rollouts: those of a kind of task.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Row {
     jobs: u64,
@@ -109,10 +110,19 @@ impl Report {
 
     fn rows(&self) -> BTreeMap<&str, Row> {
         let mut rows: BTreeMap<&str, Row> = BTreeMap::new();
-        for job in self.ended.values() {
+        for job in self.ended.values().filter(|job| job.is_rollout()) {
             rows.entry(&job.kind).or_default().add(job);
         }
         rows
+    }
+
+    /// Jobs that are no rollouts, by what they are.
+    fn work(&self) -> BTreeMap<&'static str, Work> {
+        let mut work: BTreeMap<_, Work> = BTreeMap::new();
+        for job in self.ended.values().filter(|job| !job.is_rollout()) {
+            work.entry(json::kind(job.work)).or_default().add(job);
+        }
+        work
     }
 
     /// How often each thing went wrong, most frequent first.
@@ -128,7 +138,44 @@ impl Report {
 
     /// For people.
     pub fn to_text(&self, store: Option<&str>) -> String {
+        let tables = [self.rollouts_table(), self.work_table()];
+        let tables: Vec<_> = tables.into_iter().flatten().collect();
+        let mut text = tables.join("\n\n");
+        let reasons = self.reasons();
+        if !reasons.is_empty() {
+            let rows = reasons
+                .iter()
+                .take(REASONS_SHOWN_MAX)
+                .map(|(reason, n)| [count(*n), (*reason).to_owned()])
+                .collect();
+            let why = match self.rows().is_empty() {
+                true => "why not done",
+                false => "why not solved",
+            };
+            text.push_str(&format!("\n\n{}", table(["jobs", why], rows)));
+            if let Some(rest) = reasons
+                .get(REASONS_SHOWN_MAX..)
+                .filter(|rest| !rest.is_empty())
+            {
+                let jobs: u64 = rest.iter().map(|(_, n)| n).sum();
+                text.push_str(&format!(
+                    "\n … and {} other reasons of {} jobs",
+                    rest.len(),
+                    count(jobs)
+                ));
+            }
+        }
+        text.push_str(&self.end());
+        text.push_str(&self.places(store));
+        text
+    }
+
+    /// None where the batch has other jobs only.
+    fn rollouts_table(&self) -> Option<String> {
         let rows = self.rows();
+        if rows.is_empty() && !self.ended.is_empty() {
+            return None;
+        }
         let mut total = Row::default();
         let mut lines: Vec<[String; 10]> = Vec::new();
         for (kind, row) in &rows {
@@ -150,30 +197,24 @@ impl Report {
             "tokens",
             "s/rollout",
         ];
-        let mut text = table(header, lines);
-        let reasons = self.reasons();
-        if !reasons.is_empty() {
-            let rows = reasons
-                .iter()
-                .take(REASONS_SHOWN_MAX)
-                .map(|(reason, n)| [count(*n), (*reason).to_owned()])
-                .collect();
-            text.push_str(&format!("\n\n{}", table(["jobs", "why not solved"], rows)));
-            if let Some(rest) = reasons
-                .get(REASONS_SHOWN_MAX..)
-                .filter(|rest| !rest.is_empty())
-            {
-                let jobs: u64 = rest.iter().map(|(_, n)| n).sum();
-                text.push_str(&format!(
-                    "\n … and {} other reasons of {} jobs",
-                    rest.len(),
-                    count(jobs)
-                ));
-            }
-        }
-        text.push_str(&self.end());
-        text.push_str(&self.places(store));
-        text
+        Some(table(header, lines))
+    }
+
+    /// None where all jobs are rollouts.
+    fn work_table(&self) -> Option<String> {
+        let work = self.work();
+        let lines: Vec<_> = work.iter().map(|(kind, work)| work.cells(kind)).collect();
+        let header = [
+            "work",
+            "jobs",
+            "done",
+            "dead",
+            "cancelled",
+            "requests",
+            "failed",
+            "tokens",
+        ];
+        (!lines.is_empty()).then(|| table(header, lines))
     }
 
     /// How long the batch took, and whether it was cancelled; empty while it is not complete.
@@ -194,12 +235,23 @@ impl Report {
 
     fn places(&self, store: Option<&str>) -> String {
         let v1::Batch { batch, project, .. } = &self.batch;
-        let mut text = format!("\n\ntraces: espalier traces list {batch}");
+        let mut places = Vec::new();
+        if !self.rows().is_empty() {
+            places.push(format!("espalier traces list {batch}"));
+        }
         if let Some(store) = store {
             let store = store.trim_end_matches('/');
-            text.push_str(&format!("\n        {store}/{project}/batches/{batch}/"));
+            places.push(format!("{store}/{project}/batches/{batch}/"));
         }
-        text
+        let what = if self.work().is_empty() {
+            "traces"
+        } else {
+            "output"
+        };
+        match places.is_empty() {
+            true => String::new(),
+            false => format!("\n\n{what}: {}", places.join("\n        ")),
+        }
     }
 
     /// For programs.
@@ -209,6 +261,11 @@ impl Report {
             .iter()
             .map(|(kind, row)| (*kind, row.to_json()))
             .collect();
+        let work: BTreeMap<&str, Value> = self
+            .work()
+            .iter()
+            .map(|(kind, work)| (*kind, work.to_json()))
+            .collect();
         let reasons: Vec<Value> = self
             .reasons()
             .iter()
@@ -217,6 +274,7 @@ impl Report {
         json!({"report": {
             "batch": json::batch(&self.batch),
             "kinds": kinds,
+            "work": work,
             "reasons": reasons,
             "faults": self.faults(),
             "store": store,
@@ -233,12 +291,6 @@ impl Row {
             _ => {}
         }
         let Some(summary) = &job.summary else { return };
-        if let Some(generate) = &summary.generate {
-            self.finished += 1;
-            self.unjudged += 1;
-            self.tokens += generate.prompt_tokens + generate.completion_tokens;
-            return;
-        }
         self.finished += 1;
         match summary.reward {
             Some(reward) if reward >= 1.0 => self.solved += 1,
@@ -314,6 +366,68 @@ impl Row {
     }
 }
 
+/// One row of the table of other jobs: those of a kind of work.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Work {
+    jobs: u64,
+    done: u64,
+    dead: u64,
+    cancelled: u64,
+    /// Lines that were answered.
+    requests: u64,
+    /// Of these, with an error.
+    failed: u64,
+    tokens: u64,
+}
+
+impl Work {
+    fn add(&mut self, job: &Ended) {
+        self.jobs += 1;
+        match job.state {
+            v1::JobState::Dead => self.dead += 1,
+            v1::JobState::Cancelled => self.cancelled += 1,
+            _ => self.done += 1,
+        }
+        let summary = job.summary.as_ref();
+        if let Some(generate) = summary.and_then(|summary| summary.generate.as_ref()) {
+            self.requests += generate.lines;
+            self.failed += generate.failed;
+            self.tokens += generate.prompt_tokens + generate.completion_tokens;
+        }
+    }
+
+    fn cells(&self, kind: &str) -> [String; 8] {
+        [
+            kind.to_owned(),
+            count(self.jobs),
+            count(self.done),
+            count(self.dead),
+            count(self.cancelled),
+            count(self.requests),
+            count(self.failed),
+            count(self.tokens),
+        ]
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "jobs": self.jobs,
+            "done": self.done,
+            "dead": self.dead,
+            "cancelled": self.cancelled,
+            "requests": self.requests,
+            "failed": self.failed,
+            "tokens": self.tokens,
+        })
+    }
+}
+
+impl Ended {
+    fn is_rollout(&self) -> bool {
+        self.work == v1::JobKind::Rollout
+    }
+}
+
 fn read(job: v1::Job) -> (String, Ended) {
     let state = job.state();
     let why = why(&job);
@@ -324,6 +438,7 @@ fn read(job: v1::Job) -> (String, Ended) {
         .map(|summary| summary.task_kind.clone());
     let ended = Ended {
         state,
+        work: job.kind(),
         kind: kind.or(label).unwrap_or_default(),
         why,
         summary: job.summary.filter(|_| state == v1::JobState::Succeeded),
@@ -377,6 +492,7 @@ mod tests {
         });
         v1::Job {
             id: id.to_owned(),
+            kind: v1::JobKind::Rollout.into(),
             state: state.into(),
             summary,
             ..Default::default()
@@ -447,6 +563,56 @@ mod tests {
         ];
         assert_eq!(report.to_text(Some("file:///s")), expected.join("\n"));
         assert_eq!(report.faults().len(), 1);
+    }
+
+    #[test]
+    fn work_that_is_no_rollout_has_a_table_of_its_own() {
+        let mut answers = job("a", v1::JobState::Succeeded, "", None, "");
+        answers.kind = v1::JobKind::Generate.into();
+        answers.summary = Some(v1::RolloutSummary {
+            generate: Some(v1::GenerateSummary {
+                lines: 40,
+                failed: 2,
+                prompt_tokens: 3_000,
+                completion_tokens: 500,
+            }),
+            ..Default::default()
+        });
+        let mut dead = job("d", v1::JobState::Dead, "", None, "");
+        dead.kind = v1::JobKind::Generate.into();
+        dead.last_error = Some(v1::JobError {
+            class: v1::ErrorClass::Invalid.into(),
+            message: "no such file".to_owned(),
+            log_tail: String::new(),
+        });
+        let counts = v1::Counts {
+            succeeded: 1,
+            dead: 1,
+            ..Default::default()
+        };
+        let jobs = vec![answers, dead];
+        let mixed = [
+            jobs.clone(),
+            vec![job("r", v1::JobState::Succeeded, "shop", Some(1.0), "")],
+        ];
+        let mixed = report(mixed.concat(), counts).to_json(None);
+        assert_eq!(mixed["report"]["kinds"]["shop"]["jobs"], 1);
+        let report = report(jobs, counts);
+        let expected = [
+            " WORK      JOBS  DONE  DEAD  CANCELLED  REQUESTS  FAILED  TOKENS",
+            " generate  2     1     1     0          40        2       3,500",
+            "",
+            " JOBS  WHY NOT DONE",
+            " 1     dead, invalid: no such file",
+            "",
+            "complete after 1 min 01 s",
+            "",
+            "output: file:///s/default/batches/b1/",
+        ];
+        assert_eq!(report.to_text(Some("file:///s")), expected.join("\n"));
+        let json = report.to_json(None);
+        assert_eq!(json["report"]["work"]["generate"]["requests"], 40);
+        assert_eq!(json["report"]["kinds"], json!({}));
     }
 
     #[test]
