@@ -42,8 +42,10 @@ fn batch() {
     let requests = prompts.iter().map(|prompt| greedy(prompt, 24)).collect();
     let (base, _) = serve(&mut executor, How::PLAIN, requests);
     for (slot, folder) in (1..).zip(&FOLDERS[1..]) {
-        let lora = Box::new(reference.lora(folder));
-        executor.load_adapter(AdapterSlot(slot), lora).unwrap();
+        let lora = executor.adapter_layout().lay_out(&reference.lora(folder));
+        executor
+            .load_adapter(AdapterSlot(slot), lora.unwrap())
+            .unwrap();
     }
     for (name, how) in [
         ("whole prompts", How::PLAIN),
@@ -103,7 +105,8 @@ fn step(slot: u32) -> Step {
 fn come_and_go() {
     let reference = Reference::of("tiny-dense");
     let mut executor = load(&config("tiny-dense"), &checkpoint("tiny-dense"), &options());
-    let lora = |folder| Box::new(reference.lora(folder));
+    let layout = executor.adapter_layout();
+    let lora = |folder| layout.lay_out(&reference.lora(folder)).unwrap();
     let draw = |executor: &mut espalier_infer_worker::executor::cuda::CudaExecutor, slot| {
         executor.submit(step(slot)).unwrap();
         let done = executor.poll(Duration::from_secs(30)).unwrap().unwrap();

@@ -44,9 +44,8 @@ impl MemoryUse {
                 + options.device.workspace_bytes
                 + graphs,
             adapters: adapters::bytes(
-                config,
+                &options.adapter_layout(config),
                 options.adapter_places() as usize,
-                options.max_lora_rank.next_multiple_of(8) as usize,
                 largest.tokens,
             ),
             block: room::block_bytes(config),

@@ -8,6 +8,7 @@
 //!   `--gpu-memory-utilization` leaves after such a step has run, keys and values.
 //! - *A device that fails* fails every later call with the same reason.
 
+mod adapter_layout;
 mod adapters;
 mod forward;
 mod inputs;
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 use espalier_kernels::cuda::{
     BLOCK_TOKENS, Buffer, CudaError, Device, Graph, Options, Pinned, Readback,
 };
-use espalier_qwen3::{CheckpointError, Config, Lora, TensorSource};
+use espalier_qwen3::{CheckpointError, Config, TensorSource};
 
 pub use memory::{MemoryUse, Shortage};
 
@@ -30,6 +31,7 @@ use super::{
     AdapterSlot, BlockId, Done, Drawn, Executor, ExecutorError, Input, Limits, Row, Sampling,
     SeqId, Step, Ticket,
 };
+pub use adapter_layout::{AdapterLayout, LaidOut};
 use adapters::Adapters;
 use forward::{Forward, Probe};
 use inputs::{Bounds, Due, Inputs, Layout, Results, Shape, Sorted, write_idle};
@@ -94,6 +96,11 @@ impl CudaOptions {
         }
     }
 
+    /// How adapters lie in their places.
+    fn adapter_layout(&self, config: &Config) -> AdapterLayout {
+        AdapterLayout::new(config, self.max_lora_rank.next_multiple_of(8) as usize)
+    }
+
     /// Places for versions of adapters: none where none are wanted.
     fn adapter_places(&self) -> u32 {
         match self.max_loras {
@@ -149,6 +156,7 @@ pub struct CudaExecutor {
     limits: Limits,
     bounds: Bounds,
     memory: MemoryUse,
+    adapter_layout: AdapterLayout,
     /// By whether there are adapters, and by size. Before the buffers that they name.
     graphs: BTreeMap<(bool, usize), Graph>,
     use_graphs: bool,
@@ -265,6 +273,7 @@ impl CudaExecutor {
             memory.blocks = blocks as usize;
         }
         memory.fit(Have { total, free, share })?;
+        let adapter_layout = options.adapter_layout(config);
         let forward = Forward {
             weights: Weights::load(&device, config, source)?,
             room: Room::new(&device, config, &largest)?,
@@ -274,9 +283,8 @@ impl CudaExecutor {
                 0 => None,
                 places => Some(Adapters::new(
                     &device,
-                    config,
+                    &adapter_layout,
                     places as usize,
-                    options.max_lora_rank.next_multiple_of(8) as usize,
                     largest.tokens,
                 )?),
             },
@@ -309,6 +317,7 @@ impl CudaExecutor {
                 mask_words,
             },
             memory,
+            adapter_layout,
             graphs: BTreeMap::new(),
             use_graphs: options.graphs,
             forward,
@@ -333,6 +342,12 @@ impl CudaExecutor {
     #[must_use]
     pub fn kernels(&self) -> &str {
         self.device.architecture()
+    }
+
+    /// How adapters are to be laid out for [`Executor::load_adapter`].
+    #[must_use]
+    pub fn adapter_layout(&self) -> AdapterLayout {
+        self.adapter_layout.clone()
     }
 
     /// Where the device's memory went.
@@ -602,7 +617,7 @@ fn drawn_of(words: &[u32], results: &Results, due: &Due) -> Drawn {
 }
 
 impl Executor for CudaExecutor {
-    type Adapter = Box<Lora>;
+    type Adapter = LaidOut;
 
     fn limits(&self) -> Limits {
         self.limits
@@ -627,7 +642,7 @@ impl Executor for CudaExecutor {
             .map_err(|error| self.fail(device_error(&error)))
     }
 
-    fn load_adapter(&mut self, slot: AdapterSlot, adapter: Box<Lora>) -> Result<(), ExecutorError> {
+    fn load_adapter(&mut self, slot: AdapterSlot, adapter: LaidOut) -> Result<(), ExecutorError> {
         self.working()?;
         let Some(adapters) = &mut self.forward.adapters else {
             let reason = "there are no places for adapters: `--max-loras` is 0";

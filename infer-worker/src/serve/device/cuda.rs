@@ -45,6 +45,7 @@ pub(super) async fn start(
     };
     let (executor, asked) = blocking("model.load", load).await??;
     let memory = executor.memory();
+    let layout = executor.adapter_layout();
     tracing::info!(
         device = format!("cuda:{ordinal}"),
         kernels = executor.kernels(),
@@ -71,7 +72,12 @@ pub(super) async fn start(
     let (engine, port) = Engine::start(executor, config)?;
     Ok(Running {
         engine,
-        load_weights: adapters(port, files.config.clone(), options.max_lora_rank),
+        load_weights: adapters(
+            port,
+            files.config.clone(),
+            options.max_lora_rank,
+            move |lora| layout.lay_out(&lora),
+        ),
         context_tokens: context,
     })
 }

@@ -17,8 +17,10 @@ pub use survey::{DeviceFound, Library, Survey, survey};
 
 use super::adapters::{LoadWeights, Loaded, WeightsError};
 use super::memory::{self, Gib, MemoryError, Wish, form_name};
+use crate::blocks::AdapterDigest;
 use crate::config::{Device, Dtype, Options};
 use crate::engine::{AdapterPort, Engine, EngineConfig, StartError};
+use crate::executor::ExecutorError;
 use crate::executor::cpu::{CpuConfig, CpuExecutor};
 use crate::executor::cuda::LoadError;
 use crate::load::model::ModelFiles;
@@ -143,7 +145,9 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
     let (engine, port) = Engine::start(executor.map_err(DeviceError::Executor)?, config)?;
     Ok(Running {
         engine,
-        load_weights: adapters(port, files.config.clone(), options.max_lora_rank),
+        load_weights: adapters(port, files.config.clone(), options.max_lora_rank, |lora| {
+            Ok(Box::new(lora))
+        }),
         context_tokens: plan.context_tokens,
     })
 }
@@ -156,31 +160,60 @@ fn threads(asked: Option<u32>) -> usize {
     }
 }
 
-/// Reads adapters beside the steps that run, on a thread of their own, so that no answer waits for them.
-fn adapters(port: AdapterPort<Box<Lora>>, base: Config, rank_max: u32) -> LoadWeights {
-    let (base, pool) = (Arc::new(base), Arc::new(Pool::new(1)));
+/// Reads adapters and lays them out for the executor beside the steps that run, on a thread of their own, so that no
+/// answer waits for them.
+fn adapters<A: Send + 'static>(
+    port: AdapterPort<A>,
+    base: Config,
+    rank_max: u32,
+    lay_out: impl Fn(Lora) -> Result<A, ExecutorError> + Send + Sync + 'static,
+) -> LoadWeights {
+    let (base, pool, lay_out) = (Arc::new(base), Arc::new(Pool::new(1)), Arc::new(lay_out));
     Box::new(move |folder: PathBuf| {
         let (port, base, pool) = (port.clone(), Arc::clone(&base), Arc::clone(&pool));
+        let lay_out = Arc::clone(&lay_out);
         async move {
-            let read = blocking("adapter.load", move || Lora::load(&folder, &base, &pool));
-            let refused = |error: &dyn std::error::Error| WeightsError::Refused(error.to_string());
-            let lora = read.await.map_err(|error| refused(&error))?;
-            let lora = lora.map_err(|error| WeightsError::Refused(error_chain(&error)))?;
-            let (digest, rank) = (lora.digest(), u32::try_from(lora.rank()));
-            let rank = rank.unwrap_or(u32::MAX);
-            if rank > rank_max {
-                return Err(WeightsError::Refused(format!(
-                    "its rank must be at most {rank_max} (`--max-lora-rank`), got {rank}"
-                )));
-            }
-            let made_for = lora.base().map(str::to_owned);
-            let handle = port.load(digest, Box::new(lora)).await?;
+            let read = move || {
+                let lora = Lora::load(&folder, &base, &pool).map_err(|error| refused(&error))?;
+                let known = Known::of(&lora, rank_max)?;
+                let laid = lay_out(lora).map_err(|error| refused(&error))?;
+                Ok::<_, WeightsError>((known, laid))
+            };
+            let read = blocking("adapter.load", read).await;
+            let (known, laid) = read.map_err(|error| refused(&error))??;
             Ok(Loaded {
-                handle,
-                rank,
-                made_for,
+                handle: port.load(known.digest, laid).await?,
+                rank: known.rank,
+                made_for: known.made_for,
             })
         }
         .boxed()
     })
+}
+
+fn refused(error: &(dyn std::error::Error + 'static)) -> WeightsError {
+    WeightsError::Refused(error_chain(error))
+}
+
+/// What is said of an adapter when it is loaded.
+struct Known {
+    digest: AdapterDigest,
+    rank: u32,
+    made_for: Option<String>,
+}
+
+impl Known {
+    fn of(lora: &Lora, rank_max: u32) -> Result<Self, WeightsError> {
+        let rank = u32::try_from(lora.rank()).unwrap_or(u32::MAX);
+        if rank > rank_max {
+            return Err(WeightsError::Refused(format!(
+                "its rank must be at most {rank_max} (`--max-lora-rank`), got {rank}"
+            )));
+        }
+        Ok(Self {
+            digest: lora.digest(),
+            rank,
+            made_for: lora.base().map(str::to_owned),
+        })
+    }
 }
