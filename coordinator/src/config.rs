@@ -117,6 +117,9 @@ pub struct CoordinatorConfig {
     /// Where models are served, for workers that are configured with no endpoint of their own.
     #[serde(default)]
     pub model_endpoints: Vec<ModelEndpoint>,
+    /// Names of keys that workers which serve models may ask others for: each is sent to wherever such a worker says.
+    #[serde(default)]
+    pub worker_key_names: BTreeSet<String>,
     /// Logs, traces and metrics.
     #[serde(default)]
     pub telemetry: TelemetryConfig,
@@ -203,6 +206,7 @@ impl CoordinatorConfig {
             session_max_age_s: default_session_max_age_s(),
             drain_limit_s: default_drain_limit_s(),
             model_endpoints: Vec::new(),
+            worker_key_names: BTreeSet::new(),
             telemetry: TelemetryConfig::default(),
         }
     }

@@ -5,18 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use espalier_core::error::FieldError;
 use espalier_proto::v1;
+use espalier_runtime::worker::serving::{check_text, check_url};
 use serde::Deserialize;
 
 /// Most endpoints, as the protocol says.
 const ENDPOINTS_MAX: usize = 1_000;
 /// Largest weight, as the protocol says.
 const WEIGHT_MAX: u32 = 1_000;
-/// Longest text, in bytes.
-const TEXT_BYTES_MAX: usize = 1_024;
-/// Most models of one worker, as the protocol says.
-const MODELS_MAX: usize = 256;
-/// Most bytes of what one worker serves: what coordinators show each other of a worker is bounded.
-const SERVING_BYTES_MAX: usize = 32 * 1024;
 
 /// An OpenAI-compatible endpoint that workers may use.
 ///
@@ -82,58 +77,16 @@ fn check(endpoint: &ModelEndpoint) -> Result<(), FieldError> {
     Ok(())
 }
 
-fn check_text(field: &str, text: &str) -> Result<(), FieldError> {
-    let is_good = !text.is_empty() && text.len() <= TEXT_BYTES_MAX;
-    if is_good && !text.contains(char::is_control) {
-        return Ok(());
-    }
-    let rule = format!("must be printable text of 1..={TEXT_BYTES_MAX} bytes");
-    Err(FieldError::new(field, text, rule))
-}
-
-/// Checks what a worker says that it serves.
-pub fn check_serving(serving: &v1::Serving) -> Result<(), FieldError> {
-    if serving.models.is_empty() {
-        return Ok(());
-    }
-    if serving.models.len() > MODELS_MAX {
-        let rule = format!("must have at most {MODELS_MAX} entries");
-        return Err(FieldError::new("models", serving.models.len(), rule));
-    }
-    for (i, model) in serving.models.iter().enumerate() {
-        check_text(&format!("models[{i}]"), model)?;
-    }
-    if !serving.api_key_name.is_empty() {
-        check_text("api_key_name", &serving.api_key_name)?;
-    }
-    let bytes: usize = serving.models.iter().map(String::len).sum();
-    if bytes > SERVING_BYTES_MAX {
-        let rule = format!("must have at most {SERVING_BYTES_MAX} bytes together");
-        return Err(FieldError::new("models", format!("{bytes} bytes"), rule));
-    }
-    check_url(&serving.url)
-}
-
-/// The address goes to every worker and into their logs.
-fn check_url(url: &str) -> Result<(), FieldError> {
-    let uri = url.parse::<tonic::transport::Uri>().ok();
-    let uri = uri.filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
-    let authority = uri.as_ref().and_then(|uri| uri.authority());
-    let Some(authority) = authority.filter(|_| url.len() <= TEXT_BYTES_MAX) else {
-        let rule = "must be `http://host:port/v1` or `https://…`";
-        return Err(FieldError::new("url", "what is written", rule));
-    };
-    if authority.as_str().contains('@') || url.contains('?') {
-        let rule = "must hold no credentials and no query: use `api_key_name`";
-        return Err(FieldError::new("url", "[redacted]", rule));
-    }
-    Ok(())
+/// Whether what a worker serves may be told to others: a worker that could name any key would be sent it.
+pub fn is_told(serving: &v1::Serving, worker_key_names: &BTreeSet<String>) -> bool {
+    serving.api_key_name.is_empty() || worker_key_names.contains(&serving.api_key_name)
 }
 
 /// The list as workers read it. Those of the configuration go first, should there be too many. Of a worker that comes
 /// twice, the last one counts.
 pub fn to_wire<'a>(
     configured: &[ModelEndpoint],
+    worker_key_names: &BTreeSet<String>,
     workers: impl Iterator<Item = &'a v1::Worker>,
 ) -> v1::Endpoints {
     let by_id: BTreeMap<&str, Option<&v1::Serving>> = workers
@@ -141,8 +94,9 @@ pub fn to_wire<'a>(
         .collect();
     let of_workers = by_id
         .into_iter()
-        .flat_map(|(worker, serving)| serving.map(|serving| served_by(worker, serving)))
-        .flatten();
+        .filter_map(|(worker, serving)| Some((worker, serving?)))
+        .filter(|(_, serving)| is_told(serving, worker_key_names))
+        .flat_map(|(worker, serving)| served_by(worker, serving));
     let mut endpoints: Vec<_> = configured.iter().map(of_configuration).collect();
     endpoints.extend(of_workers);
     if endpoints.len() > ENDPOINTS_MAX {
@@ -253,36 +207,30 @@ mod tests {
                 ..worker("w3", &[])
             },
         ];
-        let told = to_wire(&[endpoint("a")], workers.iter());
+        let told = to_wire(&[endpoint("a")], &BTreeSet::new(), workers.iter());
         let names: Vec<_> = told.endpoints.iter().map(|e| e.name.as_str()).collect();
         assert_eq!(names, ["a", "w1/qwen3", "w2/qwen3", "w2/shop"]);
         let many: Vec<_> = (0..20)
             .map(|n| format!("w{n}"))
             .map(|id| worker(&id, &["m"; 60]))
             .collect();
-        assert_eq!(to_wire(&[], many.iter()).endpoints.len(), ENDPOINTS_MAX);
+        assert_eq!(
+            to_wire(&[], &BTreeSet::new(), many.iter()).endpoints.len(),
+            ENDPOINTS_MAX
+        );
     }
 
     #[test]
-    fn what_a_worker_serves_is_checked() {
-        check_serving(&serving(&["qwen3"])).unwrap();
-        check_serving(&v1::Serving::default()).unwrap();
-        let long = "m".repeat(1_000);
-        for (wrong, field) in [
-            (serving(&["m"; 257]), "models"),
-            (serving(&[long.as_str(); 40]), "models"),
-            (serving(&["m", ""]), "models[1]"),
-            (
-                v1::Serving {
-                    url: "http://me:hunter2@a/v1".to_owned(),
-                    ..serving(&["m"])
-                },
-                "url",
-            ),
-        ] {
-            let error = check_serving(&wrong).unwrap_err();
-            assert_eq!(error.field, field);
-            assert!(!error.to_string().contains("hunter2"), "{error}");
+    fn workers_name_no_keys_but_those_that_are_theirs() {
+        let mut worker = worker("w1", &["qwen3"]);
+        if let Some(serving) = &mut worker.serving {
+            serving.api_key_name = "pods".to_owned();
         }
+        let told = |names: &[&str]| {
+            let names = names.iter().map(|name| (*name).to_owned()).collect();
+            to_wire(&[], &names, [&worker].into_iter()).endpoints.len()
+        };
+        assert_eq!(told(&["openai"]), 0);
+        assert_eq!(told(&["openai", "pods"]), 1);
     }
 }

@@ -47,6 +47,7 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_C
   keep_days          days for which complete batches are kept in the queue [30]
   session_max_age_s  age at which a worker is asked to move to another stream [1800]
   model_endpoints    endpoints for workers that have none of their own: name, model, url, …
+  worker_key_names   names of keys (`model_keys` of agent workers) that workers which serve models may ask for
   drain_limit_s      how long a drain may take [10]
   telemetry          otlp_endpoint, log_format, log_filter, resource, metric_interval_s";
 

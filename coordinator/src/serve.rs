@@ -220,7 +220,11 @@ fn share(
             &shutdown,
         ),
         auth: Arc::new(Auth::new(config.tokens.clone())),
-        endpoints: watch::Sender::new(endpoints::to_wire(&config.model_endpoints, [].into_iter())),
+        endpoints: watch::Sender::new(endpoints::to_wire(
+            &config.model_endpoints,
+            &config.worker_key_names,
+            [].into_iter(),
+        )),
         config: Arc::new(config),
         queue: deps.queue,
         store: deps.store,

@@ -9,6 +9,7 @@ use clap::Parser;
 use espalier_kernels::cpu::Form;
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::telemetry::TelemetryConfig;
+use espalier_runtime::worker::serving::check_url;
 
 use crate::api::backend::AdapterSource;
 use crate::jobs::JobOptions;
@@ -238,6 +239,9 @@ impl Options {
                 self.host
             ));
         }
+        if let Some(url) = &self.advertise_url {
+            check_url(url).map_err(|error| format!("`--advertise-url`: {error}"))?;
+        }
         if self.api_key.is_some() && self.api_key_name.is_none() {
             return Err("`--api-key-name` must be given with `--api-key` and `--coordinator-url`: agent workers find the \
                 key under that name in their `model_keys`"
@@ -386,6 +390,15 @@ mod tests {
             (
                 &["--store-url", "file:///s", "--host", "0.0.0.0"],
                 "`--advertise-url` must be given",
+            ),
+            (
+                &[
+                    "--store-url",
+                    "file:///s",
+                    "--advertise-url",
+                    "10.0.0.7:8000/v1",
+                ],
+                "`--advertise-url`: url must be `http://host:port/v1`",
             ),
             (
                 &["--store-url", "file:///s", "--api-key", "k"],

@@ -303,12 +303,10 @@ fn ack(lease: v1::Lease, verdict: Verdict, reason: String) -> v1::ResultAck {
 
 impl Session {
     fn count_finish(&self, key: &JobKey, outcome: &Outcome) {
-        // A worker takes one kind of job.
-        let kind = self
-            .connected
-            .kinds
-            .first()
-            .map_or("", |kind| kind.as_str());
+        // Our own workers have a session for each kind of job. Of one that takes several here, none is told.
+        let kinds = &self.connected.kinds;
+        let kind = kinds.first().filter(|_| kinds.len() == 1);
+        let kind = kind.map_or("", |kind| kind.as_str());
         let labels = [
             KeyValue::new(attribute::PROJECT, key.project.to_string()),
             KeyValue::new(attribute::JOB_KIND, kind),

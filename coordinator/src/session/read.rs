@@ -7,13 +7,14 @@ use espalier_proto::status::ApiError;
 use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message;
 use espalier_proto::v1::worker_message::Message as Said;
+use espalier_runtime::worker::Serving;
 use tokio::sync::mpsc;
 use tonic::Streaming;
 
 use super::renew::Numbered;
 use super::{ENTRIES_MAX, Session, lease_from_wire, lock, manifest};
 use crate::api::{queue_error, view};
-use crate::endpoints::check_serving;
+use crate::endpoints;
 use crate::questions::Asked;
 use crate::queue::Renewal;
 
@@ -81,8 +82,9 @@ impl Session {
                     .await;
             }
             Some(Said::Serving(serving)) => {
-                check_serving(&serving).map_err(|error| error.under("serving"))?;
-                self.shared.registry.serves(&self.connected, serving);
+                let checked = Serving::from_wire(serving.clone()).check();
+                checked.map_err(|error| error.under("serving"))?;
+                self.serves(serving);
             }
             Some(Said::Hello(_)) => {
                 let rule = "must come once, at the beginning";
@@ -92,6 +94,17 @@ impl Session {
             None => {}
         }
         Ok(())
+    }
+
+    fn serves(&self, serving: v1::Serving) {
+        if !endpoints::is_told(&serving, &self.shared.config.worker_key_names) {
+            tracing::warn!(
+                worker = %self.connected.worker,
+                api_key_name = serving.api_key_name,
+                "a worker serves models under a key that is not among `worker_key_names`: nobody is told of it"
+            );
+        }
+        self.shared.registry.serves(&self.connected, serving);
     }
 
     fn add_credit(&self, credit: &v1::Credit) -> Result<(), FieldError> {

@@ -33,6 +33,7 @@ impl Alone {
             tokens: TOKENS_MAX,
             rows: 1,
             steps_in_flight: 1,
+            adapters: 0,
         };
         let executor = CpuExecutor::start(model, config).map_err(BenchError::Memory)?;
         Ok(Self { executor })

@@ -414,9 +414,8 @@ async fn a_panic_of_the_executor_leaves_nobody_waiting() {
         .await
         .unwrap();
     assert_eq!(answer(events).await, (vec![], None));
-    let mut health = world.engine.watch_health();
-    let failed = health.wait_for(|health| matches!(health, Health::Failed(_)));
-    tokio::time::timeout(SOON, failed).await.unwrap().unwrap();
+    // Known before any client hears of the end.
+    assert!(matches!(world.engine.health(), Health::Failed(_)));
 }
 
 #[tokio::test]

@@ -82,7 +82,6 @@ pub(super) fn run<E: Executor>(
     commands: Receiver<Command>,
     loads: Loads<E::Adapter>,
 ) {
-    let _alive = Alive(Arc::clone(&shared));
     let mut thread = Thread {
         executor,
         scheduler,
@@ -95,6 +94,8 @@ pub(super) fn run<E: Executor>(
         totals: Snapshot::default(),
         swept: Instant::now(),
     };
+    // Dropped before the thread's clients are: who hears that an answer ended finds out why.
+    let _alive = Alive(Arc::clone(&thread.shared));
     let ended = loop {
         match thread.turn() {
             Ok(true) => {}

@@ -35,6 +35,8 @@ pub struct CpuConfig {
     /// 1: a sequence that ended runs no step too many. 2: the next step is there when one ends. A step takes far longer
     /// here than its preparation, so 1 is the better choice outside tests.
     pub steps_in_flight: u32,
+    /// Versions of adapters that are there at once, at most.
+    pub adapters: u32,
 }
 
 /// Runs a model on the CPU.
@@ -64,7 +66,7 @@ impl CpuExecutor {
             rows: config.rows,
             vocab: u32::try_from(model.config().real_vocab_size).map_err(io::Error::other)?,
             steps_in_flight: config.steps_in_flight,
-            adapters: u32::MAX,
+            adapters: config.adapters,
         };
         let cache = KvCache::new(model.kv_shape(config.kv_blocks as usize))?;
         let (commands, received) = sync_channel(COMMANDS_MAX);

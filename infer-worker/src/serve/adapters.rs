@@ -272,12 +272,23 @@ impl Adapters {
     /// Says why there is no room for another name.
     fn check_room(&self, name: &str) -> Result<(), String> {
         let (named, max) = (self.lock(), self.max);
-        if named.current.contains_key(name) || named.current.len() < max {
+        if named.current.contains_key(name) {
             return Ok(());
         }
-        Err(format!(
-            "{max} adapters are loaded, and `--max-loras` allows no more"
-        ))
+        if named.current.len() >= max {
+            return Err(format!(
+                "{max} adapters are loaded, and `--max-loras` allows no more"
+            ));
+        }
+        let mut serving = self.serving.borrow().clone();
+        if serving.url.is_empty() {
+            // Nobody else is told.
+            return Ok(());
+        }
+        serving.models.push(name.to_owned());
+        serving
+            .check()
+            .map_err(|error| format!("coordinators take no more: {error}"))
     }
 
     /// Takes one out: requests that run on it go on to their end.

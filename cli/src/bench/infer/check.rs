@@ -12,7 +12,8 @@ const ANSWER_TOKENS: u32 = 12;
 /// How many of llama.cpp's most likely ids ours may be among where they differ.
 const LIKELY: u32 = 5;
 
-/// Log-probability that the two may be apart. llama.cpp rounds activations to the form of the weights, ours are f32.
+/// Log-probability that the two may be apart. llama.cpp rounds activations to the form of the weights; ours are f32, or
+/// rounded to bf16 where the processor multiplies that (AVX512_BF16).
 fn margin(form: Form) -> f64 {
     match form {
         Form::Bf16 => 0.05,

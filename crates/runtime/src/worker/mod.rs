@@ -22,6 +22,7 @@ mod book;
 mod job;
 mod lease;
 mod link;
+pub mod serving;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -48,6 +49,7 @@ use crate::tasks::Tasks;
 
 pub use job::JobContext;
 pub use lease::{Lease, Stop};
+pub use serving::Serving;
 
 /// Most jobs that one worker runs at once: what one message may renew.
 pub const SLOTS_MAX: u32 = 1_000;
@@ -67,27 +69,6 @@ pub trait Handler: Send + Sync + 'static {
     /// What the process serves to other workers, now and later. None: nothing, ever.
     fn serving(&self) -> Option<watch::Receiver<Serving>> {
         None
-    }
-}
-
-/// What a worker serves to others, over HTTP.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Serving {
-    /// Up to and including the version, as other workers reach it; without credentials.
-    pub url: String,
-    /// What requests call the models, adapters among them.
-    pub models: Vec<String>,
-    /// Name of the key in the configuration of those who ask.
-    pub api_key_name: Option<String>,
-}
-
-impl Serving {
-    fn to_wire(&self) -> v1::Serving {
-        v1::Serving {
-            url: self.url.clone(),
-            models: self.models.clone(),
-            api_key_name: self.api_key_name.clone().unwrap_or_default(),
-        }
     }
 }
 

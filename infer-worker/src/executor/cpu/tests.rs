@@ -43,6 +43,7 @@ fn start(folder: &str, steps_in_flight: u32) -> CpuExecutor {
         tokens: 64 * 40,
         rows: 64,
         steps_in_flight,
+        adapters: 4,
     };
     CpuExecutor::start(model, config).unwrap()
 }

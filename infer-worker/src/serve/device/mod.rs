@@ -129,6 +129,8 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
             tokens: step_tokens,
             rows: options.max_num_seqs,
             steps_in_flight: 1,
+            // One more than names: a new version comes before the old one goes.
+            adapters: options.max_loras.saturating_add(1),
         },
     );
     let config = EngineConfig {
