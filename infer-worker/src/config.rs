@@ -240,7 +240,7 @@ impl Options {
             ));
         }
         if let Some(url) = &self.advertise_url {
-            check_url(url).map_err(|error| format!("`--advertise-url`: {error}"))?;
+            check_url(url).map_err(|error| format!("`--advertise-url` {}", error.rule))?;
         }
         if self.api_key.is_some() && self.api_key_name.is_none() {
             return Err("`--api-key-name` must be given with `--api-key` and `--coordinator-url`: agent workers find the \
@@ -398,7 +398,7 @@ mod tests {
                     "--advertise-url",
                     "10.0.0.7:8000/v1",
                 ],
-                "`--advertise-url`: url must be `http://host:port/v1`",
+                "`--advertise-url` must be `http://host:port/v1`",
             ),
             (
                 &["--store-url", "file:///s", "--api-key", "k"],
