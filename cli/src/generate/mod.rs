@@ -1,7 +1,7 @@
 //! `espalier generate`: a file of requests becomes a file of answers.
 //!
-//! The file is checked line by line, goes to the object store, and becomes one job, or several where it is large, so that
-//! several workers can answer it. Their answers are joined in the order of the requests.
+//! The file is checked line by line, goes to the object store, and becomes one job, or several where it is large or names
+//! several models, so that several workers can answer it. Their answers are joined in the order of the requests.
 
 mod answers;
 mod requests;
@@ -35,6 +35,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Jobs of one page of the API, and of one chunk.
 const PAGE_SIZE: u32 = 1000;
+/// Age from which requests that are in the store already are written again. A batch that was forgotten takes its requests
+/// with it, if they are old, and the one that is submitted now may have its name.
+const UPLOAD_AGE_MAX: Duration = Duration::from_secs(3_600);
 
 /// Options of `generate`.
 #[derive(Args, Clone, Debug)]
@@ -70,8 +73,9 @@ struct Asked<'a> {
 
 /// Runs the command.
 pub async fn run(context: &Context, args: &Generate) -> Outcome {
-    let file = args.file.clone();
-    let checked = blocking("generate.check", move || requests::check(&file)).await;
+    let (file, model) = (args.file.clone(), args.model.clone());
+    let check = move || requests::check(&file, model.as_deref());
+    let checked = blocking("generate.check", check).await;
     let requests = checked.map_err(|error| Problem::failed(error.to_string()))??;
     if !requests.refusals.is_empty() {
         return refuse(context, &requests);
@@ -90,7 +94,7 @@ pub async fn run(context: &Context, args: &Generate) -> Outcome {
         },
         batch,
     };
-    asked.submit(args, &requests.parts).await?;
+    asked.submit(&args.file, &requests.parts).await?;
     let jobs = asked.wait(&requests).await?;
     let output = args
         .output
@@ -129,19 +133,19 @@ fn refuse(context: &Context, requests: &Requests) -> Outcome {
 
 impl Asked<'_> {
     /// Opens the batch, uploads the parts and submits a job for each. Repeating it changes nothing.
-    async fn submit(&self, args: &Generate, parts: &[Part]) -> Result<(), Problem> {
+    async fn submit(&self, file: &Path, parts: &[Part]) -> Result<(), Problem> {
         open(&self.client, &self.batch, v1::JobSpec::default()).await?;
         self.check_project().await?;
         let bar = progress::bytes(parts.last().map_or(0, |part| part.end), "uploading");
         let mut jobs = Vec::new();
         for (n, part) in parts.iter().enumerate() {
-            let requests = self.upload(&args.file, part).await?;
+            let requests = self.upload(file, part).await?;
             bar.set_position(part.end);
             jobs.push(draft_to_wire(&JobDraft {
                 id: Some(job_id(n)?.to_string()),
                 generate: Some(GenerateDraft {
                     requests: Some(requests.as_str().to_owned()),
-                    model: args.model.clone(),
+                    model: part.model.clone(),
                 }),
                 ..JobDraft::default()
             }));
@@ -175,7 +179,7 @@ impl Asked<'_> {
         Err(Problem::refused(message).fix("name the token's project with --project"))
     }
 
-    /// Uploads a part under the name of its content, unless it is there.
+    /// Uploads a part under the name of its content, unless it is there and young.
     async fn upload(&self, file: &Path, part: &Part) -> Result<UploadName, Problem> {
         let (file, part) = (file.to_owned(), part.clone());
         let read = blocking("generate.read", move || {
@@ -187,11 +191,15 @@ impl Asked<'_> {
             .await
             .map_err(|error| Problem::failed(error.to_string()))?;
         let (content, sha256) = read?;
-        let name = UploadName::new(&format!("{sha256}.jsonl"))?;
+        let name = UploadName::of_batch(&self.batch, &sha256)?;
         let path = layout::upload(&self.project, &name);
         match self.store.head(&path).await {
-            Ok(_) => {}
-            Err(error) if error.is_not_found() => self.store.put(&path, content.into()).await?,
+            Ok(there) if SystemClock.now().since(there.modified) < UPLOAD_AGE_MAX => {}
+            // Whoever reads it meanwhile reads the same.
+            Ok(_) => self.store.put(&path, content.into()).await?,
+            Err(error) if error.is_not_found() => {
+                self.store.create(&path, content.into()).await?;
+            }
             Err(error) => return Err(error.into()),
         }
         Ok(name)
@@ -230,15 +238,15 @@ impl Asked<'_> {
                 bar.finish_and_clear();
                 return Ok(jobs);
             }
-            let no_worker = jobs.iter().all(|job| job.state() == v1::JobState::Ready);
-            bar.set_message(if no_worker { "waits for a worker" } else { "" });
+            let waits = waits_for(&jobs, &requests.parts);
+            bar.set_message(waits.clone());
             if bar.is_hidden() && !self.context.out.json && said.elapsed() >= LINE_EVERY {
                 said = Instant::now();
                 let lines = count(lines);
-                note(format!(
-                    "{lines} of {} lines answered",
-                    count(requests.lines)
-                ));
+                let all = count(requests.lines);
+                let told = [format!("{lines} of {all} lines answered"), waits];
+                let told = told.iter().filter(|told| !told.is_empty());
+                note(told.map(String::as_str).collect::<Vec<_>>().join(", "));
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -347,6 +355,22 @@ fn has_ended(job: &v1::Job) -> bool {
     matches!(job.state(), Succeeded | Dead | Cancelled)
 }
 
+/// Whom the jobs wait for, if none of them runs.
+fn waits_for(jobs: &[v1::Job], parts: &[Part]) -> String {
+    let mut left = jobs.iter().zip(parts).filter(|(job, _)| !has_ended(job));
+    let Some((first, part)) = left.next() else {
+        return String::new();
+    };
+    let is_ready = |job: &v1::Job| job.state() == v1::JobState::Ready;
+    if !is_ready(first) || !left.all(|(job, _)| is_ready(job)) {
+        return String::new();
+    }
+    match &part.model {
+        Some(model) => format!("waits for a worker that serves `{model}`"),
+        None => "waits for a worker".to_owned(),
+    }
+}
+
 /// Lines that are answered, as far as the worker has told.
 fn lines_of(job: &v1::Job) -> u64 {
     let summary = job.summary.as_ref().and_then(|summary| summary.generate);
@@ -369,6 +393,29 @@ mod tests {
         };
         assert_eq!(lines_of(&job("120 lines answered, 60 %")), 120);
         assert_eq!((lines_of(&job("publishing")), lines_of(&job(""))), (0, 0));
+    }
+
+    #[test]
+    fn whom_jobs_wait_for_is_said_where_none_runs() {
+        use v1::JobState::{Leased, Ready, Succeeded};
+        let said = |states: [v1::JobState; 2]| {
+            let jobs = states.map(|state| v1::Job {
+                state: state.into(),
+                ..v1::Job::default()
+            });
+            let parts = [None, Some("tuned".to_owned())].map(|model| Part {
+                start: 0,
+                end: 1,
+                model,
+            });
+            waits_for(&jobs, &parts)
+        };
+        assert_eq!(said([Ready, Ready]), "waits for a worker");
+        let tuned = "waits for a worker that serves `tuned`";
+        assert_eq!(said([Succeeded, Ready]), tuned);
+        for busy in [[Leased, Ready], [Ready, Leased], [Succeeded, Succeeded]] {
+            assert_eq!(said(busy), "", "{busy:?}");
+        }
     }
 
     #[test]

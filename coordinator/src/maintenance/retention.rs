@@ -1,11 +1,13 @@
-//! Forgets what is old: the private objects of attempts that lost, then the batch's rows in the queue. A batch that was
-//! left open, with all its jobs ended for as long as is kept, is closed first.
+//! Forgets what is old: the private objects of attempts that lost, the requests that were brought for the batch alone, then
+//! the batch's rows in the queue. A batch that was left open, with all its jobs ended for as long as is kept, is closed
+//! first.
 //!
 //! Objects go first, so that a break in between leaves rows that name the work still to be done. Meanwhile a batch may
 //! be retried, or purged and opened again under its name: objects are told by the fence of their attempt, which grows
-//! with the queue's time, and none of an attempt that is younger than half the time of keeping is touched.
+//! with the queue's time, and none of an attempt that is younger than half the time of keeping is touched. Nor are
+//! requests that were written since then; `espalier generate` writes old ones again before it names them.
 //!
-//! What a manifest published stays. So does everything under `blobs/`, large specs included: such an object is named by
+//! What a manifest published stays. So do all other uploads: they are the user's, who may name them again. So does everything under `blobs/`, large specs included: such an object is named by
 //! its content alone and belongs to the project, so that a batch which has the same job, or is submitted again, refers
 //! to the one that is there. Nothing counts those references, and a spec that is gone would end a waiting job.
 
@@ -142,8 +144,39 @@ fn in_turn(mut due: Vec<BatchView>) -> Vec<BatchView> {
     due
 }
 
-/// Removes what attempts of a batch wrote that no manifest names, if their fence is lower than `before`.
+/// Removes what attempts of a batch wrote that no manifest names, if their fence is lower than `before`, and the requests
+/// that were brought for it before then.
 async fn clean(
+    store: &Store,
+    project: &ProjectId,
+    batch: &BatchId,
+    before: Fence,
+) -> Result<(), StoreError> {
+    clean_attempts(store, project, batch, before).await?;
+    clean_uploads(store, project, batch, Timestamp(before.0)).await
+}
+
+async fn clean_uploads(
+    store: &Store,
+    project: &ProjectId,
+    batch: &BatchId,
+    before: Timestamp,
+) -> Result<(), StoreError> {
+    let prefix = layout::batch_uploads(project, batch);
+    let mut after: Option<String> = None;
+    loop {
+        let page = store.list(&prefix, after.as_deref(), LIST_MAX).await?;
+        for object in page.iter().filter(|object| object.modified < before) {
+            store.delete(&object.path).await?;
+        }
+        if page.len() < LIST_MAX {
+            return Ok(());
+        }
+        after = page.last().map(|object| object.path.clone());
+    }
+}
+
+async fn clean_attempts(
     store: &Store,
     project: &ProjectId,
     batch: &BatchId,
@@ -214,6 +247,7 @@ async fn winner_of(store: &Store, key: &JobKey) -> Result<Winner, StoreError> {
 mod tests {
     use super::*;
     use bytes::Bytes;
+    use espalier_core::layout::UploadName;
     use espalier_core::queue::{BatchSeq, Counters};
 
     #[test]
@@ -253,6 +287,39 @@ mod tests {
             assert!(store.head(&lost).await.unwrap_err().is_not_found());
             assert!(store.head(&unknown).await.is_ok());
             assert!(store.head(&blob).await.is_ok());
+        }
+    }
+
+    #[tokio::test]
+    async fn old_requests_of_a_batch_go_and_what_users_bring_stays() {
+        let store = Store::open("memory://").await.unwrap();
+        let (project, batch) = ("shop".parse().unwrap(), "b".parse().unwrap());
+        let put = async |name: UploadName| {
+            let path = layout::upload(&project, &name);
+            store.put(&path, Bytes::from_static(b"x")).await.unwrap();
+            store.head(&path).await.unwrap()
+        };
+        let own = put(UploadName::of_batch(&batch, "ab").unwrap()).await;
+        let longer = "b2".parse().unwrap();
+        let others = [
+            put(UploadName::of_batch(&longer, "ab").unwrap()).await,
+            put(UploadName::new("b/ab.jsonl").unwrap()).await,
+            put(UploadName::new("ab.jsonl").unwrap()).await,
+        ];
+        let clean = async |before: Timestamp| {
+            let before = Fence(before.0);
+            clean(&store, &project, &batch, before).await.unwrap();
+        };
+        clean(own.modified).await;
+        store.head(&own.path).await.expect("it is as young");
+        clean(Timestamp(own.modified.0 + 1)).await;
+        assert!(store.head(&own.path).await.unwrap_err().is_not_found());
+        clean(Timestamp(u64::MAX)).await;
+        for other in others {
+            store
+                .head(&other.path)
+                .await
+                .expect("it is not the batch's");
         }
     }
 

@@ -10,10 +10,11 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::error::FieldError;
 use crate::spec::SpecDigest;
-use crate::trace::{FileEntry, sha256_hex};
+use crate::trace::{FileEntry, hex};
 
 /// The version of [`Piece`] that this code writes, and the only one that it reads.
 pub const PIECE_VERSION: u32 = 1;
@@ -21,6 +22,9 @@ pub const PIECE_VERSION: u32 = 1;
 pub const LINE_BYTES_MAX: usize = 16 << 20;
 /// Longest `custom_id`, in bytes: it comes back with the answer, and is no place for data.
 pub const CUSTOM_ID_BYTES_MAX: usize = 512;
+
+/// What follows the body of a response in its line.
+const RESPONSE_END: &[u8] = b"},\"error\":null}\n";
 
 /// What a request asks of the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,8 +184,8 @@ pub enum Answered {
         status: u16,
         /// Names the answer in the server's log.
         request_id: String,
-        /// Its body.
-        body: Value,
+        /// Its body: JSON without line ends. As bytes, because a long answer takes ten times as much as a value.
+        body: Vec<u8>,
     },
     /// The line never came to the API.
     Error {
@@ -195,25 +199,27 @@ pub enum Answered {
 impl BatchAnswer {
     /// The line, with its end.
     pub fn to_line(&self) -> Vec<u8> {
-        let (response, error) = match &self.outcome {
+        let (id, custom_id) = (json!(self.id), json!(self.custom_id));
+        let head = format!(r#"{{"id":{id},"custom_id":{custom_id},"response":"#);
+        let mut line = head.into_bytes();
+        match &self.outcome {
             Answered::Response {
                 status,
                 request_id,
                 body,
             } => {
-                let response =
-                    json!({"status_code": status, "request_id": request_id, "body": body});
-                (response, Value::Null)
+                let request_id = json!(request_id);
+                let head = format!(r#"{{"status_code":{status},"request_id":{request_id},"body":"#);
+                line.reserve(head.len() + body.len() + RESPONSE_END.len());
+                line.extend_from_slice(head.as_bytes());
+                line.extend_from_slice(body);
+                line.extend_from_slice(RESPONSE_END);
             }
             Answered::Error { code, message } => {
-                (Value::Null, json!({"code": code, "message": message}))
+                let error = json!({"code": code, "message": message});
+                line.extend_from_slice(format!("null,\"error\":{error}}}\n").as_bytes());
             }
-        };
-        let line = json!({
-            "id": self.id, "custom_id": self.custom_id, "response": response, "error": error,
-        });
-        let mut line = line.to_string().into_bytes();
-        line.push(b'\n');
+        }
         line
     }
 
@@ -286,7 +292,25 @@ impl Piece {
 
 /// The digest of lines whose own digests these are.
 pub fn lines_sha256(digests: &[[u8; 32]]) -> String {
-    sha256_hex(digests.as_flattened())
+    let mut lines = LinesDigest::default();
+    lines.add(digests);
+    lines.sha256()
+}
+
+/// The [digest of lines](lines_sha256) that come one after the other.
+#[derive(Clone, Debug, Default)]
+pub struct LinesDigest(Sha256);
+
+impl LinesDigest {
+    /// Takes the digests of the lines that come next.
+    pub fn add(&mut self, digests: &[[u8; 32]]) {
+        self.0.update(digests.as_flattened());
+    }
+
+    /// In lower-case hex.
+    pub fn sha256(self) -> String {
+        hex(&self.0.finalize())
+    }
 }
 
 #[cfg(test)]
@@ -375,7 +399,7 @@ mod tests {
         let good = answer(Answered::Response {
             status: 200,
             request_id: "r".to_owned(),
-            body: json!({"id": "r"}),
+            body: br#"{"id":"r"}"#.to_vec(),
         });
         assert!(good.is_good());
         assert_eq!(

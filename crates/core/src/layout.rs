@@ -6,6 +6,7 @@
 //! {project}/batches/{batch}/jobs/{job}/patches/{n}.json  corrections, append-only
 //! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
 //! {project}/uploads/…                                 what users bring: requests of `generate` jobs
+//! {project}/uploads/batches/{batch}/…                 the same for one batch alone: garbage after retention
 //! .probe/{id}…                                        deleted as soon as it is created
 //! _journal/q-{queue}/{project}/{batch}/…              what a shared queue was given, until the batch has ended
 //! ```
@@ -76,6 +77,11 @@ pub fn upload(project: &ProjectId, name: &UploadName) -> String {
     format!("{project}/uploads/{name}")
 }
 
+/// What was brought for the jobs of one batch alone, and goes with it.
+pub fn batch_uploads(project: &ProjectId, batch: &BatchId) -> String {
+    format!("{project}/uploads/{}/", UploadName::folder_of(batch))
+}
+
 /// The manifest, created once and written last.
 pub fn manifest(key: &JobKey) -> String {
     format!("{}manifest.json", job(key))
@@ -141,6 +147,15 @@ impl UploadName {
             Self::BYTES_MAX
         );
         Err(FieldError::new("name", name, rule))
+    }
+
+    /// The name of requests that are brought for the jobs of `batch` alone: `sha256_hex` is that of their bytes.
+    pub fn of_batch(batch: &BatchId, sha256_hex: &str) -> Result<Self, FieldError> {
+        Self::new(&format!("{}/{sha256_hex}.jsonl", Self::folder_of(batch)))
+    }
+
+    fn folder_of(batch: &BatchId) -> String {
+        format!("batches/{batch}")
     }
 
     /// The name as text.
@@ -360,6 +375,10 @@ mod tests {
             upload(&project, &name),
             "shop/uploads/nightly/requests-1.jsonl"
         );
+        let batch = "b1".parse().unwrap();
+        let of_batch = upload(&project, &UploadName::of_batch(&batch, "ab").unwrap());
+        assert_eq!(of_batch, "shop/uploads/batches/b1/ab.jsonl");
+        assert!(of_batch.starts_with(&batch_uploads(&project, &batch)));
         let long = ["a"; 300].join("/");
         for bad in [
             "", "/", "a/", "/a", "..", "a/../b", ".", "a//b", "a b", "ä", ".a", "a#1", &long,

@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 
 use super::backend::SubmitError;
 
+/// The code of a model that is not served, as clients know it.
+const UNKNOWN_MODEL: &str = "model_not_found";
+
 /// A request that is not served.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{message}")]
@@ -66,6 +69,17 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, message)
     }
 
+    /// 400: what was asked for takes more to tell than an answer may have. Log-probabilities do that, and little else.
+    pub fn answer_too_long(bytes_max: usize) -> Self {
+        Self {
+            code: Some("answer_too_long"),
+            ..Self::new(
+                StatusCode::BAD_REQUEST,
+                format!("the answer must have at most {bytes_max} bytes, and it has more"),
+            )
+        }
+    }
+
     /// 401.
     pub fn unauthorized() -> Self {
         Self {
@@ -94,7 +108,7 @@ impl ApiError {
     pub fn unknown_model(name: &str) -> Self {
         Self {
             param: Some("model".to_owned()),
-            code: Some("model_not_found"),
+            code: Some(UNKNOWN_MODEL),
             ..Self::new(
                 StatusCode::NOT_FOUND,
                 format!("the model `{}` is not served here", shorten(name)),
@@ -270,6 +284,11 @@ impl ApiError {
     /// The status.
     pub fn status(&self) -> StatusCode {
         self.status
+    }
+
+    /// Whether the model that is named is not served here.
+    pub fn is_unknown_model(&self) -> bool {
+        self.code == Some(UNKNOWN_MODEL)
     }
 
     /// The field at fault.

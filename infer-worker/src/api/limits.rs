@@ -4,6 +4,15 @@ use std::time::Duration;
 
 /// Largest body of a completion: the longest context is some hundred kilobytes, and tools have schemas.
 pub(super) const BODY_BYTES_MAX: usize = 16 << 20;
+/// Longest answer that is sent whole, in bytes: many answers with all log-probabilities that a request may ask for.
+pub(super) const ANSWER_BYTES_MAX: usize = 1 << 30;
+/// The same of a batch: what a piece of answers is made of must fit into an object, and many are there at once.
+pub(super) const ANSWER_OFFLINE_BYTES_MAX: usize = 64 << 20;
+/// Most log-probabilities of a request that is answered whole. All of them are kept until the last one is there.
+pub(super) const LOGPROBS_MAX: usize = 4 << 20;
+/// The same of a batch: what is told of a usual token takes some hundred bytes, and an answer that is too long is refused
+/// before it is made.
+pub(super) const LOGPROBS_OFFLINE_MAX: usize = ANSWER_OFFLINE_BYTES_MAX / 128;
 /// Largest body that names an adapter.
 pub(super) const ADAPTER_BODY_BYTES_MAX: usize = 64 << 10;
 /// Longest wait for the headers of a connection's first request: who connects has something to say.

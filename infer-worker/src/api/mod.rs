@@ -54,7 +54,7 @@ use tracing::Instrument as _;
 
 pub use connection::serve;
 pub use error::ApiError;
-pub use offline::Offline;
+pub use offline::{Offline, OfflineAnswer};
 
 use answers::Answers;
 use auth::Gate;
@@ -90,6 +90,8 @@ struct App {
     metrics: Arc<Metrics>,
     bodies: Bodies,
     preparing: Arc<Semaphore>,
+    /// Most log-probabilities of a request that is answered whole.
+    logprobs_max: usize,
     seeds: Arc<Seeds>,
     keep_alive: Duration,
 }
@@ -129,6 +131,7 @@ impl Api {
             metrics: Arc::default(),
             bodies: Bodies::default(),
             preparing: Arc::new(Semaphore::new(limits::PREPARING_MAX)),
+            logprobs_max: limits::LOGPROBS_MAX,
             seeds: Arc::new(Seeds::new(parts.seed)),
             keep_alive,
         })
@@ -271,7 +274,11 @@ async fn answer(
     let mut response = match stream {
         true => app.stream(answers),
         false => {
-            let whole = answers.whole().await?.into_bytes().await?;
+            let whole = answers
+                .whole()
+                .await?
+                .into_bytes(limits::ANSWER_BYTES_MAX)
+                .await?;
             ([(CONTENT_TYPE, "application/json")], whole).into_response()
         }
     };

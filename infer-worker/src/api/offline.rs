@@ -7,7 +7,6 @@ use std::time::Instant;
 use axum::http::HeaderMap;
 use bytes::Bytes;
 use espalier_core::answers::Endpoint;
-use serde_json::Value;
 use tokio::sync::Semaphore;
 use tracing::Instrument as _;
 
@@ -21,17 +20,34 @@ use super::reply::Dialect;
 #[derive(Clone)]
 pub struct Offline(App);
 
+/// An answer to a request of a batch.
+#[derive(Clone, Debug)]
+pub struct OfflineAnswer {
+    /// Its name.
+    pub id: String,
+    /// Tokens of its prompts.
+    pub prompt_tokens: usize,
+    /// Tokens that were drawn.
+    pub completion_tokens: usize,
+    /// The body that a client would get: JSON in one line.
+    pub body: Vec<u8>,
+}
+
 impl Offline {
     pub(super) fn new(app: App) -> Self {
         let preparing = Arc::new(Semaphore::new(limits::PREPARING_OFFLINE_MAX));
-        Self(App { preparing, ..app })
+        Self(App {
+            preparing,
+            logprobs_max: limits::LOGPROBS_OFFLINE_MAX,
+            ..app
+        })
     }
 
-    /// The body that a client would get for `body`.
+    /// Answers `body`.
     ///
     /// # Errors
-    /// What a client would be told in its place.
-    pub async fn answer(&self, endpoint: Endpoint, body: Bytes) -> Result<Value, ApiError> {
+    /// What a client would be told in its place; or that the answer is too long for a batch.
+    pub async fn answer(&self, endpoint: Endpoint, body: Bytes) -> Result<OfflineAnswer, ApiError> {
         let began = Instant::now();
         let dialect = match endpoint {
             Endpoint::Chat => Dialect::Chat,
@@ -54,10 +70,17 @@ impl Offline {
         body: Bytes,
         began: Instant,
         observed: &mut Observed,
-    ) -> Result<Value, ApiError> {
+    ) -> Result<OfflineAnswer, ApiError> {
         let prepared = self.0.prepare(body, dialect).await?.offline();
         observed.named(prepared.model());
         let answers = self.0.submit(prepared, began, observed.clone()).await?;
-        answers.whole().await?.into_json().await
+        let whole = answers.whole().await?;
+        let (id, usage) = (whole.head.id.clone(), whole.usage);
+        Ok(OfflineAnswer {
+            id,
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            body: whole.into_bytes(limits::ANSWER_OFFLINE_BYTES_MAX).await?,
+        })
     }
 }

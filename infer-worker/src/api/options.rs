@@ -14,8 +14,6 @@ const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 1_024;
 /// Most stop ids, and most ids with a bias.
 const IDS_MAX: usize = 1_024;
-/// Most log-probabilities of a request that is answered whole. All of them are kept until the last one is there.
-const LOGPROBS_MAX: usize = 4 << 20;
 /// Most alternatives that log-probabilities come with.
 pub(super) const TOP_LOGPROBS_MAX: i64 = 20;
 
@@ -104,21 +102,22 @@ impl Options {
         self.tokens_max.unwrap_or(room).min(room)
     }
 
-    /// Whether what an answer would tell of its tokens can be kept until its end. `rooms` are what the prompts leave,
-    /// `top_field` is the field that asks for alternatives.
+    /// Whether what an answer would tell of its tokens can be kept until its end: at most `told_max` log-probabilities.
+    /// `rooms` are what the prompts leave, `top_field` is the field that asks for alternatives.
     pub(super) fn check_logprobs(
         &self,
         rooms: impl Iterator<Item = usize>,
         top_field: &str,
+        told_max: usize,
     ) -> Result<(), ApiError> {
         let Some(top) = self.sampling.logprobs.filter(|_| !self.stream) else {
             return Ok(());
         };
         let tokens = rooms.map(|room| self.tokens_within(room)).sum::<usize>() * self.n;
         let told = tokens * (usize::from(top) + 1);
-        if told > LOGPROBS_MAX {
+        if told > told_max {
             let message = format!(
-                "`n` × `max_tokens` × (`{top_field}` + 1) must be at most {LOGPROBS_MAX} where `stream` is not set, \
+                "`n` × `max_tokens` × (`{top_field}` + 1) must be at most {told_max} where `stream` is not set, \
                  got {told}"
             );
             return Err(ApiError::about(top_field, message));
@@ -282,6 +281,7 @@ pub(super) fn completion_logprobs(fields: &mut Fields) -> Result<Option<u8>, Api
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::limits::LOGPROBS_MAX;
     use super::*;
 
     pub(crate) fn defaults() -> Sampling {
@@ -368,7 +368,7 @@ pub(super) mod tests {
         let check = |body: &Value, top, rooms: &[usize]| {
             let mut options = read(body).unwrap();
             options.sampling.logprobs = top;
-            options.check_logprobs(rooms.iter().copied(), "top_logprobs")
+            options.check_logprobs(rooms.iter().copied(), "top_logprobs", LOGPROBS_MAX)
         };
         let large = json!({"n": 128, "max_tokens": 2_048});
         let error = check(&large, Some(20), &[40_000]).unwrap_err();

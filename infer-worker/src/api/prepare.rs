@@ -67,13 +67,13 @@ impl App {
         let Ok(Ok(place)) = place else {
             return Err(ApiError::full(Duration::from_secs(1)));
         };
-        let backend = Arc::clone(&self.backend);
+        let (backend, logprobs_max) = (Arc::clone(&self.backend), self.logprobs_max);
         let work = move || {
             // The place is held by the work, not by who waits for it: a client that goes does not make room for more.
             let _place = place;
             match dialect {
-                Dialect::Chat => prepare_chat(&*backend, &body),
-                Dialect::Completion => prepare_completion(&*backend, &body),
+                Dialect::Chat => prepare_chat(&*backend, &body, logprobs_max),
+                Dialect::Completion => prepare_completion(&*backend, &body, logprobs_max),
             }
         };
         tasks::blocking("api.prepare", work)
@@ -172,7 +172,11 @@ fn form(dialect: Dialect, calls: Calls, thoughts: Thoughts) -> Form {
     }
 }
 
-fn prepare_chat(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError> {
+fn prepare_chat(
+    backend: &dyn Backend,
+    body: &[u8],
+    logprobs_max: usize,
+) -> Result<Prepared, ApiError> {
     let request = ChatRequest::parse(body, &backend.defaults(), backend.vocabulary())?;
     let target = target(backend, &request.options)?;
     let (prompt, param) = match request.prompt {
@@ -188,7 +192,7 @@ fn prepare_chat(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError
     check_length(&prompt, context_tokens, param)?;
     let room = context_tokens - prompt.ids.len();
     let options = &request.options;
-    options.check_logprobs(std::iter::once(room), "top_logprobs")?;
+    options.check_logprobs(std::iter::once(room), "top_logprobs", logprobs_max)?;
     let bound = request.grammar.map(|it| (it, request.grammar_field));
     let constraints = constraints(backend, bound, prompt.thoughts, request.options.n)?;
     Ok(Prepared {
@@ -205,7 +209,11 @@ fn prepare_chat(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError
     })
 }
 
-fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, ApiError> {
+fn prepare_completion(
+    backend: &dyn Backend,
+    body: &[u8],
+    logprobs_max: usize,
+) -> Result<Prepared, ApiError> {
     let request = CompletionRequest::parse(body, &backend.defaults(), backend.vocabulary())?;
     let target = target(backend, &request.options)?;
     let context_tokens = backend.context_tokens();
@@ -226,7 +234,8 @@ fn prepare_completion(backend: &dyn Backend, body: &[u8]) -> Result<Prepared, Ap
     let rooms = prompts
         .iter()
         .map(|prompt| context_tokens - prompt.ids.len());
-    request.options.check_logprobs(rooms, "logprobs")?;
+    let options = &request.options;
+    options.check_logprobs(rooms, "logprobs", logprobs_max)?;
     let bound = request
         .format
         .map(|Format { schema, field }| (Grammar::Json { schema }, field));

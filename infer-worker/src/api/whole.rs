@@ -2,9 +2,9 @@
 //! values of the same content would take some ten times the memory.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use espalier_runtime::tasks;
 use serde::Serialize;
 use serde::ser::{SerializeMap as _, Serializer};
@@ -69,28 +69,21 @@ pub(super) struct Whole {
 
 impl Whole {
     /// The body of the response.
-    pub(super) async fn into_bytes(self) -> Result<Bytes, ApiError> {
-        let written = self.write(serde_json::to_vec);
-        written.await.map(Bytes::from)
-    }
-
-    /// The same as a value, for what is part of another one.
-    pub(super) async fn into_json(self) -> Result<Value, ApiError> {
-        self.write(|whole| serde_json::to_value(whole)).await
-    }
-
-    async fn write<T: Send + 'static>(
-        self,
-        write: fn(&Self) -> serde_json::Result<T>,
-    ) -> Result<T, ApiError> {
+    ///
+    /// # Errors
+    /// It has more than `bytes_max` bytes; no more of it is made.
+    pub(super) async fn into_bytes(self, bytes_max: usize) -> Result<Vec<u8>, ApiError> {
         let tokens = self.answers.iter().flat_map(|answer| &answer.tokens);
         let told: usize = tokens.map(|token| 1 + token.top.len()).sum();
         let written = if told + self.usage.completion_tokens <= INLINE_TOKENS_MAX {
-            Ok(write(&self))
+            Ok(self.write(bytes_max))
         } else {
-            tasks::blocking("api.reply", move || write(&self)).await
+            tasks::blocking("api.reply", move || self.write(bytes_max)).await
         };
         let written = match written {
+            Ok(Err(error)) if error.io_error_kind() == Some(io::ErrorKind::FileTooLarge) => {
+                return Err(ApiError::answer_too_long(bytes_max));
+            }
             Ok(written) => written.map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
@@ -98,6 +91,35 @@ impl Whole {
             tracing::error!(error, "an answer could not be written");
             ApiError::internal()
         })
+    }
+
+    fn write(&self, bytes_max: usize) -> serde_json::Result<Vec<u8>> {
+        let mut bounded = Bounded {
+            bytes: Vec::new(),
+            bytes_max,
+        };
+        serde_json::to_writer(&mut bounded, self)?;
+        Ok(bounded.bytes)
+    }
+}
+
+/// Takes so many bytes and no more.
+struct Bounded {
+    bytes: Vec<u8>,
+    bytes_max: usize,
+}
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > self.bytes_max - self.bytes.len() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -182,5 +204,25 @@ impl OneChoice<'_> {
             reasoning_content: &answer.reasoning,
             tool_calls: answer.calls.iter().map(call).collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn no_more_is_kept_than_may_be() {
+        let mut bounded = Bounded {
+            bytes: Vec::new(),
+            bytes_max: 4,
+        };
+        bounded.write_all(b"abc").unwrap();
+        let error = bounded.write_all(b"de").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+        bounded.write_all(b"d").unwrap();
+        assert_eq!(bounded.bytes, b"abcd");
     }
 }

@@ -20,7 +20,7 @@ pub(super) enum GenerateError {
     #[error("`{path}` must have at least one request, and it is empty")]
     Empty { path: String },
     /// The file is another one now.
-    #[error("`{path}` must stay as it is until it is answered, and it was written again")]
+    #[error("`{path}` must stay as it is until it is answered, and it says something else now")]
     Changed { path: String },
     /// The store does not take or give back an object.
     #[error("cannot use the object store")]
@@ -34,6 +34,12 @@ pub(super) enum GenerateError {
     /// Nobody answers any more in this process.
     #[error("the engine does not answer: {0}")]
     Engine(Health),
+    /// The job's own model was taken out: a worker that serves it goes on.
+    #[error("the job's model `{model}` is not served here any more")]
+    NotServed { model: String },
+    /// The time of the attempt is nearly over, and what it did is stored.
+    #[error("handed on before `max_runtime_s` is over")]
+    HandedOn,
     /// The attempt was told to stop.
     #[error("stopped before all lines were answered")]
     Stopped,
@@ -48,7 +54,9 @@ impl GenerateError {
             }
             Self::Publish(error) => error.class(),
             Self::Store(_) | Self::Blocking(_) => ErrorClass::Infra,
-            Self::Engine(_) | Self::Stopped => ErrorClass::Preempted,
+            Self::Engine(_) | Self::NotServed { .. } | Self::HandedOn | Self::Stopped => {
+                ErrorClass::Preempted
+            }
         }
     }
 }

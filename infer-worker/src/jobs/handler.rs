@@ -15,6 +15,7 @@ use espalier_runtime::store::Store;
 use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry::error_chain;
 use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome, Lease, Serving};
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -32,6 +33,11 @@ const LINES_AHEAD: usize = 4;
 const ANSWERS_AHEAD: usize = 64;
 /// How long the last piece may take when the job was told to stop: a part of what the worker loop gives.
 const LAST_PIECE_LIMIT: Duration = Duration::from_secs(2);
+/// A job is handed on so long before its attempt may take no longer, in parts of that time: the last piece is stored by
+/// then. More than
+const HAND_ON_PART: u32 = 10;
+/// so long is not needed.
+const HAND_ON_MAX: Duration = Duration::from_secs(600);
 /// How often people are told how far a job is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
@@ -53,8 +59,8 @@ impl GenerateHandler {
         let Some(generate) = grant.spec.generate() else {
             return Err(GenerateError::NoRequests);
         };
+        let hand_on_at = hand_on_at(Instant::now(), grant.spec.max_runtime);
         let spec = publish::spec_digest(grant).await?;
-        let claim = claim(grant, &spec);
         let stopped = context.lease().stopped();
         let begin = Box::pin(self.begin(grant, generate, &spec, context));
         let begun = stopped.run_until_cancelled(begin).await;
@@ -63,7 +69,11 @@ impl GenerateHandler {
             Begun::Open(input, output) => (input, *output),
         };
         let lease = context.lease();
-        self.answer(&input, &mut output, generate, lease, &stopped)
+        let ends = Ends {
+            stopped: &stopped,
+            hand_on_at,
+        };
+        self.answer(&input, &mut output, generate, lease, ends)
             .await?;
         if output.files().is_empty() {
             return Err(GenerateError::Empty {
@@ -71,7 +81,10 @@ impl GenerateHandler {
             });
         }
         lease.publishing();
-        input.check_unchanged().await?;
+        let said = output.lines_sha256();
+        input.check_says(&said).await?;
+        let asked = spec.with_input(&said);
+        let claim = claim(grant, &asked);
         let manifest = self.manifest(grant, claim, &input, &output);
         let gate = ByLease(context);
         Ok(publish::create(&self.store, claim, &manifest, &gate).await?)
@@ -84,18 +97,35 @@ impl GenerateHandler {
         spec: &SpecDigest,
         context: &JobContext,
     ) -> Result<Begun, GenerateError> {
-        let (claim, max_runtime) = (claim(grant, spec), grant.spec.max_runtime);
-        let adopted = publish::adopt(&self.store, claim, max_runtime, context).await?;
-        if let Some(published) = adopted {
-            return Ok(Begun::Done(published));
-        }
-        let (key, fence) = (&grant.key, grant.fence);
+        let (key, fence, max_runtime) = (&grant.key, grant.fence, grant.spec.max_runtime);
+        self.check_served(generate.model.as_deref())?;
         let path = layout::upload(&key.project, &generate.requests);
+        if publish::is_published(&self.store, key, max_runtime).await? {
+            // The name of the requests may have been used before, for others.
+            let now = Input::open(&self.store, key, path.clone()).await?;
+            let asked = spec.with_input(&now.lines_sha256().await?);
+            let claim = claim(grant, &asked);
+            let adopted = publish::adopt(&self.store, claim, max_runtime, context).await?;
+            if let Some(published) = adopted {
+                return Ok(Begun::Done(published));
+            }
+        }
         let input = Input::open(&self.store, key, path).await?;
         let mut output = Output::new(self.store.clone(), key.clone(), fence, spec.clone());
         output.take_over(&input).await?;
         tell(context.lease(), &input, &output);
         Ok(Begun::Open(input, Box::new(output)))
+    }
+
+    /// A grant may cross the news that its model is gone.
+    fn check_served(&self, model: Option<&str>) -> Result<(), GenerateError> {
+        let serving = self.answering.serving.borrow();
+        match model.filter(|model| !serving.models.iter().any(|served| served == model)) {
+            None => Ok(()),
+            Some(model) => Err(GenerateError::NotServed {
+                model: model.to_owned(),
+            }),
+        }
     }
 
     /// Answers what is left, and stores it.
@@ -105,7 +135,7 @@ impl GenerateHandler {
         output: &mut Output,
         generate: &GenerateSpec,
         lease: &Lease,
-        stopped: &CancellationToken,
+        ends: Ends<'_>,
     ) -> Result<(), GenerateError> {
         let window = Window {
             answering: self.answering.clone(),
@@ -121,7 +151,8 @@ impl GenerateHandler {
         let answer = window.answer_all(first, lines, answers_in);
         // Boxed: the worker loop holds them beside much else.
         let mut work = Box::pin(async move { tokio::try_join!(read, answer) });
-        let mut store = Box::pin(store(input, output, answers, lease, stopped));
+        let tell = |output: &Output| tell(lease, input, output);
+        let mut store = Box::pin(store(output, answers, ends, tell));
         tokio::select! {
             biased;
             worked = &mut work => {
@@ -186,28 +217,48 @@ async fn read(
     Ok(())
 }
 
-/// Stores answers piece by piece until there are no more. When the job is told to stop, what is answered by then is
-/// stored too.
-async fn store(
-    input: &Input,
+/// What ends an attempt before all lines are answered.
+#[derive(Clone, Copy)]
+pub(super) struct Ends<'a> {
+    /// The lease.
+    pub(super) stopped: &'a CancellationToken,
+    /// From then on the job is handed on, if this attempt has answered anything: a job that gets ahead has no failure to
+    /// count. One that does not is ended by the worker loop, and that is one.
+    pub(super) hand_on_at: Instant,
+}
+
+/// When an attempt that began at `began` hands its job on.
+pub(super) fn hand_on_at(began: Instant, max_runtime: Duration) -> Instant {
+    began + (max_runtime - (max_runtime / HAND_ON_PART).min(HAND_ON_MAX))
+}
+
+/// Stores answers piece by piece until there are no more. When the job is told to stop, or is handed on, what is answered
+/// by then is stored too. `tell` is called now and then.
+pub(super) async fn store(
     output: &mut Output,
     mut answers: mpsc::Receiver<Answered>,
-    lease: &Lease,
-    stopped: &CancellationToken,
+    ends: Ends<'_>,
+    tell: impl Fn(&Output),
 ) -> Result<(), GenerateError> {
+    let stopped = ends.stopped;
+    let (first, _) = output.reached();
     let mut told = Instant::now();
     loop {
         let due_at = output.due_at();
+        let is_ahead = output.reached().0 > first;
         let next = tokio::select! {
             biased;
             () = stopped.cancelled() => {
-                while let Ok(answered) = answers.try_recv() {
-                    output.push(answered);
-                }
+                push_ready(output, &mut answers);
                 let last = output.store_pending();
                 // The next attempt answers again what is not stored in time.
                 let _ = with_deadline("generate.last_piece", LAST_PIECE_LIMIT, last).await;
                 return Err(GenerateError::Stopped);
+            }
+            () = tokio::time::sleep_until(ends.hand_on_at), if is_ahead => {
+                let is_last = push_ready(output, &mut answers);
+                store_pending(output, stopped).await?;
+                return if is_last { Ok(()) } else { Err(GenerateError::HandedOn) };
             }
             () = tokio::time::sleep_until(due_at.unwrap_or(told)), if due_at.is_some() => None,
             answered = answers.recv() => match answered {
@@ -223,8 +274,19 @@ async fn store(
             store_pending(output, stopped).await?;
         }
         if told.elapsed() >= PROGRESS_EVERY {
-            tell(lease, input, output);
+            tell(output);
             told = Instant::now();
+        }
+    }
+}
+
+/// Takes the answers that are there. True: no more will come.
+fn push_ready(output: &mut Output, answers: &mut mpsc::Receiver<Answered>) -> bool {
+    loop {
+        match answers.try_recv() {
+            Ok(answered) => output.push(answered),
+            Err(TryRecvError::Empty) => return false,
+            Err(TryRecvError::Disconnected) => return true,
         }
     }
 }
@@ -264,9 +326,17 @@ impl Handler for GenerateHandler {
             Err(GenerateError::Stopped | GenerateError::Publish(PublishError::Stopped)) => {
                 stopped_outcome(&context)
             }
-            Err(error @ GenerateError::Engine(_)) => JobOutcome::Released {
+            Err(
+                error @ (GenerateError::Engine(_)
+                | GenerateError::NotServed { .. }
+                | GenerateError::HandedOn),
+            ) => JobOutcome::Released {
                 reason: error.to_string(),
             },
+            Err(error @ GenerateError::Publish(PublishError::NameUsed { .. })) => {
+                let message = format!("{error}; what the requests say is a part of the spec");
+                JobOutcome::failed(error.class(), message)
+            }
             Err(error) => JobOutcome::failed(error.class(), error_chain(&error)),
         }
     }

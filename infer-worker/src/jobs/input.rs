@@ -1,7 +1,7 @@
 //! The requests: a file of any size, read range by range, line by line.
 
 use bytes::{Bytes, BytesMut};
-use espalier_core::answers::LINE_BYTES_MAX;
+use espalier_core::answers::{LINE_BYTES_MAX, LinesDigest};
 use espalier_core::id::JobKey;
 use espalier_runtime::publish::patiently;
 use espalier_runtime::store::{ObjectMeta, Store};
@@ -60,11 +60,19 @@ impl Input {
         self.meta.size
     }
 
-    /// Proves that the file which was read is still the one that lies there.
-    pub(super) async fn check_unchanged(&self) -> Result<(), GenerateError> {
-        let find = || async { head(&self.store, &self.meta.path).await };
-        let now = patiently(&self.job, "requests", find).await?;
-        match now == self.meta {
+    /// What all lines say, as [`lines_sha256`](espalier_core::answers::lines_sha256) has it. Reads the whole file.
+    pub(super) async fn lines_sha256(&self) -> Result<String, GenerateError> {
+        let (mut lines, mut digest) = (self.lines(0, 0, u64::MAX), LinesDigest::default());
+        while let Some(line) = lines.next().await? {
+            digest.add(&[line.digest]);
+        }
+        Ok(digest.sha256())
+    }
+
+    /// Proves that the file which lies there says what was read. One that was written again with the same lines does.
+    pub(super) async fn check_says(&self, lines_sha256: &str) -> Result<(), GenerateError> {
+        let now = Self::open(&self.store, &self.job, self.meta.path.clone()).await?;
+        match now.meta == self.meta || now.lines_sha256().await? == lines_sha256 {
             true => Ok(()),
             false => Err(GenerateError::Changed {
                 path: self.meta.path.clone(),

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use espalier_core::answers::{GenerateSummary, InputRange, PIECE_VERSION, Piece, lines_sha256};
+use espalier_core::answers::{
+    GenerateSummary, InputRange, LinesDigest, PIECE_VERSION, Piece, lines_sha256,
+};
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::spec::SpecDigest;
@@ -17,7 +19,7 @@ use super::error::GenerateError;
 use super::window::Answered;
 
 /// A piece is stored when it has so many bytes, or
-const PIECE_BYTES: usize = 8 << 20;
+pub(super) const PIECE_BYTES: usize = 8 << 20;
 /// when its first line has waited for so long: what a kill costs at most. The first pieces wait less,
 const PIECE_AGE_MAX: Duration = Duration::from_secs(10);
 /// since all of a short job is worth as much: each waits twice as long as the one before.
@@ -35,17 +37,29 @@ pub(super) struct Output {
     summary: GenerateSummary,
     /// After the last of them.
     end: u64,
+    /// What they say.
+    lines: LinesDigest,
     pending: Pending,
 }
 
 /// Answers that are not stored yet.
 #[derive(Default)]
 struct Pending {
-    bytes: Vec<u8>,
-    digests: Vec<[u8; 32]>,
-    end: u64,
-    summary: GenerateSummary,
+    part: Part,
     since: Option<Instant>,
+}
+
+/// Answers to lines that follow each other.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Part {
+    /// The answers, one a line.
+    pub(super) bytes: Vec<u8>,
+    /// Of the lines that they answer.
+    pub(super) digests: Vec<[u8; 32]>,
+    /// The byte after the last of these.
+    pub(super) end: u64,
+    /// What came of them.
+    pub(super) summary: GenerateSummary,
 }
 
 impl Output {
@@ -59,6 +73,7 @@ impl Output {
             files: Vec::new(),
             summary: GenerateSummary::default(),
             end: 0,
+            lines: LinesDigest::default(),
             pending: Pending::default(),
         }
     }
@@ -78,25 +93,31 @@ impl Output {
         self.end
     }
 
+    /// What the lines say that are stored.
+    pub(super) fn lines_sha256(&self) -> String {
+        self.lines.clone().sha256()
+    }
+
     /// Lines that are answered, and up to which byte of the requests.
     pub(super) fn reached(&self) -> (u64, u64) {
-        let lines = self.summary.lines + self.pending.summary.lines;
-        (lines, self.end.max(self.pending.end))
+        let pending = &self.pending.part;
+        let lines = self.summary.lines + pending.summary.lines;
+        (lines, self.end.max(pending.end))
     }
 
     /// Takes the answer to the next line.
     pub(super) fn push(&mut self, answered: Answered) {
-        let pending = &mut self.pending;
-        pending.bytes.extend_from_slice(&answered.text);
-        pending.digests.push(answered.line.digest);
-        pending.end = answered.line.end;
-        pending.summary = pending.summary.and(answered.summary);
-        pending.since.get_or_insert_with(Instant::now);
+        self.pending.since.get_or_insert_with(Instant::now);
+        let part = &mut self.pending.part;
+        part.bytes.extend_from_slice(&answered.text);
+        part.digests.push(answered.line.digest);
+        part.end = answered.line.end;
+        part.summary = part.summary.and(answered.summary);
     }
 
     /// Whether there is enough for a piece.
     pub(super) fn is_full(&self) -> bool {
-        self.pending.bytes.len() >= PIECE_BYTES
+        self.pending.part.bytes.len() >= PIECE_BYTES
     }
 
     /// When what is pending is to be stored; none: nothing is.
@@ -109,37 +130,31 @@ impl Output {
 
     /// Stores what is pending. Waits for a store that is away; a call that is dropped has stored nothing that counts.
     pub(super) async fn store_pending(&mut self) -> Result<(), GenerateError> {
-        if self.pending.since.is_none() {
-            return Ok(());
-        }
-        let content = Bytes::from(std::mem::take(&mut self.pending.bytes));
         let pending = std::mem::take(&mut self.pending);
-        let input = InputRange {
-            first_line: self.summary.lines,
-            start: self.end,
-            end: pending.end,
-            sha256: lines_sha256(&pending.digests),
-        };
-        self.store_piece(content, input, pending.summary).await
+        self.store(pending.part).await
     }
 
-    /// Stores a piece as the next one of this attempt: the answers, then the record that makes them count.
-    pub(super) async fn store_piece(
-        &mut self,
-        content: Bytes,
-        input: InputRange,
-        summary: GenerateSummary,
-    ) -> Result<(), GenerateError> {
+    /// Stores a part as the next piece of this attempt: the answers, then the record that makes them count.
+    pub(super) async fn store(&mut self, part: Part) -> Result<(), GenerateError> {
+        if part.digests.is_empty() {
+            return Ok(());
+        }
         let n = u32::try_from(self.files.len()).unwrap_or(u32::MAX);
         let path = layout::answers(&self.key, self.fence, n);
+        let content = Bytes::from(part.bytes);
         let hashed = content.clone();
         let answers = blocking("generate.hash", move || FileEntry::of(path, &hashed)).await?;
         let piece = Piece {
             version: PIECE_VERSION,
             spec_sha256: self.spec.clone(),
-            input,
+            input: InputRange {
+                first_line: self.summary.lines,
+                start: self.end,
+                end: part.end,
+                sha256: lines_sha256(&part.digests),
+            },
             answers,
-            summary,
+            summary: part.summary,
         };
         let record = serde_json::to_vec_pretty(&piece).map_err(PublishError::Encode)?;
         self.put(&piece.answers.path, content).await?;
@@ -147,6 +162,7 @@ impl Output {
         self.put(&path, record.into()).await?;
         self.summary = self.summary.and(piece.summary);
         self.end = piece.input.end;
+        self.lines.add(&part.digests);
         self.files.push(piece.answers);
         Ok(())
     }

@@ -14,8 +14,11 @@ use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::error::GenerateError;
+use super::handler::{self, Ends};
 use super::input::{Input, Line};
 use super::output::Output;
 use super::window::{Answered, Window};
@@ -93,12 +96,18 @@ async fn a_line_that_is_too_long_is_passed_over_and_not_kept() {
 async fn a_file_that_is_missing_or_changes_is_named() {
     let store = store_with(b"a\n").await;
     let there = input(&store).await;
-    there.check_unchanged().await.unwrap();
+    let said = there.lines_sha256().await.unwrap();
+    there.check_says(&said).await.unwrap();
+    // Whoever uploads it once more changes nothing, nor does a line end.
+    for same in [&b"a\n"[..], b"a"] {
+        store.put(PATH, Bytes::from_static(same)).await.unwrap();
+        there.check_says(&said).await.unwrap();
+    }
     store
         .put(PATH, Bytes::from_static(b"other\n"))
         .await
         .unwrap();
-    let changed = there.check_unchanged().await.unwrap_err();
+    let changed = there.check_says(&said).await.unwrap_err();
     assert!(
         matches!(changed, GenerateError::Changed { .. }),
         "{changed}"
@@ -199,6 +208,43 @@ async fn every_line_is_answered_in_its_place() {
 }
 
 #[tokio::test]
+async fn a_job_whose_own_model_is_gone_gets_no_answers_of_that() {
+    let (mut window, _health) = window(2);
+    window.model = Some("gone".to_owned());
+    let other = |id: &str, model: &str| {
+        let named = format!("\"model\":{},\"messages\"", json!(model));
+        chat(id, "say 1").replace("\"messages\"", &named)
+    };
+    // A line that names another one is answered as over HTTP.
+    let texts = [other("a", "toy"), other("b", "never heard of")];
+    let answers = answer(&window, &texts).await.unwrap();
+    let status = |n: usize| answers[n]["response"]["status_code"].clone();
+    assert_eq!((status(0), status(1)), (json!(200), json!(404)));
+    for gone in [chat("c", "say 2"), other("c", "gone")] {
+        let ended = answer(&window, &[other("a", "toy"), gone]).await;
+        assert!(
+            matches!(&ended, Err(GenerateError::NotServed { model }) if model == "gone"),
+            "{ended:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_a_batch_asks_to_be_told_is_bounded_before_it_is_made() {
+    let (window, _health) = window(2);
+    let told = |top: u32| {
+        let more = format!("\"logprobs\":true,\"top_logprobs\":{top},\"n\":128,\"messages\"");
+        chat("a", "say 1").replace("\"messages\"", &more)
+    };
+    let limited = |top: u32| told(top).replace("\"n\"", "\"max_tokens\":300,\"n\"");
+    let answers = answer(&window, &[limited(20), limited(0)]).await.unwrap();
+    let refused = &answers[0]["response"];
+    assert_eq!(refused["status_code"], 400, "{refused}");
+    assert_eq!(refused["body"]["error"]["param"], "top_logprobs");
+    assert_eq!(answers[1]["response"]["status_code"], 200);
+}
+
+#[tokio::test]
 async fn an_engine_that_fails_gives_the_job_back_and_no_wrong_answers() {
     let (window, health) = window(2);
     health.send_replace(Health::Failed("the GPU fell off".into()));
@@ -234,21 +280,25 @@ fn output(store: &Store, fence: u64, spec: SpecDigest) -> Output {
     Output::new(store.clone(), key(), Fence(fence), spec)
 }
 
+fn answered(line: &Line, by: &str) -> Answered {
+    Answered {
+        line: line.clone(),
+        text: format!("{by} {}\n", line.n).into_bytes(),
+        summary: GenerateSummary {
+            lines: 1,
+            failed: 0,
+            prompt_tokens: 2,
+            completion_tokens: 3,
+        },
+        request_bytes: 0,
+    }
+}
+
 /// Answers `lines` as `by` would, `piece` at a time.
 async fn fill(output: &mut Output, lines: &[Line], piece: usize, by: &str) {
     for lines in lines.chunks(piece) {
         for line in lines {
-            output.push(Answered {
-                line: line.clone(),
-                text: format!("{by} {}\n", line.n).into_bytes(),
-                summary: GenerateSummary {
-                    lines: 1,
-                    failed: 0,
-                    prompt_tokens: 2,
-                    completion_tokens: 3,
-                },
-                request_bytes: 0,
-            });
+            output.push(answered(line, by));
         }
         output.store_pending().await.unwrap();
     }
@@ -298,6 +348,95 @@ async fn a_later_attempt_goes_on_after_what_earlier_ones_have_stored() {
     let rest = all(&input, summary.lines, fourth.end(), u64::MAX).await;
     assert_eq!(rest.len(), 1);
     assert_eq!((rest[0].n, &rest[0].content), (5, &Ok("f".into())));
+}
+
+#[tokio::test]
+async fn small_pieces_are_joined_when_they_are_taken_over() {
+    let text: String = (0..100).map(|n| format!("{n}\n")).collect();
+    let store = store_with(text.as_bytes()).await;
+    let input = input(&store).await;
+    let lines = all(&input, 0, 0, u64::MAX).await;
+    let mut first = output(&store, 1, spec("a"));
+    fill(&mut first, &lines[..90], 1, "first").await;
+    let mut second = output(&store, 2, spec("a"));
+    second.take_over(&input).await.unwrap();
+    assert_eq!((first.files().len(), second.files().len()), (90, 1));
+    assert_eq!(said(&store, &second).await, said(&store, &first).await);
+    assert_eq!(
+        (second.summary(), second.end()),
+        (first.summary(), first.end())
+    );
+    fill(&mut second, &lines[90..], 4, "second").await;
+    let mut third = output(&store, 3, spec("a"));
+    third.take_over(&input).await.unwrap();
+    assert_eq!(third.files().len(), 1);
+    assert_eq!(said(&store, &third).await, said(&store, &second).await);
+    // However often it is taken over, it is what all the lines say.
+    assert_eq!(third.lines_sha256(), input.lines_sha256().await.unwrap());
+    // Of what a torn piece is joined with, the ones before it count.
+    let torn = layout::answers(&key(), Fence(1), 40);
+    store.put(&torn, Bytes::from_static(b"torn")).await.unwrap();
+    for fence in [2, 3] {
+        for n in 0..4 {
+            let record = layout::answers_record(&key(), Fence(fence), n);
+            store.delete(&record).await.unwrap();
+        }
+    }
+    let mut fourth = output(&store, 4, spec("a"));
+    fourth.take_over(&input).await.unwrap();
+    assert_eq!((fourth.summary().lines, fourth.files().len()), (40, 1));
+}
+
+/// Runs the storing of answers that come through the sender, in an attempt that is to hand on now.
+async fn handing_on(
+    store: &Store,
+    answers: mpsc::Receiver<Answered>,
+    stored: watch::Sender<u64>,
+) -> Result<(), GenerateError> {
+    let mut output = output(store, 1, spec("a"));
+    let stopped = CancellationToken::new();
+    let ends = Ends {
+        stopped: &stopped,
+        hand_on_at: Instant::now(),
+    };
+    let ended = handler::store(&mut output, answers, ends, |_| ()).await;
+    stored.send_replace(output.summary().lines);
+    ended
+}
+
+#[tokio::test]
+async fn a_job_is_handed_on_at_its_time_if_it_got_ahead() {
+    let store = store_with(b"a\nb\nc\n").await;
+    let lines = all(&input(&store).await, 0, 0, u64::MAX).await;
+    let (answers_in, answers) = mpsc::channel(8);
+    let (told, stored) = watch::channel(0);
+    let mut storing = Box::pin(handing_on(&store, answers, told));
+    // Without an answer there is nothing to hand on.
+    assert!(futures::poll!(&mut storing).is_pending());
+    for line in &lines[..2] {
+        answers_in.send(answered(line, "now")).await.unwrap();
+    }
+    let ended = storing.await;
+    assert!(matches!(ended, Err(GenerateError::HandedOn)), "{ended:?}");
+    assert_eq!(*stored.borrow(), 2);
+    // A job whose last answers are there is done.
+    let (answers_in, answers) = mpsc::channel(8);
+    let (told, stored) = watch::channel(0);
+    for line in &lines {
+        answers_in.send(answered(line, "now")).await.unwrap();
+    }
+    drop(answers_in);
+    handing_on(&store, answers, told).await.unwrap();
+    assert_eq!(*stored.borrow(), 3);
+}
+
+#[test]
+fn a_job_is_handed_on_a_little_before_its_time_is_over() {
+    let began = Instant::now();
+    for (max_runtime_s, after_s) in [(10, 9), (3_600, 3_240), (86_400, 85_800)] {
+        let at = handler::hand_on_at(began, Duration::from_secs(max_runtime_s));
+        assert_eq!(at - began, Duration::from_secs(after_s));
+    }
 }
 
 #[tokio::test]

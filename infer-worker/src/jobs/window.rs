@@ -17,14 +17,13 @@ use tokio::sync::{Semaphore, mpsc};
 use super::Answering;
 use super::error::GenerateError;
 use super::input::Line;
+use crate::api::{ApiError, OfflineAnswer};
 use crate::engine::Health;
 
 /// Requests and answers of a job that wait for each other, in bytes. One line goes on whatever its size.
 const HELD_BYTES_MAX: usize = 64 << 20;
 /// Lines that may be answered before one that takes long, for each place in the window: beyond, the engine idles.
 const AHEAD_PER_PLACE: usize = 4;
-/// Longest answer, in bytes: what a piece of answers is made of must fit into an object.
-const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// Up to this size a line is read where it is.
 const PARSE_INLINE_BYTES_MAX: usize = 32 << 10;
 /// Waits of a line that the engine cannot take just now.
@@ -53,7 +52,7 @@ pub(super) struct Window {
     /// Of all jobs of the process.
     pub(super) places: Arc<Semaphore>,
     pub(super) places_max: usize,
-    /// Of lines that name none.
+    /// The job's own, of lines that name none. It is what the job was given to this worker for.
     pub(super) model: Option<String>,
 }
 
@@ -115,27 +114,30 @@ impl Window {
                     code: "invalid_line",
                     message: bad.error.to_string(),
                 };
-                (bad.custom_id, outcome)
+                (bad.custom_id, (outcome, FAILED))
             }
         };
+        let (outcome, summary) = outcome;
         let answer = BatchAnswer {
             id: format!("batch_req_{}", self.ids.fresh()),
             custom_id,
             outcome,
         };
-        let (text, summary) = within_bounds(answer);
         Ok(Answered {
             line,
-            text,
+            text: answer.to_line(),
             summary,
             request_bytes,
         })
     }
 
-    /// What the API says. While the engine runs but takes nothing more, it is asked again.
-    async fn ask(&self, request: BatchRequest) -> Result<answers::Answered, GenerateError> {
+    /// What the API says, and what it counts for. While the engine runs but takes nothing more, it is asked again.
+    async fn ask(&self, request: BatchRequest) -> Result<Told, GenerateError> {
         let endpoint = request.endpoint;
-        let body = self.body(request.body);
+        let body = self.with_model(request.body);
+        let named = body.get("model").and_then(Value::as_str);
+        let of_job = self.model.clone().filter(|model| named == Some(model));
+        let body = Bytes::from(Value::Object(body).to_string());
         let mut failures = 0;
         loop {
             // Never closed.
@@ -143,12 +145,11 @@ impl Window {
             let answer = self.answering.offline.answer(endpoint, body.clone()).await;
             drop(place);
             let error = match answer {
-                Ok(body) => return Ok(response(200, body, &*self.ids)),
+                Ok(answer) => return Ok(answered(answer)),
                 Err(error) => error,
             };
             let health = self.answering.health.borrow().clone();
-            let status = error.status().as_u16();
-            match (status, health) {
+            match (error.status().as_u16(), health) {
                 (500.., health) if health != Health::Running => {
                     return Err(GenerateError::Engine(health));
                 }
@@ -156,19 +157,58 @@ impl Window {
                     failures += 1;
                     tokio::time::sleep(FULL_BACKOFF.jittered(failures)).await;
                 }
-                _ => return Ok(response(status, error.to_json(), &*self.ids)),
+                _ => match of_job.filter(|_| error.is_unknown_model()) {
+                    // Another worker has it, or this one will again: no answer to any line.
+                    Some(model) => return Err(GenerateError::NotServed { model }),
+                    None => return Ok(self.refused(&error)),
+                },
             }
         }
     }
 
-    fn body(&self, mut body: Map<String, Value>) -> Bytes {
+    fn with_model(&self, mut body: Map<String, Value>) -> Map<String, Value> {
         if let Some(model) = &self.model
             && body.get("model").is_none_or(Value::is_null)
         {
             body.insert("model".to_owned(), Value::String(model.clone()));
         }
-        Value::Object(body).to_string().into()
+        body
     }
+
+    fn refused(&self, error: &ApiError) -> Told {
+        let outcome = answers::Answered::Response {
+            status: error.status().as_u16(),
+            request_id: format!("req-{}", self.ids.fresh()),
+            body: error.to_json().to_string().into_bytes(),
+        };
+        (outcome, FAILED)
+    }
+}
+
+/// What came of a line, and what it counts for.
+type Told = (answers::Answered, GenerateSummary);
+
+/// What a line counts for that has no answer.
+const FAILED: GenerateSummary = GenerateSummary {
+    lines: 1,
+    failed: 1,
+    prompt_tokens: 0,
+    completion_tokens: 0,
+};
+
+fn answered(answer: OfflineAnswer) -> Told {
+    let summary = GenerateSummary {
+        lines: 1,
+        failed: 0,
+        prompt_tokens: answer.prompt_tokens as u64,
+        completion_tokens: answer.completion_tokens as u64,
+    };
+    let outcome = answers::Answered::Response {
+        status: 200,
+        request_id: answer.id,
+        body: answer.body,
+    };
+    (outcome, summary)
 }
 
 fn request_bytes(line: &Line) -> usize {
@@ -184,50 +224,4 @@ async fn parse(
         Ok(line) if line.len() <= PARSE_INLINE_BYTES_MAX => BatchRequest::parse(&line),
         Ok(line) => blocking("generate.parse", move || BatchRequest::parse(&line)).await?,
     })
-}
-
-fn response(status: u16, body: Value, ids: &dyn IdSource) -> answers::Answered {
-    let named = body.get("id").and_then(Value::as_str).map(str::to_owned);
-    answers::Answered::Response {
-        status,
-        request_id: named.unwrap_or_else(|| format!("req-{}", ids.fresh())),
-        body,
-    }
-}
-
-/// The answer as a line, and what it counts for. One that no piece can hold is an error.
-fn within_bounds(answer: BatchAnswer) -> (Vec<u8>, GenerateSummary) {
-    let text = answer.to_line();
-    if text.len() <= ANSWER_BYTES_MAX {
-        let summary = summary_of(&answer);
-        return (text, summary);
-    }
-    let message = format!(
-        "the answer must have at most {ANSWER_BYTES_MAX} bytes, and it has {}",
-        text.len()
-    );
-    let answer = BatchAnswer {
-        outcome: answers::Answered::Error {
-            code: "answer_too_long",
-            message,
-        },
-        ..answer
-    };
-    (answer.to_line(), summary_of(&answer))
-}
-
-fn summary_of(answer: &BatchAnswer) -> GenerateSummary {
-    let tokens = |name: &str| match &answer.outcome {
-        answers::Answered::Response { body, .. } => {
-            let tokens = body.pointer(&format!("/usage/{name}"));
-            tokens.and_then(Value::as_u64).unwrap_or_default()
-        }
-        answers::Answered::Error { .. } => 0,
-    };
-    GenerateSummary {
-        lines: 1,
-        failed: u64::from(!answer.is_good()),
-        prompt_tokens: tokens("prompt_tokens"),
-        completion_tokens: tokens("completion_tokens"),
-    }
 }

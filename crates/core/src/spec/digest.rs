@@ -43,6 +43,13 @@ impl SpecDigest {
         Self(sha256_hex(canonical.to_string().as_bytes()))
     }
 
+    /// What a job asks for whose spec only names its input: the same with the input's own digest, since another content
+    /// may come to lie under the name. `input_sha256` is in lower-case hex; hashed are both digests with a space between
+    /// them.
+    pub fn with_input(&self, input_sha256: &str) -> Self {
+        Self(sha256_hex(format!("{self} {input_sha256}").as_bytes()))
+    }
+
     /// All of it.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -103,6 +110,17 @@ mod tests {
             digest(r#"{"generate":{"requests":"x"}}"#).as_str(),
             expected
         );
+    }
+
+    #[test]
+    fn what_a_name_stands_for_counts() {
+        let named = digest(r#"{"generate":{"requests":"x"}}"#);
+        let empty = sha256_hex(b"");
+        // `printf 'd625…3d29 e3b0…b855' | sha256sum`, both in full.
+        let expected = "97b41cc305c99d01eb5a20487760734bddc05cde85040482ab984ac2e25f8343";
+        assert_eq!(named.with_input(&empty).as_str(), expected);
+        let other = named.with_input(&sha256_hex(b"other"));
+        assert!(other != named.with_input(&empty) && other != named);
     }
 
     #[test]

@@ -24,8 +24,9 @@ pub struct Manifest {
     pub attempt: u32,
     /// Its lease.
     pub fence: Fence,
-    /// What the job asked for. Only an attempt at a job that asks for the same takes the result over. Absent where no
-    /// job asked for it: a trace that was imported, a conversation in a terminal.
+    /// What the job asked for; of a batch of requests [with what they said](SpecDigest::with_input), as
+    /// [`lines_sha256`](crate::answers::lines_sha256) has it. Only an attempt at a job that asks for the same takes the
+    /// result over. Absent where no job asked for it: a trace that was imported, a conversation in a terminal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spec_sha256: Option<SpecDigest>,
     /// When it was published.
@@ -197,8 +198,13 @@ impl Manifest {
 
 /// SHA-256 of `bytes` in lower-case hex.
 pub fn sha256_hex(bytes: &[u8]) -> String {
-    let mut hex = String::with_capacity(64);
-    for byte in Sha256::digest(bytes) {
+    hex(&Sha256::digest(bytes))
+}
+
+/// `bytes` in lower-case hex.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    let mut hex = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
         // Writing into a `String` cannot fail.
         let _ = write!(hex, "{byte:02x}");
     }

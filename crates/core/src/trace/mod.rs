@@ -17,6 +17,7 @@ use crate::id::{Fence, JobKey};
 use crate::spec::{Sampling, Task, VerifyDraft};
 use crate::time::Timestamp;
 
+pub(crate) use manifest::hex;
 pub use manifest::{FileEntry, Manifest, RolloutSummary, Summary, sha256_hex};
 pub use prompt::{PromptError, prompt_ids};
 pub use steps::{Step, TraceError};

@@ -71,16 +71,38 @@ pub enum Found {
 /// Longest that an attempt waits at its start for a store that is away.
 const START_PATIENCE: Duration = Duration::from_secs(600);
 
-/// [Looks](find_published) at the start of an attempt, and waits for a store that is away for up to half of the time
-/// that the attempt may take: an attempt that could not begin is not to blame for taking too long.
+/// Whether there is a manifest, whatever it says: who has to read much to know what is its own need not, where there is
+/// none. Waits as [`find_at_start`] does.
+pub async fn is_published(
+    store: &Store,
+    key: &JobKey,
+    max_runtime: Duration,
+) -> Result<bool, PublishError> {
+    let path = layout::manifest(key);
+    let look = patiently(key, "adoption", || async {
+        match store.head(&path).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(PublishError::from(error)),
+        }
+    });
+    with_deadline("record.start", start_patience(max_runtime), look).await?
+}
+
+/// Half of the time that the attempt may take, and not too long: an attempt that could not begin is not to blame for
+/// taking too long.
+fn start_patience(max_runtime: Duration) -> Duration {
+    START_PATIENCE.min(max_runtime / 2)
+}
+
+/// [Looks](find_published) at the start of an attempt, and waits for a store that is away.
 pub async fn find_at_start(
     store: &Store,
     claim: Claim<'_>,
     max_runtime: Duration,
 ) -> Result<Found, PublishError> {
-    let patience = START_PATIENCE.min(max_runtime / 2);
     let find = patiently(claim.key, "adoption", || find_published(store, claim));
-    with_deadline("record.start", patience, find).await?
+    with_deadline("record.start", start_patience(max_runtime), find).await?
 }
 
 /// Takes over a result that an earlier attempt published, if there is one, it verifies, and it is of the same spec. What

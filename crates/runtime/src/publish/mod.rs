@@ -19,7 +19,7 @@ use crate::store::{Created, Patience, Store};
 use crate::tasks::{self, BlockingFailed};
 use crate::worker::{Grant, JobContext, JobOutcome, Stop};
 
-pub use adopt::{Claim, Found, adopt, find_at_start, find_published};
+pub use adopt::{Claim, Found, adopt, find_at_start, find_published, is_published};
 pub use error::{OfStore, PublishError};
 
 /// How long somebody at a terminal waits for a store that is away.

@@ -2,8 +2,11 @@
 
 use serde_json::json;
 
-use super::scripted::{ADAPTER_DIGEST, ids_of};
+use super::scripted::{ADAPTER_DIGEST, Scripted, ids_of};
 use super::*;
+use crate::api::choice::{Finish, Piece};
+use crate::api::reply::{Dialect, Head, Usage};
+use crate::api::whole::{Answer, Whole};
 
 #[tokio::test]
 async fn an_answer_has_thoughts_text_and_cost() {
@@ -361,4 +364,36 @@ async fn health_and_metrics_need_no_key() {
     ] {
         assert!(page.lines().any(|found| found == line), "{line}\n{page}");
     }
+}
+
+#[tokio::test]
+async fn no_more_of_an_answer_is_made_than_may_be_sent() {
+    let head = Head {
+        dialect: Dialect::Chat,
+        id: "chatcmpl-1".to_owned(),
+        created_s: 0,
+        model: "toy".to_owned(),
+        adapter_digest: None,
+        logprobs: false,
+        return_token_ids: false,
+        prompts: vec![vec![1]],
+        n: 1,
+    };
+    let written = async |bytes_max| {
+        let mut answer = Answer::default();
+        let text = Piece::Content("x".repeat(2_000));
+        answer.take(&head, vec![text], None, Some(Finish::Stop));
+        let whole = Whole {
+            head: head.clone(),
+            answers: vec![answer],
+            usage: Usage::default(),
+            backend: Arc::new(Scripted::default()),
+        };
+        whole.into_bytes(bytes_max).await
+    };
+    let bytes = written(usize::MAX).await.unwrap();
+    assert_eq!(written(bytes.len()).await, Ok(bytes.clone()));
+    let error = written(bytes.len() - 1).await.unwrap_err();
+    assert_eq!(error.status(), 400);
+    assert_eq!(error.to_json()["error"]["code"], "answer_too_long");
 }
