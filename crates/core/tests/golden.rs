@@ -3,8 +3,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::collections::BTreeSet;
+
 use espalier_core::answers::Piece;
 use espalier_core::id::JobKey;
+use espalier_core::trace::edits::Patch;
 use espalier_core::trace::{Manifest, Step, Trace, TraceError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,6 +16,7 @@ const TRACE: &str = include_str!("golden/trace-v1.json");
 const STEPS: &str = include_str!("golden/steps-v1.jsonl");
 const MANIFEST_OF_ANSWERS: &str = include_str!("golden/manifest-generate-v1.json");
 const PIECE: &str = include_str!("golden/piece-v1.json");
+const PATCHES: &str = include_str!("golden/patches-v1.jsonl");
 const MANIFEST: &str = include_str!("golden/manifest-v1.json");
 
 /// Reads `text` and writes it again, byte by byte the same.
@@ -119,4 +123,19 @@ fn another_version_is_refused_by_its_number() {
         Trace::from_json(later.as_bytes()),
         Err(TraceError::Version { found: 2 })
     );
+}
+
+/// Every kind of patch, and each kind of edit.
+#[test]
+fn patches_of_version_1() {
+    let mut kinds = BTreeSet::new();
+    for line in PATCHES.lines() {
+        let patch = Patch::parse(line.as_bytes()).unwrap();
+        assert_eq!(serde_json::to_string(&patch).unwrap(), line);
+        kinds.insert(patch.change.kind());
+    }
+    assert_eq!(kinds.len(), 8, "{kinds:?}");
+    let newer = PATCHES.replace("\"schema_version\":1", "\"schema_version\":2");
+    let error = Patch::parse(newer.lines().next().unwrap().as_bytes()).unwrap_err();
+    assert_eq!(error, "`schema_version` must be 1, got `2`");
 }
