@@ -9,13 +9,17 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The arrows of ARCHITECTURE.md: what each crate may depend on, of ours.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("espalier-core", &[]),
     ("espalier-proto", &["espalier-core"]),
     ("espalier-runtime", &["espalier-core", "espalier-proto"]),
     ("espalier-qwen3-text", &[]),
     ("espalier-kernels", &[]),
     ("espalier-qwen3", &["espalier-kernels"]),
+    (
+        "espalier-dataset",
+        &["espalier-core", "espalier-qwen3-text"],
+    ),
     (
         "espalier-infer-worker",
         &[
@@ -72,12 +76,13 @@ const ARROWS: [(&str, &[&str]); 13] = [
 ];
 
 /// Only these may use these: a backend or a format stays behind its door.
-const DOORS: [(&str, &[&str]); 5] = [
+const DOORS: [(&str, &[&str]); 6] = [
     ("redb", &["espalier-coordinator"]),
     ("object_store", &["espalier-runtime"]),
     ("rmcp", &["espalier-agent-worker"]),
     ("tokenizers", &["espalier-qwen3-text"]),
     ("cudarc", &["espalier-kernels"]),
+    ("parquet", &["espalier-dataset"]),
 ];
 
 const LINES_MAX: usize = 900;
