@@ -17,6 +17,10 @@ const ARROWS: [(&str, &[&str]); 14] = [
     ("espalier-kernels", &[]),
     ("espalier-qwen3", &["espalier-kernels"]),
     (
+        "espalier-dataset",
+        &["espalier-core", "espalier-qwen3-text"],
+    ),
+    (
         "espalier-infer-worker",
         &[
             "espalier-core",
@@ -76,12 +80,13 @@ const ARROWS: [(&str, &[&str]); 14] = [
 ];
 
 /// Only these may use these: a backend or a format stays behind its door.
-const DOORS: [(&str, &[&str]); 5] = [
+const DOORS: [(&str, &[&str]); 6] = [
     ("redb", &["espalier-coordinator"]),
     ("object_store", &["espalier-runtime"]),
     ("rmcp", &["espalier-agent-worker"]),
     ("tokenizers", &["espalier-qwen3-text"]),
     ("cudarc", &["espalier-kernels"]),
+    ("parquet", &["espalier-dataset"]),
 ];
 
 const LINES_MAX: usize = 900;

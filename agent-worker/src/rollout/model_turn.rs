@@ -1,6 +1,6 @@
 //! One turn of the model: the request as the model's template wants it, and what is recorded of the answer.
 
-use espalier_core::chat::Message;
+use espalier_core::chat::{Message, on_the_wire};
 use espalier_core::trace::{AdapterRef, ModelCall, PromptTokens, StopReason};
 use espalier_runtime::model::{ChatRequest, ChatTurn, ModelError, Usage};
 use espalier_runtime::tasks;
@@ -189,50 +189,9 @@ fn logprobs_of(ids: Option<&[u32]>, logprobs: Option<&[f32]>) -> Option<Vec<f32>
     None
 }
 
-/// The conversation as it is sent: Qwen3's template has one system block, so system text and hints go as one message.
-fn on_the_wire(messages: &[Message]) -> Vec<Message> {
-    let is_system = |message: &&Message| matches!(message, Message::System { .. });
-    let systems: Vec<&str> = messages
-        .iter()
-        .take_while(is_system)
-        .map(Message::content)
-        .collect();
-    let rest = &messages[systems.len()..];
-    let mut sent = Vec::with_capacity(rest.len() + 1);
-    if !systems.is_empty() {
-        sent.push(Message::System {
-            content: systems.join("\n\n"),
-            hint: false,
-        });
-    }
-    sent.extend_from_slice(rest);
-    sent
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn system_and_hints_go_as_one_message() {
-        let system = |content: &str, hint| Message::System {
-            content: content.into(),
-            hint,
-        };
-        let user = Message::User {
-            content: "hi".into(),
-        };
-        let sent = on_the_wire(&[
-            system("be brief", false),
-            system("look below", true),
-            user.clone(),
-        ]);
-        assert_eq!(
-            sent,
-            [system("be brief\n\nlook below", false), user.clone()]
-        );
-        assert_eq!(on_the_wire(std::slice::from_ref(&user)), [user]);
-    }
 
     #[test]
     fn log_probabilities_belong_to_tokens_or_are_not_kept() {

@@ -2,8 +2,12 @@
 //!
 //! Source of the format: OpenAI API reference, *Create chat completion*; `reasoning_content` as vLLM extends it.
 
+mod openai;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+pub use openai::{read_message, read_messages, read_tools};
 
 /// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -159,6 +163,27 @@ pub struct FunctionDef {
     pub parameters: Value,
 }
 
+/// The conversation as a model is sent it: Qwen3's template has one system block, so the system texts and hints that a
+/// conversation begins with go as one message.
+pub fn on_the_wire(messages: &[Message]) -> Vec<Message> {
+    let is_system = |message: &&Message| matches!(message, Message::System { .. });
+    let systems: Vec<&str> = messages
+        .iter()
+        .take_while(is_system)
+        .map(Message::content)
+        .collect();
+    let rest = &messages[systems.len()..];
+    let mut sent = Vec::with_capacity(rest.len() + 1);
+    if !systems.is_empty() {
+        sent.push(Message::System {
+            content: systems.join("\n\n"),
+            hint: false,
+        });
+    }
+    sent.extend_from_slice(rest);
+    sent
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,5 +214,26 @@ mod tests {
                 tool_calls: vec![]
             }
         );
+    }
+
+    #[test]
+    fn system_and_hints_go_as_one_message() {
+        let system = |content: &str, hint| Message::System {
+            content: content.into(),
+            hint,
+        };
+        let user = Message::User {
+            content: "hi".into(),
+        };
+        let sent = on_the_wire(&[
+            system("be brief", false),
+            system("look below", true),
+            user.clone(),
+        ]);
+        assert_eq!(
+            sent,
+            [system("be brief\n\nlook below", false), user.clone()]
+        );
+        assert_eq!(on_the_wire(std::slice::from_ref(&user)), [user]);
     }
 }

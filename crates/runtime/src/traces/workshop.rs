@@ -7,7 +7,7 @@
 //! keeps its mark as a hint, so that reading back what was written gives the same conversation.
 
 use chrono::{DateTime, NaiveDateTime, Utc};
-use espalier_core::chat::{FunctionCall, FunctionTag, Message, ToolCall, ToolDef};
+use espalier_core::chat::{self, Message, ToolCall, ToolDef};
 use espalier_core::error::FieldError;
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::spec::{Sampling, Task};
@@ -17,7 +17,7 @@ use espalier_core::trace::{
     Trace, sha256_hex,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// Largest file that is read, in bytes: the largest known one has 100 KiB.
 pub const FILE_BYTES_MAX: usize = 64 << 20;
@@ -43,38 +43,9 @@ struct Found {
     id: Option<String>,
     timestamp: String,
     model: String,
-    messages: Vec<FoundMessage>,
+    messages: Vec<Value>,
     #[serde(default)]
     tools: Vec<Value>,
-}
-
-#[derive(Debug, Deserialize)]
-struct FoundMessage {
-    role: String,
-    #[serde(default)]
-    content: Value,
-    #[serde(default, alias = "reasoning")]
-    reasoning_content: Option<String>,
-    #[serde(default)]
-    tool_calls: Option<Vec<FoundCall>>,
-    #[serde(default)]
-    tool_call_id: Option<String>,
-    #[serde(default)]
-    hint: bool,
-}
-
-#[derive(Debug, Deserialize)]
-struct FoundCall {
-    #[serde(default)]
-    id: String,
-    function: FoundFunction,
-}
-
-#[derive(Debug, Deserialize)]
-struct FoundFunction {
-    name: String,
-    #[serde(default)]
-    arguments: Value,
 }
 
 /// The trace in the workshop's form.
@@ -126,8 +97,8 @@ pub fn read(bytes: &[u8], job: JobKey, sampling: Sampling) -> Result<Trace, Fiel
         FieldError::new("file", String::from_utf8_lossy(bytes), rule)
     })?;
     let started = read_time(&found.timestamp)?;
-    let messages = read_all(found.messages, "messages", read_message)?;
-    let tools = read_all(found.tools, "tools", read_tool)?;
+    let messages = chat::read_messages(&Value::Array(found.messages))?;
+    let tools = chat::read_tools(&Value::Array(found.tools))?;
     let tool_calls = call_records(&messages, started);
     let fence = Fence(1);
     Ok(Trace {
@@ -240,95 +211,6 @@ fn decision(call: &ToolCall, answer: &str) -> Decision {
     } else {
         Decision::Allowed
     }
-}
-
-fn read_all<I, T>(
-    items: Vec<I>,
-    field: &str,
-    read: impl Fn(I) -> Result<T, FieldError>,
-) -> Result<Vec<T>, FieldError> {
-    let one = |(i, item)| read(item).map_err(|e| e.under(&format!("{field}[{i}]")));
-    items.into_iter().enumerate().map(one).collect()
-}
-
-fn read_message(found: FoundMessage) -> Result<Message, FieldError> {
-    let content = read_content(&found.content)?;
-    match found.role.as_str() {
-        "system" => Ok(Message::System {
-            content,
-            hint: found.hint,
-        }),
-        "user" => Ok(Message::User { content }),
-        "assistant" => {
-            let calls = found.tool_calls.unwrap_or_default();
-            let calls = calls.into_iter().map(read_call).collect();
-            Ok(Message::assistant(content, found.reasoning_content, calls))
-        }
-        "tool" => {
-            let missing = || FieldError::new("tool_call_id", "", "must name the call");
-            let tool_call_id = found.tool_call_id.ok_or_else(missing)?;
-            Ok(Message::Tool {
-                tool_call_id,
-                content,
-            })
-        }
-        other => {
-            let rule = "must be system, user, assistant or tool";
-            Err(FieldError::new("role", other, rule))
-        }
-    }
-}
-
-/// Text, nothing, or OpenAI's list of text parts.
-fn read_content(content: &Value) -> Result<String, FieldError> {
-    let refuse = || FieldError::new("content", content, "must be text or a list of text parts");
-    match content {
-        Value::Null => Ok(String::new()),
-        Value::String(text) => Ok(text.clone()),
-        Value::Array(parts) => parts
-            .iter()
-            .map(|part| part.get("text").and_then(Value::as_str).ok_or_else(refuse))
-            .collect(),
-        _ => Err(refuse()),
-    }
-}
-
-fn read_call(found: FoundCall) -> ToolCall {
-    let (arguments, malformed) = read_arguments(found.function.arguments);
-    ToolCall {
-        id: found.id,
-        call_type: FunctionTag::Function,
-        function: FunctionCall {
-            name: found.function.name,
-            arguments,
-            malformed,
-        },
-    }
-}
-
-/// An object, or the text of one; anything else is kept as the text that the model wrote.
-fn read_arguments(arguments: Value) -> (Map<String, Value>, Option<String>) {
-    match arguments {
-        Value::Object(object) => (object, None),
-        Value::Null => (Map::new(), None),
-        Value::String(text) => match serde_json::from_str(&text) {
-            Ok(Value::Object(object)) => (object, None),
-            _ => (Map::new(), Some(text)),
-        },
-        other => (Map::new(), Some(other.to_string())),
-    }
-}
-
-fn read_tool(mut tool: Value) -> Result<ToolDef, FieldError> {
-    let missing = tool["function"]["parameters"].is_null();
-    if missing && tool["function"].is_object() {
-        tool["function"]["parameters"] = json!({"type": "object", "properties": {}});
-    }
-    serde_json::from_value(tool.clone()).map_err(|error| {
-        let rule =
-            format!("must be {{type, function: {{name, description, parameters}}}}: {error}");
-        FieldError::new("", tool, rule)
-    })
 }
 
 fn read_time(text: &str) -> Result<Timestamp, FieldError> {
