@@ -130,9 +130,9 @@ async fn run(client: &Client, args: &Rollouts, running: &AtomicU64) -> Result<Ra
 async fn turn_costs(context: &Context, batch: &BatchId) -> Result<Vec<Turn>, Problem> {
     let source = Source::open(context, &Place { store: None }).await?;
     let entries = source.list(Some(batch)).await?;
-    let traces = source.load_all(entries);
-    let all = traces.try_fold(Vec::new(), async |mut all, trace| {
-        all.extend(turns(&trace));
+    let found = source.load_all(entries);
+    let all = found.try_fold(Vec::new(), async |mut all, found| {
+        all.extend(turns(&found.trace));
         Ok(all)
     });
     Box::pin(all).await

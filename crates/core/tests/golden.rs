@@ -5,8 +5,10 @@
 
 use std::collections::BTreeSet;
 
+use espalier_core::adapter::{AdapterKind, AdapterVersion};
 use espalier_core::answers::Piece;
-use espalier_core::id::JobKey;
+use espalier_core::id::{AdapterName, JobKey};
+use espalier_core::layout;
 use espalier_core::trace::edits::Patch;
 use espalier_core::trace::{Manifest, Step, Trace, TraceError};
 use serde::Serialize;
@@ -15,8 +17,10 @@ use serde::de::DeserializeOwned;
 const TRACE: &str = include_str!("golden/trace-v1.json");
 const STEPS: &str = include_str!("golden/steps-v1.jsonl");
 const MANIFEST_OF_ANSWERS: &str = include_str!("golden/manifest-generate-v1.json");
+const MANIFEST_OF_AN_EXPORT: &str = include_str!("golden/manifest-export-v1.json");
 const PIECE: &str = include_str!("golden/piece-v1.json");
 const PATCHES: &str = include_str!("golden/patches-v1.jsonl");
+const ADAPTER: &str = include_str!("golden/adapter-v1.json");
 const MANIFEST: &str = include_str!("golden/manifest-v1.json");
 
 /// Reads `text` and writes it again, byte by byte the same.
@@ -87,6 +91,21 @@ fn a_manifest_of_answers_and_the_record_of_a_piece_of_version_1() {
 }
 
 #[test]
+fn an_export_of_version_1() {
+    let manifest: Manifest = reads_and_writes(MANIFEST_OF_AN_EXPORT);
+    let job: JobKey = "shop/b1/out".parse().unwrap();
+    assert_eq!(
+        Manifest::parse(MANIFEST_OF_AN_EXPORT.as_bytes(), &job).unwrap(),
+        manifest
+    );
+    assert_eq!(
+        manifest.files[0].path,
+        layout::export_record(&job, manifest.fence)
+    );
+    assert_eq!(manifest.summary.export().unwrap().exported_to, "me/shop");
+}
+
+#[test]
 fn a_manifest_that_points_elsewhere_is_refused() {
     let job: JobKey = "shop/b1/lamp".parse().unwrap();
     let refused = |from: &str, to: &str| {
@@ -138,4 +157,38 @@ fn patches_of_version_1() {
     let newer = PATCHES.replace("\"schema_version\":1", "\"schema_version\":2");
     let error = Patch::parse(newer.lines().next().unwrap().as_bytes()).unwrap_err();
     assert_eq!(error, "`schema_version` must be 1, got `2`");
+}
+
+#[test]
+fn a_version_of_an_adapter_of_version_1() {
+    let record: AdapterVersion = reads_and_writes(ADAPTER);
+    let name: AdapterName = "shop".parse().unwrap();
+    let parse = |text: &str, n| AdapterVersion::parse(text.as_bytes(), &name, n);
+    assert_eq!(parse(ADAPTER, 3).unwrap(), record);
+    assert_eq!(record.kind, AdapterKind::Lora);
+    for (from, to, field) in [
+        (
+            "\"record_version\": 1",
+            "\"record_version\": 2",
+            "record_version",
+        ),
+        ("\"name\": \"shop\"", "\"name\": \"other\"", "name"),
+        (
+            "a-42/adapter/adapter_model",
+            "a-42/adapter/x/adapter_model",
+            "files",
+        ),
+        (
+            "a-42/adapter/adapter_model",
+            "a-41/adapter/adapter_model",
+            "files",
+        ),
+        ("adapter/adapter_config.json", "adapter/..", "files"),
+    ] {
+        let changed = ADAPTER.replacen(from, to, 1);
+        assert_ne!(changed, ADAPTER);
+        let error = parse(&changed, 3).unwrap_err();
+        assert_eq!(error.field, format!("adapter.{field}"), "{to}");
+    }
+    assert_eq!(parse(ADAPTER, 4).unwrap_err().field, "adapter.n");
 }

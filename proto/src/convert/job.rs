@@ -1,7 +1,9 @@
 //! Errors and results.
 
+use espalier_core::adapter::TrainSummary;
 use espalier_core::answers::GenerateSummary;
 use espalier_core::error::{ErrorClass, FieldError};
+use espalier_core::spec::ExportSummary;
 use espalier_core::trace::{RolloutSummary, StopReason, Summary, Totals};
 
 use crate::v1;
@@ -60,6 +62,27 @@ pub fn summary_to_wire(summary: &Summary) -> v1::RolloutSummary {
             }),
             ..v1::RolloutSummary::default()
         },
+        Summary::Train(summary) => v1::RolloutSummary {
+            train: Some(v1::TrainSummary {
+                steps: summary.steps,
+                tokens: summary.tokens,
+                supervised_tokens: summary.supervised_tokens,
+                loss: summary.loss,
+                eval_loss: summary.eval_loss,
+                best_step: summary.best_step,
+                wall_ms: summary.wall_ms,
+            }),
+            ..v1::RolloutSummary::default()
+        },
+        Summary::Export(summary) => v1::RolloutSummary {
+            export: Some(v1::ExportSummary {
+                exported_to: summary.exported_to.clone(),
+                commit: summary.commit.clone().unwrap_or_default(),
+                files: summary.files,
+                bytes: summary.bytes,
+            }),
+            ..v1::RolloutSummary::default()
+        },
     }
 }
 
@@ -77,6 +100,8 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
         completion_tokens: summary.totals.completion_tokens,
         wall_ms: summary.totals.wall_ms,
         generate: None,
+        train: None,
+        export: None,
     }
 }
 
@@ -85,12 +110,31 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
 /// # Errors
 /// Names a stop reason that this build does not know.
 pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<Summary, FieldError> {
+    if let Some(export) = summary.export {
+        return Ok(Summary::Export(ExportSummary {
+            exported_to: export.exported_to,
+            commit: Some(export.commit).filter(|commit| !commit.is_empty()),
+            files: export.files,
+            bytes: export.bytes,
+        }));
+    }
     if let Some(generate) = summary.generate {
         return Ok(Summary::Generate(GenerateSummary {
             lines: generate.lines,
             failed: generate.failed,
             prompt_tokens: generate.prompt_tokens,
             completion_tokens: generate.completion_tokens,
+        }));
+    }
+    if let Some(train) = summary.train {
+        return Ok(Summary::Train(TrainSummary {
+            steps: train.steps,
+            tokens: train.tokens,
+            supervised_tokens: train.supervised_tokens,
+            loss: train.loss,
+            eval_loss: train.eval_loss,
+            best_step: train.best_step,
+            wall_ms: train.wall_ms,
         }));
     }
     let stop: StopReason = serde_json::from_value(summary.stop.as_str().into()).map_err(|_| {

@@ -7,8 +7,10 @@
 mod check;
 mod digest;
 mod draft;
+mod export;
 mod mcp;
 pub mod pattern;
+mod train;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -26,7 +28,12 @@ pub use draft::{
     GenerateDraft, JobDraft, LimitsDraft, McpUseDraft, ObservationDraft, PromptDraft, RolloutFile,
     SamplingDraft, parse_line, parse_toml,
 };
+pub use export::{AdapterRef, ExportDraft, ExportSpec, ExportSummary, ExportTarget, is_hub_repo};
 pub use mcp::{McpServer, McpTransport, McpUse, ToolPolicy};
+pub use train::{
+    DatasetRef, LoraTarget, Optimizer, Schedule, TrainData, TrainDraft, TrainLength, TrainMethod,
+    TrainSettings, TrainSettingsDraft, TrainSpec,
+};
 pub use verify::{
     AnswerDraft, AnswerRule, HttpHook, McpCheck, TextRule, ToolCalled, Verify, VerifyDraft,
     WeightedDraft,
@@ -66,6 +73,10 @@ pub enum Work {
     Rollout(Box<RolloutSpec>),
     /// A file of requests is answered.
     Generate(GenerateSpec),
+    /// A model is trained.
+    Train(Box<TrainSpec>),
+    /// A version of an adapter goes out.
+    Export(ExportSpec),
 }
 
 impl Work {
@@ -74,6 +85,8 @@ impl Work {
         match self {
             Self::Rollout(_) => JobKind::Rollout,
             Self::Generate(_) => JobKind::Generate,
+            Self::Train(_) => JobKind::Train,
+            Self::Export(_) => JobKind::Export,
         }
     }
 }
@@ -83,7 +96,7 @@ impl JobSpec {
     pub fn rollout(&self) -> Option<&RolloutSpec> {
         match &self.work {
             Work::Rollout(rollout) => Some(rollout),
-            Work::Generate(_) => None,
+            Work::Generate(_) | Work::Train(_) | Work::Export(_) => None,
         }
     }
 
@@ -91,7 +104,23 @@ impl JobSpec {
     pub fn generate(&self) -> Option<&GenerateSpec> {
         match &self.work {
             Work::Generate(generate) => Some(generate),
-            Work::Rollout(_) => None,
+            Work::Rollout(_) | Work::Train(_) | Work::Export(_) => None,
+        }
+    }
+
+    /// The training, if it is one.
+    pub fn train(&self) -> Option<&TrainSpec> {
+        match &self.work {
+            Work::Train(train) => Some(train),
+            Work::Rollout(_) | Work::Generate(_) | Work::Export(_) => None,
+        }
+    }
+
+    /// The export, if it is one.
+    pub fn export(&self) -> Option<&ExportSpec> {
+        match &self.work {
+            Work::Export(export) => Some(export),
+            Work::Rollout(_) | Work::Generate(_) | Work::Train(_) => None,
         }
     }
 }

@@ -6,11 +6,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{SCHEMA_VERSION, StopReason, Totals};
+use crate::adapter::TrainSummary;
 use crate::answers::GenerateSummary;
 use crate::error::FieldError;
 use crate::id::{Fence, JobKey};
 use crate::layout;
-use crate::spec::SpecDigest;
+use crate::spec::{ExportSummary, SpecDigest};
 use crate::time::Timestamp;
 
 /// The published result of a job.
@@ -47,6 +48,10 @@ pub enum Summary {
     Rollout(RolloutSummary),
     /// A batch of requests: the files are its answers, piece by piece.
     Generate(GenerateSummary),
+    /// A training: the files are the adapter's, and what tells how it went.
+    Train(TrainSummary),
+    /// An export: what went out is elsewhere.
+    Export(ExportSummary),
 }
 
 impl Summary {
@@ -54,7 +59,7 @@ impl Summary {
     pub fn rollout(&self) -> Option<&RolloutSummary> {
         match self {
             Self::Rollout(summary) => Some(summary),
-            Self::Generate(_) => None,
+            Self::Generate(_) | Self::Train(_) | Self::Export(_) => None,
         }
     }
 
@@ -62,7 +67,23 @@ impl Summary {
     pub fn generate(&self) -> Option<&GenerateSummary> {
         match self {
             Self::Generate(summary) => Some(summary),
-            Self::Rollout(_) => None,
+            Self::Rollout(_) | Self::Train(_) | Self::Export(_) => None,
+        }
+    }
+
+    /// That of a training.
+    pub fn train(&self) -> Option<&TrainSummary> {
+        match self {
+            Self::Train(summary) => Some(summary),
+            Self::Rollout(_) | Self::Generate(_) | Self::Export(_) => None,
+        }
+    }
+
+    /// That of an export.
+    pub fn export(&self) -> Option<&ExportSummary> {
+        match self {
+            Self::Export(summary) => Some(summary),
+            Self::Rollout(_) | Self::Generate(_) | Self::Train(_) => None,
         }
     }
 }
@@ -173,7 +194,7 @@ impl Manifest {
                 "must name the trace",
             )),
             Summary::Generate(_) => manifest.check_answers().map(|()| manifest),
-            Summary::Rollout(_) => Ok(manifest),
+            Summary::Rollout(_) | Summary::Train(_) | Summary::Export(_) => Ok(manifest),
         }
     }
 
