@@ -12,6 +12,9 @@ use super::GrammarError;
 
 /// Grammars that are kept: agents send the same tools again and again.
 const KEPT_MAX: usize = 64;
+/// Bytes of their texts, where the last one has its place whatever its size. llguidance keeps up to some hundred bytes for
+/// each: a list of properties with a pattern each takes as much.
+const KEPT_TEXT_BYTES_MAX: usize = 2 << 20;
 /// Who may wait until another grammar is compiled. Fewer than requests that are prepared at once, so that grammars hold up
 /// no request without one.
 const WAITING_MAX: usize = 2;
@@ -114,7 +117,15 @@ impl<T> State<T> {
     }
 
     fn keep(&mut self, text: Arc<str>, outcome: Outcome<T>) {
-        self.kept.truncate(KEPT_MAX - 1);
+        let mut room = KEPT_TEXT_BYTES_MAX.saturating_sub(text.len());
+        let fits = |(text, _): &&(Arc<str>, Outcome<T>)| {
+            let left = room.checked_sub(text.len());
+            room = left.unwrap_or(room);
+            left.is_some()
+        };
+        let fitting = self.kept.iter().take(KEPT_MAX - 1).take_while(fits);
+        let count = fitting.count();
+        self.kept.truncate(count);
         self.kept.push_front((text, outcome));
     }
 }
@@ -175,6 +186,22 @@ mod tests {
         }
         assert_eq!(compiled.lock().kept.len(), KEPT_MAX);
         assert_eq!(*compiled.get("bad", || Ok(7)).unwrap(), 7);
+    }
+
+    #[test]
+    fn large_ones_are_fewer() {
+        let compiled: Compiled<usize> = Compiled::default();
+        let keep = |text: &str| {
+            compiled.get(text, || Ok(text.len())).unwrap();
+            compiled.lock().kept.len()
+        };
+        let third = |name: &str| name.repeat(KEPT_TEXT_BYTES_MAX / 3);
+        let counts = ["a", "b", "c", "d", "c"].map(|name| keep(&third(name)));
+        assert_eq!(counts, [1, 2, 3, 3, 3]);
+        assert_eq!(keep("small"), 3, "what was used last stays");
+        assert_eq!(compiled.lock().kept[1].0.as_bytes()[0], b'c');
+        let whole = "e".repeat(KEPT_TEXT_BYTES_MAX + 1);
+        assert_eq!((keep(&whole), keep(&whole), keep("f")), (1, 1, 1));
     }
 
     #[test]
