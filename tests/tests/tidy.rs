@@ -9,7 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The arrows of ARCHITECTURE.md: what each crate may depend on, of ours.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("espalier-core", &[]),
     ("espalier-proto", &["espalier-core"]),
     ("espalier-runtime", &["espalier-core", "espalier-proto"]),
@@ -26,6 +26,10 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "espalier-qwen3-text",
             "espalier-runtime",
         ],
+    ),
+    (
+        "espalier-train-worker",
+        &["espalier-kernels", "espalier-qwen3"],
     ),
     ("espalier-practice", &[]),
     // A dev-dependency of any crate, because it knows none of them.

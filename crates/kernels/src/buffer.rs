@@ -24,7 +24,7 @@ mod private {
 macro_rules! plain {
     ($($name:ty),*) => { $(impl private::Sealed for $name {} impl Plain for $name {})* };
 }
-plain!(u8, i8, u16, u32, f32, half::bf16);
+plain!(u8, i8, u16, u32, f32, f64, half::bf16);
 
 /// `len` zeroes of `T`, aligned to a page.
 pub struct Buffer<T: Plain> {

@@ -7,5 +7,6 @@ pub mod buffer;
 pub mod cpu;
 pub mod cuda;
 pub mod sampling;
+pub mod train;
 
 pub use half::bf16;

@@ -1,0 +1,1 @@
+//! Against transformers and PEFT: see `train-worker/tests/golden`.

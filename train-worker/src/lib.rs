@@ -1,0 +1,3 @@
+//! Training: from a data set to an adapter.
+
+pub mod engine;
