@@ -199,7 +199,8 @@ pub async fn list(context: &Context, args: &Jobs) -> Outcome {
 fn jobs_table(jobs: &[v1::Job]) -> String {
     let rows = jobs.iter().map(|job| {
         let summary = job.summary.as_ref();
-        let rollout = summary.filter(|summary| summary.generate.is_none());
+        let rollout =
+            summary.filter(|summary| summary.generate.is_none() && summary.train.is_none());
         let reward = summary
             .and_then(|s| s.reward)
             .map(|reward| format!("{reward:.2}"));
@@ -238,8 +239,17 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
     )
 }
 
-/// Why a rollout is not solved, or how many requests were answered.
+/// Why a rollout is not solved, how many requests were answered, or how a training ended.
 fn what_came_of(summary: &v1::RolloutSummary) -> String {
+    if let Some(train) = &summary.train {
+        let held_out = train.eval_loss.map(|loss| format!(", held-out {loss:.4}"));
+        return format!(
+            "{} steps, loss {:.4}{}",
+            count(train.steps),
+            train.loss,
+            held_out.unwrap_or_default()
+        );
+    }
     match &summary.generate {
         Some(generate) => format!(
             "{} lines, {} with errors",
@@ -337,6 +347,19 @@ fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
                 "tokens",
                 tokens(generate.prompt_tokens, generate.completion_tokens),
             ),
+        ];
+    }
+    if let Some(train) = &summary.train {
+        let tokens = format!(
+            "{}, {} of them learned",
+            count(train.tokens),
+            count(train.supervised_tokens)
+        );
+        return vec![
+            ("training", what_came_of(summary)),
+            ("weights", format!("after step {}", count(train.best_step))),
+            ("tokens", tokens),
+            ("computing", duration(train.wall_ms)),
         ];
     }
     let mut rows = vec![

@@ -239,6 +239,12 @@ impl Row {
             self.tokens += generate.prompt_tokens + generate.completion_tokens;
             return;
         }
+        if let Some(train) = &summary.train {
+            self.finished += 1;
+            self.unjudged += 1;
+            self.tokens += train.tokens;
+            return;
+        }
         self.finished += 1;
         match summary.reward {
             Some(reward) if reward >= 1.0 => self.solved += 1,
