@@ -97,8 +97,8 @@ impl Hub {
                 }
             }
         }
-        stream::iter(wanted)
-            .map(|(file, actions)| self.send_file(file, actions, meter))
+        stream::iter(0..wanted.len())
+            .map(|i| self.send_file(wanted[i].0, &wanted[i].1, meter))
             .buffer_unordered(FILES_AT_ONCE)
             .try_collect()
             .await
@@ -146,12 +146,12 @@ impl Hub {
     async fn send_file(
         &self,
         file: &Prepared,
-        actions: Actions,
+        actions: &Actions,
         meter: &Arc<Meter>,
     ) -> Result<(), HubError> {
-        if let Some(upload) = actions.upload {
+        if let Some(upload) = &actions.upload {
             match upload.header.get("chunk_size") {
-                Some(size) => self.send_parts(file, &upload, size, meter).await?,
+                Some(size) => self.send_parts(file, upload, size, meter).await?,
                 None => {
                     let headers = headers_of(file, &upload.header)?;
                     let whole = 0..file.size;
@@ -159,7 +159,7 @@ impl Hub {
                 }
             }
         }
-        let Some(verify) = actions.verify else {
+        let Some(verify) = &actions.verify else {
             return Ok(());
         };
         let what = format!("check of {}", file.path);
@@ -189,21 +189,8 @@ impl Hub {
         if parts == 0 || parts as usize != addresses.len() || addresses.len() > PARTS_MAX {
             return Err(malformed(file, "must have an address for each part"));
         }
-        let none = HeaderMap::new();
-        let sent: Vec<_> = stream::iter(addresses.into_iter().zip(0..))
-            .map(|((number, url), n)| {
-                let range = n * size..file.size.min((n + 1) * size);
-                let none = &none;
-                async move {
-                    let answer = self.put(file, url, none, range, meter).await?;
-                    let etag = answer
-                        .headers()
-                        .get(ETAG)
-                        .and_then(|etag| etag.to_str().ok());
-                    let etag = etag.ok_or_else(|| malformed(file, "must name each part"))?;
-                    Ok::<_, HubError>(json!({"partNumber": number, "etag": etag}))
-                }
-            })
+        let sent: Vec<_> = stream::iter(0..addresses.len())
+            .map(|i| self.send_part(file, addresses[i], i as u64 * size, size, meter))
             .buffered(PARTS_AT_ONCE)
             .try_collect()
             .await?;
@@ -211,6 +198,23 @@ impl Hub {
         let body = json!({"oid": file.sha256, "parts": sent}).to_string();
         let request = || self.lfs_request(&upload.href).body(body.clone());
         self.http.send(&what, request).await.map(drop)
+    }
+
+    /// Sends a part, and gives what the storage calls it.
+    async fn send_part(
+        &self,
+        file: &Prepared,
+        (number, url): (u32, &str),
+        start: u64,
+        size: u64,
+        meter: &Arc<Meter>,
+    ) -> Result<serde_json::Value, HubError> {
+        let (none, range) = (HeaderMap::new(), start..file.size.min(start + size));
+        let answer = self.put(file, url, &none, range, meter).await?;
+        let etag = answer.headers().get(ETAG);
+        let etag = etag.and_then(|etag| etag.to_str().ok());
+        let etag = etag.ok_or_else(|| malformed(file, "must name each part"))?;
+        Ok(json!({"partNumber": number, "etag": etag}))
     }
 
     /// Sends a range of a file, again from its start where the connection breaks.
@@ -279,11 +283,13 @@ fn headers_of(file: &Prepared, given: &BTreeMap<String, String>) -> Result<Heade
 }
 
 /// The addresses of parts, in the order of their numbers, which need not all be written alike.
-fn part_addresses(header: &BTreeMap<String, String>) -> BTreeMap<u32, &str> {
+fn part_addresses(header: &BTreeMap<String, String>) -> Vec<(u32, &str)> {
     let parts = header.iter();
-    parts
+    let mut parts: Vec<(u32, &str)> = parts
         .filter_map(|(name, url)| Some((name.parse().ok()?, url.as_str())))
-        .collect()
+        .collect();
+    parts.sort_unstable();
+    parts
 }
 
 /// A body of a range of the content, which counts what is taken of it.
