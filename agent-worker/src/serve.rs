@@ -19,6 +19,7 @@ use espalier_runtime::worker::{self, WorkerConfig, WorkerDeps, WorkerError};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentWorkerConfig, McpSettingsError};
+use crate::export::ExportHandler;
 use crate::handler::RolloutHandler;
 use crate::mcp::{McpConfig, McpHost, McpHostConfig};
 use crate::record::{RecordContext, RecordError, Recorder, Spool, ship_leftovers};
@@ -254,7 +255,33 @@ pub async fn run(
         store: deps.store.clone(),
         tasks: agent.tasks.clone(),
     };
-    let ended = worker::run(Arc::new(handler), worker, loop_deps, shutdown).await;
+    let exports = WorkerConfig {
+        tags: config.tags.clone(),
+        slots: config.cpu_slots,
+        // What was sent is not sent again.
+        grace: Duration::ZERO,
+        ..worker.clone()
+    };
+    let exporting = async {
+        if exports.slots == 0 {
+            return Ok(());
+        }
+        let handler = ExportHandler::new(&config, &deps).await;
+        worker::run(
+            Arc::new(handler),
+            exports,
+            loop_deps.clone(),
+            shutdown.clone(),
+        )
+        .await
+    };
+    let rollouts = worker::run(
+        Arc::new(handler),
+        worker,
+        loop_deps.clone(),
+        shutdown.clone(),
+    );
+    let ended = tokio::try_join!(Box::pin(rollouts), Box::pin(exporting)).map(drop);
     agent.end().await;
     Ok(ended?)
 }

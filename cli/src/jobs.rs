@@ -199,8 +199,10 @@ pub async fn list(context: &Context, args: &Jobs) -> Outcome {
 fn jobs_table(jobs: &[v1::Job]) -> String {
     let rows = jobs.iter().map(|job| {
         let summary = job.summary.as_ref();
-        let rollout =
-            summary.filter(|summary| summary.generate.is_none() && summary.train.is_none());
+        let is_rollout = |s: &&v1::RolloutSummary| {
+            s.generate.is_none() && s.export.is_none() && s.train.is_none()
+        };
+        let rollout = summary.filter(is_rollout);
         let reward = summary
             .and_then(|s| s.reward)
             .map(|reward| format!("{reward:.2}"));
@@ -239,7 +241,7 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
     )
 }
 
-/// Why a rollout is not solved, how many requests were answered, or how a training ended.
+/// Why a rollout is not solved, how many requests were answered, how a training ended, or where an export is.
 fn what_came_of(summary: &v1::RolloutSummary) -> String {
     if let Some(train) = &summary.train {
         let held_out = train.eval_loss.map(|loss| format!(", held-out {loss:.4}"));
@@ -249,6 +251,9 @@ fn what_came_of(summary: &v1::RolloutSummary) -> String {
             train.loss,
             held_out.unwrap_or_default()
         );
+    }
+    if let Some(export) = &summary.export {
+        return format!("{} files at {}", count(export.files), export.exported_to);
     }
     match &summary.generate {
         Some(generate) => format!(
@@ -360,6 +365,13 @@ fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
             ("weights", format!("after step {}", count(train.best_step))),
             ("tokens", tokens),
             ("computing", duration(train.wall_ms)),
+        ];
+    }
+    if let Some(export) = &summary.export {
+        return vec![
+            ("export", what_came_of(summary)),
+            ("commit", export.commit.clone()),
+            ("bytes", count(export.bytes)),
         ];
     }
     let mut rows = vec![

@@ -9,13 +9,22 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The arrows of ARCHITECTURE.md: what each crate may depend on, of ours.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("espalier-core", &[]),
     ("espalier-proto", &["espalier-core"]),
     ("espalier-runtime", &["espalier-core", "espalier-proto"]),
     ("espalier-qwen3-text", &[]),
     ("espalier-kernels", &[]),
     ("espalier-qwen3", &["espalier-kernels"]),
+    (
+        "espalier-adapters",
+        &[
+            "espalier-core",
+            "espalier-kernels",
+            "espalier-qwen3",
+            "espalier-runtime",
+        ],
+    ),
     (
         "espalier-infer-worker",
         &[
@@ -47,6 +56,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
     (
         "espalier-agent-worker",
         &[
+            "espalier-adapters",
             "espalier-core",
             "espalier-proto",
             "espalier-qwen3-text",
@@ -56,6 +66,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
     (
         "espalier-cli",
         &[
+            "espalier-adapters",
             "espalier-agent-worker",
             "espalier-coordinator",
             "espalier-core",
