@@ -111,17 +111,19 @@ impl<B: Backend> Pass<'_, B> {
             d_logits,
             routes,
             d_weights,
+            room,
         } = sparse;
         let (normed, d_x) = (self.normed(), self.d_x());
         if again {
             self.backend
-                .experts(&moe, normed, &routes, experts, views.gate_up, None);
+                .experts(&moe, normed, &routes, experts, &room, views.gate_up, None);
         }
         self.backend.zero(dense(d_normed));
         self.backend.experts_grad(
             &moe,
             &routes,
             experts,
+            &room,
             views.gate_up,
             d_x,
             d_normed,

@@ -63,6 +63,8 @@ pub(crate) struct MoeBuffers<I> {
     pub(crate) routes: I,
     pub(crate) weights: I,
     pub(crate) d_weights: I,
+    pub(crate) rows: I,
+    pub(crate) mixed: I,
 }
 
 /// All.
@@ -255,6 +257,8 @@ impl Widths<'_> {
             routes: take(Kind::Ids, moe.ids_len(self.tokens), false)?,
             weights: take(Kind::Exact, slots, false)?,
             d_weights: take(Kind::Exact, slots, false)?,
+            rows: take(Kind::Activations, slots * self.config.hidden_size, false)?,
+            mixed: take(Kind::Activations, slots * moe.width, false)?,
         }))
     }
 }

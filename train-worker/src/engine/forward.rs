@@ -1,7 +1,8 @@
 //! The forward pass, as the backward needs it: layer by layer, leaving in each layer's buffers what the plan keeps.
 
 use espalier_kernels::train::{
-    Attended, Backend, BufferId, Form, Heads, Mat, MoeShape, Rotation, Routes, Slice, Store,
+    Attended, Backend, BufferId, ExpertRoom, Form, Heads, Mat, MoeShape, Rotation, Routes, Slice,
+    Store,
 };
 
 use super::buffers::{Buffers, LayerInput};
@@ -40,6 +41,7 @@ pub(crate) struct Sparse {
     pub(crate) d_logits: Mat,
     pub(crate) routes: Routes,
     pub(crate) d_weights: BufferId,
+    pub(crate) room: ExpertRoom,
 }
 
 impl<B: Backend> Pass<'_, B> {
@@ -187,9 +189,18 @@ impl<B: Backend> Pass<'_, B> {
             Mlp::Sparse { router, experts } => {
                 let sparse = self.sparse();
                 self.route(&sparse, *router);
-                let Sparse { moe, routes, .. } = &sparse;
-                self.backend
-                    .experts(moe, normed, routes, experts, views.gate_up, Some(output));
+                let Sparse {
+                    moe, routes, room, ..
+                } = &sparse;
+                self.backend.experts(
+                    moe,
+                    normed,
+                    routes,
+                    experts,
+                    room,
+                    views.gate_up,
+                    Some(output),
+                );
             }
         }
     }
@@ -237,6 +248,10 @@ impl<B: Backend> Pass<'_, B> {
                 weights: buffers.weights,
             },
             d_weights: buffers.d_weights,
+            room: ExpertRoom {
+                rows: buffers.rows,
+                mixed: buffers.mixed,
+            },
         }
     }
 

@@ -1,7 +1,7 @@
 //! The activation plan: what each layer keeps from forward to backward and what it computes again, chosen so that all fits
 //! into a budget with the fewest products done twice.
 
-use espalier_kernels::train::Kind;
+use espalier_kernels::train::{Kind, PACKED_MAX};
 use espalier_qwen3::{Config, MlpTensors};
 
 use super::buffers::Buffers;
@@ -254,12 +254,25 @@ impl Planner<'_> {
             Ok::<(), std::convert::Infallible>(())
         };
         let Ok(_) = Buffers::take(self.config, &self.roles, keeps, tokens, &mut take);
+        // The CPU packs an operand of each product.
+        let packed = self.largest_operand(tokens).min(PACKED_MAX) as u64;
+        device += if are_exact { packed * exact } else { 0 };
         PlannedBytes {
             frozen: Model::frozen_bytes(self.config, &self.roles, weights),
             trained: Flat::bytes(&self.layout, weights, exact, are_exact),
             activations: device,
             host,
         }
+    }
+
+    /// Elements of the largest operand that a product packs: weights, or in gradients of weights their input.
+    fn largest_operand(&self, tokens: usize) -> usize {
+        let config = self.config;
+        let q = config.heads * config.head_dim;
+        let dense = config.intermediate_size.max(q).max(config.hidden_size);
+        let wide = (2 * config.intermediate_size).max(config.qkv_width());
+        let weights = wide.max(config.real_vocab_size) * config.hidden_size;
+        weights.max(tokens * dense).max(q * config.hidden_size)
     }
 
     /// Multiply-adds of a layer for each token: forward, backward, and what is done again.

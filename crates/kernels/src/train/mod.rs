@@ -17,7 +17,7 @@
 pub mod cpu;
 mod real;
 
-pub use cpu::Cpu;
+pub use cpu::{Cpu, PACKED_MAX, spin};
 pub use real::Real;
 
 /// A buffer of a backend. It is good for the backend that gave it, until it is freed.
@@ -256,6 +256,15 @@ pub struct ExpertWeights {
     pub down: Mat,
 }
 
+/// Room that experts need, whose content means nothing between ops.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertRoom {
+    /// Rows of slots by expert: `tokens · top_k · hidden`, activations.
+    pub rows: BufferId,
+    /// What goes into their down: `tokens · top_k · width`, activations.
+    pub mixed: BufferId,
+}
+
 /// Numbers of one AdamW step (Loshchilov and Hutter 2019), as torch computes it: decay first, then the moments' ratio.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamStep {
@@ -462,22 +471,26 @@ pub trait Backend: Send {
 
     /// Gate and up of all slots by expert: `gate_up` `[tokens · top_k, 2 · width]`; and, where `y` is given,
     /// `y[t] += Σ weight · down(silu(gate) · up)` over the token's experts, ascending.
+    #[expect(clippy::too_many_arguments, reason = "one op's operands")]
     fn experts(
         &mut self,
         moe: &MoeShape,
         x: Mat,
         routes: &Routes,
         weights: &ExpertWeights,
+        room: &ExpertRoom,
         gate_up: Mat,
         y: Option<Mat>,
     );
 
     /// Its backward with frozen experts: adds to `d_x`, replaces `d_weights`; `gate_up` is destroyed.
+    #[expect(clippy::too_many_arguments, reason = "one op's operands")]
     fn experts_grad(
         &mut self,
         moe: &MoeShape,
         routes: &Routes,
         weights: &ExpertWeights,
+        room: &ExpertRoom,
         gate_up: Mat,
         d_y: Mat,
         d_x: Mat,

@@ -3,15 +3,16 @@
 #![expect(unsafe_code, reason = "tiles read through pointers")]
 
 use crate::buffer::Plain;
-use crate::cpu::simd::{self, Lanes};
+use crate::cpu::Isa;
+use crate::cpu::simd::{self, Kernel, Lanes, dispatch};
 
 /// Columns of a tile of a product.
-pub(crate) const TILE_COLS: usize = 16;
+pub const TILE_COLS: usize = 16;
 /// Most rows of a tile.
-pub(crate) const TILE_ROWS_MAX: usize = 8;
+pub const TILE_ROWS_MAX: usize = 8;
 
 /// Sums of a tile.
-pub(crate) type Tile<T> = [[T; TILE_COLS]; TILE_ROWS_MAX];
+pub type Tile<T> = [[T; TILE_COLS]; TILE_ROWS_MAX];
 
 /// f32 or f64.
 pub trait Real:
@@ -52,19 +53,19 @@ pub trait Real:
 }
 
 mod sealed {
-    use super::{Lanes, Tile};
+    use super::{Isa, TILE_ROWS_MAX, Tile};
 
     /// The inner loop of products.
     pub trait Tiles: Sized {
         /// `sums[r][c] = Σ a[r][p · step] · b[p · 16 + c]` for p below `depth`, in one chain of fused multiply-adds each;
-        /// for the first [`rows`](super::tile_rows) rows of `sums`.
+        /// for the first [`tile_rows`](super::tile_rows) rows of `sums`.
         ///
         /// # Safety
-        /// All of that can be read.
-        #[expect(private_bounds, reason = "sealed: nobody outside calls it")]
-        unsafe fn tile<L: Lanes>(
-            lanes: L,
-            a: &[*const Self; super::TILE_ROWS_MAX],
+        /// All of that can be read, and the machine has the instructions.
+        #[doc(hidden)]
+        unsafe fn tile(
+            isa: Isa,
+            a: &[*const Self; TILE_ROWS_MAX],
             step: usize,
             b: *const Self,
             depth: usize,
@@ -76,81 +77,79 @@ mod sealed {
 /// Rows of a tile: what the registers hold.
 #[inline(always)]
 pub(crate) fn tile_rows<L: Lanes>() -> usize {
-    match L::ROWS {
-        6 => 8,
-        3 => 6,
-        _ => 4,
+    match isa::<L>() {
+        Isa::Avx512 => 8,
+        Isa::Avx2 => 6,
+        Isa::Portable => 4,
     }
 }
 
+/// The instructions of lanes.
 #[inline(always)]
-unsafe fn tile_f32<L: Lanes, const ROWS: usize>(
-    lanes: L,
-    a: &[*const f32; TILE_ROWS_MAX],
+pub(crate) fn isa<L: Lanes>() -> Isa {
+    match L::ROWS {
+        6 => Isa::Avx512,
+        3 => Isa::Avx2,
+        _ => Isa::Portable,
+    }
+}
+
+/// A tile to be computed.
+struct TileOf<'a, T> {
+    a: &'a [*const T; TILE_ROWS_MAX],
     step: usize,
-    b: *const f32,
+    b: *const T,
     depth: usize,
-    sums: &mut Tile<f32>,
-) {
-    let rows: [*const f32; ROWS] = std::array::from_fn(|r| a[r]);
-    let mut acc = [lanes.zero(); ROWS];
-    for p in 0..depth {
-        // SAFETY: by the caller's promise, for all p below depth.
-        unsafe {
-            let b = lanes.load(b.add(p * TILE_COLS));
-            for r in 0..ROWS {
-                acc[r] = lanes.fma(lanes.splat(*rows[r].add(p * step)), b, acc[r]);
-            }
-        }
-    }
-    for r in 0..ROWS {
-        // SAFETY: a row of `sums` takes 16.
-        unsafe { lanes.store(sums[r].as_mut_ptr(), acc[r]) };
-    }
+    sums: &'a mut Tile<T>,
 }
 
-impl sealed::Tiles for f32 {
+impl TileOf<'_, f32> {
     #[inline(always)]
-    #[expect(private_bounds, reason = "sealed: nobody outside calls it")]
-    unsafe fn tile<L: Lanes>(
-        lanes: L,
-        a: &[*const Self; TILE_ROWS_MAX],
-        step: usize,
-        b: *const Self,
-        depth: usize,
-        sums: &mut Tile<Self>,
-    ) {
-        // SAFETY: passed on.
-        unsafe {
-            match tile_rows::<L>() {
-                8 => tile_f32::<L, 8>(lanes, a, step, b, depth, sums),
-                6 => tile_f32::<L, 6>(lanes, a, step, b, depth, sums),
-                _ => tile_f32::<L, 4>(lanes, a, step, b, depth, sums),
+    fn rows<L: Lanes, const ROWS: usize>(self, lanes: L) {
+        let rows: [*const f32; ROWS] = std::array::from_fn(|r| self.a[r]);
+        let mut acc = [lanes.zero(); ROWS];
+        for p in 0..self.depth {
+            // SAFETY: by the promise of `tile`, for all p below depth.
+            unsafe {
+                let b = lanes.load(self.b.add(p * TILE_COLS));
+                for (acc, row) in acc.iter_mut().zip(rows) {
+                    *acc = lanes.fma(lanes.splat(*row.add(p * self.step)), b, *acc);
+                }
             }
+        }
+        for (sums, acc) in self.sums.iter_mut().zip(acc) {
+            // SAFETY: a row of `sums` takes 16.
+            unsafe { lanes.store(sums.as_mut_ptr(), acc) };
         }
     }
 }
 
-impl sealed::Tiles for f64 {
+impl Kernel for TileOf<'_, f32> {
     #[inline(always)]
-    #[expect(private_bounds, reason = "sealed: nobody outside calls it")]
-    unsafe fn tile<L: Lanes>(
-        _: L,
-        a: &[*const Self; TILE_ROWS_MAX],
-        step: usize,
-        b: *const Self,
-        depth: usize,
-        sums: &mut Tile<Self>,
-    ) {
-        for (a, sums) in a.iter().zip(sums.iter_mut()).take(tile_rows::<L>()) {
+    fn run<L: Lanes>(self, lanes: L) {
+        match isa::<L>() {
+            Isa::Avx512 => self.rows::<L, 8>(lanes),
+            Isa::Avx2 => self.rows::<L, 6>(lanes),
+            Isa::Portable => self.rows::<L, 4>(lanes),
+        }
+    }
+}
+
+impl Kernel for TileOf<'_, f64> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) {
+        for (a, sums) in self
+            .a
+            .iter()
+            .zip(self.sums.iter_mut())
+            .take(tile_rows::<L>())
+        {
             let mut acc = [0.0; TILE_COLS];
-            for p in 0..depth {
-                // SAFETY: by the caller's promise, for all p below depth.
+            for p in 0..self.depth {
+                // SAFETY: by the promise of `tile`, for all p below depth.
                 let (a, b) = unsafe {
-                    (
-                        *a.add(p * step),
-                        &*b.add(p * TILE_COLS).cast::<[f64; TILE_COLS]>(),
-                    )
+                    let b = self.b.add(p * TILE_COLS).cast::<[f64; TILE_COLS]>();
+                    (*a.add(p * self.step), &*b)
                 };
                 for (acc, b) in acc.iter_mut().zip(b) {
                     *acc = a.mul_add(*b, *acc);
@@ -160,6 +159,36 @@ impl sealed::Tiles for f64 {
         }
     }
 }
+
+macro_rules! tiles {
+    ($name:ident) => {
+        impl sealed::Tiles for $name {
+            // One copy of each loop in the program: it is called from many places, for many products each time.
+            #[inline(never)]
+            unsafe fn tile(
+                isa: Isa,
+                a: &[*const Self; TILE_ROWS_MAX],
+                step: usize,
+                b: *const Self,
+                depth: usize,
+                sums: &mut Tile<Self>,
+            ) {
+                dispatch(
+                    isa,
+                    TileOf {
+                        a,
+                        step,
+                        b,
+                        depth,
+                        sums,
+                    },
+                );
+            }
+        }
+    };
+}
+tiles!(f32);
+tiles!(f64);
 
 macro_rules! real {
     ($name:ident, $exp:expr) => {

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::super::real::{Real, TILE_COLS, TILE_ROWS_MAX, Tile, tile_rows};
+use super::super::real::{Real, TILE_COLS, TILE_ROWS_MAX, Tile, isa, tile_rows};
 use super::super::{Form, Store};
 use crate::cpu::Pool;
 use crate::cpu::pool::Parts;
@@ -18,8 +18,8 @@ const DEPTH: usize = 256;
 const BLOCK_ROWS: usize = 96;
 /// Panels that a thread sweeps before it takes the next rows.
 const SLAB_PANELS: usize = 32;
-/// Elements that are packed at a time.
-const PACKED_MAX: usize = 4 << 20;
+/// Elements of an operand that are packed at a time, at most: what a product takes for itself.
+pub const PACKED_MAX: usize = 4 << 20;
 
 /// An operand: element (i, j) is at `i · row + j · col`.
 #[derive(Clone, Copy)]
@@ -113,9 +113,9 @@ pub(crate) fn gemm<T: Real>(
     for first in (0..n).step_by(chunk) {
         let cols = chunk.min(n - first);
         let panels = cols.div_ceil(TILE_COLS);
-        if packed.len() < panels * k * TILE_COLS {
-            packed.resize(panels * k * TILE_COLS, T::ZERO);
-        }
+        let more = (panels * k * TILE_COLS).saturating_sub(packed.len());
+        packed.reserve_exact(more);
+        packed.resize(packed.len() + more, T::ZERO);
         let to = Parts::new(packed);
         each(pool, panels, &|panel| {
             // SAFETY: each panel is taken once.
@@ -243,7 +243,7 @@ pub(crate) struct Panels<T> {
 /// `depth` values of every row and of every panel can be read.
 #[inline(always)]
 pub(crate) unsafe fn sweep<T: Real, L: Lanes>(
-    lanes: L,
+    _: L,
     a: Rows<T>,
     b: Panels<T>,
     depth: usize,
@@ -258,7 +258,7 @@ pub(crate) unsafe fn sweep<T: Real, L: Lanes>(
             unsafe {
                 let at = std::array::from_fn(|r| a.start.add((first + r.min(rows - 1)) * a.row));
                 let panel = b.start.add(panel * b.stride);
-                T::tile(lanes, &at, a.step, panel, depth, &mut sums);
+                T::tile(isa::<L>(), &at, a.step, panel, depth, &mut sums);
             }
             put(first, panel * TILE_COLS, rows, &sums);
         }

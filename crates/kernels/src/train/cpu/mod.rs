@@ -6,6 +6,7 @@ mod gemm;
 mod loss;
 mod moe;
 mod optimizer;
+mod peak;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -14,11 +15,13 @@ use std::sync::Arc;
 
 use super::real::Real;
 use super::{
-    AdamStep, Attended, Backend, BufferId, ExpertWeights, Form, Heads, Kind, Mat, MemoryUse,
-    MoeShape, Moments8, OutOfMemory, Rotation, Routes, Slice, Store,
+    AdamStep, Attended, Backend, BufferId, ExpertRoom, ExpertWeights, Form, Heads, Kind, Mat,
+    MemoryUse, MoeShape, Moments8, OutOfMemory, Rotation, Routes, Slice, Store,
 };
 use crate::cpu::Pool;
 use arena::Arena;
+pub use gemm::PACKED_MAX;
+pub use peak::spin;
 use rows::{Table, TableMut, Turning};
 
 /// The CPU, computing in `T`.
@@ -459,34 +462,38 @@ impl<T: Real> Backend for Cpu<T> {
         x: Mat,
         routes: &Routes,
         weights: &ExpertWeights,
+        room: &ExpertRoom,
         gate_up: Mat,
         y: Option<Mat>,
     ) {
         let mut packed = std::mem::take(&mut self.packed);
-        let mut held = self.arena.take(gate_up.buffer);
+        let mut taken = [gate_up.buffer, room.rows, room.mixed].map(|id| self.arena.take(id));
         let mut out = y.map(|y| self.arena.take(y.buffer));
         let table = match (&mut out, y) {
             (Some(out), Some(y)) => Some(table_mut(out, y)),
             _ => None,
         };
-        moe::experts(
-            &self.pool,
-            &mut packed,
-            &moe::Sorted::new(moe, x.rows, self.arena.ids(routes.ids)),
-            self.arena.real(routes.weights),
-            &self.expert_weights(moe, weights),
-            self.table(x),
-            held.mat(gate_up),
-            table.as_ref(),
-        );
+        let [held, rows, mixed] = &mut taken;
+        let slots = x.rows * moe.top_k;
+        let mut at = moe::Experts {
+            pool: &self.pool,
+            packed: &mut packed,
+            sorted: moe::Sorted::new(moe, x.rows, self.arena.ids(routes.ids)),
+            route_weights: self.arena.real(routes.weights),
+            weights: self.expert_weights(moe, weights),
+            rows: rows.slice(Slice::new(room.rows, 0, slots * x.cols)),
+            mixed: mixed.slice(Slice::new(room.mixed, 0, slots * moe.width)),
+            gate_up: held.mat(gate_up),
+        };
+        at.forward(self.table(x), table.as_ref());
         drop(table);
-        self.arena.put(held);
-        if let Some(out) = out {
-            self.arena.put(out);
-        }
+        taken
+            .into_iter()
+            .chain(out)
+            .for_each(|taken| self.arena.put(taken));
         self.packed = packed;
         let down = usize::from(y.is_some());
-        self.count(x.rows * moe.top_k * moe.width * x.cols * (2 + down));
+        self.count(slots * moe.width * x.cols * (2 + down));
     }
 
     fn experts_grad(
@@ -494,32 +501,32 @@ impl<T: Real> Backend for Cpu<T> {
         moe: &MoeShape,
         routes: &Routes,
         weights: &ExpertWeights,
+        room: &ExpertRoom,
         gate_up: Mat,
         d_y: Mat,
         d_x: Mat,
         d_weights: BufferId,
     ) {
         let mut packed = std::mem::take(&mut self.packed);
-        let mut held = self.arena.take(gate_up.buffer);
-        let mut out = self.arena.take(d_x.buffer);
-        let mut worth = self.arena.take(d_weights);
-        let all = Slice::new(d_weights, 0, d_y.rows * moe.top_k);
-        moe::experts_grad(
-            &self.pool,
-            &mut packed,
-            &moe::Sorted::new(moe, d_y.rows, self.arena.ids(routes.ids)),
-            self.arena.real(routes.weights),
-            &self.expert_weights(moe, weights),
-            self.table(d_y),
-            held.mat(gate_up),
-            &table_mut(&mut out, d_x),
-            worth.slice(all),
-        );
-        self.arena.put(held);
-        self.arena.put(out);
-        self.arena.put(worth);
+        let mut taken = [gate_up.buffer, room.rows, room.mixed, d_x.buffer, d_weights]
+            .map(|id| self.arena.take(id));
+        let [held, rows, mixed, out, worth] = &mut taken;
+        let slots = d_y.rows * moe.top_k;
+        let mut at = moe::Experts {
+            pool: &self.pool,
+            packed: &mut packed,
+            sorted: moe::Sorted::new(moe, d_y.rows, self.arena.ids(routes.ids)),
+            route_weights: self.arena.real(routes.weights),
+            weights: self.expert_weights(moe, weights),
+            rows: rows.slice(Slice::new(room.rows, 0, slots * d_y.cols)),
+            mixed: mixed.slice(Slice::new(room.mixed, 0, slots * moe.width)),
+            gate_up: held.mat(gate_up),
+        };
+        let worth = worth.slice(Slice::new(d_weights, 0, slots));
+        at.backward(self.table(d_y), &table_mut(out, d_x), worth);
+        taken.into_iter().for_each(|taken| self.arena.put(taken));
         self.packed = packed;
-        self.count(d_y.rows * moe.top_k * moe.width * d_y.cols * 3);
+        self.count(slots * moe.width * d_y.cols * 3);
     }
 
     fn cross_entropy(&mut self, logits: Mat, targets: Slice, losses: Slice, grad: Option<f64>) {

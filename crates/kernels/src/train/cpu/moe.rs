@@ -5,9 +5,10 @@
 use super::super::real::Real;
 use super::super::{Form, MoeShape, Store};
 use super::gemm::{Product, gemm};
-use super::rows::{Table, TableMut, blocks, sum, swiglu, swiglu_grad};
+use super::rows::{Table, TableMut, blocks, sigmoid, sum, swiglu};
 use crate::cpu::Pool;
 use crate::cpu::pool::Parts;
+use crate::cpu::simd::{Kernel, Lanes, dispatch};
 
 /// Softmax of a row of logits.
 fn softmax<T: Real>(logits: &[T]) -> Vec<T> {
@@ -126,12 +127,10 @@ impl<'a> Sorted<'a> {
     }
 
     /// Rows of a token's table, by expert.
-    fn gather<T: Real>(&self, from: Table<'_, T>) -> Vec<T> {
-        let mut to = Vec::with_capacity(self.slots.len() * from.cols);
-        for place in 0..self.slots.len() {
-            to.extend_from_slice(from.row(self.token(place)));
+    fn gather<T: Real>(&self, from: Table<'_, T>, to: &mut [T]) {
+        for (place, to) in to.chunks_mut(from.cols).enumerate() {
+            to.copy_from_slice(from.row(self.token(place)));
         }
-        to
     }
 
     /// `y[token] += weight · rows[place]` over the token's choices, ascending; all weights are 1 where there are none.
@@ -168,11 +167,25 @@ pub(crate) struct Weights<'a, T> {
     pub(crate) width: usize,
 }
 
+/// A layer's experts at work. Rows lie by expert.
+pub(crate) struct Experts<'a, T> {
+    pub(crate) pool: &'a Pool,
+    pub(crate) packed: &'a mut Vec<T>,
+    pub(crate) sorted: Sorted<'a>,
+    /// Of each slot.
+    pub(crate) route_weights: &'a [T],
+    pub(crate) weights: Weights<'a, T>,
+    /// `[slots, hidden]`.
+    pub(crate) rows: &'a mut [T],
+    /// `[slots, width]`.
+    pub(crate) mixed: &'a mut [T],
+    /// `[slots, 2 · width]`.
+    pub(crate) gate_up: &'a mut [T],
+}
+
 /// `y = x · W` or `x · Wᵀ` for the rows of each expert; `w` holds `[n, k]` or `[k, n]` matrices one under the other.
 fn grouped<T: Real>(
-    pool: &Pool,
-    packed: &mut Vec<T>,
-    sorted: &Sorted<'_>,
+    (pool, packed, sorted): (&Pool, &mut Vec<T>, &Sorted<'_>),
     form: Form,
     (x, k): (&[T], usize),
     w: &[T],
@@ -194,110 +207,117 @@ fn grouped<T: Real>(
     }
 }
 
-/// See [`super::super::Backend::experts`]. Gives the bytes of what it took for itself.
-#[expect(clippy::too_many_arguments, reason = "one op's operands")]
-pub(crate) fn experts<T: Real>(
-    pool: &Pool,
-    packed: &mut Vec<T>,
-    sorted: &Sorted<'_>,
-    route_weights: &[T],
-    weights: &Weights<'_, T>,
-    x: Table<'_, T>,
-    gate_up: &mut [T],
-    y: Option<&TableMut<'_, T>>,
-) {
-    let (hidden, width) = (weights.hidden, weights.width);
-    let slots = sorted.slots.len();
-    let mut rows = sorted.gather(x);
-    let form = Form::Nt;
-    grouped(
-        pool,
-        packed,
-        sorted,
-        form,
-        (&rows, hidden),
-        weights.gate_up,
-        (gate_up, 2 * width),
-    );
-    let Some(y) = y else { return };
-    let mut mixed = vec![T::ZERO; slots * width];
-    let table = Table {
-        data: gate_up,
-        stride: 2 * width,
-        cols: 2 * width,
-    };
-    swiglu(pool, slots, table, &TableMut::new(&mut mixed, width, width));
-    grouped(
-        pool,
-        packed,
-        sorted,
-        form,
-        (&mixed, width),
-        weights.down,
-        (&mut rows, hidden),
-    );
-    sorted.add_up(pool, &rows, hidden, Some(route_weights), y);
+impl<T: Real> Experts<'_, T> {
+    /// See [`super::super::Backend::experts`].
+    pub(crate) fn forward(&mut self, x: Table<'_, T>, y: Option<&TableMut<'_, T>>) {
+        let (hidden, width) = (self.weights.hidden, self.weights.width);
+        self.sorted.gather(x, self.rows);
+        grouped(
+            (self.pool, self.packed, &self.sorted),
+            Form::Nt,
+            (self.rows, hidden),
+            self.weights.gate_up,
+            (self.gate_up, 2 * width),
+        );
+        let Some(y) = y else { return };
+        let table = Table {
+            data: &*self.gate_up,
+            stride: 2 * width,
+            cols: 2 * width,
+        };
+        let slots = self.sorted.slots.len();
+        let mixed = TableMut::new(self.mixed, width, width);
+        swiglu(self.pool, slots, table, &mixed);
+        grouped(
+            (self.pool, self.packed, &self.sorted),
+            Form::Nt,
+            (self.mixed, width),
+            self.weights.down,
+            (self.rows, hidden),
+        );
+        let weights = Some(self.route_weights);
+        self.sorted.add_up(self.pool, self.rows, hidden, weights, y);
+    }
+
+    /// See [`super::super::Backend::experts_grad`].
+    pub(crate) fn backward(
+        &mut self,
+        d_y: Table<'_, T>,
+        d_x: &TableMut<'_, T>,
+        d_weights: &mut [T],
+    ) {
+        let (hidden, width) = (self.weights.hidden, self.weights.width);
+        self.sorted.gather(d_y, self.rows);
+        grouped(
+            (self.pool, self.packed, &self.sorted),
+            Form::Nn,
+            (self.rows, hidden),
+            self.weights.down,
+            (self.mixed, width),
+        );
+        let gate_up = Parts::new(self.gate_up);
+        let d_weights = Parts::new(d_weights);
+        blocks(self.pool, self.sorted.slots.len(), &|_, places| {
+            let slots = &self.sorted.slots[places.clone()];
+            let d_mixed = &self.mixed[places.start * width..places.end * width];
+            // SAFETY: each place is one block's.
+            let gate_up = unsafe { gate_up.part(places.start * 2 * width..places.end * 2 * width) };
+            dispatch(
+                self.pool.isa(),
+                MixedGrad {
+                    slots,
+                    weights: self.route_weights,
+                    d_mixed,
+                    gate_up,
+                    d_weights: &d_weights,
+                    width,
+                },
+            );
+        });
+        grouped(
+            (self.pool, self.packed, &self.sorted),
+            Form::Nn,
+            (self.gate_up, 2 * width),
+            self.weights.gate_up,
+            (self.rows, hidden),
+        );
+        self.sorted.add_up(self.pool, self.rows, hidden, None, d_x);
+    }
 }
 
-/// See [`super::super::Backend::experts_grad`].
-#[expect(clippy::too_many_arguments, reason = "one op's operands")]
-pub(crate) fn experts_grad<T: Real>(
-    pool: &Pool,
-    packed: &mut Vec<T>,
-    sorted: &Sorted<'_>,
-    route_weights: &[T],
-    weights: &Weights<'_, T>,
-    d_y: Table<'_, T>,
-    gate_up: &mut [T],
-    d_x: &TableMut<'_, T>,
-    d_weights: &mut [T],
-) {
-    let (hidden, width) = (weights.hidden, weights.width);
-    let slots = sorted.slots.len();
-    let mut rows = sorted.gather(d_y);
-    let mut d_mixed = vec![T::ZERO; slots * width];
-    let form = Form::Nn;
-    grouped(
-        pool,
-        packed,
-        sorted,
-        form,
-        (&rows, hidden),
-        weights.down,
-        (&mut d_mixed, width),
-    );
-    // What a slot's weight is worth needs no further product: d_y · (down · mixed) is (downᵀ · d_y) · mixed.
-    let raw = d_mixed.clone();
-    for (place, row) in d_mixed.chunks_mut(width).enumerate() {
-        let weight = route_weights[sorted.slots[place] as usize];
-        row.iter_mut().for_each(|x| *x *= weight);
-    }
-    let table = TableMut::new(gate_up, 2 * width, 2 * width);
-    swiglu_grad(
-        pool,
-        slots,
-        &table,
-        &TableMut::new(&mut d_mixed, width, width),
-    );
-    let d_weights = Parts::new(d_weights);
-    blocks(pool, slots, &|_, places| {
-        for place in places {
-            let at = place * width..(place + 1) * width;
-            let (raw, mixed) = (&raw[at.clone()], &d_mixed[at]);
-            let slot = sorted.slots[place] as usize;
+/// Gradients of gate and up, and what each slot's weight is worth. That needs no further product: d_y · (down · mixed) is
+/// (downᵀ · d_y) · mixed.
+struct MixedGrad<'a, T> {
+    slots: &'a [u32],
+    weights: &'a [T],
+    d_mixed: &'a [T],
+    gate_up: &'a mut [T],
+    d_weights: &'a Parts<'a, T>,
+    width: usize,
+}
+
+impl<T: Real> Kernel for MixedGrad<'_, T> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) {
+        let rows = self.gate_up.chunks_exact_mut(2 * self.width);
+        let rows = rows.zip(self.d_mixed.chunks_exact(self.width));
+        for ((gate_up, d_mixed), slot) in rows.zip(self.slots) {
+            let slot = *slot as usize;
+            let weight = self.weights[slot];
+            let (gate, up) = gate_up.split_at_mut(self.width);
+            let worth = sum(self.width, |i| {
+                (d_mixed[i], gate[i] * sigmoid(gate[i]) * up[i])
+            });
             // SAFETY: each slot has one place.
-            let to = unsafe { d_weights.part(slot..slot + 1) };
-            to[0] = sum(width, |i| (raw[i], mixed[i]));
+            let to = unsafe { self.d_weights.part(slot..slot + 1) };
+            to[0] = worth;
+            for ((gate, up), d) in gate.iter_mut().zip(up).zip(d_mixed) {
+                let (g, u, d) = (*gate, *up, *d * weight);
+                let s = sigmoid(g);
+                let silu = g * s;
+                *up = d * silu;
+                *gate = d * u * (s + silu * (T::ONE - s));
+            }
         }
-    });
-    grouped(
-        pool,
-        packed,
-        sorted,
-        form,
-        (gate_up, 2 * width),
-        weights.gate_up,
-        (&mut rows, hidden),
-    );
-    sorted.add_up(pool, &rows, hidden, None, d_x);
+    }
 }

@@ -402,7 +402,7 @@ pub(crate) fn rotate_grad<T: Real>(
 
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
-fn sigmoid<T: Real>(x: T) -> T {
+pub(crate) fn sigmoid<T: Real>(x: T) -> T {
     T::ONE / (T::ONE + (-x).exp())
 }
 

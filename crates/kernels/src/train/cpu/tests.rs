@@ -331,19 +331,23 @@ fn experts_and_routes() {
             weights: bench.real(tokens * 2),
         };
         let d_weights = bench.real(tokens * 2);
+        let room = ExpertRoom {
+            rows: bench.real(tokens * 2 * hidden),
+            mixed: bench.real(tokens * 2 * 10),
+        };
         let mut loss = |bench: &mut Bench| {
             bench.cpu.zero(Slice::new(y.buffer, 0, tokens * hidden));
             bench.cpu.route(&moe, logits, &routes);
             bench
                 .cpu
-                .experts(&moe, x, &routes, &weights, gate_up, Some(y));
+                .experts(&moe, x, &routes, &weights, &room, gate_up, Some(y));
             bench.dot(y, d_y)
         };
         loss(&mut bench);
         bench.cpu.zero(Slice::new(d_x.buffer, 0, tokens * hidden));
         bench
             .cpu
-            .experts_grad(&moe, &routes, &weights, gate_up, d_y, d_x, d_weights);
+            .experts_grad(&moe, &routes, &weights, &room, gate_up, d_y, d_x, d_weights);
         bench
             .cpu
             .route_grad(&moe, logits, &routes, d_weights, d_logits);
