@@ -15,17 +15,16 @@ use crate::output::{count, facts};
 
 /// Shows the plan.
 pub(super) async fn show(context: &Context, args: &Train, spec: &TrainSpec) -> Outcome {
-    let failed = |error: &dyn std::error::Error| Problem::refused(error_chain(error));
     let source = Source::parse(&spec.base, spec.revision.as_deref()).await;
-    let source = source.map_err(|error| failed(&error))?;
+    let source = source.map_err(|error| refused(&error))?;
     let fetcher = Fetcher::new(&context.environment, None);
     let folder = fetcher.fetch(&source, Wanted::Model).await;
-    let folder = folder.map_err(|error| failed(&error))?;
-    let config = trainer::config(&folder).map_err(|error| failed(&error))?;
+    let folder = folder.map_err(|error| refused(&error))?;
+    let config = trainer::config(&folder).map_err(|error| refused(&error))?;
     let settings = &spec.settings;
     let tokens = settings.batch * settings.max_length.min(config.max_positions);
     let tokens = tokens.min(config.max_positions);
-    let plan = trainer::plan(&config, settings, tokens).map_err(|error| failed(&error))?;
+    let plan = trainer::plan(&config, settings, tokens).map_err(|error| refused(&error))?;
     let step_flops = plan.flops(&[tokens], tokens as u64) * settings.accumulation as u64;
     let step_s = args.peak_flops.map(|peak| step_flops as f64 / peak);
     context.out.show(
@@ -61,6 +60,10 @@ pub(super) async fn show(context: &Context, args: &Train, spec: &TrainSpec) -> O
         },
     )?;
     Ok(Exit::Ok)
+}
+
+fn refused(error: &(dyn std::error::Error + 'static)) -> Problem {
+    Problem::refused(error_chain(error))
 }
 
 /// How many layers keep what.
