@@ -249,6 +249,7 @@ pub async fn run(
         tags,
         slots: config.slots,
         grace: config.grace(),
+        tell_every: None,
     };
     let loop_deps = WorkerDeps {
         store: deps.store.clone(),

@@ -8,7 +8,7 @@ use crate::context::Global;
 use crate::jobs::JobCommand;
 use crate::practice::Practice;
 use crate::traces::TracesCommand;
-use crate::{admin, chat, doctor, generate, jobs, questions, submit, up, watch};
+use crate::{admin, chat, doctor, generate, jobs, questions, submit, train, up, watch};
 
 const ABOUT: &str = "Run tool-using agents in real browsers, many at once, and keep verified traces of what they do";
 
@@ -63,6 +63,9 @@ pub enum Command {
     /// Have a file of requests answered by a served model, and get a file of answers
     #[command(after_help = GENERATE_HELP)]
     Generate(generate::Generate),
+    /// Train a model on a data set, and publish the adapter
+    #[command(after_help = TRAIN_HELP)]
+    Train(Box<train::Train>),
     /// Follow a batch to its end, then what was solved, what failed, and why; without one, watch the whole system
     Watch(watch::Watch),
     /// List the jobs of a batch
@@ -104,6 +107,27 @@ pub enum Command {
     /// Check this machine and what it is connected to; each fault comes with its fix
     Doctor(doctor::Doctor),
 }
+
+const TRAIN_HELP: &str = "\
+  espalier train --base Qwen/Qwen3-0.6B --dataset shop@v1 --name shop
+  espalier train --base Qwen/Qwen3-0.6B --dataset shop@v1 --name shop --config lora.toml --set epochs=2 --plan
+
+lora.toml, of which every key is optional:
+  method = \"lora\"          # or \"full\"
+  rank = 32
+  alpha = 16
+  rslora = true
+  max_length = 32768
+  batch = 1
+  accumulation = 4
+  epochs = 1               # or max_steps
+  lr = 2e-4
+  schedule = \"constant\"    # or \"linear\", \"cosine\"
+  optimizer = \"adamw_8bit\" # or \"adamw\"
+  eval_every = 50
+  checkpoint_every = 50
+
+Ctrl-C leaves the training running; `espalier train` with the same --batch goes on watching it.";
 
 const UP_HELP: &str = "\
   espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B --mcp mcp.json

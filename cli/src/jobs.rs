@@ -199,7 +199,10 @@ pub async fn list(context: &Context, args: &Jobs) -> Outcome {
 fn jobs_table(jobs: &[v1::Job]) -> String {
     let rows = jobs.iter().map(|job| {
         let summary = job.summary.as_ref();
-        let rollout = summary.filter(|s| s.generate.is_none() && s.export.is_none());
+        let is_rollout = |s: &&v1::RolloutSummary| {
+            s.generate.is_none() && s.export.is_none() && s.train.is_none()
+        };
+        let rollout = summary.filter(is_rollout);
         let reward = summary
             .and_then(|s| s.reward)
             .map(|reward| format!("{reward:.2}"));
@@ -238,8 +241,17 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
     )
 }
 
-/// Why a rollout is not solved, how many requests were answered, or where an export is.
+/// Why a rollout is not solved, how many requests were answered, how a training ended, or where an export is.
 fn what_came_of(summary: &v1::RolloutSummary) -> String {
+    if let Some(train) = &summary.train {
+        let held_out = train.eval_loss.map(|loss| format!(", held-out {loss:.4}"));
+        return format!(
+            "{} steps, loss {:.4}{}",
+            count(train.steps),
+            train.loss,
+            held_out.unwrap_or_default()
+        );
+    }
     if let Some(export) = &summary.export {
         return format!("{} files at {}", count(export.files), export.exported_to);
     }
@@ -340,6 +352,19 @@ fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
                 "tokens",
                 tokens(generate.prompt_tokens, generate.completion_tokens),
             ),
+        ];
+    }
+    if let Some(train) = &summary.train {
+        let tokens = format!(
+            "{}, {} of them learned",
+            count(train.tokens),
+            count(train.supervised_tokens)
+        );
+        return vec![
+            ("training", what_came_of(summary)),
+            ("weights", format!("after step {}", count(train.best_step))),
+            ("tokens", tokens),
+            ("computing", duration(train.wall_ms)),
         ];
     }
     if let Some(export) = &summary.export {

@@ -28,7 +28,9 @@ mod scenarios;
 mod servers;
 mod submit;
 mod traces;
+mod train;
 mod up;
+mod uploads;
 mod watch;
 
 use std::process::ExitCode;
@@ -77,6 +79,7 @@ async fn run(context: &Context, command: &Command) -> Outcome {
         Command::Up(args) => up::run(context, args).await,
         Command::Submit(args) => submit::run(context, args).await,
         Command::Generate(args) => generate::run(context, args).await,
+        Command::Train(args) => train::run(context, args).await,
         Command::Watch(args) => watch::run(context, args).await,
         Command::Jobs(args) => jobs::list(context, args).await,
         Command::Job(command) => jobs::one(context, command).await,

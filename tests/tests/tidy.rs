@@ -42,7 +42,13 @@ const ARROWS: [(&str, &[&str]); 16] = [
     ),
     (
         "espalier-train-worker",
-        &["espalier-kernels", "espalier-qwen3"],
+        &[
+            "espalier-core",
+            "espalier-kernels",
+            "espalier-proto",
+            "espalier-qwen3",
+            "espalier-runtime",
+        ],
     ),
     ("espalier-practice", &[]),
     // A dev-dependency of any crate, because it knows none of them.
@@ -73,6 +79,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
             "espalier-proto",
             "espalier-qwen3-text",
             "espalier-runtime",
+            "espalier-train-worker",
         ],
     ),
     (

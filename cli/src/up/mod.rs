@@ -12,6 +12,7 @@
 mod config;
 mod model;
 mod place;
+mod train;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -163,7 +164,9 @@ async fn start(
         environment,
     };
     let coordinator = coordinator(settings, &parts, listener, last.clone()).await?;
-    let worker = worker(settings, &parts, here, shutdown.clone())?;
+    let rollouts = worker(settings, &parts, here, shutdown.clone())?;
+    let trainings = train::worker(&parts, settings.grace, shutdown.clone())?;
+    let worker: Ending = Box::pin(async { tokio::try_join!(rollouts, trainings).map(drop) });
     run_in_order(tasks, shutdown, last, coordinator, worker);
     unless_started.disarm();
     let target = Target {

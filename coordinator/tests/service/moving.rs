@@ -107,6 +107,7 @@ fn start(coordinators: &[&Coordinator]) -> (Arc<Work>, Tasks) {
         tags: vec!["mcp:browser".to_owned()],
         slots: SLOTS,
         grace: Duration::ZERO,
+        tell_every: None,
     };
     let shutdown = Shutdown::new();
     let tasks = Tasks::new(shutdown.clone());

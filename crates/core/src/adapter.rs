@@ -39,6 +39,21 @@ pub struct BaseModel {
     pub sha256: String,
 }
 
+impl BaseModel {
+    /// How a manifest names it among its parents, which are object paths otherwise.
+    pub fn parent(&self) -> String {
+        let revision = self.revision.as_deref().map(|revision| format!("@{revision}"));
+        let revision = revision.unwrap_or_default();
+        format!("model:{}{revision}#sha256:{}", self.name, self.sha256)
+    }
+
+    /// The digest of the model that a parent names; none: it is another sort of parent.
+    pub fn sha256_of_parent(parent: &str) -> Option<&str> {
+        let (_, sha256) = parent.strip_prefix("model:")?.rsplit_once("#sha256:")?;
+        Some(sha256)
+    }
+}
+
 /// How training went.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainSummary {
@@ -122,5 +137,22 @@ impl AdapterVersion {
             }
             None => Ok(record),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parent_names_the_model_and_its_digest() {
+        let base = BaseModel {
+            name: "Qwen/Qwen3-4B".to_owned(),
+            revision: Some("main".to_owned()),
+            sha256: "9f86".to_owned(),
+        };
+        assert_eq!(base.parent(), "model:Qwen/Qwen3-4B@main#sha256:9f86");
+        assert_eq!(BaseModel::sha256_of_parent(&base.parent()), Some("9f86"));
+        assert_eq!(BaseModel::sha256_of_parent("shop/datasets/a/v1.json"), None);
     }
 }

@@ -145,6 +145,7 @@ pub async fn run(answering: Answering, source: Source) -> Result<(), WorkerError
         slots: JOBS_MAX,
         // Nobody waits for the lines that run, and what is in the store is not lost.
         grace: Duration::ZERO,
+        tell_every: None,
     };
     let deps = WorkerDeps {
         store: source.store.clone(),

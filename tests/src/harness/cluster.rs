@@ -271,6 +271,23 @@ impl Cluster {
         (options.map(str::to_owned).into(), vec![token])
     }
 
+    /// A train worker of this cluster, which reads base models from folders of the test.
+    pub fn train_worker(&self, name: &str) -> Process {
+        let urls: Vec<String> = self
+            .addresses()
+            .iter()
+            .map(|at| format!("http://{at}"))
+            .collect();
+        let mut command = Command::new(binary("espalier-train-worker"));
+        command.args(["--coordinator-url", &urls.join(",")]);
+        command.args(["--store-url", &self.store_url()]);
+        command.args(["--allow-local-models", "--cpu-threads", "2"]);
+        command.env("ESPALIER_TRAIN_WORKER_TOKEN", WORKER_TOKEN);
+        command.env("HOME", self.folder.path());
+        command.envs(self.setup.environment.iter().cloned());
+        Process::start(name, command, self.folder.path())
+    }
+
     /// The command `espalier`, for a user of the first of [`PROJECTS`].
     pub fn user(&self) -> Command {
         let mut command = Command::new(binary("espalier"));

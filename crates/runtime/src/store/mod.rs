@@ -44,8 +44,9 @@ use faults::Faults;
 use parts::PART_BYTES;
 pub use patience::{AWAY_BACKOFF, Patience};
 
-/// Largest object, in bytes. Objects are read whole; a trace of a long rollout is a few megabytes.
-pub const OBJECT_BYTES_MAX: u64 = 256 << 20;
+/// Largest object, in bytes. Objects are read whole; a trace of a long rollout is a few megabytes, an adapter or the
+/// largest tensor of a small model some hundred.
+pub const OBJECT_BYTES_MAX: u64 = 1 << 30;
 
 /// Most objects that one [`Store::list`] returns.
 pub const LIST_MAX: usize = 10_000;

@@ -73,6 +73,15 @@ pub struct Metrics {
     pub infer_preemptions: Counter<u64>,
     pub infer_prefix_queries: Counter<u64>,
     pub infer_prefix_hits: Counter<u64>,
+    pub train_step: Gauge<u64>,
+    pub train_loss: Gauge<f64>,
+    pub train_eval_loss: Gauge<f64>,
+    pub train_grad_norm: Gauge<f64>,
+    pub train_tokens: Counter<u64>,
+    pub train_tokens_per_second: Gauge<f64>,
+    pub train_peak_share: Gauge<f64>,
+    pub train_memory: Gauge<u64>,
+    pub train_time_left: Gauge<f64>,
 }
 
 impl Metrics {
@@ -80,6 +89,7 @@ impl Metrics {
         let counter =
             |name, unit| -> Counter<u64> { meter.u64_counter(name).with_unit(unit).build() };
         let gauge = |name, unit| -> Gauge<u64> { meter.u64_gauge(name).with_unit(unit).build() };
+        let number = |name, unit| -> Gauge<f64> { meter.f64_gauge(name).with_unit(unit).build() };
         let seconds = |name| -> Histogram<f64> {
             meter
                 .f64_histogram(name)
@@ -141,6 +151,15 @@ impl Metrics {
             infer_preemptions: counter(metric::INFER_PREEMPTIONS, "{preemption}"),
             infer_prefix_queries: counter(metric::INFER_PREFIX_QUERIES, "{token}"),
             infer_prefix_hits: counter(metric::INFER_PREFIX_HITS, "{token}"),
+            train_step: gauge(metric::TRAIN_STEP, "{step}"),
+            train_loss: number(metric::TRAIN_LOSS, "1"),
+            train_eval_loss: number(metric::TRAIN_EVAL_LOSS, "1"),
+            train_grad_norm: number(metric::TRAIN_GRAD_NORM, "1"),
+            train_tokens: counter(metric::TRAIN_TOKENS, "{token}"),
+            train_tokens_per_second: number(metric::TRAIN_TOKENS_PER_SECOND, "{token}/s"),
+            train_peak_share: number(metric::TRAIN_PEAK_SHARE, "1"),
+            train_memory: gauge(metric::TRAIN_MEMORY, "By"),
+            train_time_left: number(metric::TRAIN_TIME_LEFT, "s"),
         }
     }
 

@@ -145,6 +145,25 @@ pub mod metric {
     pub const JOB_FINISHES: &str = "espalier.job.finishes";
     /// Counter, `{job}`: jobs accepted, by project and kind.
     pub const JOB_SUBMISSIONS: &str = "espalier.job.submissions";
+    /// Gauge, `{step}`: optimizer steps that the training of this worker has done. As of all gauges of trainings: a worker
+    /// has one training at a time.
+    pub const TRAIN_STEP: &str = "espalier.train.step";
+    /// Gauge, `1`: mean loss of the last step's supervised tokens.
+    pub const TRAIN_LOSS: &str = "espalier.train.loss";
+    /// Gauge, `1`: mean loss of held-out samples, when they were last measured.
+    pub const TRAIN_EVAL_LOSS: &str = "espalier.train.eval_loss";
+    /// Gauge, `1`: norm of the last step's gradient before it was clipped.
+    pub const TRAIN_GRAD_NORM: &str = "espalier.train.grad_norm";
+    /// Counter, `{token}`: tokens that went through models in training.
+    pub const TRAIN_TOKENS: &str = "espalier.train.tokens";
+    /// Gauge, `{token}/s`: tokens of the last step by the time that it took.
+    pub const TRAIN_TOKENS_PER_SECOND: &str = "espalier.train.tokens_per_second";
+    /// Gauge, `1`: share of the machine's matrix peak.
+    pub const TRAIN_PEAK_SHARE: &str = "espalier.train.peak_share";
+    /// Gauge, `By`: memory that the training holds.
+    pub const TRAIN_MEMORY: &str = "espalier.train.memory";
+    /// Gauge, `s`: time that is left, at this speed.
+    pub const TRAIN_TIME_LEFT: &str = "espalier.train.time_left";
     /// Counter, `{call}`: calls without a valid token or with one of the wrong role, by reason.
     pub const AUTH_FAILURES: &str = "espalier.auth.failures";
     /// Up-down counter, `{rollout}`: rollouts that run now.

@@ -68,9 +68,19 @@ pub(super) struct Book {
     held: BTreeMap<LeaseId, Held>,
     /// Of the renewals that were sent last, over whichever stream.
     last_number: u64,
+    /// Longest time between two renewals.
+    tell_every: Option<Duration>,
 }
 
 impl Book {
+    /// Nothing is held. Leases are renewed at least every `tell_every`, if there is such a time.
+    pub(super) fn new(tell_every: Option<Duration>) -> Self {
+        Self {
+            tell_every,
+            ..Self::default()
+        }
+    }
+
     /// Takes up a granted lease. None: it is held already, since grants may come twice.
     pub(super) fn grant(&mut self, id: &LeaseId, ttl: Duration, now: Instant) -> Option<Lease> {
         if self.held.contains_key(id) {
@@ -90,7 +100,7 @@ impl Book {
         let held = Held {
             lease: lease.clone(),
             ttl,
-            renew_at: now + spread(ttl),
+            renew_at: now + spread(ttl, self.tell_every),
             in_flight: VecDeque::new(),
             running: true,
             ours: true,
@@ -196,7 +206,7 @@ impl Book {
             if !held.ours || !soon || renewals.len() >= BATCH_MAX {
                 continue;
             }
-            held.renew_at = now + spread(held.ttl);
+            held.renew_at = now + spread(held.ttl, self.tell_every);
             if held.in_flight.len() >= RENEWALS_IN_FLIGHT_MAX {
                 held.in_flight.pop_front();
             }
@@ -222,7 +232,7 @@ impl Book {
                 continue;
             }
             unacked.send_at = now + RESEND_AFTER;
-            held.renew_at = held.renew_at.max(now + spread(held.ttl));
+            held.renew_at = held.renew_at.max(now + spread(held.ttl, self.tell_every));
             results.push(unacked.result.clone());
         }
         results
@@ -282,9 +292,11 @@ impl Book {
     }
 }
 
-/// A third of the lease, a little less at random, so that a thousand workers do not renew in step.
-fn spread(ttl: Duration) -> Duration {
-    ttl.mul_f64((0.85 + 0.15 * rand::random::<f64>()) / 3.0)
+/// A third of the lease, or `at_most`, a little less at random, so that a thousand workers do not renew in step.
+fn spread(ttl: Duration, at_most: Option<Duration>) -> Duration {
+    let third = ttl / 3;
+    let longest = at_most.map_or(third, |at_most| third.min(at_most));
+    longest.mul_f64(0.85 + 0.15 * rand::random::<f64>())
 }
 
 #[cfg(test)]
@@ -310,6 +322,19 @@ mod tests {
     async fn pass(seconds: u64) -> Instant {
         tokio::time::advance(Duration::from_secs(seconds)).await;
         Instant::now()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_watched_renews_more_often_than_the_lease_needs() {
+        let now = Instant::now();
+        let mut book = Book::new(Some(Duration::from_secs(2)));
+        let lease = book.grant(&id("a", 1), TTL, now).unwrap();
+        for n in 1..=3 {
+            lease.progress(&format!("step {n}"));
+            let at = now + Duration::from_secs(2) * n;
+            assert!(book.next_due(true).unwrap() <= at);
+            assert_eq!(book.renewals(at)[0].progress, format!("step {n}"));
+        }
     }
 
     #[tokio::test(start_paused = true)]

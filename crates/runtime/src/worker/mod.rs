@@ -141,6 +141,9 @@ pub struct WorkerConfig {
     pub slots: u32,
     /// How long running jobs may go on once the process drains.
     pub grace: Duration,
+    /// How long what a job says of its progress may wait until the coordinator hears of it; none: until its lease is
+    /// renewed anyway. For few and long jobs that people watch.
+    pub tell_every: Option<Duration>,
 }
 
 /// What the loop stands on.

@@ -106,6 +106,7 @@ impl<H: Handler> Session<H> {
     ) -> Self {
         let (events_in, events) = mpsc::channel(EVENTS_MAX);
         let links = Links::new(id.clone(), config.clone());
+        let book = Book::new(config.tell_every);
         Self {
             serving: handler.serving(),
             handler,
@@ -113,7 +114,7 @@ impl<H: Handler> Session<H> {
             deps,
             shutdown,
             id,
-            book: Book::default(),
+            book,
             events,
             events_in,
             links,

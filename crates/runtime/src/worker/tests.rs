@@ -249,6 +249,7 @@ impl World {
             tags: vec!["mcp:toy".to_owned()],
             slots,
             grace: Duration::ZERO,
+            tell_every: None,
         };
         let faults = Faults::new(|_, _| None);
         let store = Store::open("memory://").await.unwrap();

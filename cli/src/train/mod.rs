@@ -1,0 +1,413 @@
+//! `espalier train`: a model and a data set become an adapter.
+//!
+//! The command submits one `train` job and shows how far it is until it ends. It trains nothing itself: that is a train
+//! worker's, on this machine (`espalier up`) or elsewhere.
+
+mod plan;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use espalier_core::adapter::AdapterVersion;
+use espalier_core::error::FieldError;
+use espalier_core::id::{AdapterName, BatchId, JobKey, ProjectId};
+use espalier_core::layout::{self, UploadName};
+use espalier_core::spec::{JobDraft, TrainDraft, TrainSettingsDraft, TrainSpec};
+use espalier_core::training::TrainProgress;
+use espalier_proto::convert::draft_to_wire;
+use espalier_proto::v1;
+use espalier_runtime::clock::{Clock, SystemClock};
+use espalier_runtime::store::{LIST_MAX, Store};
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::context::Context;
+use crate::exit::{Exit, Outcome, Problem};
+use crate::output::{count, duration, facts, note, plain};
+use crate::submit::{again, close_batch, default_batch, open, rename};
+use crate::uploads::{self, has_ended};
+use crate::{json as shown, progress};
+
+/// Time between two looks at the job.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often a line is printed where there is no terminal for a bar.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+/// The only job of its batch.
+const JOB: &str = "train";
+/// Largest file of rows, in bytes: what one upload takes.
+const ROWS_BYTES_MAX: u64 = 1 << 30;
+
+/// Options of `train`.
+#[derive(Args, Clone, Debug)]
+pub struct Train {
+    /// The model to begin with: a repository of the Hugging Face hub, s3://…, or a folder where the worker allows it
+    #[arg(long, value_name = "MODEL")]
+    pub base: String,
+    /// Branch, tag or commit of the hub's repository [default: main]
+    #[arg(long, value_name = "NAME")]
+    pub revision: Option<String>,
+    /// A version of a data set, such as shop@v1
+    #[arg(long, value_name = "NAME@vN", required_unless_present = "rows")]
+    pub dataset: Option<String>,
+    /// Token rows in place of a data set: {"id":"a","ids":[…],"supervised":[[start,end],…]}, one a line
+    #[arg(long, value_name = "FILE", conflicts_with = "dataset")]
+    pub rows: Option<PathBuf>,
+    /// Token rows that the model is only measured on
+    #[arg(long, value_name = "FILE", requires = "rows")]
+    pub eval_rows: Option<PathBuf>,
+    /// Settings as TOML [default: the workshop's]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// A setting, over those of the file: lr=1e-4, targets=["q_proj","v_proj"]; may be given several times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Name of the adapter whose next version this becomes
+    #[arg(long, value_name = "NAME")]
+    pub name: String,
+    /// Name of the batch; the same name again goes on watching it [default: the adapter's name and the time]
+    #[arg(long, value_name = "NAME")]
+    pub batch: Option<String>,
+    /// Shows what would be kept in memory and what a step would take, and trains nothing
+    #[arg(long)]
+    pub plan: bool,
+    /// With --plan: operations of matrix products that the machine does in a second, such as 2e12, to tell the time of a step
+    #[arg(long, value_name = "FLOPS", requires = "plan")]
+    pub peak_flops: Option<f64>,
+    /// Submits the job and does not wait for it
+    #[arg(long)]
+    pub detach: bool,
+    /// Project of the token [default: ESPALIER_PROJECT, or that of the local `up`]
+    #[arg(long, value_name = "NAME")]
+    pub project: Option<ProjectId>,
+    /// Object store of the coordinator, such as s3://bucket/prefix [default: that of the local `up`]
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+}
+
+/// Runs the command.
+pub async fn run(context: &Context, args: &Train) -> Outcome {
+    let mut draft = TrainDraft {
+        base: Some(args.base.clone()),
+        revision: args.revision.clone(),
+        dataset: args.dataset.clone(),
+        // Names of their own once they are uploaded.
+        rows: args.rows.is_some().then(|| "rows.jsonl".to_owned()),
+        eval_rows: args.eval_rows.is_some().then(|| "rows.jsonl".to_owned()),
+        adapter: Some(args.name.clone()),
+        settings: settings(args)?,
+    };
+    let spec = check(&draft)?;
+    if args.plan {
+        return plan::show(context, args, &spec).await;
+    }
+    let name = Path::new(spec.adapter.as_str());
+    let batch = match &args.batch {
+        Some(name) => BatchId::new(name).map_err(|error| Problem::from(rename(error)))?,
+        None => default_batch(name, SystemClock.now())?,
+    };
+    let project = match &args.project {
+        Some(project) => project.clone(),
+        None => context.project()?,
+    };
+    let training = Training {
+        context,
+        client: context.client().await?,
+        store: uploads::open_store(context, args.store.as_deref()).await?,
+        key: JobKey::new(project, batch, JOB.parse()?),
+        adapter: spec.adapter,
+    };
+    draft.rows = training.upload(args.rows.as_deref()).await?;
+    draft.eval_rows = training.upload(args.eval_rows.as_deref()).await?;
+    training.submit(draft).await?;
+    if args.detach {
+        return training.detached();
+    }
+    let job = training.wait().await?;
+    training.finish(&job).await
+}
+
+/// The settings of the file under those of the command line.
+fn settings(args: &Train) -> Result<TrainSettingsDraft, Problem> {
+    let file = match &args.config {
+        None => TrainSettingsDraft::default(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(|error| {
+                Problem::refused(format!("cannot read {}: {error}", path.display()))
+            })?;
+            TrainSettingsDraft::parse_toml(&text)?
+        }
+    };
+    Ok(file.overridden(overrides(&args.set)?))
+}
+
+/// KEY=VALUE in the form of TOML; a word that is no value of TOML is a text.
+fn overrides(set: &[String]) -> Result<TrainSettingsDraft, FieldError> {
+    let mut table = toml::Table::new();
+    for one in set {
+        let (key, value) = one
+            .split_once('=')
+            .ok_or_else(|| FieldError::new("set", one, "must be KEY=VALUE"))?;
+        let read: Result<toml::Table, _> = toml::from_str(&format!("value = {value}"));
+        let read = read.ok().and_then(|mut read| read.remove("value"));
+        let value = read.unwrap_or_else(|| toml::Value::String(value.to_owned()));
+        table.insert(key.trim().to_owned(), value);
+    }
+    TrainSettingsDraft::parse_toml(&table.to_string())
+}
+
+/// Every rule is the coordinator's too; said here it costs no upload.
+fn check(draft: &TrainDraft) -> Result<TrainSpec, Problem> {
+    let job = JobDraft {
+        train: Some(draft.clone()),
+        ..JobDraft::default()
+    };
+    let refuse = |errors: Vec<FieldError>| {
+        let errors: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        Problem::refused(errors.join("; "))
+    };
+    let job = job.check().map_err(refuse)?;
+    job.train()
+        .cloned()
+        .ok_or_else(|| Problem::failed("the job is no training"))
+}
+
+/// A training that is asked for.
+struct Training<'a> {
+    context: &'a Context,
+    client: Client,
+    store: Store,
+    key: JobKey,
+    adapter: AdapterName,
+}
+
+impl Training<'_> {
+    async fn upload(&self, file: Option<&Path>) -> Result<Option<String>, Problem> {
+        let Some(file) = file else { return Ok(None) };
+        let path = file.to_owned();
+        let read = move || {
+            let bytes = std::fs::metadata(&path)?.len();
+            if bytes > ROWS_BYTES_MAX {
+                let rule = format!("must have at most {ROWS_BYTES_MAX} bytes, has {bytes}");
+                return Err(std::io::Error::other(format!("{} {rule}", path.display())));
+            }
+            std::fs::read(&path)
+        };
+        let uploaded = uploads::upload(&self.store, &self.key.project, &self.key.batch, read).await;
+        Ok(Some(uploaded.map(|name: UploadName| name.to_string())?))
+    }
+
+    /// Repeating it changes nothing.
+    async fn submit(&self, draft: TrainDraft) -> Result<(), Problem> {
+        open(&self.client, &self.key.batch, v1::JobSpec::default()).await?;
+        uploads::check_project(&self.client, &self.key.batch, &self.key.project).await?;
+        let job = draft_to_wire(&JobDraft {
+            id: Some(JOB.to_owned()),
+            train: Some(draft),
+            ..JobDraft::default()
+        });
+        uploads::submit_all(&self.client, &self.key.batch, 0, &[job]).await?;
+        close_batch(&self.client, &self.key.batch).await?;
+        note(format!("batch {}", self.key.batch));
+        Ok(())
+    }
+
+    fn detached(&self) -> Outcome {
+        let (batch, job) = (self.key.batch.as_str(), self.key.job.as_str());
+        self.context.out.show(
+            || json!({"batch": batch, "job": job, "adapter": self.adapter.as_str()}),
+            || facts(&[("watch it", format!("espalier job show {batch}/{job}"))]),
+        )?;
+        Ok(Exit::Ok)
+    }
+
+    /// Shows how far the training is until it has ended.
+    async fn wait(&self) -> Result<v1::Job, Problem> {
+        let bar = progress::things(0, "training");
+        let (mut said, mut told) = (Instant::now(), String::new());
+        loop {
+            let job = self.job().await?;
+            if has_ended(&job) {
+                bar.finish_and_clear();
+                return Ok(job);
+            }
+            self.show(&bar, &job);
+            let is_news = job.progress != told && !job.progress.is_empty();
+            if self.context.out.json && is_news {
+                self.context.out.event(&event(&job))?;
+            } else if bar.is_hidden() && is_news && said.elapsed() >= LINE_EVERY {
+                said = Instant::now();
+                note(plain(&job.progress));
+            }
+            told = job.progress;
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    fn show(&self, bar: &ProgressBar, job: &v1::Job) {
+        let told: Result<TrainProgress, _> = job.progress.parse();
+        match (told, job.state()) {
+            (Ok(told), v1::JobState::Leased) => {
+                bar.set_length(told.steps);
+                bar.set_position(told.step);
+                bar.set_message(text(&told));
+            }
+            (Err(_), v1::JobState::Leased) => bar.set_message(plain(&job.progress)),
+            (_, state) => bar.set_message(format!("{}: waits for a worker", shown::state(state))),
+        }
+    }
+
+    async fn job(&self) -> Result<v1::Job, Problem> {
+        let request = v1::GetJobRequest {
+            batch: self.key.batch.to_string(),
+            id: self.key.job.to_string(),
+        };
+        again(&self.client, || {
+            let (mut jobs, request) = (self.client.jobs(), request.clone());
+            async move { jobs.get_job(request).await }
+        })
+        .await
+    }
+
+    /// Says what came of it.
+    async fn finish(&self, job: &v1::Job) -> Outcome {
+        let train = job.summary.as_ref().and_then(|summary| summary.train);
+        let (Some(train), v1::JobState::Succeeded) = (train, job.state()) else {
+            let why = job.last_error.as_ref().map_or("", |error| &error.message);
+            let state = shown::state(job.state());
+            note(format!("error: the training is {state}: {}", plain(why)));
+            return Ok(Exit::Failed);
+        };
+        let version = self.version().await?;
+        let name = match &version {
+            Some(version) => format!("{}@v{}", self.adapter, version.n),
+            None => self.adapter.to_string(),
+        };
+        let summary = job.summary.as_ref().map(shown::summary);
+        self.context.out.show(
+            || {
+                json!({
+                    "batch": self.key.batch.as_str(),
+                    "adapter": self.adapter.as_str(),
+                    "version": version.as_ref().map(|version| version.n),
+                    "manifest": job.manifest,
+                    "summary": summary,
+                })
+            },
+            || {
+                let held_out = train
+                    .eval_loss
+                    .map_or("none".to_owned(), |loss| format!("{loss:.4}"));
+                facts(&[
+                    ("adapter", name),
+                    ("steps", count(train.steps)),
+                    ("loss", format!("{:.4}", train.loss)),
+                    ("held-out loss", held_out),
+                    ("computing", duration(train.wall_ms)),
+                ])
+            },
+        )?;
+        Ok(Exit::Ok)
+    }
+
+    /// The version that the job became, newest first among those of its name.
+    async fn version(&self) -> Result<Option<AdapterVersion>, Problem> {
+        let project = &self.key.project;
+        let prefix = layout::adapter_versions(project, &self.adapter);
+        let listed = self
+            .store
+            .list(prefix.trim_end_matches('/'), None, LIST_MAX)
+            .await?;
+        let numbers = listed
+            .iter()
+            .filter_map(|object| layout::adapter_version_of(project, &object.path));
+        let mut numbers: Vec<u32> = numbers.map(|(_, n)| n).collect();
+        numbers.sort_unstable();
+        for n in numbers.into_iter().rev() {
+            let path = layout::adapter_version(project, &self.adapter, n);
+            let bytes = self.store.get(&path).await?;
+            if let Ok(record) = AdapterVersion::parse(&bytes, &self.adapter, n)
+                && record.job == self.key
+            {
+                return Ok(Some(record));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// How far it is, beside the bar.
+fn text(told: &TrainProgress) -> String {
+    let mut text = format!("loss {:.4}", told.loss);
+    if let Some(loss) = told.eval_loss {
+        text.push_str(&format!(" held-out {loss:.4}"));
+    }
+    text.push_str(&format!(
+        " |g| {:.3} {} tok/s",
+        told.grad_norm,
+        count(told.tokens_per_s as u64)
+    ));
+    if let Some(share) = told.peak_share {
+        text.push_str(&format!(" {:.0} % of peak", share * 100.0));
+    }
+    if let Some(left) = told.left_s {
+        text.push_str(&format!(" {} left", duration(left * 1000)));
+    }
+    text
+}
+
+fn event(job: &v1::Job) -> Value {
+    match job.progress.parse::<TrainProgress>() {
+        Ok(told) => json!({
+            "step": told.step, "steps": told.steps, "loss": told.loss, "eval_loss": told.eval_loss,
+            "grad_norm": told.grad_norm, "tokens_per_s": told.tokens_per_s, "peak_share": told.peak_share,
+            "memory_mib": told.memory_mib, "left_s": told.left_s,
+        }),
+        Err(_) => json!({"state": shown::state(job.state()), "progress": job.progress}),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_of_the_command_line_are_values_of_toml_or_words() {
+        let set = [
+            "lr=1e-4",
+            "schedule=cosine",
+            "targets=[\"q_proj\"]",
+            "packing=true",
+            "rank=8",
+        ];
+        let draft = overrides(&set.map(str::to_owned)).unwrap();
+        assert_eq!((draft.lr, draft.rank), (Some(1e-4), Some(8)));
+        assert_eq!(draft.schedule.as_deref(), Some("cosine"));
+        assert_eq!(draft.targets, ["q_proj"]);
+        let error = overrides(&["rnak=8".to_owned()]).unwrap_err();
+        assert_eq!((error.field.as_str(), error.value.as_str()), ("rnak", "8"));
+        let error = overrides(&["rank".to_owned()]).unwrap_err();
+        assert_eq!(error.rule, "must be KEY=VALUE");
+    }
+
+    #[test]
+    fn progress_is_told_in_words_and_as_json() {
+        let job = |progress: &str| v1::Job {
+            progress: progress.to_owned(),
+            state: v1::JobState::Leased.into(),
+            ..v1::Job::default()
+        };
+        let told =
+            "step 3/9 loss 1.5000 grad 0.2500 tok/s 5200 eval 1.2500 peak 0.43 mem 412 left 95";
+        assert_eq!(
+            text(&told.parse().unwrap()),
+            "loss 1.5000 held-out 1.2500 |g| 0.250 5,200 tok/s 43 % of peak 1 min 35 s left"
+        );
+        assert_eq!(event(&job(told))["eval_loss"], 1.25);
+        assert_eq!(
+            event(&job("loading the model"))["progress"],
+            "loading the model"
+        );
+    }
+}

@@ -1,0 +1,166 @@
+//! The options of the process, checked before anything is opened.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::fetch::Fetcher;
+use espalier_runtime::net::{Addresses, ClientTls};
+use espalier_runtime::store::{Store, StoreError};
+use espalier_runtime::telemetry::TelemetryConfig;
+
+use crate::engine::Device;
+use crate::serve::{Permissions, Source};
+use crate::trainer::EngineLoader;
+
+/// The token with role `worker`; never on the command line, where others of the machine can read it.
+const TOKEN: &str = "ESPALIER_TRAIN_WORKER_TOKEN";
+
+/// Trains Qwen3 models on data sets: takes `train` jobs, one at a time.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "espalier-train-worker", version)]
+pub struct Options {
+    /// Addresses of the coordinators, with commas between them; the token goes in ESPALIER_TRAIN_WORKER_TOKEN.
+    #[arg(long, value_name = "URL,…", env = "ESPALIER_TRAIN_WORKER_COORDINATOR_URL", value_parser = Addresses::parse)]
+    pub coordinator_url: Addresses,
+    /// PEM file of the authorities that are trusted, for https:// coordinators.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "ESPALIER_TRAIN_WORKER_COORDINATOR_CA"
+    )]
+    pub coordinator_ca: Option<PathBuf>,
+    /// The object store of the coordinators, which holds data sets and gets adapters, such as s3://bucket/prefix.
+    #[arg(long, value_name = "URL", env = "ESPALIER_TRAIN_WORKER_STORE_URL")]
+    pub store_url: String,
+    /// Where base models that are fetched are kept [the hub's cache; ~/.cache/espalier for s3://].
+    #[arg(
+        long,
+        value_name = "FOLDER",
+        env = "ESPALIER_TRAIN_WORKER_DOWNLOAD_DIR"
+    )]
+    pub download_dir: Option<PathBuf>,
+    /// Lets jobs name folders of this machine as base models.
+    #[arg(long, env = "ESPALIER_TRAIN_WORKER_ALLOW_LOCAL_MODELS")]
+    pub allow_local_models: bool,
+    /// Threads that compute [one for each core that this process may use].
+    #[arg(long, value_name = "COUNT", env = "ESPALIER_TRAIN_WORKER_CPU_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub cpu_threads: Option<u32>,
+    /// Operations of matrix products that this machine does in a second, such as 2e12: what the share of its peak is told
+    /// by [not told].
+    #[arg(long, value_name = "FLOPS", env = "ESPALIER_TRAIN_WORKER_PEAK_FLOPS", value_parser = flops)]
+    pub peak_flops: Option<f64>,
+    /// Seconds that a training has to end its step and store a checkpoint when the process is told to end.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, env = "ESPALIER_TRAIN_WORKER_SHUTDOWN_TIMEOUT", value_parser = clap::value_parser!(u32).range(0..=86_400))]
+    pub shutdown_timeout: u32,
+    /// Where traces, metrics and logs go, by OTLP over gRPC, such as http://localhost:4317 [the variable
+    /// OTEL_EXPORTER_OTLP_ENDPOINT].
+    #[arg(long, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+}
+
+impl Options {
+    /// How long a training may take to end.
+    pub fn grace(&self) -> Duration {
+        Duration::from_secs(self.shutdown_timeout.into())
+    }
+
+    /// Logs and export.
+    pub fn telemetry(&self, environment: &Environment) -> TelemetryConfig {
+        let config = TelemetryConfig {
+            otlp_endpoint: self.otlp_endpoint.clone(),
+            ..TelemetryConfig::default()
+        };
+        config.or_from(environment)
+    }
+
+    /// Opens where jobs come from.
+    ///
+    /// # Errors
+    /// The store cannot be used.
+    pub async fn source(&self, environment: &Environment) -> Result<Source, StoreError> {
+        let token = environment.get(TOKEN).filter(|token| !token.is_empty());
+        Ok(Source {
+            coordinators: self.coordinator_url.clone(),
+            tls: self.coordinator_ca.clone().map(|ca| ClientTls {
+                ca,
+                server_name: None,
+                cert: None,
+                key: None,
+            }),
+            token: token.map(Secret::new),
+            store: Store::open(&self.store_url).await?,
+        })
+    }
+
+    /// What jobs may do.
+    pub fn permissions(&self) -> Permissions {
+        Permissions {
+            allow_local_models: self.allow_local_models,
+            grace: self.grace(),
+        }
+    }
+
+    /// What fetches base models.
+    pub fn fetcher(&self, environment: &Environment) -> Fetcher {
+        Fetcher::new(environment, self.download_dir.as_deref())
+    }
+
+    /// What computes.
+    pub fn loader(&self) -> EngineLoader {
+        EngineLoader {
+            device: device(self.cpu_threads),
+            peak_flops: self.peak_flops,
+        }
+    }
+}
+
+/// The CPU, with so many threads, or one for each core that this process may use.
+pub fn device(threads: Option<u32>) -> Device {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    Device::Cpu {
+        threads: threads.map_or_else(cores, |threads| threads as usize),
+    }
+}
+
+fn flops(text: &str) -> Result<f64, String> {
+    let flops = text.parse().ok();
+    let flops = flops.filter(|flops: &f64| flops.is_finite() && *flops > 0.0);
+    flops.ok_or_else(|| "must be a number above 0".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(more: &[&str]) -> Result<Options, String> {
+        let needed = [
+            "worker",
+            "--coordinator-url",
+            "http://c:1",
+            "--store-url",
+            "memory://",
+        ];
+        let options = Options::try_parse_from(needed.iter().chain(more));
+        options.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn options_have_defaults_and_rules() {
+        let options = read(&["--cpu-threads", "3", "--peak-flops", "2e12"]).unwrap();
+        assert_eq!(options.loader().device, Device::Cpu { threads: 3 });
+        assert_eq!(options.loader().peak_flops, Some(2e12));
+        assert_eq!(options.grace().as_secs(), 300);
+        assert!(!options.permissions().allow_local_models);
+        for (bad, said) in [
+            (["--cpu-threads", "0"], "--cpu-threads"),
+            (["--peak-flops", "nan"], "must be a number above 0"),
+            (["--peak-flops", "-1"], "must be a number above 0"),
+        ] {
+            let joined = format!("{}={}", bad[0], bad[1]);
+            let error = read(&[&joined]).unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
+    }
+}

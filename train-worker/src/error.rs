@@ -1,0 +1,136 @@
+//! What goes wrong with a training, and what it means for the attempt.
+
+use std::path::PathBuf;
+
+use espalier_core::error::{ErrorClass, FieldError};
+use espalier_qwen3::ConfigError;
+use espalier_runtime::fetch::FetchError;
+use espalier_runtime::publish::{OfStore, PublishError};
+use espalier_runtime::store::StoreError;
+use espalier_runtime::tasks::BlockingFailed;
+
+use crate::data::DataError;
+use crate::engine::EngineError;
+use crate::trainer::class_of;
+
+/// A training that cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The job is of another kind.
+    #[error("the job is no training, and nothing else is done here")]
+    NoTraining,
+    /// A value that does not fit the model, or this worker.
+    #[error(transparent)]
+    Field(#[from] FieldError),
+    /// The base model cannot be had.
+    #[error("the base model cannot be had")]
+    Fetch(#[from] FetchError),
+    /// A file of the base model cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The base model is none that can be trained.
+    #[error("the base model cannot be trained")]
+    Config(#[from] ConfigError),
+    /// There is nothing to learn from at this place.
+    #[error("there is no {what} at `{path}` in the object store")]
+    Missing {
+        /// Data set or rows.
+        what: &'static str,
+        /// Object path.
+        path: String,
+    },
+    /// What is there cannot be learned from.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The engine refuses, or has no room.
+    #[error("the engine cannot train this")]
+    Engine(#[from] EngineError),
+    /// Numbers that are none.
+    #[error(
+        "step {step} has a loss or gradient that is not finite, at {samples}; {}",
+        last_good(*checkpoint)
+    )]
+    NotFinite {
+        /// The step, from 1.
+        step: u64,
+        /// The samples that it was made of, as far as they are known.
+        samples: String,
+        /// After how many steps the last checkpoint was taken.
+        checkpoint: Option<u64>,
+    },
+    /// A file of the result is larger than the store takes.
+    #[error("`{file}` must have at most {bytes_max} bytes to be stored, and would have {bytes}")]
+    TooLarge {
+        /// Which.
+        file: String,
+        /// Its size.
+        bytes: u64,
+        /// The store's.
+        bytes_max: u64,
+    },
+    /// What was trained cannot be written as safetensors.
+    #[error("what was trained cannot be encoded")]
+    Encode(#[from] safetensors::SafeTensorError),
+    /// The store does not take or give back an object.
+    #[error("cannot use the object store")]
+    Store(#[from] StoreError),
+    /// The result is not visible to anybody.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// Work off the async threads failed.
+    #[error(transparent)]
+    Blocking(#[from] BlockingFailed),
+    /// The process is told to end; the checkpoint is stored.
+    #[error("stopped after step {step}, which is stored")]
+    Preempted {
+        /// Steps that are done.
+        step: u64,
+    },
+    /// The attempt was told to stop.
+    #[error("stopped before it was trained")]
+    Stopped,
+}
+
+fn last_good(checkpoint: Option<u64>) -> String {
+    match checkpoint {
+        Some(step) => format!("the checkpoint of step {step} is kept"),
+        None => "there is no checkpoint before it".to_owned(),
+    }
+}
+
+impl TrainError {
+    /// What the queue has to know.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::NoTraining
+            | Self::Field(_)
+            | Self::Config(_)
+            | Self::Missing { .. }
+            | Self::Data(_)
+            | Self::NotFinite { .. }
+            | Self::TooLarge { .. } => ErrorClass::Invalid,
+            Self::Fetch(error) => error.class(),
+            Self::Engine(error) => class_of(error),
+            Self::Publish(error) => error.class(),
+            Self::Encode(_) => ErrorClass::Handler,
+            Self::Read { .. } | Self::Store(_) | Self::Blocking(_) => ErrorClass::Infra,
+            Self::Preempted { .. } | Self::Stopped => ErrorClass::Preempted,
+        }
+    }
+}
+
+impl OfStore for TrainError {
+    fn of_store(&self) -> Option<&StoreError> {
+        match self {
+            Self::Store(error) => Some(error),
+            Self::Publish(error) => error.of_store(),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! What a train worker does with a granted job, and what the end of an attempt is called.
+
+use espalier_proto::v1;
+use espalier_runtime::publish::{PublishError, stopped_outcome};
+use espalier_runtime::telemetry::error_chain;
+use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome};
+
+use crate::attempt::Workshop;
+use crate::error::TrainError;
+
+impl Handler for Workshop {
+    fn kind(&self) -> v1::JobKind {
+        v1::JobKind::Train
+    }
+
+    async fn run(&self, grant: Grant, context: JobContext) -> JobOutcome {
+        let stopped = context.lease().stopped();
+        let attempt = Box::pin(self.attempt(&grant, &context));
+        match stopped.run_until_cancelled(attempt).await {
+            Some(Ok(published)) => published.into(),
+            None | Some(Err(TrainError::Stopped | TrainError::Publish(PublishError::Stopped))) => {
+                stopped_outcome(&context)
+            }
+            Some(Err(error @ TrainError::Preempted { .. })) => JobOutcome::Released {
+                reason: error.to_string(),
+            },
+            Some(Err(error)) => JobOutcome::failed(error.class(), error_chain(&error)),
+        }
+    }
+}
