@@ -11,6 +11,7 @@ use espalier_core::layout;
 use espalier_proto::v1::{GetTraceRequest, Job, JobState};
 use espalier_tests::harness::cluster::Cluster;
 use espalier_tests::harness::serving::{Serving, chat};
+use espalier_tests::harness::tiny;
 use espalier_tests::harness::wait_for;
 use serde_json::{Value, json};
 
@@ -50,10 +51,16 @@ fn chats(count: usize, tokens: usize) -> Vec<Value> {
 
 /// Puts `lines` among the uploads of the project, and submits a job for them.
 async fn submit(cluster: &Cluster, lines: &[String]) -> JobKey {
+    submit_with(cluster, lines, json!({})).await
+}
+
+/// The same with more fields of what it generates.
+async fn submit_with(cluster: &Cluster, lines: &[String], asked: Value) -> JobKey {
     let folder = cluster.object("default/uploads/nightly");
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("r.jsonl"), lines.join("\n")).unwrap();
-    let job = json!({"id": "j", "generate": {"requests": "nightly/r.jsonl"}});
+    let mut job = json!({"id": "j", "generate": asked});
+    job["generate"]["requests"] = json!("nightly/r.jsonl");
     let answer = cluster.client().await.submit("b", &[job]).await;
     assert_eq!(answer.accepted, 1, "{:?}", answer.rejected);
     cluster.key("b", "j")
@@ -215,6 +222,65 @@ async fn a_worker_that_stops_in_good_order_hands_its_job_on_and_spends_no_attemp
 }
 
 #[tokio::test]
+async fn a_job_whose_adapter_is_taken_out_waits_for_it_with_what_it_has() {
+    let cluster = Cluster::start(NO_MODEL, 30_000).await;
+    let serving = worker(&cluster, 1).await;
+    let adapter = serving.path("adapter");
+    tiny::write_adapter(&adapter, 5);
+    assert_eq!(serving.load_adapter("tuned", &adapter).await.0, 200);
+    let lines = chats(200, 12);
+    let asked = json!({"model": "tuned"});
+    let key = submit_with(&cluster, &texts(&lines), asked).await;
+    let fence = first_piece(&cluster, &key).await;
+    let url = format!("{}/v1/adapters/tuned", serving.url);
+    let gone = serving.client.delete(url).send().await.unwrap();
+    assert_eq!(gone.status(), 200);
+    wait_for("the job to wait", DEADLINE, || async {
+        let job = cluster.client().await.job(&key).await;
+        match job.state() {
+            JobState::Ready => Ok(()),
+            state => Err(state),
+        }
+    })
+    .await;
+    let (before, kept) = stored(&cluster, &key, fence);
+    assert!((1..200).contains(&before), "{before} of 200 lines");
+    assert_eq!(serving.load_adapter("tuned", &adapter).await.0, 200);
+    let job = done(&cluster, &key).await;
+    assert_eq!((job.infra_failures, job.handler_failures), (0, 0));
+    let text = answers(&cluster, &key);
+    assert!(text.starts_with(&kept));
+    let answers = parsed(&text);
+    check_complete(&answers, &lines);
+    for answer in answers {
+        assert_eq!(answer["response"]["body"]["model"], "tuned");
+    }
+}
+
+#[tokio::test]
+async fn answers_to_other_requests_of_the_same_name_are_not_taken_over() {
+    let mut cluster = Cluster::start(NO_MODEL, 30_000).await;
+    let _worker = worker(&cluster, 4).await;
+    let lines = chats(8, 4);
+    let key = submit(&cluster, &texts(&lines)).await;
+    done(&cluster, &key).await;
+    let before = answers(&cluster, &key);
+    // The same requests, written again, have their answers already.
+    cluster.forget_batches().await;
+    submit(&cluster, &texts(&lines)).await;
+    done(&cluster, &key).await;
+    assert_eq!(answers(&cluster, &key), before);
+    cluster.forget_batches().await;
+    submit(&cluster, &texts(&chats(8, 5))).await;
+    let result = cluster.client().await.wait("b", DEADLINE).await;
+    let job = &result.jobs["j"];
+    assert_eq!((job.state(), job.attempts), (JobState::Dead, 1), "{job:?}");
+    let said = &job.last_error.as_ref().unwrap().message;
+    assert!(said.contains("batch name already used"), "{said}");
+    assert_eq!(answers(&cluster, &key), before, "they stay");
+}
+
+#[tokio::test]
 async fn bad_lines_are_answered_in_their_place() {
     let cluster = Cluster::start(NO_MODEL, 30_000).await;
     let _worker = worker(&cluster, 4).await;
@@ -294,19 +360,35 @@ async fn a_project_reads_no_uploads_of_another() {
 }
 
 #[tokio::test]
-async fn online_requests_go_through_while_a_job_runs() {
+async fn online_requests_go_before_a_queue_that_is_full_of_a_job() {
     let cluster = Cluster::start(NO_MODEL, 30_000).await;
     let serving = worker(&cluster, 2).await;
-    let key = submit(&cluster, &texts(&chats(300, 64))).await;
-    first_piece(&cluster, &key).await;
-    for n in 0..5 {
+    // Each line asks for 64 answers: of three lines at once, nearly 200 wait.
+    let mut lines = chats(40, 64);
+    for line in &mut lines {
+        line["body"]["n"] = json!(64);
+    }
+    let key = submit(&cluster, &texts(&lines)).await;
+    wait_for("a full queue", DEADLINE, || async {
+        let waiting = serving.metric("vllm:num_requests_waiting").await;
+        if waiting > 120.0 {
+            Ok(())
+        } else {
+            Err(waiting)
+        }
+    })
+    .await;
+    let ended = || serving.metric("vllm:request_success_total");
+    let before = ended().await;
+    for n in 0..3 {
         let answer = serving.chat(&format!("now {n}"), json!({})).await;
         assert_eq!(answer["usage"]["completion_tokens"], 12);
     }
-    let (lines, _) = stored(&cluster, &key, attempts(&cluster, &key)[0]);
+    // Those in their places end, and one of 17 that are admitted is the job's.
+    let meanwhile = ended().await - before - 3.0;
+    assert!(meanwhile < 30.0, "{meanwhile} answers went before three");
     let job = cluster.client().await.job(&key).await;
-    assert_eq!(job.state(), JobState::Leased, "{lines} lines are stored");
-    assert!(lines < 300);
+    assert_eq!(job.state(), JobState::Leased);
 }
 
 #[tokio::test]
@@ -331,7 +413,11 @@ async fn a_file_of_requests_becomes_a_file_of_answers() {
             .unwrap_or_else(|_| panic!("{said}{}", String::from_utf8_lossy(&ran.stderr)));
         (ran.status.code(), told)
     };
-    let lines = chats(20, 8);
+    let mut lines = chats(20, 8);
+    // As a file for another service has it: each line names its model.
+    for line in &mut lines[10..] {
+        line["body"]["model"] = json!("tiny");
+    }
     let mut bad = texts(&lines);
     bad[7] = bad[7].replace("POST", "GET");
     std::fs::write(&file, bad.join("\n")).unwrap();
@@ -346,6 +432,13 @@ async fn a_file_of_requests_becomes_a_file_of_answers() {
     assert_eq!((code, &said["lines"]), (Some(0), &json!(20)), "{said}");
     let text = std::fs::read_to_string(&output).unwrap();
     check_complete(&parsed(&text), &lines);
+    // A job for each model.
+    for part in ["part-000000", "part-000001"] {
+        let manifest = cluster.manifest(&cluster.key("files", part));
+        assert_eq!(manifest.summary.generate().unwrap().lines, 10);
+        let uploads = "default/uploads/batches/files/";
+        assert!(manifest.parents[0].starts_with(uploads), "{manifest:?}");
+    }
     // The same command again finds what is there.
     let (code, _) = generate();
     assert_eq!(code, Some(0));
