@@ -81,6 +81,17 @@ pub fn summary(summary: &v1::RolloutSummary) -> Value {
             "completion_tokens": generate.completion_tokens,
         });
     }
+    if let Some(train) = &summary.train {
+        return json!({
+            "steps": train.steps,
+            "tokens": train.tokens,
+            "supervised_tokens": train.supervised_tokens,
+            "loss": train.loss,
+            "eval_loss": train.eval_loss,
+            "best_step": train.best_step,
+            "wall_ms": train.wall_ms,
+        });
+    }
     let mut value = Map::new();
     if let Some(reward) = summary.reward {
         value.insert("reward".to_owned(), json!(reward));
@@ -109,6 +120,7 @@ pub fn kind(kind: v1::JobKind) -> &'static str {
         v1::JobKind::Unspecified => "unknown",
         v1::JobKind::Rollout => "rollout",
         v1::JobKind::Generate => "generate",
+        v1::JobKind::Train => "train",
     }
 }
 

@@ -251,6 +251,8 @@ fn implied_needs(work: &Work) -> Vec<String> {
             named.collect()
         }
         Work::Generate(generate) => generate.model.iter().map(|name| model_tag(name)).collect(),
+        // Any worker that trains fetches what it needs.
+        Work::Train(_) => Vec::new(),
     }
 }
 
@@ -319,6 +321,17 @@ mod tests {
         assert!(admitted.submission.job.needs.is_empty());
         let of_a_rollout = door(r#"{"mcp":["browser"]}"#).check(&spec(any), "a");
         assert_eq!(of_a_rollout.unwrap_err()[0].field, "mcp");
+    }
+
+    #[test]
+    fn a_training_waits_for_any_worker_that_trains() {
+        let own = r#"{"train":{"base":"b","dataset":"shop@v1","adapter":"shop"},"needs":["gpu"]}"#;
+        let admitted = door("{}").check(&spec(own), "a").unwrap();
+        let job = &admitted.submission.job;
+        assert_eq!((job.kind, job.needs.len()), (JobKind::Train, 1));
+        let refused = refused(r#"{"train":{"base":"b","adapter":"a","settings":{"rank":0}}}"#);
+        let fields: Vec<&str> = refused.iter().map(|(field, _)| field.as_str()).collect();
+        assert_eq!(fields, ["train.dataset", "train.settings.rank"]);
     }
 
     #[test]

@@ -100,11 +100,12 @@ pub fn states_from_wire(states: &[i32]) -> Result<Vec<StateName>, FieldError> {
     states.iter().enumerate().map(one).collect()
 }
 
-/// The kind of a job. Only rollouts and batches of requests come in through the API.
+/// The kind of a job. Only rollouts, batches of requests and trainings come in through the API.
 pub fn kind(kind: JobKind) -> v1::JobKind {
     match kind {
         JobKind::Rollout => v1::JobKind::Rollout,
         JobKind::Generate => v1::JobKind::Generate,
+        JobKind::Train => v1::JobKind::Train,
         _ => v1::JobKind::Unspecified,
     }
 }
@@ -114,6 +115,7 @@ pub fn kind_from_wire(kind: i32) -> Result<JobKind, FieldError> {
     match v1::JobKind::try_from(kind) {
         Ok(v1::JobKind::Rollout) => Ok(JobKind::Rollout),
         Ok(v1::JobKind::Generate) => Ok(JobKind::Generate),
+        Ok(v1::JobKind::Train) => Ok(JobKind::Train),
         _ => Err(FieldError::new("kind", kind, "must be a known kind of job")),
     }
 }

@@ -100,6 +100,15 @@ name_type!(
     CoordinatorId, "coordinator"
 );
 
+name_type!(
+    /// A data set; unique within its project. Its versions count from 1.
+    DatasetName, "dataset"
+);
+name_type!(
+    /// An adapter, or a whole model that was trained; unique within its project. Its versions count from 1.
+    AdapterName, "adapter"
+);
+
 /// The full name of a job: `project/batch/job`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

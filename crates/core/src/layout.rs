@@ -4,6 +4,8 @@
 //! {project}/batches/{batch}/jobs/{job}/a-{fence}/…    private to an attempt
 //! {project}/batches/{batch}/jobs/{job}/manifest.json  published once, names the winning attempt
 //! {project}/batches/{batch}/jobs/{job}/patches/{n}.json  corrections, append-only
+//! {project}/datasets/{name}/v{n}.json                 a version of a data set: created once, points at an attempt's files
+//! {project}/adapters/{name}/v{n}.json                 a version of an adapter, likewise
 //! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
 //! {project}/uploads/…                                 what users bring: requests of `generate` jobs
 //! .probe/{id}…                                        deleted as soon as it is created
@@ -15,7 +17,9 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use crate::error::FieldError;
-use crate::id::{BatchId, Fence, JobId, JobKey, NAME_BYTES_MAX, ProjectId};
+use crate::id::{
+    AdapterName, BatchId, DatasetName, Fence, JobId, JobKey, NAME_BYTES_MAX, ProjectId,
+};
 
 /// Everything of a project.
 pub fn project(project: &ProjectId) -> String {
@@ -74,6 +78,87 @@ pub fn job_of_answers_record(path: &str) -> Option<(JobKey, Fence, u32)> {
 /// What a user brought under `name`. Every project has a folder of its own for that, and a name leads nowhere else.
 pub fn upload(project: &ProjectId, name: &UploadName) -> String {
     format!("{project}/uploads/{name}")
+}
+
+/// What one attempt of a `train` job made: the files of an adapter, or of a model, beside each other.
+pub fn adapter_files(key: &JobKey, fence: Fence) -> String {
+    format!("{}adapter/", attempt(key, fence))
+}
+
+/// A checkpoint of a training after `step` steps: a folder of the attempt that took it.
+pub fn checkpoint(key: &JobKey, fence: Fence, step: u64) -> String {
+    format!("{}step-{step:010}/", attempt(key, fence))
+}
+
+/// The record of a checkpoint, written after its files: one without is not whole.
+pub fn checkpoint_record(key: &JobKey, fence: Fence, step: u64) -> String {
+    format!("{}checkpoint.json", checkpoint(key, fence, step))
+}
+
+/// Tensors of a checkpoint, the `n`th file.
+pub fn checkpoint_tensors(key: &JobKey, fence: Fence, step: u64, n: usize) -> String {
+    format!("{}state-{n:05}.safetensors", checkpoint(key, fence, step))
+}
+
+/// The steps up to a checkpoint, one a line.
+pub fn checkpoint_steps(key: &JobKey, fence: Fence, step: u64) -> String {
+    format!("{}steps.jsonl", checkpoint(key, fence, step))
+}
+
+/// The attempt and the step of the checkpoint whose record lies at `path`; none where it is another object.
+pub fn checkpoint_of_record(path: &str) -> Option<(JobKey, Fence, u64)> {
+    let (key, fence) = attempt_of(path)?;
+    let folder = path.strip_suffix("/checkpoint.json")?;
+    let (_, name) = folder.rsplit_once('/')?;
+    let step = name.strip_prefix("step-")?.parse().ok()?;
+    (checkpoint_record(&key, fence, step) == path).then_some((key, fence, step))
+}
+
+/// Every step of a training, one a line.
+pub fn training_steps(key: &JobKey, fence: Fence) -> String {
+    format!("{}metrics.jsonl", attempt(key, fence))
+}
+
+/// The loss over steps, as a picture.
+pub fn training_plot(key: &JobKey, fence: Fence) -> String {
+    format!("{}loss.svg", attempt(key, fence))
+}
+
+/// The same numbers as TensorBoard reads them, from a folder that holds nothing else.
+pub fn training_events(key: &JobKey, fence: Fence) -> String {
+    format!("{}tensorboard/events.out.tfevents", attempt(key, fence))
+}
+
+/// All adapters of a project.
+pub fn adapters(project: &ProjectId) -> String {
+    format!("{project}/adapters/")
+}
+
+/// All versions of an adapter.
+pub fn adapter_versions(project: &ProjectId, name: &AdapterName) -> String {
+    format!("{}{name}/", adapters(project))
+}
+
+/// Version `n` of an adapter, from 1: created if absent, so that the number is taken once.
+pub fn adapter_version(project: &ProjectId, name: &AdapterName, n: u32) -> String {
+    format!("{}v{n}.json", adapter_versions(project, name))
+}
+
+/// The name and the number of the version of an adapter that lies at `path`; none where it is another object.
+pub fn adapter_version_of(project: &ProjectId, path: &str) -> Option<(AdapterName, u32)> {
+    let (name, file) = path.strip_prefix(&adapters(project))?.split_once('/')?;
+    let name = name.parse().ok()?;
+    let n = file
+        .strip_prefix('v')?
+        .strip_suffix(".json")?
+        .parse()
+        .ok()?;
+    (n > 0 && adapter_version(project, &name, n) == path).then_some((name, n))
+}
+
+/// Version `n` of a data set, from 1: created if absent, so that the number is taken once.
+pub fn dataset_version(project: &ProjectId, name: &DatasetName, n: u32) -> String {
+    format!("{project}/datasets/{name}/v{n}.json")
 }
 
 /// The manifest, created once and written last.
@@ -365,6 +450,47 @@ mod tests {
             "", "/", "a/", "/a", "..", "a/../b", ".", "a//b", "a b", "ä", ".a", "a#1", &long,
         ] {
             assert!(UploadName::new(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_version_of_an_adapter_names_it() {
+        let project: ProjectId = "shop".parse().unwrap();
+        let name: AdapterName = "v2".parse().unwrap();
+        let path = adapter_version(&project, &name, 12);
+        assert_eq!(path, "shop/adapters/v2/v12.json");
+        assert_eq!(adapter_version_of(&project, &path), Some((name, 12)));
+        for other in ["v0.json", "v012.json", "v1", "latest/1.json", "v-1.json"] {
+            let path = format!("shop/adapters/v2/{other}");
+            assert_eq!(adapter_version_of(&project, &path), None, "{path}");
+        }
+        assert_eq!(adapter_version_of(&"shop2".parse().unwrap(), &path), None);
+        let data: DatasetName = "clicks".parse().unwrap();
+        assert_eq!(
+            dataset_version(&project, &data, 3),
+            "shop/datasets/clicks/v3.json"
+        );
+    }
+
+    #[test]
+    fn a_record_of_a_checkpoint_names_its_attempt_and_step() {
+        let key: JobKey = "shop/b1/j1".parse().unwrap();
+        let path = checkpoint_record(&key, Fence(7), 150);
+        assert_eq!(
+            path,
+            "shop/batches/b1/jobs/j1/a-7/step-0000000150/checkpoint.json"
+        );
+        assert_eq!(
+            checkpoint_of_record(&path),
+            Some((key.clone(), Fence(7), 150))
+        );
+        for other in [
+            checkpoint_tensors(&key, Fence(7), 150, 0),
+            checkpoint_steps(&key, Fence(7), 150),
+            path.replace("0000000150", "150"),
+            training_steps(&key, Fence(7)),
+        ] {
+            assert_eq!(checkpoint_of_record(&other), None, "{other}");
         }
     }
 

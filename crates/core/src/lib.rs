@@ -3,6 +3,7 @@
 //! Nothing here does IO, reads a clock, draws a random number or knows an async runtime: all of that comes in as
 //! arguments. Every other crate depends on this one; this one depends on none of them.
 
+pub mod adapter;
 pub mod answers;
 pub mod chat;
 pub mod error;
@@ -12,3 +13,4 @@ pub mod queue;
 pub mod spec;
 pub mod time;
 pub mod trace;
+pub mod training;

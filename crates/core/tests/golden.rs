@@ -3,8 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use espalier_core::adapter::{AdapterKind, AdapterVersion};
 use espalier_core::answers::Piece;
-use espalier_core::id::JobKey;
+use espalier_core::id::{AdapterName, JobKey};
 use espalier_core::trace::{Manifest, Step, Trace, TraceError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,6 +14,7 @@ const TRACE: &str = include_str!("golden/trace-v1.json");
 const STEPS: &str = include_str!("golden/steps-v1.jsonl");
 const MANIFEST_OF_ANSWERS: &str = include_str!("golden/manifest-generate-v1.json");
 const PIECE: &str = include_str!("golden/piece-v1.json");
+const ADAPTER: &str = include_str!("golden/adapter-v1.json");
 const MANIFEST: &str = include_str!("golden/manifest-v1.json");
 
 /// Reads `text` and writes it again, byte by byte the same.
@@ -119,4 +121,38 @@ fn another_version_is_refused_by_its_number() {
         Trace::from_json(later.as_bytes()),
         Err(TraceError::Version { found: 2 })
     );
+}
+
+#[test]
+fn a_version_of_an_adapter_of_version_1() {
+    let record: AdapterVersion = reads_and_writes(ADAPTER);
+    let name: AdapterName = "shop".parse().unwrap();
+    let parse = |text: &str, n| AdapterVersion::parse(text.as_bytes(), &name, n);
+    assert_eq!(parse(ADAPTER, 3).unwrap(), record);
+    assert_eq!(record.kind, AdapterKind::Lora);
+    for (from, to, field) in [
+        (
+            "\"record_version\": 1",
+            "\"record_version\": 2",
+            "record_version",
+        ),
+        ("\"name\": \"shop\"", "\"name\": \"other\"", "name"),
+        (
+            "a-42/adapter/adapter_model",
+            "a-42/adapter/x/adapter_model",
+            "files",
+        ),
+        (
+            "a-42/adapter/adapter_model",
+            "a-41/adapter/adapter_model",
+            "files",
+        ),
+        ("adapter/adapter_config.json", "adapter/..", "files"),
+    ] {
+        let changed = ADAPTER.replacen(from, to, 1);
+        assert_ne!(changed, ADAPTER);
+        let error = parse(&changed, 3).unwrap_err();
+        assert_eq!(error.field, format!("adapter.{field}"), "{to}");
+    }
+    assert_eq!(parse(ADAPTER, 4).unwrap_err().field, "adapter.n");
 }

@@ -1,5 +1,6 @@
 //! Errors and results.
 
+use espalier_core::adapter::TrainSummary;
 use espalier_core::answers::GenerateSummary;
 use espalier_core::error::{ErrorClass, FieldError};
 use espalier_core::trace::{RolloutSummary, StopReason, Summary, Totals};
@@ -60,6 +61,18 @@ pub fn summary_to_wire(summary: &Summary) -> v1::RolloutSummary {
             }),
             ..v1::RolloutSummary::default()
         },
+        Summary::Train(summary) => v1::RolloutSummary {
+            train: Some(v1::TrainSummary {
+                steps: summary.steps,
+                tokens: summary.tokens,
+                supervised_tokens: summary.supervised_tokens,
+                loss: summary.loss,
+                eval_loss: summary.eval_loss,
+                best_step: summary.best_step,
+                wall_ms: summary.wall_ms,
+            }),
+            ..v1::RolloutSummary::default()
+        },
     }
 }
 
@@ -77,6 +90,7 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
         completion_tokens: summary.totals.completion_tokens,
         wall_ms: summary.totals.wall_ms,
         generate: None,
+        train: None,
     }
 }
 
@@ -91,6 +105,17 @@ pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<Summary, FieldEr
             failed: generate.failed,
             prompt_tokens: generate.prompt_tokens,
             completion_tokens: generate.completion_tokens,
+        }));
+    }
+    if let Some(train) = summary.train {
+        return Ok(Summary::Train(TrainSummary {
+            steps: train.steps,
+            tokens: train.tokens,
+            supervised_tokens: train.supervised_tokens,
+            loss: train.loss,
+            eval_loss: train.eval_loss,
+            best_step: train.best_step,
+            wall_ms: train.wall_ms,
         }));
     }
     let stop: StopReason = serde_json::from_value(summary.stop.as_str().into()).map_err(|_| {

@@ -3,6 +3,7 @@
 mod job;
 mod json;
 mod spec;
+mod train;
 mod verify;
 
 pub use job::{

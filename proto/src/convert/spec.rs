@@ -8,7 +8,7 @@ use espalier_core::spec::{
 };
 use prost::Message;
 
-use super::verify;
+use super::{train, verify};
 use crate::v1;
 
 /// The draft that `spec` stands for.
@@ -59,6 +59,7 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
             requests: generate.requests,
             model: generate.model,
         }),
+        train: spec.train.map(train::from_wire),
     })
 }
 
@@ -104,6 +105,7 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
             requests: generate.requests,
             model: generate.model,
         }),
+        train: draft.train.map(train::to_wire),
     }
 }
 
@@ -254,6 +256,34 @@ mod tests {
         assert_eq!(granted.priority, Some(7));
         assert!(granted.check().unwrap().generate().is_some());
         assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&own));
+    }
+
+    #[test]
+    fn a_training_survives_the_wire_over_settings_of_the_batch() {
+        let own = r#"{"train":{"base":"b","revision":"r","rows":"a.jsonl","eval_rows":"e.jsonl","adapter":"n",
+            "settings":{"method":"lora","rank":8,"alpha":4.0,"rslora":false,"targets":["q_proj"],"max_length":64,
+            "batch":2,"accumulation":3,"packing":true,"max_steps":5,"lr":0.5,"schedule":"cosine","warmup_steps":1,
+            "weight_decay":0.25,"clip_norm":0.5,"optimizer":"adamw","beta1":0.5,"beta2":0.75,"eps":1e-6,"seed":7,
+            "eval_every":2,"checkpoint_every":4,"keep_checkpoints":6,"memory_budget_mib":512}}}"#;
+        let own = parse_line(own.as_bytes()).unwrap();
+        let granted = decode_draft(&[], &encode_draft(&own)).unwrap();
+        assert_eq!(granted, own);
+        assert!(granted.check().unwrap().train().is_some());
+        assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&own));
+        let defaults =
+            br#"{"train":{"base":"x","dataset":"d@v1","settings":{"rank":4,"lr":0.25}}}"#;
+        let own = br#"{"train":{"adapter":"n","settings":{"rank":8}}}"#;
+        let [defaults, own] =
+            [&defaults[..], own].map(|line| encode_draft(&parse_line(line).unwrap()));
+        let merged = decode_draft(&defaults, &own).unwrap().train.unwrap();
+        assert_eq!(
+            (merged.base.as_deref(), merged.adapter.as_deref()),
+            (Some("x"), Some("n"))
+        );
+        assert_eq!(
+            (merged.settings.rank, merged.settings.lr),
+            (Some(8), Some(0.25))
+        );
     }
 
     #[test]

@@ -39,6 +39,9 @@ pub mod limits {
 const MAX_RUNTIME_DEFAULT_S: i64 = 3600;
 /// The same of a batch of requests: a day, in which other APIs promise one.
 const GENERATE_RUNTIME_DEFAULT_S: i64 = 86_400;
+/// Longest attempt, and what training is given: it goes on where it was stopped, but an attempt that takes too long counts
+/// as a failure.
+const RUNTIME_S_MAX: i64 = 7 * 86_400;
 /// Longest rollout.
 const WALL_S_MAX: i64 = 86_400;
 /// What an attempt may take beside its rollout: servers start, checks are made, the result is stored.
@@ -46,21 +49,45 @@ const RUNTIME_MARGIN_S: i64 = 900;
 
 /// Collects what is wrong, so that a client sees all of it at once.
 #[derive(Default)]
-struct Faults(Vec<FieldError>);
+pub(super) struct Faults(pub(super) Vec<FieldError>);
 
 impl Faults {
-    fn add(&mut self, field: &str, value: impl Display, rule: impl Into<String>) {
+    /// `value`, if nothing is wrong.
+    pub(super) fn or<T>(self, value: T) -> Result<T, Vec<FieldError>> {
+        match self.0.is_empty() {
+            true => Ok(value),
+            false => Err(self.0),
+        }
+    }
+
+    /// What was read of `field`, whatever the reader calls it.
+    pub(super) fn keep<T>(&mut self, field: &str, read: Result<T, FieldError>) -> Option<T> {
+        read.map_err(|error| self.add(field, error.value, error.rule))
+            .ok()
+    }
+
+    pub(super) fn add(&mut self, field: &str, value: impl Display, rule: impl Into<String>) {
         self.0.push(FieldError::new(field, value, rule));
     }
 
-    fn take<T>(&mut self, parent: &str, result: Result<T, Vec<FieldError>>) -> Option<T> {
+    pub(super) fn take<T>(
+        &mut self,
+        parent: &str,
+        result: Result<T, Vec<FieldError>>,
+    ) -> Option<T> {
         result
             .map_err(|errors| self.0.extend(errors.into_iter().map(|e| e.under(parent))))
             .ok()
     }
 
     /// `value`, or `default` where there is none; a value out of range is a fault.
-    fn number<T>(&mut self, field: &str, value: Option<i64>, range: Range<i64>, default: i64) -> T
+    pub(super) fn number<T>(
+        &mut self,
+        field: &str,
+        value: Option<i64>,
+        range: Range<i64>,
+        default: i64,
+    ) -> T
     where
         T: TryFrom<i64> + Default,
     {
@@ -75,7 +102,7 @@ impl Faults {
         T::try_from(value).unwrap_or_default()
     }
 
-    fn float(
+    pub(super) fn float(
         &mut self,
         field: &str,
         value: Option<f64>,
@@ -177,24 +204,32 @@ impl JobDraft {
     }
 
     fn check_work(&self, faults: &mut Faults) -> Option<Work> {
-        let Some(generate) = &self.generate else {
-            return Some(Work::Rollout(Box::new(self.check_rollout(faults))));
-        };
-        if let serde_json::Value::Object(given) = serde_json::json!(self.of_a_rollout()) {
-            for (field, value) in given {
-                faults.add(&field, value, "must be absent where `generate` is given");
+        let alone = |faults: &mut Faults, name: &str| {
+            if let serde_json::Value::Object(given) = serde_json::json!(self.of_the_work()) {
+                let rule = format!("must be absent where `{name}` is given");
+                for (field, value) in given.into_iter().filter(|(field, _)| field != name) {
+                    faults.add(&field, value, rule.as_str());
+                }
             }
+        };
+        if let Some(train) = &self.train {
+            alone(faults, "train");
+            let train = faults.take("train", train.check());
+            return train.map(|train| Work::Train(Box::new(train)));
         }
-        check_generate(faults, generate).map(Work::Generate)
+        if let Some(generate) = &self.generate {
+            alone(faults, "generate");
+            return check_generate(faults, generate).map(Work::Generate);
+        }
+        Some(Work::Rollout(Box::new(self.check_rollout(faults))))
     }
 
-    /// What belongs to rollouts alone.
-    fn of_a_rollout(&self) -> Self {
+    /// What says what is to be done.
+    fn of_the_work(&self) -> Self {
         Self {
             labels: Default::default(),
             after: Vec::new(),
             needs: Vec::new(),
-            generate: None,
             ..self.without_schedule()
         }
     }
@@ -202,16 +237,17 @@ impl JobDraft {
     /// Who asks for a long rollout without a word about the attempt expects it to run that long.
     fn check_max_runtime(&self, faults: &mut Faults) -> Duration {
         let wall_s = self.limits.as_ref().and_then(|limits| limits.wall_s);
-        let default = match self.generate {
-            Some(_) => GENERATE_RUNTIME_DEFAULT_S,
-            None => MAX_RUNTIME_DEFAULT_S,
+        let default = match (&self.train, &self.generate) {
+            (Some(_), _) => RUNTIME_S_MAX,
+            (None, Some(_)) => GENERATE_RUNTIME_DEFAULT_S,
+            (None, None) => MAX_RUNTIME_DEFAULT_S,
         };
         let default = wall_s.map_or(default, |wall_s| {
             let wall_s = wall_s.clamp(0, WALL_S_MAX);
             default.max(wall_s + RUNTIME_MARGIN_S)
         });
         let given = self.max_runtime_s;
-        let max_runtime = faults.number("max_runtime_s", given, 1..=7 * 86_400, default);
+        let max_runtime = faults.number("max_runtime_s", given, 1..=RUNTIME_S_MAX, default);
         if let (Some(given), Some(wall_s)) = (given, wall_s)
             && given <= wall_s
         {

@@ -34,7 +34,7 @@ impl SpecDigest {
     pub fn of(draft: &JobDraft) -> Self {
         let mut asked = draft.without_schedule();
         // What is no rollout has no prompt, not even an empty one.
-        if draft.generate.is_none() {
+        if draft.generate.is_none() && draft.train.is_none() {
             asked.prompt = PromptDraft::Turns(draft.prompt.turns().to_vec());
         }
         let mut canonical = serde_json::json!(asked);
@@ -103,6 +103,10 @@ mod tests {
             digest(r#"{"generate":{"requests":"x"}}"#).as_str(),
             expected
         );
+        // `printf '{"train":{"base":"x","settings":{"lr":0.5,"rank":8}}}' | sha256sum`.
+        let expected = "43f1fd52a8345b378275a97d81292e3dfc5f6ee93dbcfd264344a38fec93c4a2";
+        let train = r#"{"train":{"settings":{"rank":8,"lr":0.5},"base":"x"}}"#;
+        assert_eq!(digest(train).as_str(), expected);
     }
 
     #[test]

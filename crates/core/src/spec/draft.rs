@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::mcp::{McpServer, ToolPolicy};
+use super::train::TrainDraft;
 use super::verify::VerifyDraft;
 use crate::error::FieldError;
 
@@ -41,7 +42,7 @@ pub struct JobDraft {
     /// How often infrastructure may fail; default 20.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_infra: Option<i64>,
-    /// Seconds that one attempt may take; default 3600.
+    /// Seconds that one attempt may take; default 3600, a day for requests, a week for training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_runtime_s: Option<i64>,
     /// W3C trace context.
@@ -97,6 +98,9 @@ pub struct JobDraft {
     /// Requests to be answered, in place of a rollout: of the fields from `task_id` on none may stand beside it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generate: Option<GenerateDraft>,
+    /// A model to be trained, in place of either.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train: Option<TrainDraft>,
 }
 
 /// See [`super::GenerateSpec`].
@@ -284,6 +288,11 @@ pub fn parse_line(line: &[u8]) -> Result<JobDraft, FieldError> {
 
 /// Reads a TOML file of jobs.
 pub fn parse_toml(text: &str) -> Result<RolloutFile, FieldError> {
+    from_toml(text)
+}
+
+/// Reads a checked structure from TOML, as [`from_value`] does from JSON.
+pub(super) fn from_toml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, FieldError> {
     let value: toml::Table = toml::from_str(text)
         .map_err(|e| FieldError::new("file", "", format!("must be TOML: {}", e.message())))?;
     let value =

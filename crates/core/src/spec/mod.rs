@@ -9,6 +9,7 @@ mod digest;
 mod draft;
 mod mcp;
 pub mod pattern;
+mod train;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,10 @@ pub use draft::{
     SamplingDraft, parse_line, parse_toml,
 };
 pub use mcp::{McpServer, McpTransport, McpUse, ToolPolicy};
+pub use train::{
+    DatasetRef, LoraTarget, Optimizer, Schedule, TrainData, TrainDraft, TrainLength, TrainMethod,
+    TrainSettings, TrainSettingsDraft, TrainSpec,
+};
 pub use verify::{
     AnswerDraft, AnswerRule, HttpHook, McpCheck, TextRule, ToolCalled, Verify, VerifyDraft,
     WeightedDraft,
@@ -66,6 +71,8 @@ pub enum Work {
     Rollout(Box<RolloutSpec>),
     /// A file of requests is answered.
     Generate(GenerateSpec),
+    /// A model is trained.
+    Train(Box<TrainSpec>),
 }
 
 impl Work {
@@ -74,6 +81,7 @@ impl Work {
         match self {
             Self::Rollout(_) => JobKind::Rollout,
             Self::Generate(_) => JobKind::Generate,
+            Self::Train(_) => JobKind::Train,
         }
     }
 }
@@ -83,7 +91,7 @@ impl JobSpec {
     pub fn rollout(&self) -> Option<&RolloutSpec> {
         match &self.work {
             Work::Rollout(rollout) => Some(rollout),
-            Work::Generate(_) => None,
+            Work::Generate(_) | Work::Train(_) => None,
         }
     }
 
@@ -91,7 +99,15 @@ impl JobSpec {
     pub fn generate(&self) -> Option<&GenerateSpec> {
         match &self.work {
             Work::Generate(generate) => Some(generate),
-            Work::Rollout(_) => None,
+            Work::Rollout(_) | Work::Train(_) => None,
+        }
+    }
+
+    /// The training, if it is one.
+    pub fn train(&self) -> Option<&TrainSpec> {
+        match &self.work {
+            Work::Train(train) => Some(train),
+            Work::Rollout(_) | Work::Generate(_) => None,
         }
     }
 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{SCHEMA_VERSION, StopReason, Totals};
+use crate::adapter::TrainSummary;
 use crate::answers::GenerateSummary;
 use crate::error::FieldError;
 use crate::id::{Fence, JobKey};
@@ -46,6 +47,8 @@ pub enum Summary {
     Rollout(RolloutSummary),
     /// A batch of requests: the files are its answers, piece by piece.
     Generate(GenerateSummary),
+    /// A training: the files are the adapter's, and what tells how it went.
+    Train(TrainSummary),
 }
 
 impl Summary {
@@ -53,7 +56,7 @@ impl Summary {
     pub fn rollout(&self) -> Option<&RolloutSummary> {
         match self {
             Self::Rollout(summary) => Some(summary),
-            Self::Generate(_) => None,
+            Self::Generate(_) | Self::Train(_) => None,
         }
     }
 
@@ -61,7 +64,15 @@ impl Summary {
     pub fn generate(&self) -> Option<&GenerateSummary> {
         match self {
             Self::Generate(summary) => Some(summary),
-            Self::Rollout(_) => None,
+            Self::Rollout(_) | Self::Train(_) => None,
+        }
+    }
+
+    /// That of a training.
+    pub fn train(&self) -> Option<&TrainSummary> {
+        match self {
+            Self::Train(summary) => Some(summary),
+            Self::Rollout(_) | Self::Generate(_) => None,
         }
     }
 }
@@ -172,7 +183,7 @@ impl Manifest {
                 "must name the trace",
             )),
             Summary::Generate(_) => manifest.check_answers().map(|()| manifest),
-            Summary::Rollout(_) => Ok(manifest),
+            Summary::Rollout(_) | Summary::Train(_) => Ok(manifest),
         }
     }
 
