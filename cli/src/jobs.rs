@@ -199,7 +199,7 @@ pub async fn list(context: &Context, args: &Jobs) -> Outcome {
 fn jobs_table(jobs: &[v1::Job]) -> String {
     let rows = jobs.iter().map(|job| {
         let summary = job.summary.as_ref();
-        let rollout = summary.filter(|summary| summary.generate.is_none());
+        let rollout = summary.filter(|s| s.generate.is_none() && s.export.is_none());
         let reward = summary
             .and_then(|s| s.reward)
             .map(|reward| format!("{reward:.2}"));
@@ -238,8 +238,11 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
     )
 }
 
-/// Why a rollout is not solved, or how many requests were answered.
+/// Why a rollout is not solved, how many requests were answered, or where an export is.
 fn what_came_of(summary: &v1::RolloutSummary) -> String {
+    if let Some(export) = &summary.export {
+        return format!("{} files at {}", count(export.files), export.exported_to);
+    }
     match &summary.generate {
         Some(generate) => format!(
             "{} lines, {} with errors",
@@ -337,6 +340,13 @@ fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
                 "tokens",
                 tokens(generate.prompt_tokens, generate.completion_tokens),
             ),
+        ];
+    }
+    if let Some(export) = &summary.export {
+        return vec![
+            ("export", what_came_of(summary)),
+            ("commit", export.commit.clone()),
+            ("bytes", count(export.bytes)),
         ];
     }
     let mut rows = vec![

@@ -81,6 +81,14 @@ pub fn summary(summary: &v1::RolloutSummary) -> Value {
             "completion_tokens": generate.completion_tokens,
         });
     }
+    if let Some(export) = &summary.export {
+        return json!({
+            "exported_to": export.exported_to,
+            "commit": export.commit,
+            "files": export.files,
+            "bytes": export.bytes,
+        });
+    }
     if let Some(train) = &summary.train {
         return json!({
             "steps": train.steps,
@@ -121,6 +129,7 @@ pub fn kind(kind: v1::JobKind) -> &'static str {
         v1::JobKind::Rollout => "rollout",
         v1::JobKind::Generate => "generate",
         v1::JobKind::Train => "train",
+        v1::JobKind::Export => "export",
     }
 }
 

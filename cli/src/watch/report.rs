@@ -233,6 +233,11 @@ impl Row {
             _ => {}
         }
         let Some(summary) = &job.summary else { return };
+        if summary.export.is_some() {
+            self.finished += 1;
+            self.unjudged += 1;
+            return;
+        }
         if let Some(generate) = &summary.generate {
             self.finished += 1;
             self.unjudged += 1;

@@ -253,6 +253,8 @@ fn implied_needs(work: &Work) -> Vec<String> {
         Work::Generate(generate) => generate.model.iter().map(|name| model_tag(name)).collect(),
         // Any worker that trains fetches what it needs.
         Work::Train(_) => Vec::new(),
+        // What it takes out is in the store, and what it needs besides it fetches.
+        Work::Export(_) => Vec::new(),
     }
 }
 
@@ -321,6 +323,16 @@ mod tests {
         assert!(admitted.submission.job.needs.is_empty());
         let of_a_rollout = door(r#"{"mcp":["browser"]}"#).check(&spec(any), "a");
         assert_eq!(of_a_rollout.unwrap_err()[0].field, "mcp");
+    }
+
+    #[test]
+    fn an_export_waits_for_any_worker_that_exports() {
+        let own = r#"{"export":{"adapter":"shop@v1","repo":"me/shop"}}"#;
+        let job = door("{}").check(&spec(own), "a").unwrap().submission.job;
+        assert_eq!((job.kind, job.needs.len()), (JobKind::Export, 0));
+        let refused = refused(r#"{"export":{"adapter":"shop","folder":"../x"}}"#);
+        let fields: Vec<&str> = refused.iter().map(|(field, _)| field.as_str()).collect();
+        assert_eq!(fields, ["export.adapter", "export.folder"]);
     }
 
     #[test]

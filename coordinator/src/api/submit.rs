@@ -66,7 +66,18 @@ fn check_defaults(defaults: v1::JobSpec) -> Result<(), FieldError> {
             "must be absent: an id is one job's",
         ));
     }
+    if let Some(export) = &mut draft.export {
+        export
+            .adapter
+            .get_or_insert_with(|| "given-by-each-job@v1".to_owned());
+        if export.folder.is_none() {
+            export
+                .repo
+                .get_or_insert_with(|| "given/by-each-job".to_owned());
+        }
+    }
     match &mut draft.generate {
+        None if draft.export.is_some() => {}
         Some(generate) if generate.requests.is_none() => {
             generate.requests = Some("given-by-each-job".to_owned());
         }
@@ -329,6 +340,7 @@ mod tests {
         assert_eq!(verdict(r#"{"id":"a"}"#), Err("id".to_owned()));
         assert_eq!(verdict(r#"{"priority":99}"#), Err("priority".to_owned()));
         assert_eq!(verdict(r#"{"generate":{"model":"m"}}"#), Ok(()));
+        assert_eq!(verdict(r#"{"export":{"merged":true}}"#), Ok(()));
         let model = verdict(r#"{"generate":{"model":" "}}"#);
         assert_eq!(model, Err("generate.model".to_owned()));
     }

@@ -129,6 +129,11 @@ pub fn training_events(key: &JobKey, fence: Fence) -> String {
     format!("{}tensorboard/events.out.tfevents", attempt(key, fence))
 }
 
+/// What one attempt of an `export` job says of where it brought what.
+pub fn export_record(key: &JobKey, fence: Fence) -> String {
+    format!("{}export.json", attempt(key, fence))
+}
+
 /// All adapters of a project.
 pub fn adapters(project: &ProjectId) -> String {
     format!("{project}/adapters/")

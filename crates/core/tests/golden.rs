@@ -6,6 +6,7 @@
 use espalier_core::adapter::{AdapterKind, AdapterVersion};
 use espalier_core::answers::Piece;
 use espalier_core::id::{AdapterName, JobKey};
+use espalier_core::layout;
 use espalier_core::trace::{Manifest, Step, Trace, TraceError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,6 +14,7 @@ use serde::de::DeserializeOwned;
 const TRACE: &str = include_str!("golden/trace-v1.json");
 const STEPS: &str = include_str!("golden/steps-v1.jsonl");
 const MANIFEST_OF_ANSWERS: &str = include_str!("golden/manifest-generate-v1.json");
+const MANIFEST_OF_AN_EXPORT: &str = include_str!("golden/manifest-export-v1.json");
 const PIECE: &str = include_str!("golden/piece-v1.json");
 const ADAPTER: &str = include_str!("golden/adapter-v1.json");
 const MANIFEST: &str = include_str!("golden/manifest-v1.json");
@@ -82,6 +84,21 @@ fn a_manifest_of_answers_and_the_record_of_a_piece_of_version_1() {
     assert_eq!(Piece::parse(PIECE.as_bytes()), Some(piece));
     let later = PIECE.replacen("\"version\": 1", "\"version\": 2", 1);
     assert_eq!(Piece::parse(later.as_bytes()), None);
+}
+
+#[test]
+fn an_export_of_version_1() {
+    let manifest: Manifest = reads_and_writes(MANIFEST_OF_AN_EXPORT);
+    let job: JobKey = "shop/b1/out".parse().unwrap();
+    assert_eq!(
+        Manifest::parse(MANIFEST_OF_AN_EXPORT.as_bytes(), &job).unwrap(),
+        manifest
+    );
+    assert_eq!(
+        manifest.files[0].path,
+        layout::export_record(&job, manifest.fence)
+    );
+    assert_eq!(manifest.summary.export().unwrap().exported_to, "me/shop");
 }
 
 #[test]

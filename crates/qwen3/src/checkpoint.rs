@@ -144,6 +144,8 @@ impl Deref for Bytes {
 }
 
 struct Shard {
+    /// The name of its file.
+    file: String,
     bytes: Bytes,
     /// Where tensors start.
     data: usize,
@@ -281,11 +283,84 @@ impl Shard {
                 safetensors::SafeTensorError::MetadataIncompleteBuffer,
             ));
         }
+        let file = path.file_name().unwrap_or_default();
         Ok(Self {
+            file: file.to_string_lossy().into_owned(),
             bytes,
             data,
             metadata,
         })
+    }
+}
+
+/// A file of a checkpoint as it lies there.
+pub(crate) struct ShardFile<'a> {
+    /// Its name.
+    pub(crate) name: &'a str,
+    /// The header's JSON, with the spaces at its end.
+    pub(crate) header: &'a [u8],
+    /// In the order in which they lie, one behind the other.
+    pub(crate) tensors: Vec<StoredTensor<'a>>,
+}
+
+/// A tensor as it lies in its file.
+pub(crate) struct StoredTensor<'a> {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: &'a [usize],
+    pub(crate) bytes: &'a [u8],
+}
+
+impl StoredTensor<'_> {
+    /// Its numbers.
+    pub(crate) fn rows(&self) -> Result<RowSource<'_>, CheckpointError> {
+        rows(&self.name, self.dtype, self.bytes)
+    }
+}
+
+impl Checkpoint {
+    /// Its files, by name.
+    pub(crate) fn files(&self) -> Vec<ShardFile<'_>> {
+        let mut files: Vec<ShardFile<'_>> = self.shards.iter().map(Shard::as_stored).collect();
+        files.sort_unstable_by(|a, b| a.name.cmp(b.name));
+        files
+    }
+}
+
+impl Shard {
+    fn as_stored(&self) -> ShardFile<'_> {
+        let tensor = |name: String| {
+            let info = self.metadata.info(&name)?;
+            let (start, end) = info.data_offsets;
+            Some(StoredTensor {
+                name,
+                dtype: info.dtype,
+                shape: &info.shape,
+                bytes: &self.bytes[self.data + start..self.data + end],
+            })
+        };
+        ShardFile {
+            name: &self.file,
+            header: &self.bytes[8..self.data],
+            tensors: self
+                .metadata
+                .offset_keys()
+                .into_iter()
+                .filter_map(tensor)
+                .collect(),
+        }
+    }
+}
+
+fn rows<'a>(name: &str, dtype: Dtype, bytes: &'a [u8]) -> Result<RowSource<'a>, CheckpointError> {
+    match dtype {
+        Dtype::BF16 => Ok(RowSource::Bf16Bytes(bytes)),
+        Dtype::F16 => Ok(RowSource::F16Bytes(bytes)),
+        Dtype::F32 => Ok(RowSource::F32Bytes(bytes)),
+        found => Err(CheckpointError::Dtype {
+            name: name.to_owned(),
+            found,
+        }),
     }
 }
 
@@ -303,17 +378,7 @@ impl TensorSource for Checkpoint {
         }
         let (start, end) = info.data_offsets;
         let bytes = &shard.bytes[shard.data + start..shard.data + end];
-        Ok(Tensor::Mapped(match info.dtype {
-            Dtype::BF16 => RowSource::Bf16Bytes(bytes),
-            Dtype::F16 => RowSource::F16Bytes(bytes),
-            Dtype::F32 => RowSource::F32Bytes(bytes),
-            found => {
-                return Err(CheckpointError::Dtype {
-                    name: name.to_owned(),
-                    found,
-                });
-            }
-        }))
+        Ok(Tensor::Mapped(rows(name, info.dtype, bytes)?))
     }
 
     fn has(&self, name: &str) -> bool {

@@ -18,11 +18,13 @@
 //! - The router takes the softmax of all experts in f32, the `top_k` most probable (of equals the lower index), divides
 //!   by their sum where the configuration says so, and adds experts up by ascending index.
 //! - An adapted projection is `W·x + scale · B·(A·x)`, where scale is `alpha / r`, or `alpha / sqrt(r)` for rsLoRA.
+//! - A merged matrix is `W + scale · (B·A)` in f32, rounded to bf16 once.
 //! - Ids of the vocabulary's padding have no logits: [`Logits`] ends where the real vocabulary does.
 
 mod checkpoint;
 mod config;
 mod lora;
+mod merge;
 mod model;
 mod rotary;
 mod seeded;
@@ -32,6 +34,7 @@ pub use checkpoint::{Checkpoint, CheckpointError, Tensor, TensorSource};
 pub use config::{Config, ConfigError, Moe, Rope, Yarn};
 pub use espalier_kernels::cpu::Form;
 pub use lora::{Lora, LoraError, Site};
+pub use merge::{Merge, MergeError, Merged};
 pub use model::{Logits, Model, ModelError, Part, Want};
 pub use seeded::{Draw, Seeded, hashed};
 pub use tensors::{Gated, LayerTensors, Matrix, MlpTensors, Vector};

@@ -132,25 +132,12 @@ impl Lora {
     /// # Errors
     /// When a file is missing or broken, a setting is not plain LoRA, or a tensor does not fit the base.
     pub fn load(folder: &Path, base: &Config, pool: &Pool) -> Result<Self, LoraError> {
-        let config = folder.join("adapter_config.json");
-        let text = read(&config, CONFIG_BYTES_MAX)?;
-        let settings = Settings::parse(&text)?;
-        let path = folder.join("adapter_model.safetensors");
-        // Read once: the digest must be that of the numbers that are computed with, also where somebody replaces the
-        // file meanwhile, and one that is cut short under a map would end the process.
-        let bytes = read(&path, Self::FILE_BYTES_MAX)?;
-        if read(&config, CONFIG_BYTES_MAX)? != text {
-            return Err(LoraError::Replaced(config));
-        }
-        let digest = Sha256::new()
-            .chain_update(settings.digest_text())
-            .chain_update(&bytes);
-        let weights = Checkpoint::read(&path, bytes)?;
+        let file = LoraFile::read(folder)?;
         let mut lora = Self {
             layers: Vec::new(),
-            digest: digest.finalize().into(),
+            digest: file.digest,
             rank: 0,
-            base: settings.base.clone(),
+            base: file.settings.base.clone(),
         };
         let mut found = 0;
         for layer in 0..base.layers {
@@ -159,7 +146,7 @@ impl Lora {
                 if base.is_sparse(layer) && target.name.starts_with("mlp.") {
                     continue;
                 }
-                if let Some(pair) = settings.pair(&weights, layer, &target, pool)? {
+                if let Some(pair) = file.pair(layer, &target, pool)? {
                     lora.rank = lora.rank.max(pair.a.outputs());
                     sites[target.site as usize].push(pair);
                     found += 2;
@@ -167,8 +154,8 @@ impl Lora {
             }
             lora.layers.push(sites);
         }
-        if found < weights.names().count() {
-            return Err(LoraError::Unknown(unknown(&weights, base)));
+        if found < file.weights.names().count() {
+            return Err(LoraError::Unknown(unknown(&file.weights, base)));
         }
         if found == 0 {
             return Err(LoraError::Empty);
@@ -232,7 +219,7 @@ fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, LoraError> {
     Ok(bytes)
 }
 
-fn tensor_name(module: &str, which: &str) -> String {
+pub(crate) fn tensor_name(module: &str, which: &str) -> String {
     format!("base_model.model.{module}.{which}.weight")
 }
 
@@ -373,44 +360,106 @@ impl Settings {
             self.r, self.alpha, self.rslora, self.rank_pattern, self.alpha_pattern
         )
     }
+}
+
+/// An adapter's files as they were read.
+pub(crate) struct LoraFile {
+    settings: Settings,
+    weights: Checkpoint,
+    digest: [u8; 32],
+}
+
+/// What is added to one matrix: `scale · b · a`.
+pub(crate) struct Factors {
+    /// `[rank, inputs]`.
+    pub(crate) a: Vec<f32>,
+    /// `[outputs, rank]`.
+    pub(crate) b: Vec<f32>,
+    pub(crate) rank: usize,
+    pub(crate) scale: f32,
+}
+
+impl LoraFile {
+    pub(crate) fn read(folder: &Path) -> Result<Self, LoraError> {
+        let config = folder.join("adapter_config.json");
+        let text = read(&config, CONFIG_BYTES_MAX)?;
+        let settings = Settings::parse(&text)?;
+        let path = folder.join("adapter_model.safetensors");
+        // Read once: the digest must be that of the numbers that are computed with, also where somebody replaces the
+        // file meanwhile, and one that is cut short under a map would end the process.
+        let bytes = read(&path, Lora::FILE_BYTES_MAX)?;
+        if read(&config, CONFIG_BYTES_MAX)? != text {
+            return Err(LoraError::Replaced(config));
+        }
+        let digest = Sha256::new()
+            .chain_update(settings.digest_text())
+            .chain_update(&bytes);
+        Ok(Self {
+            settings,
+            digest: digest.finalize().into(),
+            weights: Checkpoint::read(&path, bytes)?,
+        })
+    }
+
+    /// The names of all tensors.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.weights.names()
+    }
+
+    /// What is added to the matrix `[outputs, inputs]` of a module such as `model.layers.0.self_attn.q_proj`, if the file
+    /// has something for it.
+    pub(crate) fn factors(
+        &self,
+        module: &str,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<Option<Factors>, LoraError> {
+        let names = [tensor_name(module, "lora_A"), tensor_name(module, "lora_B")];
+        if !names.iter().any(|name| self.weights.has(name)) {
+            return Ok(None);
+        }
+        let settings = &self.settings;
+        let r = matching(&settings.rank_pattern, module).unwrap_or(settings.r);
+        let alpha = matching(&settings.alpha_pattern, module).unwrap_or(settings.alpha);
+        let rank = r as usize;
+        let numbers = |name: &str, shape: [usize; 2]| {
+            let values = self.weights.tensor(name, &shape)?.to_vec();
+            match values.iter().all(|value| value.is_finite()) {
+                true => Ok(values),
+                false => Err(LoraError::NotFinite(name.to_owned())),
+            }
+        };
+        Ok(Some(Factors {
+            a: numbers(&names[0], [rank, inputs])?,
+            b: numbers(&names[1], [outputs, rank])?,
+            rank,
+            scale: (alpha / if settings.rslora { r.sqrt() } else { r }) as f32,
+        }))
+    }
 
     /// The pair for a projection, if the file has one.
     fn pair(
         &self,
-        weights: &Checkpoint,
         layer: usize,
         target: &Target,
         pool: &Pool,
     ) -> Result<Option<LoraPair>, LoraError> {
         let module = format!("model.layers.{layer}.{}", target.name);
-        let names = [
-            tensor_name(&module, "lora_A"),
-            tensor_name(&module, "lora_B"),
-        ];
-        if !names.iter().any(|name| weights.has(name)) {
+        let Some(factors) = self.factors(&module, target.outputs, target.inputs)? else {
             return Ok(None);
-        }
-        let r = matching(&self.rank_pattern, &module).unwrap_or(self.r);
-        let alpha = matching(&self.alpha_pattern, &module).unwrap_or(self.alpha);
-        let rank = r as usize;
-        let a = weights.tensor(&names[0], &[rank, target.inputs])?;
-        let b = weights.tensor(&names[1], &[target.outputs, rank])?;
-        let pack = |name: &str, k: usize, values: Vec<f32>| {
-            if values.iter().any(|value| !value.is_finite()) {
-                return Err(LoraError::NotFinite(name.to_owned()));
-            }
-            PackedLinear::pack(pool, Form::F32, k, &[RowSource::F32(&values)]).map_err(|source| {
+        };
+        let pack = |which: &str, k: usize, values: &[f32]| {
+            PackedLinear::pack(pool, Form::F32, k, &[RowSource::F32(values)]).map_err(|source| {
                 CheckpointError::Memory {
-                    what: name.to_owned(),
+                    what: tensor_name(&module, which),
                     source,
                 }
-                .into()
             })
         };
         Ok(Some(LoraPair {
-            a: pack(&names[0], target.inputs, a.to_vec())?,
-            b: pack(&names[1], rank, b.to_vec())?,
-            scale: (alpha / if self.rslora { r.sqrt() } else { r }) as f32,
+            a: pack("lora_A", target.inputs, &factors.a)?,
+            b: pack("lora_B", factors.rank, &factors.b)?,
+            scale: factors.scale,
             offset: target.offset,
         }))
     }

@@ -3,6 +3,7 @@
 use espalier_core::adapter::TrainSummary;
 use espalier_core::answers::GenerateSummary;
 use espalier_core::error::{ErrorClass, FieldError};
+use espalier_core::spec::ExportSummary;
 use espalier_core::trace::{RolloutSummary, StopReason, Summary, Totals};
 
 use crate::v1;
@@ -73,6 +74,15 @@ pub fn summary_to_wire(summary: &Summary) -> v1::RolloutSummary {
             }),
             ..v1::RolloutSummary::default()
         },
+        Summary::Export(summary) => v1::RolloutSummary {
+            export: Some(v1::ExportSummary {
+                exported_to: summary.exported_to.clone(),
+                commit: summary.commit.clone().unwrap_or_default(),
+                files: summary.files,
+                bytes: summary.bytes,
+            }),
+            ..v1::RolloutSummary::default()
+        },
     }
 }
 
@@ -91,6 +101,7 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
         wall_ms: summary.totals.wall_ms,
         generate: None,
         train: None,
+        export: None,
     }
 }
 
@@ -99,6 +110,14 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
 /// # Errors
 /// Names a stop reason that this build does not know.
 pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<Summary, FieldError> {
+    if let Some(export) = summary.export {
+        return Ok(Summary::Export(ExportSummary {
+            exported_to: export.exported_to,
+            commit: Some(export.commit).filter(|commit| !commit.is_empty()),
+            files: export.files,
+            bytes: export.bytes,
+        }));
+    }
     if let Some(generate) = summary.generate {
         return Ok(Summary::Generate(GenerateSummary {
             lines: generate.lines,

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::spec::{
-    GenerateDraft, JobDraft, LimitsDraft, McpServer, McpUseDraft, ObservationDraft, PromptDraft,
-    SamplingDraft, ToolPolicy,
+    ExportDraft, GenerateDraft, JobDraft, LimitsDraft, McpServer, McpUseDraft, ObservationDraft,
+    PromptDraft, SamplingDraft, ToolPolicy,
 };
 use prost::Message;
 
@@ -60,6 +60,13 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
             model: generate.model,
         }),
         train: spec.train.map(train::from_wire),
+        export: spec.export.map(|export| ExportDraft {
+            adapter: export.adapter,
+            merged: export.merged,
+            repo: export.repo,
+            public: export.public,
+            folder: export.folder,
+        }),
     })
 }
 
@@ -106,6 +113,13 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
             model: generate.model,
         }),
         train: draft.train.map(train::to_wire),
+        export: draft.export.map(|export| v1::ExportSpec {
+            adapter: export.adapter,
+            merged: export.merged,
+            repo: export.repo,
+            public: export.public,
+            folder: export.folder,
+        }),
     }
 }
 
@@ -256,6 +270,16 @@ mod tests {
         assert_eq!(granted.priority, Some(7));
         assert!(granted.check().unwrap().generate().is_some());
         assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&own));
+    }
+
+    #[test]
+    fn an_export_survives_the_wire() {
+        let own = r#"{"export":{"adapter":"a@v1","merged":true,"repo":"me/a","public":true}}"#;
+        let draft = parse_line(own.as_bytes()).unwrap();
+        let granted = decode_draft(&[], &encode_draft(&draft)).unwrap();
+        assert_eq!(granted.export, draft.export);
+        assert!(granted.check().unwrap().export().is_some());
+        assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&draft));
     }
 
     #[test]

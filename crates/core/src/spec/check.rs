@@ -37,8 +37,8 @@ pub mod limits {
 
 /// How long an attempt may take where nobody says.
 const MAX_RUNTIME_DEFAULT_S: i64 = 3600;
-/// The same of a batch of requests: a day, in which other APIs promise one.
-const GENERATE_RUNTIME_DEFAULT_S: i64 = 86_400;
+/// The same of a batch of requests, for which other APIs promise a day, and of an export.
+const DAY_S: i64 = 86_400;
 /// Longest attempt, and what training is given: it goes on where it was stopped, but an attempt that takes too long counts
 /// as a failure.
 const RUNTIME_S_MAX: i64 = 7 * 86_400;
@@ -217,6 +217,10 @@ impl JobDraft {
             let train = faults.take("train", train.check());
             return train.map(|train| Work::Train(Box::new(train)));
         }
+        if let Some(export) = &self.export {
+            alone(faults, "export");
+            return faults.take("export", export.check()).map(Work::Export);
+        }
         if let Some(generate) = &self.generate {
             alone(faults, "generate");
             return check_generate(faults, generate).map(Work::Generate);
@@ -237,10 +241,11 @@ impl JobDraft {
     /// Who asks for a long rollout without a word about the attempt expects it to run that long.
     fn check_max_runtime(&self, faults: &mut Faults) -> Duration {
         let wall_s = self.limits.as_ref().and_then(|limits| limits.wall_s);
-        let default = match (&self.train, &self.generate) {
-            (Some(_), _) => RUNTIME_S_MAX,
-            (None, Some(_)) => GENERATE_RUNTIME_DEFAULT_S,
-            (None, None) => MAX_RUNTIME_DEFAULT_S,
+        let default = match (&self.train, &self.generate, &self.export) {
+            (Some(_), ..) => RUNTIME_S_MAX,
+            // A large model takes hours to fetch and to send.
+            (None, Some(_), _) | (None, _, Some(_)) => DAY_S,
+            (None, None, None) => MAX_RUNTIME_DEFAULT_S,
         };
         let default = wall_s.map_or(default, |wall_s| {
             let wall_s = wall_s.clamp(0, WALL_S_MAX);

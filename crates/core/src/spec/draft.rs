@@ -8,6 +8,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
+use super::export::ExportDraft;
 use super::mcp::{McpServer, ToolPolicy};
 use super::train::TrainDraft;
 use super::verify::VerifyDraft;
@@ -101,6 +102,10 @@ pub struct JobDraft {
     /// A model to be trained, in place of either.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train: Option<TrainDraft>,
+
+    /// A version of an adapter that goes out, in place of all of these.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub export: Option<ExportDraft>,
 }
 
 /// See [`super::GenerateSpec`].

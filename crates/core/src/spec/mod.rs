@@ -7,6 +7,7 @@
 mod check;
 mod digest;
 mod draft;
+mod export;
 mod mcp;
 pub mod pattern;
 mod train;
@@ -27,6 +28,7 @@ pub use draft::{
     GenerateDraft, JobDraft, LimitsDraft, McpUseDraft, ObservationDraft, PromptDraft, RolloutFile,
     SamplingDraft, parse_line, parse_toml,
 };
+pub use export::{AdapterRef, ExportDraft, ExportSpec, ExportSummary, ExportTarget, is_hub_repo};
 pub use mcp::{McpServer, McpTransport, McpUse, ToolPolicy};
 pub use train::{
     DatasetRef, LoraTarget, Optimizer, Schedule, TrainData, TrainDraft, TrainLength, TrainMethod,
@@ -73,6 +75,8 @@ pub enum Work {
     Generate(GenerateSpec),
     /// A model is trained.
     Train(Box<TrainSpec>),
+    /// A version of an adapter goes out.
+    Export(ExportSpec),
 }
 
 impl Work {
@@ -82,6 +86,7 @@ impl Work {
             Self::Rollout(_) => JobKind::Rollout,
             Self::Generate(_) => JobKind::Generate,
             Self::Train(_) => JobKind::Train,
+            Self::Export(_) => JobKind::Export,
         }
     }
 }
@@ -91,7 +96,7 @@ impl JobSpec {
     pub fn rollout(&self) -> Option<&RolloutSpec> {
         match &self.work {
             Work::Rollout(rollout) => Some(rollout),
-            Work::Generate(_) | Work::Train(_) => None,
+            Work::Generate(_) | Work::Train(_) | Work::Export(_) => None,
         }
     }
 
@@ -99,7 +104,7 @@ impl JobSpec {
     pub fn generate(&self) -> Option<&GenerateSpec> {
         match &self.work {
             Work::Generate(generate) => Some(generate),
-            Work::Rollout(_) | Work::Train(_) => None,
+            Work::Rollout(_) | Work::Train(_) | Work::Export(_) => None,
         }
     }
 
@@ -107,7 +112,15 @@ impl JobSpec {
     pub fn train(&self) -> Option<&TrainSpec> {
         match &self.work {
             Work::Train(train) => Some(train),
-            Work::Rollout(_) | Work::Generate(_) => None,
+            Work::Rollout(_) | Work::Generate(_) | Work::Export(_) => None,
+        }
+    }
+
+    /// The export, if it is one.
+    pub fn export(&self) -> Option<&ExportSpec> {
+        match &self.work {
+            Work::Export(export) => Some(export),
+            Work::Rollout(_) | Work::Generate(_) | Work::Train(_) => None,
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::answers::GenerateSummary;
 use crate::error::FieldError;
 use crate::id::{Fence, JobKey};
 use crate::layout;
-use crate::spec::SpecDigest;
+use crate::spec::{ExportSummary, SpecDigest};
 use crate::time::Timestamp;
 
 /// The published result of a job.
@@ -49,6 +49,8 @@ pub enum Summary {
     Generate(GenerateSummary),
     /// A training: the files are the adapter's, and what tells how it went.
     Train(TrainSummary),
+    /// An export: what went out is elsewhere.
+    Export(ExportSummary),
 }
 
 impl Summary {
@@ -56,7 +58,7 @@ impl Summary {
     pub fn rollout(&self) -> Option<&RolloutSummary> {
         match self {
             Self::Rollout(summary) => Some(summary),
-            Self::Generate(_) | Self::Train(_) => None,
+            Self::Generate(_) | Self::Train(_) | Self::Export(_) => None,
         }
     }
 
@@ -64,7 +66,7 @@ impl Summary {
     pub fn generate(&self) -> Option<&GenerateSummary> {
         match self {
             Self::Generate(summary) => Some(summary),
-            Self::Rollout(_) | Self::Train(_) => None,
+            Self::Rollout(_) | Self::Train(_) | Self::Export(_) => None,
         }
     }
 
@@ -72,7 +74,15 @@ impl Summary {
     pub fn train(&self) -> Option<&TrainSummary> {
         match self {
             Self::Train(summary) => Some(summary),
-            Self::Rollout(_) | Self::Generate(_) => None,
+            Self::Rollout(_) | Self::Generate(_) | Self::Export(_) => None,
+        }
+    }
+
+    /// That of an export.
+    pub fn export(&self) -> Option<&ExportSummary> {
+        match self {
+            Self::Export(summary) => Some(summary),
+            Self::Rollout(_) | Self::Generate(_) | Self::Train(_) => None,
         }
     }
 }
@@ -183,7 +193,7 @@ impl Manifest {
                 "must name the trace",
             )),
             Summary::Generate(_) => manifest.check_answers().map(|()| manifest),
-            Summary::Rollout(_) | Summary::Train(_) => Ok(manifest),
+            Summary::Rollout(_) | Summary::Train(_) | Summary::Export(_) => Ok(manifest),
         }
     }
 
