@@ -84,7 +84,7 @@ pub enum Command {
     Queues,
     /// Let a worker finish what it has and take no more
     Drain(admin::Drain),
-    /// List, read, export, import and judge traces again
+    /// List, read, correct, export, import and judge traces again
     #[command(subcommand)]
     Traces(TracesCommand),
     /// The practice site, and tasks on it with known answers

@@ -52,15 +52,16 @@ pub fn section(text: &mut String, style: Style, color: &str, who: &str, content:
     }
 }
 
-/// What the model thinks, says and calls.
+/// What the model thinks, says and calls. `who` is `assistant`, or says more.
 pub fn assistant(
     text: &mut String,
     style: Style,
+    who: &str,
     thoughts: Option<&str>,
     content: &str,
     calls: &[ToolCall],
 ) {
-    let _ = writeln!(text, "{}", style.paint(BLUE, "assistant"));
+    let _ = writeln!(text, "{}", style.paint(BLUE, who));
     for line in thoughts.unwrap_or_default().trim().lines() {
         let _ = writeln!(text, "  {}", style.paint(DIM, &plain(line)));
     }
@@ -99,16 +100,17 @@ fn call_text(call: &ToolCall, style: Style) -> String {
     )
 }
 
-/// What a tool answered.
+/// What a tool answered. `place` stands behind its name, where it is not empty.
 pub fn tool(
     text: &mut String,
     style: Style,
+    place: &str,
     call_id: &str,
     content: &str,
     record: Option<&ToolCallRecord>,
 ) {
     let name = record.map_or_else(|| call_id.to_owned(), |record| record.name.clone());
-    let mut who = format!("tool {}", plain(&name));
+    let mut who = format!("tool {}{place}", plain(&name));
     let mut color = MAGENTA;
     if let Some(record) = record {
         if record.latency_ms > 0 {

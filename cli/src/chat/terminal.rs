@@ -136,12 +136,20 @@ impl Conversation for Terminal {
             }) => assistant(
                 &mut text,
                 self.style,
+                "assistant",
                 reasoning_content.as_deref(),
                 content,
                 tool_calls,
             ),
             Seen::ToolAnswered { record, shown } => {
-                tool(&mut text, self.style, &record.call_id, shown, Some(record));
+                tool(
+                    &mut text,
+                    self.style,
+                    "",
+                    &record.call_id,
+                    shown,
+                    Some(record),
+                );
             }
             Seen::Said(_) | Seen::ToolCalled { .. } | Seen::TurnCost { .. } => {}
         }

@@ -11,6 +11,8 @@ use espalier_runtime::traces::workshop;
 use futures::StreamExt;
 use serde_json::{Value, json};
 
+use super::show::said;
+use super::source::Found;
 use super::{Filter, Place, Source};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
@@ -29,6 +31,9 @@ pub struct Export {
     /// Folder to write to, or `-` for lines on standard output
     #[arg(long, value_name = "DIR", default_value = "-")]
     pub out: PathBuf,
+    /// What was recorded, whatever corrections say: nothing edited, nothing left out
+    #[arg(long)]
+    pub raw: bool,
     /// Which traces.
     #[command(flatten)]
     pub filter: Filter,
@@ -47,12 +52,25 @@ pub enum Format {
 }
 
 impl Format {
-    fn write(self, trace: &Trace) -> Value {
+    fn write(self, trace: &Trace, found: &Found) -> Value {
         match self {
             Self::Workshop => workshop::write(trace),
-            Self::Jsonl => json!(trace),
+            Self::Jsonl if found.log.is_empty() => json!(trace),
+            Self::Jsonl => {
+                let mut value = json!(trace);
+                value["curation"] = said(&found.curated);
+                value
+            }
         }
     }
+}
+
+/// How much was written, and how much was not meant to be.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    traces: u64,
+    conversations: u64,
+    left_out: u64,
 }
 
 /// Runs the command.
@@ -63,24 +81,68 @@ pub async fn run(context: &Context, args: &Export) -> Outcome {
     let mut target = Target::open(args)?;
     let bar = progress::things(entries.len() as u64, "exporting");
     let mut traces = std::pin::pin!(source.load_all(entries));
-    let mut written = 0_u64;
-    while let Some(trace) = traces.next().await {
-        let trace = trace?;
-        target.write(&trace.header.job.job, &args.format.write(&trace))?;
-        written += 1;
-        bar.set_position(written);
+    let mut tally = Tally::default();
+    while let Some(found) = traces.next().await {
+        let found = found?;
+        let found = if args.raw { found.trace.into() } else { found };
+        add(&mut target, args.format, &found, &mut tally)?;
+        bar.inc(1);
     }
     target.finish()?;
     bar.finish_and_clear();
     if to_stdout {
-        note(format!("exported {written} traces"));
+        note(told(tally));
     } else {
         context.out.show(
-            || json!({"exported": written, "out": args.out}),
-            || format!("exported {written} traces to {}", args.out.display()),
+            || {
+                json!({
+                    "exported": tally.traces, "conversations": tally.conversations,
+                    "left_out": tally.left_out, "out": args.out,
+                })
+            },
+            || format!("{} to {}", told(tally), args.out.display()),
         )?;
     }
     Ok(Exit::Ok)
+}
+
+/// Writes each conversation of a trace, unless it is dropped or rejected.
+fn add(
+    target: &mut Target,
+    format: Format,
+    found: &Found,
+    tally: &mut Tally,
+) -> Result<(), Problem> {
+    if !found.curated.standing.is_wanted() {
+        tally.left_out += 1;
+        return Ok(());
+    }
+    let job = &found.trace.header.job.job;
+    for (n, trace) in found.curated.traces(&found.trace).iter().enumerate() {
+        // No name of a job holds a `#`, so that none meets the second part of another.
+        let name = match n {
+            0 => job.to_string(),
+            n => format!("{job}#{}", n + 1),
+        };
+        target.write(&name, &format.write(trace, found))?;
+        tally.conversations += 1;
+    }
+    tally.traces += 1;
+    Ok(())
+}
+
+fn told(tally: Tally) -> String {
+    let mut text = format!("exported {} traces", tally.traces);
+    if tally.conversations > tally.traces {
+        text.push_str(&format!(" as {} conversations", tally.conversations));
+    }
+    if tally.left_out > 0 {
+        text.push_str(&format!(
+            ", left out {} that are dropped or rejected",
+            tally.left_out
+        ));
+    }
+    text
 }
 
 /// Where lines or files go.
@@ -108,10 +170,10 @@ impl Target {
         }
     }
 
-    fn write(&mut self, job: &espalier_core::id::JobId, value: &Value) -> Result<(), Problem> {
+    fn write(&mut self, name: &str, value: &Value) -> Result<(), Problem> {
         match self {
             Self::Lines(lines) => Ok(writeln!(lines, "{value}")?),
-            Self::Files(folder) => write_file(&folder.join(format!("{job}.json")), value),
+            Self::Files(folder) => write_file(&folder.join(format!("{name}.json")), value),
         }
     }
 

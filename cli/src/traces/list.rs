@@ -2,6 +2,7 @@
 
 use clap::Args;
 use espalier_core::id::BatchId;
+use espalier_core::trace::edits::{Judgement, Standing};
 use serde_json::{Value, json};
 
 use super::source::Entry;
@@ -31,7 +32,7 @@ pub struct List {
 pub async fn run(context: &Context, args: &List) -> Outcome {
     let source = Source::open(context, &args.place).await?;
     let mut entries = source.list(args.batch.as_ref()).await?;
-    entries.retain(|entry| args.filter.admits(&entry.summary));
+    entries.retain(|entry| args.filter.admits(entry));
     let found = entries.len();
     entries.truncate(args.limit);
     context.out.show(
@@ -52,7 +53,11 @@ fn entry_json(entry: &Entry) -> Value {
     json!({
         "job": entry.job,
         "published_at_us": entry.published,
-        "corrected": entry.corrected,
+        "corrected": entry.patches > 0,
+        "corrections": entry.patches,
+        "judgement": entry.standing.judgement,
+        "dropped": entry.standing.dropped,
+        "labels": entry.standing.labels,
         "summary": entry.summary,
     })
 }
@@ -64,11 +69,12 @@ fn entries_table(entries: &[Entry]) -> String {
             .reward
             .map(|reward| format!("{reward:.2}"))
             .unwrap_or_default();
-        let mark = if entry.corrected { "*" } else { "" };
+        let mark = if entry.patches > 0 { "*" } else { "" };
         let tokens = summary.totals.prompt_tokens + summary.totals.completion_tokens;
         [
             format!("{}/{}", entry.job.batch, entry.job.job),
             format!("{reward}{mark}"),
+            marks(&entry.standing),
             summary.task_kind.clone(),
             summary.stop.as_str().to_owned(),
             summary.totals.turns.to_string(),
@@ -81,6 +87,7 @@ fn entries_table(entries: &[Entry]) -> String {
     let header = [
         "job",
         "reward",
+        "marks",
         "task kind",
         "stopped",
         "turns",
@@ -90,4 +97,12 @@ fn entries_table(entries: &[Entry]) -> String {
         "because",
     ];
     table(header, rows.collect())
+}
+
+/// What people said of a trace as a whole, in words.
+pub fn marks(standing: &Standing) -> String {
+    let judgement = standing.judgement.map(Judgement::as_str);
+    let dropped = standing.dropped.then_some("dropped");
+    let words: Vec<&str> = judgement.into_iter().chain(dropped).collect();
+    words.join(", ")
 }

@@ -6,12 +6,14 @@
 use clap::Args;
 use espalier_agent_worker::verify::{Evidence, Offline, judge};
 use espalier_core::id::{BatchId, JobKey};
-use espalier_core::trace::{Trace, Verdict};
+use espalier_core::trace::Verdict;
+use espalier_core::trace::edits::{Change, Patch};
 use espalier_runtime::clock::{Clock, SystemClock};
-use espalier_runtime::traces::Patch;
+use espalier_runtime::traces::Traces;
 use futures::StreamExt;
 use serde_json::{Value, json};
 
+use super::source::{self, Found};
 use super::{Filter, Place, Source};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
@@ -27,7 +29,7 @@ pub struct Reverify {
     /// The batch
     #[arg(value_name = "BATCH")]
     pub batch: BatchId,
-    /// Keeps new verdicts as corrections beside the traces; `list`, `show` and `export` then use them
+    /// Writes new verdicts as corrections beside the traces; `list`, `show` and `export` then use them
     #[arg(long)]
     pub write: bool,
     /// Which traces.
@@ -75,8 +77,7 @@ pub async fn run(context: &Context, args: &Reverify) -> Outcome {
         if let (true, Source::Store(traces), Judgement::New(verdict)) =
             (args.write, &source, &one.result)
         {
-            let patch = Patch::verdict(verdict.clone(), BY, SystemClock.now());
-            traces.correct(&one.job, &patch).await?;
+            write(traces, &one.job, verdict).await?;
         }
         judged.push(one);
         bar.inc(1);
@@ -85,21 +86,35 @@ pub async fn run(context: &Context, args: &Reverify) -> Outcome {
     report(context, args, &judged)
 }
 
-async fn again(trace: &Trace) -> Judged {
-    let old = trace.outcome.verdict.clone();
-    let result = match verdict(trace).await {
+/// Adds the verdict to the log of the trace.
+async fn write(traces: &Traces, job: &JobKey, verdict: &Verdict) -> Result<(), Problem> {
+    let loaded = source::load(traces, job).await?;
+    let change = Change::Verdict {
+        verdict: verdict.clone(),
+    };
+    let seen = loaded.curated.patches;
+    let patch = Patch::new(change, BY, SystemClock.now(), seen);
+    traces.patch(loaded, patch).await?;
+    Ok(())
+}
+
+async fn again(found: &Found) -> Judged {
+    let old = found.curated.verdict.clone();
+    let result = match verdict(found).await {
         Err(reason) => Judgement::No(reason),
         Ok(new) if Some(&new) == old.as_ref() => Judgement::Same,
         Ok(new) => Judgement::New(new),
     };
     Judged {
-        job: trace.header.job.clone(),
+        job: found.trace.header.job.clone(),
         old,
         result,
     }
 }
 
-async fn verdict(trace: &Trace) -> Result<Verdict, String> {
+/// What the checks find in the answer as it was corrected, and in the calls as they were made.
+async fn verdict(found: &Found) -> Result<Verdict, String> {
+    let trace = &found.trace;
     let draft = trace
         .header
         .verify
@@ -109,7 +124,11 @@ async fn verdict(trace: &Trace) -> Result<Verdict, String> {
         let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
         texts.join("; ")
     })?;
-    judge(&verify, &Evidence::from(trace), &Offline)
+    let evidence = Evidence {
+        answer: found.curated.answer(),
+        ..Evidence::from(trace)
+    };
+    judge(&verify, &evidence, &Offline)
         .await
         .map_err(|error| error.to_string())
 }
@@ -184,9 +203,10 @@ fn judged_table(judged: &[Judged]) -> String {
 mod tests {
     use super::*;
     use espalier_core::spec::parse_line;
+    use espalier_core::trace::edits::{self, Edit};
     use espalier_runtime::traces::workshop;
 
-    fn trace(verify: &str) -> Trace {
+    fn found(verify: &str) -> Found {
         let draft =
             parse_line(format!(r#"{{"prompt":"x","verify":{verify}}}"#).as_bytes()).unwrap();
         let sampling = draft.check().unwrap().rollout().unwrap().sampling.clone();
@@ -197,26 +217,40 @@ mod tests {
         let job = "default/b/j".parse().unwrap();
         let mut trace = workshop::read(file.to_string().as_bytes(), job, sampling).unwrap();
         trace.header.verify = draft.verify;
-        trace
+        trace.into()
     }
 
     #[tokio::test]
     async fn what_the_trace_holds_is_judged_again() {
-        let mut trace = trace(r#"{"answer":{"number":5}}"#);
-        let Judgement::New(verdict) = again(&trace).await.result else {
+        let mut found = found(r#"{"answer":{"number":5}}"#);
+        let Judgement::New(verdict) = again(&found).await.result else {
             panic!("there was no verdict before");
         };
         assert_eq!(verdict.reward, 1.0);
-        trace.outcome.verdict = Some(verdict);
-        assert_eq!(again(&trace).await.result, Judgement::Same);
+        found.curated.verdict = Some(verdict);
+        assert_eq!(again(&found).await.result, Judgement::Same);
+    }
+
+    #[tokio::test]
+    async fn a_corrected_answer_is_what_is_judged() {
+        let mut found = found(r#"{"answer":{"number":6}}"#);
+        let content = "it costs 6".to_owned();
+        let edits = vec![Edit::Content {
+            message: 1,
+            content,
+        }];
+        let patch = Patch::new(Change::Edit { edits }, "ann", SystemClock.now(), 0);
+        found.curated = edits::apply(&found.trace, &[patch]);
+        let judged = again(&found).await.result;
+        assert!(matches!(judged, Judgement::New(verdict) if verdict.reward == 1.0));
     }
 
     #[tokio::test]
     async fn what_needs_a_live_rollout_keeps_its_verdict() {
-        let judged = again(&trace(r#"{"page":{"script":"() => true"}}"#)).await;
+        let judged = again(&found(r#"{"page":{"script":"() => true"}}"#)).await;
         assert!(matches!(judged.result, Judgement::No(reason) if reason.contains("live")));
-        let mut unjudged = trace(r#"{"answer":{"number":5}}"#);
-        unjudged.header.verify = None;
+        let mut unjudged = found(r#"{"answer":{"number":5}}"#);
+        unjudged.trace.header.verify = None;
         assert!(matches!(again(&unjudged).await.result, Judgement::No(_)));
     }
 }

@@ -5,10 +5,16 @@ use std::fmt::Write;
 use espalier_core::chat::Message;
 use espalier_core::id::Fence;
 use espalier_core::time::Timestamp;
-use espalier_core::trace::{AdapterRef, Outcome, Step, StopReason, Totals, Trace, TraceError};
+use espalier_core::trace::edits::{Conversation, Curated, Origin, turns};
+use espalier_core::trace::{
+    AdapterRef, Outcome, Step, StopReason, Totals, Trace, TraceError, Verdict,
+};
 use serde_json::{Value, json};
 
-use super::{Show, Source};
+use super::edit::form::Form;
+use super::list::marks;
+use super::source::Found;
+use super::{Show, Source, diff};
 use crate::context::Context;
 use crate::exit::{self, Exit, Problem};
 use crate::output::{count, duration, plain};
@@ -24,22 +30,38 @@ const BROKE_OFF: &str = "\nthe steps break off here: the attempt has no outcome"
 pub async fn run(context: &Context, args: &Show) -> exit::Outcome {
     let source = Source::open(context, &args.place).await?;
     let job = args.job.key(context.project()?);
-    let (trace, has_ended) = match args.attempt {
-        None => (source.find(&job).await?, true),
-        Some(fence) => read_steps(&source.steps(&job, Fence(fence)).await?)?,
-    };
     let style = Style {
         color: context.out.color,
         lines: (!args.full).then_some(args.lines),
         rest: FULL,
     };
-    context.out.show(
-        || as_json(&trace, has_ended),
-        || match has_ended {
-            true => render(&trace, style),
-            false => conversation(&trace, style) + BROKE_OFF,
-        },
-    )?;
+    let (found, has_ended) = match args.attempt {
+        None => (source.find(&job).await?, true),
+        Some(fence) => {
+            let (trace, has_ended) = read_steps(&source.steps(&job, Fence(fence)).await?)?;
+            (trace.into(), has_ended)
+        }
+    };
+    let found = if args.raw { found.trace.into() } else { found };
+    if args.diff {
+        let painted = || diff::painted(&found, style);
+        context.out.show(|| diff::to_json(&found), painted)?;
+    } else if args.form {
+        let turns = turns(&found.trace, &found.log);
+        let form = Form::new(&job, &found.curated, &turns).write();
+        context.out.show(
+            || json!({"job": job, "form": form}),
+            || form.trim_end_matches('\n').to_owned(),
+        )?;
+    } else {
+        context.out.show(
+            || as_json(&found, has_ended),
+            || match has_ended {
+                true => render(&found, style),
+                false => conversations(&found, style) + BROKE_OFF,
+            },
+        )?;
+    }
     Ok(Exit::Ok)
 }
 
@@ -64,56 +86,128 @@ fn read_steps(lines: &str) -> Result<(Trace, bool), Problem> {
     }
 }
 
-fn as_json(trace: &Trace, has_ended: bool) -> Value {
-    let mut value = json!(trace);
+/// The trace as it was recorded, with the verdict that counts, and beside it what corrections made of it.
+fn as_json(found: &Found, has_ended: bool) -> Value {
+    let mut value = json!(found.trace);
+    if !found.log.is_empty() {
+        value["outcome"]["verdict"] = json!(found.curated.verdict);
+        value["curation"] = said(&found.curated);
+        let conversations = found.curated.conversations.iter();
+        value["curation"]["conversations"] = conversations.map(conversation_json).collect();
+    }
     if let (false, Some(fields)) = (has_ended, value.as_object_mut()) {
         fields.remove("outcome");
     }
     value
 }
 
-fn render(trace: &Trace, style: Style) -> String {
-    conversation(trace, style) + &verdict(trace, style)
+fn conversation_json(conversation: &Conversation) -> Value {
+    let numbers = conversation.origins.iter().map(|origin| origin.number());
+    json!({
+        "numbers": numbers.collect::<Vec<_>>(),
+        "messages": conversation.messages,
+        "tools": conversation.tools,
+        "untouched_calls": conversation.untouched_calls,
+    })
 }
 
-fn conversation(trace: &Trace, style: Style) -> String {
-    let mut text = head(trace, style);
-    for (index, message) in trace.messages.iter().enumerate() {
+/// What is said of a trace as a whole.
+pub fn said(curated: &Curated) -> Value {
+    let standing = &curated.standing;
+    json!({
+        "corrections": curated.patches,
+        "judgement": standing.judgement,
+        "dropped": standing.dropped,
+        "hints": standing.hints.map(|keep| if keep { "keep" } else { "drop" }),
+        "labels": standing.labels,
+    })
+}
+
+fn render(found: &Found, style: Style) -> String {
+    let mut text = conversations(found, style);
+    text.push_str(&verdict(
+        &found.trace,
+        found.curated.verdict.as_ref(),
+        style,
+    ));
+    let count = found.log.len();
+    if count > 0 {
+        let marks = marks(&found.curated.standing);
+        let marks = if marks.is_empty() {
+            marks
+        } else {
+            format!("{marks} · ")
+        };
+        let line = format!("\n{marks}{count} corrections (--diff, --raw)");
+        text.push_str(&style.paint(MAGENTA, &line));
+    }
+    text
+}
+
+fn conversations(found: &Found, style: Style) -> String {
+    let mut text = head(&found.trace, style);
+    let turns = turns(&found.trace, &found.log);
+    let all = found.curated.traces(&found.trace);
+    for (n, (trace, conversation)) in all.iter().zip(&found.curated.conversations).enumerate() {
+        if all.len() > 1 {
+            let line = format!("conversation {} of {}", n + 1, all.len());
+            let _ = writeln!(text, "\n{}", style.paint(BOLD, &line));
+        }
+        add_conversation(&mut text, trace, conversation, &turns, style);
+    }
+    text
+}
+
+/// Every message with its number, by which corrections name it.
+fn add_conversation(
+    text: &mut String,
+    trace: &Trace,
+    conversation: &Conversation,
+    turns: &[usize],
+    style: Style,
+) {
+    let numbered = trace.messages.iter().zip(&conversation.origins);
+    for (index, (message, origin)) in numbered.enumerate() {
         text.push('\n');
+        let number = origin.number();
+        let mark = match origin {
+            Origin::Recorded(_) => "",
+            Origin::Edited(_) => " · edited",
+            Origin::Added(_) => " · added",
+        };
+        let place = format!(" · message {number}{mark}");
         match message {
             Message::System { content, hint } => {
-                let who = if *hint {
+                let hint = if *hint {
                     "hint (left out of training)"
                 } else {
                     "system"
                 };
-                section(&mut text, style, MAGENTA, who, content);
+                section(text, style, MAGENTA, &format!("{hint}{place}"), content);
             }
-            Message::User { content } => section(&mut text, style, GREEN, "user", content),
+            Message::User { content } => {
+                section(text, style, GREEN, &format!("user{place}"), content);
+            }
             Message::Assistant {
                 content,
                 reasoning_content,
                 tool_calls,
-            } => assistant(
-                &mut text,
-                style,
-                reasoning_content.as_deref(),
-                content,
-                tool_calls,
-            ),
+            } => {
+                let turn = turns.iter().position(|turn| *turn == number);
+                let who = format!("assistant · turn {}{mark}", turn.map_or(0, |turn| turn + 1));
+                let thoughts = reasoning_content.as_deref();
+                assistant(text, style, &who, thoughts, content, tool_calls);
+            }
             Message::Tool {
                 tool_call_id,
                 content,
             } => {
-                let record = trace
-                    .tool_calls
-                    .iter()
-                    .find(|record| record.message == index);
-                tool(&mut text, style, tool_call_id, content, record);
+                let mut records = trace.tool_calls.iter();
+                let record = records.find(|record| record.message == index);
+                tool(text, style, &place, tool_call_id, content, record);
             }
         }
     }
-    text
 }
 
 fn head(trace: &Trace, style: Style) -> String {
@@ -161,7 +255,7 @@ fn adapters(trace: &Trace) -> Vec<(&AdapterRef, usize)> {
     found
 }
 
-fn verdict(trace: &Trace, style: Style) -> String {
+fn verdict(trace: &Trace, verdict: Option<&Verdict>, style: Style) -> String {
     let outcome = &trace.outcome;
     let totals = &outcome.totals;
     let mut text = format!(
@@ -177,7 +271,7 @@ fn verdict(trace: &Trace, style: Style) -> String {
     if let Some(url) = &outcome.final_url {
         let _ = writeln!(text, "page: {}", plain(url));
     }
-    let Some(verdict) = &outcome.verdict else {
+    let Some(verdict) = verdict else {
         text.push_str("not judged");
         return text;
     };
@@ -199,7 +293,7 @@ fn verdict(trace: &Trace, style: Style) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use espalier_core::trace::{CheckResult, ModelCall, Verdict};
+    use espalier_core::trace::{CheckResult, ModelCall};
     use espalier_runtime::traces::workshop;
 
     fn trace() -> Trace {
@@ -239,29 +333,29 @@ mod tests {
 default/b/j
 qwen · attempt 1 · 2025-05-29T13:09:00.000000Z · 0 tools
 
-hint (left out of training)
+hint (left out of training) · message 0
   look
   well
 
-user
+user · message 1
   price?\u{fffd}[2J
 
-assistant
+assistant · turn 1
   hm
   → open(url: \"x\")
 
-tool open
+tool open · message 3
   1
   2
   … 1 more lines (--full)
 
-assistant
+assistant · turn 2
   5
 
 answered: 2 turns, 1 tool calls (0 errors), 0 tokens in, 0 out, 0 ms
 reward 0.000
   ✗ answer 0.00: not 7";
-        assert_eq!(render(&trace(), style), expected);
+        assert_eq!(render(&trace().into(), style), expected);
     }
 
     #[test]
@@ -280,7 +374,7 @@ reward 0.000
             ..ModelCall::default()
         };
         trace.model_calls = vec![call("aa"), ModelCall::default(), call("bb"), call("aa")];
-        let text = render(&trace, style);
+        let text = render(&trace.into(), style);
         let expected =
             "0 tools\nadapter tuned (aa): 2 of 4 calls\nadapter tuned (bb): 1 of 4 calls\n\n";
         assert!(text.contains(expected), "{text}");
@@ -300,7 +394,7 @@ reward 0.000
         steps.extend(messages.map(|message| Step::Message { message }));
         let (killed, has_ended) = read_steps(&lines(&steps)).unwrap();
         assert!(!has_ended && killed.messages.len() == 2, "{killed:?}");
-        assert!(as_json(&killed, has_ended).get("outcome").is_none());
+        assert!(as_json(&killed.into(), has_ended).get("outcome").is_none());
         steps.push(Step::Outcome(Box::new(whole.outcome)));
         assert!(read_steps(&lines(&steps)).unwrap().1);
         assert!(read_steps("").is_err());
@@ -313,7 +407,7 @@ reward 0.000
             lines: None,
             rest: FULL,
         };
-        let text = render(&trace(), style);
+        let text = render(&trace().into(), style);
         assert!(text.contains("\u{1b}[2mhm\u{1b}[0m"));
         assert!(!text.contains("\u{1b}[2J"));
     }

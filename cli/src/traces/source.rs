@@ -2,11 +2,12 @@
 
 use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
 use espalier_core::time::Timestamp;
+use espalier_core::trace::edits::{Curated, Patch, Standing, apply};
 use espalier_core::trace::{RolloutSummary, Summary, Trace};
 use espalier_proto::convert::summary_from_wire;
 use espalier_proto::v1;
 use espalier_runtime::store::Store;
-use espalier_runtime::traces::{Listed, TRACE_BYTES_MAX, Traces};
+use espalier_runtime::traces::{Listed, Loaded, TRACE_BYTES_MAX, Traces};
 use futures::{Stream, StreamExt, TryStreamExt};
 
 use super::{Filter, Place};
@@ -28,9 +29,52 @@ pub struct Entry {
     pub summary: RolloutSummary,
     /// When it was published.
     pub published: Timestamp,
-    /// Whether a correction was applied.
-    pub corrected: bool,
-    listed: Listed,
+    /// How many corrections it has.
+    pub patches: u32,
+    /// What they say of it as a whole.
+    pub standing: Standing,
+}
+
+impl Entry {
+    fn listed(&self) -> Listed {
+        Listed {
+            job: self.job.clone(),
+            patches: self.patches,
+        }
+    }
+}
+
+/// A trace, its corrections, and what they come to.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// As it was recorded.
+    pub trace: Trace,
+    /// The corrections, in order.
+    pub log: Vec<Patch>,
+    /// What they come to.
+    pub curated: Curated,
+}
+
+impl From<Loaded> for Found {
+    fn from(loaded: Loaded) -> Self {
+        Self {
+            trace: loaded.trace,
+            log: loaded.log,
+            curated: loaded.curated,
+        }
+    }
+}
+
+impl From<Trace> for Found {
+    fn from(trace: Trace) -> Self {
+        let curated = apply(&trace, &[]);
+        let log = Vec::new();
+        Self {
+            trace,
+            log,
+            curated,
+        }
+    }
 }
 
 /// Where traces come from.
@@ -63,11 +107,11 @@ impl Source {
                         return Ok(None);
                     };
                     Ok::<_, Problem>(Some(Entry {
-                        job: one.job.clone(),
+                        job: one.job,
                         summary,
                         published: found.manifest.created_at_us,
-                        corrected: found.patch.is_some(),
-                        listed: one,
+                        patches: one.patches,
+                        standing: found.standing,
                     }))
                 };
                 futures::stream::iter(listed)
@@ -90,7 +134,7 @@ impl Source {
     /// Those of a batch that `filter` admits. None at all is refused: it is a typing error more often than a wish.
     pub async fn choose(&self, batch: &BatchId, filter: &Filter) -> Result<Vec<Entry>, Problem> {
         let mut entries = self.list(Some(batch)).await?;
-        entries.retain(|entry| filter.admits(&entry.summary));
+        entries.retain(|entry| filter.admits(entry));
         if entries.is_empty() {
             let fix = format!("see what there is with `espalier traces list {batch}`");
             return Err(Problem::refused(format!("no trace of `{batch}` fits")).fix(fix));
@@ -99,10 +143,10 @@ impl Source {
     }
 
     /// One trace.
-    pub async fn find(&self, job: &JobKey) -> Result<Trace, Problem> {
+    pub async fn find(&self, job: &JobKey) -> Result<Found, Problem> {
         match self {
-            Self::Store(traces) => Ok(traces.load(&traces.find(job).await?).await?.trace),
-            Self::Api(client, _) => fetch(client, job).await,
+            Self::Store(traces) => Ok(load(traces, job).await?.into()),
+            Self::Api(client, _) => Ok(fetch(client, job).await?.into()),
         }
     }
 
@@ -128,15 +172,29 @@ impl Source {
     }
 
     /// The traces of `entries`, in order, a few read ahead.
-    pub fn load_all(&self, entries: Vec<Entry>) -> impl Stream<Item = Result<Trace, Problem>> {
+    pub fn load_all(&self, entries: Vec<Entry>) -> impl Stream<Item = Result<Found, Problem>> {
         let load = move |entry: Entry| async move {
             match self {
-                Self::Store(traces) => Ok(traces.load(&entry.listed).await?.trace),
-                Self::Api(client, _) => fetch(client, &entry.job).await,
+                Self::Store(traces) => Ok(traces.load(&entry.listed()).await?.into()),
+                Self::Api(client, _) => Ok(fetch(client, &entry.job).await?.into()),
             }
         };
         futures::stream::iter(entries).map(load).buffered(READS_MAX)
     }
+}
+
+/// The published trace of `job`, with all of its corrections.
+pub async fn load(traces: &Traces, job: &JobKey) -> Result<Loaded, Problem> {
+    Ok(traces.load(&traces.find(job).await?).await?)
+}
+
+/// The store, which corrections need.
+pub async fn writable(context: &Context, place: &Place) -> Result<Traces, Problem> {
+    let project = context.project()?;
+    open_store(context, place, &project).await?.ok_or_else(|| {
+        Problem::refused("corrections are written to the object store, and only the API is known")
+            .fix("name the store with --store URL")
+    })
 }
 
 /// The store, where one is named or known.
@@ -176,14 +234,11 @@ async fn list_jobs(
             };
             let key = JobKey::new(project.clone(), batch.clone(), job.id.parse()?);
             entries.push(Entry {
-                listed: Listed {
-                    job: key.clone(),
-                    newest_patch: None,
-                },
                 job: key,
                 summary,
                 published: Timestamp(job.ended_at_us),
-                corrected: false,
+                patches: 0,
+                standing: Standing::default(),
             });
         }
         if page.next_page_token.is_empty() {

@@ -3,10 +3,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::collections::BTreeSet;
+
 use espalier_core::adapter::{AdapterKind, AdapterVersion};
 use espalier_core::answers::Piece;
 use espalier_core::id::{AdapterName, JobKey};
 use espalier_core::layout;
+use espalier_core::trace::edits::Patch;
 use espalier_core::trace::{Manifest, Step, Trace, TraceError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -17,6 +20,7 @@ const MANIFEST_OF_ANSWERS: &str = include_str!("golden/manifest-generate-v1.json
 const MANIFEST_OF_AN_EXPORT: &str = include_str!("golden/manifest-export-v1.json");
 const PIECE: &str = include_str!("golden/piece-v1.json");
 const ADAPTER: &str = include_str!("golden/adapter-v1.json");
+const PATCHES: &str = include_str!("golden/patches-v1.jsonl");
 const MANIFEST: &str = include_str!("golden/manifest-v1.json");
 
 /// Reads `text` and writes it again, byte by byte the same.
@@ -172,4 +176,19 @@ fn a_version_of_an_adapter_of_version_1() {
         assert_eq!(error.field, format!("adapter.{field}"), "{to}");
     }
     assert_eq!(parse(ADAPTER, 4).unwrap_err().field, "adapter.n");
+}
+
+/// Every kind of patch, and each kind of edit.
+#[test]
+fn patches_of_version_1() {
+    let mut kinds = BTreeSet::new();
+    for line in PATCHES.lines() {
+        let patch = Patch::parse(line.as_bytes()).unwrap();
+        assert_eq!(serde_json::to_string(&patch).unwrap(), line);
+        kinds.insert(patch.change.kind());
+    }
+    assert_eq!(kinds.len(), 8, "{kinds:?}");
+    let newer = PATCHES.replace("\"schema_version\":1", "\"schema_version\":2");
+    let error = Patch::parse(newer.lines().next().unwrap().as_bytes()).unwrap_err();
+    assert_eq!(error, "`schema_version` must be 1, got `2`");
 }

@@ -3,6 +3,7 @@
 //! A rollout is recorded as [`Step`]s while it happens; [`Trace`] is what they add up to. Both are stored, so that a
 //! rollout which was killed can still be read up to its last step.
 
+pub mod edits;
 mod manifest;
 mod prompt;
 mod steps;

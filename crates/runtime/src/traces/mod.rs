@@ -1,10 +1,11 @@
 //! Published traces: listing, reading with proof of wholeness, correcting, and writing ones that came from elsewhere.
 //!
 //! A trace is visible once its manifest is; of what an attempt left without one only its [`steps`](Traces::steps) can be
-//! read, by whoever asks for them. Corrections are patches beside the manifest, and the newest one counts. The worker that records a trace publishes it itself:
-//! nothing here knows of leases. Read by the command line and by whatever makes data sets.
+//! read, by whoever asks for them. Corrections are patches beside the manifest, a log whose meaning
+//! `espalier_core::trace::edits` holds. The worker that records a trace publishes it itself: nothing here knows of
+//! leases. Read by the command line and by whatever makes data sets.
 
-mod patch;
+mod log;
 mod steps;
 pub mod workshop;
 
@@ -15,12 +16,12 @@ use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, Fence, JobKey, ProjectId};
 use espalier_core::layout;
 use espalier_core::time::Timestamp;
+use espalier_core::trace::edits::{Curated, Patch, Standing, apply};
 use espalier_core::trace::{self, FileEntry, Header, Manifest, SCHEMA_VERSION, Trace, TraceError};
 
 use crate::store::{Created, LIST_MAX, Store, StoreError};
 use crate::tasks::{BlockingFailed, blocking};
 
-pub use patch::{Change, Patch};
 pub use steps::{Steps, read_steps};
 
 /// Largest trace as text, in bytes: a zstd frame of a few kilobytes can claim to hold terabytes.
@@ -84,6 +85,14 @@ pub enum TracesError {
     /// More than a listing holds.
     #[error("a listing must hold at most {LISTED_MAX} traces, and there are more: name a batch")]
     TooMany,
+    /// A correction does not fit the trace as it is now.
+    #[error("the correction of `{job}` is refused")]
+    Refused {
+        /// The job.
+        job: JobKey,
+        /// Which field, and why.
+        source: FieldError,
+    },
     /// Somebody else took every number that was tried.
     #[error("no free number for an object of `{0}` was found in {NUMBER_TRIES_MAX} tries")]
     Contended(JobKey),
@@ -97,28 +106,32 @@ pub enum TracesError {
 pub struct Listed {
     /// The job that made it.
     pub job: JobKey,
-    /// The number of its newest correction.
-    pub newest_patch: Option<u32>,
+    /// How many corrections it has.
+    pub patches: u32,
 }
 
-/// The manifest of a trace with its newest correction.
+/// The manifest of a trace with its corrections.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
     /// As it was published, its summary corrected.
     pub manifest: Manifest,
-    /// The correction that was applied.
-    pub patch: Option<Patch>,
+    /// What the corrections say of it as a whole.
+    pub standing: Standing,
+    /// The corrections, in order.
+    pub log: Vec<Patch>,
 }
 
-/// A trace with its newest correction.
+/// A trace with its corrections.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Loaded {
-    /// What proves it.
+    /// What proves it, its summary corrected.
     pub manifest: Manifest,
-    /// The trace, its verdict corrected.
+    /// The trace as it was published.
     pub trace: Trace,
-    /// The correction that was applied.
-    pub patch: Option<Patch>,
+    /// The corrections, in order.
+    pub log: Vec<Patch>,
+    /// What the trace and its corrections come to.
+    pub curated: Curated,
 }
 
 /// The traces of one project.
@@ -147,7 +160,7 @@ impl Traces {
             None => layout::batches(&self.project),
         };
         let prefix = prefix.trim_end_matches('/');
-        let mut found: BTreeMap<JobKey, (bool, Option<u32>)> = BTreeMap::new();
+        let mut found: BTreeMap<JobKey, (bool, u32)> = BTreeMap::new();
         let mut after: Option<String> = None;
         loop {
             let page = self.store.list(prefix, after.as_deref(), LIST_MAX).await?;
@@ -164,22 +177,8 @@ impl Traces {
         }
         let published = found.into_iter().filter(|(_, (published, _))| *published);
         Ok(published
-            .map(|(job, (_, newest_patch))| Listed { job, newest_patch })
+            .map(|(job, (_, patches))| Listed { job, patches })
             .collect())
-    }
-
-    /// The trace of one job as a listing shows it.
-    pub async fn find(&self, job: &JobKey) -> Result<Listed, TracesError> {
-        let prefix = layout::patches(job);
-        let patches = self
-            .store
-            .list(prefix.trim_end_matches('/'), None, LIST_MAX)
-            .await?;
-        let number = |object: &crate::store::ObjectMeta| layout::job_of_patch(&object.path);
-        Ok(Listed {
-            job: job.clone(),
-            newest_patch: patches.iter().filter_map(number).map(|(_, n)| n).max(),
-        })
     }
 
     /// The steps of one attempt, as far as they reached the store.
@@ -201,48 +200,38 @@ impl Traces {
     /// What tables show of a trace, without reading the trace.
     pub async fn summary(&self, listed: &Listed) -> Result<Summary, TracesError> {
         let mut manifest = self.manifest(&listed.job).await?;
-        let patch = self.newest_patch(listed).await?;
-        if let (Some(patch), trace::Summary::Rollout(summary)) = (&patch, &mut manifest.summary) {
-            patch.correct_summary(summary);
+        let log = self.log(listed).await?;
+        let standing = Standing::of(&log);
+        if let trace::Summary::Rollout(summary) = &mut manifest.summary {
+            standing.correct(summary);
         }
-        Ok(Summary { manifest, patch })
+        Ok(Summary {
+            manifest,
+            standing,
+            log,
+        })
     }
 
-    /// Reads a trace: whole, unaltered, of a schema that this build knows, and corrected.
+    /// Reads a trace: whole, unaltered, of a schema that this build knows, and with its corrections.
     pub async fn load(&self, listed: &Listed) -> Result<Loaded, TracesError> {
-        let Summary { manifest, patch } = self.summary(listed).await?;
+        let Summary { manifest, log, .. } = self.summary(listed).await?;
         let job = &listed.job;
         let missing = || TracesError::NotPublished(job.clone());
         let file = manifest.trace_file().ok_or_else(missing)?.clone();
         let bytes = self.store.get(&file.path).await?;
         let owner = job.clone();
-        let mut trace =
-            blocking("traces.unpack", move || read_trace(&owner, &file, &bytes)).await??;
-        if let Some(patch) = &patch {
-            patch.correct_outcome(&mut trace.outcome);
-        }
+        let reading = blocking("traces.unpack", move || {
+            let trace = read_trace(&owner, &file, &bytes)?;
+            let curated = apply(&trace, &log);
+            Ok::<_, TracesError>((trace, log, curated))
+        });
+        let (trace, log, curated) = reading.await??;
         Ok(Loaded {
             manifest,
             trace,
-            patch,
+            log,
+            curated,
         })
-    }
-
-    /// Adds a correction, after those that are there. Returns its number.
-    pub async fn correct(&self, job: &JobKey, patch: &Patch) -> Result<u32, TracesError> {
-        let text = serde_json::to_vec_pretty(patch).map_err(|error| TracesError::Patch {
-            path: layout::patches(job),
-            reason: error.to_string(),
-        })?;
-        let mut n = self.find(job).await?.newest_patch.map_or(0, |n| n + 1);
-        for _ in 0..NUMBER_TRIES_MAX {
-            let path = layout::patch(job, n);
-            match self.store.create(&path, text.clone().into()).await? {
-                Created::New => return Ok(n),
-                Created::Exists => n += 1,
-            }
-        }
-        Err(TracesError::Contended(job.clone()))
     }
 
     /// Publishes a trace that no attempt of ours made: its file first, its manifest last. [`Created::Exists`] where
@@ -326,26 +315,15 @@ impl Traces {
             source,
         })
     }
-
-    async fn newest_patch(&self, listed: &Listed) -> Result<Option<Patch>, TracesError> {
-        let Some(n) = listed.newest_patch else {
-            return Ok(None);
-        };
-        let path = layout::patch(&listed.job, n);
-        let bytes = self.store.get(&path).await?;
-        Patch::parse(&bytes)
-            .map(Some)
-            .map_err(|reason| TracesError::Patch { path, reason })
-    }
 }
 
 /// Takes note of what an object says of its job.
-fn note(found: &mut BTreeMap<JobKey, (bool, Option<u32>)>, path: &str) {
+fn note(found: &mut BTreeMap<JobKey, (bool, u32)>, path: &str) {
     if let Ok(job) = layout::job_of_manifest(path) {
         found.entry(job).or_default().0 = true;
     } else if let Some((job, n)) = layout::job_of_patch(path) {
-        let newest = &mut found.entry(job).or_default().1;
-        *newest = (*newest).max(Some(n));
+        let patches = &mut found.entry(job).or_default().1;
+        *patches = (*patches).max(n.saturating_add(1));
     }
 }
 

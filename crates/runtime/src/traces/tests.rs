@@ -5,10 +5,11 @@ use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::spec::{JobDraft, PromptDraft, Sampling};
 use espalier_core::time::Timestamp;
+use espalier_core::trace::edits::{Change, Edit, Patch};
 use espalier_core::trace::{CheckResult, StopReason, Trace, Verdict};
 use serde_json::{Value, json};
 
-use super::{Patch, Traces, TracesError, workshop};
+use super::{Traces, TracesError, workshop};
 use crate::store::faults::{Fault, Faults};
 use crate::store::{Created, Store};
 
@@ -240,30 +241,92 @@ async fn an_altered_trace_is_refused() {
     assert!(matches!(error, TracesError::Altered { .. }), "{error}");
 }
 
+fn verdict(reward: f64) -> Change {
+    let checks = vec![CheckResult {
+        path: "answer".to_owned(),
+        score: reward,
+        reason: "half right".to_owned(),
+    }];
+    let verdict = Verdict { reward, checks };
+    Change::Verdict { verdict }
+}
+
+fn answer(content: &str) -> Change {
+    let edit = Edit::Content {
+        message: 5,
+        content: content.to_owned(),
+    };
+    Change::Edit { edits: vec![edit] }
+}
+
 #[tokio::test]
-async fn the_newest_correction_counts() {
+async fn corrections_are_a_log_whose_newest_verdict_counts() {
     let traces = traces().await;
     traces.publish(trace("a"), Vec::new(), NOW).await.unwrap();
-    for (n, reward) in [(0, 0.25), (1, 0.5)] {
-        let verdict = Verdict {
-            reward,
-            checks: vec![CheckResult {
-                path: "answer".to_owned(),
-                score: reward,
-                reason: "half right".to_owned(),
-            }],
-        };
-        let patch = Patch::verdict(verdict, "test", NOW);
-        assert_eq!(traces.correct(&key("a"), &patch).await.unwrap(), n);
+    let listed = traces.find(&key("a")).await.unwrap();
+    let mut loaded = traces.load(&listed).await.unwrap();
+    let changes = [verdict(0.25), answer("5 €"), verdict(0.5)];
+    for (seen, change) in (0..).zip(changes) {
+        let patch = Patch::new(change, "test", NOW, seen);
+        let n;
+        (n, loaded) = traces.patch(loaded, patch).await.unwrap();
+        assert_eq!(n, seen);
     }
     let listed = traces.list(None).await.unwrap();
-    assert_eq!(listed[0].newest_patch, Some(1));
+    assert_eq!(listed[0].patches, 3);
     assert_eq!(listed[0], traces.find(&key("a")).await.unwrap());
-    let loaded = traces.load(&listed[0]).await.unwrap();
-    assert_eq!(loaded.trace.reward(), Some(0.5));
-    let summary = loaded.manifest.summary.rollout().unwrap();
+    let again = traces.load(&listed[0]).await.unwrap();
+    assert_eq!((&again.log, &again.curated), (&loaded.log, &loaded.curated));
+    assert_eq!(again.trace, trace("a"), "what was published stays");
+    assert_eq!(again.curated.answer(), "5 €");
+    assert_eq!(again.curated.reward(), Some(0.5));
+    let summary = again.manifest.summary.rollout().unwrap();
     assert_eq!(summary.reward, Some(0.5));
     assert_eq!(summary.reason, "half right");
+}
+
+#[tokio::test]
+async fn of_two_that_correct_at_once_both_count_unless_they_meet() {
+    let traces = traces().await;
+    traces.publish(trace("a"), Vec::new(), NOW).await.unwrap();
+    let listed = traces.find(&key("a")).await.unwrap();
+    let stale = traces.load(&listed).await.unwrap();
+    let by = |who: &str, change| Patch::new(change, who, NOW, 0);
+    let (first, second, third) = tokio::join!(
+        traces.patch(stale.clone(), by("ann", answer("five"))),
+        traces.patch(stale.clone(), by("bob", Change::Drop)),
+        traces.patch(stale.clone(), by("cy", verdict(0.5))),
+    );
+    let mut numbers: Vec<u32> = [first, second, third].map(|r| r.unwrap().0).into();
+    numbers.sort_unstable();
+    assert_eq!(numbers, [0, 1, 2]);
+    let late = traces.patch(stale, by("di", answer("six"))).await;
+    let error = late.unwrap_err();
+    assert!(matches!(error, TracesError::Refused { .. }), "{error}");
+    let listed = traces.find(&key("a")).await.unwrap();
+    let loaded = traces.load(&listed).await.unwrap();
+    assert_eq!(loaded.curated.answer(), "five");
+    assert!(loaded.curated.standing.dropped);
+    assert_eq!(loaded.curated.refused, []);
+}
+
+#[tokio::test]
+async fn a_log_with_a_gap_is_refused() {
+    let traces = traces().await;
+    traces.publish(trace("a"), Vec::new(), NOW).await.unwrap();
+    let text = serde_json::to_vec(&Patch::new(Change::Drop, "test", NOW, 1)).unwrap();
+    let path = layout::patch(&key("a"), 1);
+    traces.store.put(&path, text.into()).await.unwrap();
+    let listed = traces.find(&key("a")).await.unwrap();
+    let error = traces.load(&listed).await.unwrap_err().to_string();
+    assert!(
+        error.contains("000000.json` is not a correction: it is missing"),
+        "{error}"
+    );
+    let path = layout::patch(&key("a"), 0);
+    traces.store.put(&path, "{}".into()).await.unwrap();
+    let error = traces.load(&listed).await.unwrap_err();
+    assert!(matches!(error, TracesError::Patch { .. }), "{error}");
 }
 
 #[test]
