@@ -83,6 +83,7 @@ fn made_up(conversations: usize, shared: bool, tokenizer: &'static Tokenizer) ->
             tools: if shared { tools.clone() } else { text.tools() },
             facts: Facts::default(),
             thinking: true,
+            keep_hints: None,
             calls: vec![],
         };
         let made = rows(&source, RowsOptions::default(), Split::Train, &mut renderer);

@@ -160,6 +160,9 @@ impl Builder {
 
     /// Why a source is dropped, if it is.
     fn judge(&mut self, source: &Source) -> Option<(DropReason, String)> {
+        if source.facts.rejected {
+            return Some((DropReason::Rejected, String::new()));
+        }
         if cuts(&source.messages, self.spec.unroll).is_empty() {
             return Some((DropReason::NothingTrained, String::new()));
         }

@@ -91,6 +91,7 @@ fn source(mut record: Value, name: impl Fn() -> String) -> Result<Source, FieldE
         messages,
         tools,
         thinking: true,
+        keep_hints: None,
         calls: Vec::new(),
     })
 }

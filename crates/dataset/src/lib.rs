@@ -35,5 +35,5 @@ pub use recorded::{Drift, RowsOptions, rows};
 pub use render::{RenderError, Rendered, Renderer};
 pub use row::{Recorded, Row, Split};
 pub use sample::{Origin, Sample, SampleError, TurnsCut, sample, samples};
-pub use source::{Facts, Source, SourceCall, Standing};
+pub use source::{Facts, Source, SourceCall};
 pub use unroll::{Cut, Unroll, cuts};

@@ -85,6 +85,8 @@ pub struct SourceEntry {
 pub enum DropReason {
     /// It cannot be read.
     Unreadable,
+    /// Somebody rejected it.
+    Rejected,
     /// It has no turn of the assistant that could be trained.
     NothingTrained,
     /// The filter does not admit it.

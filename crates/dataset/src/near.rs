@@ -164,12 +164,13 @@ mod tests {
             tools: vec![],
             facts: Facts::default(),
             thinking: true,
+            keep_hints: None,
             calls: vec![],
         }
     }
 
-    fn words(seed: usize, count: usize) -> Vec<String> {
-        let word = |n: usize| format!("w{}", (n * 7919 + seed * 104_729) % 9973);
+    fn words(seed: u32, count: u32) -> Vec<String> {
+        let word = |n: u32| format!("w{}", mixed(&[seed, n]) % 9973);
         (0..count).map(word).collect()
     }
 
@@ -198,7 +199,7 @@ mod tests {
         for seed in 0..50 {
             let signature = signature(&words(seed, 100));
             assert_eq!(index.like(&signature, 0.8), [0; 0], "{seed}");
-            assert_eq!(index.add(signature), seed);
+            assert_eq!(index.add(signature), seed as usize);
         }
         let mut near = words(17, 100);
         near.push("more".into());

@@ -23,7 +23,7 @@ use crate::unroll::{Cut, Unroll, assistant_turns, cuts};
 pub struct RowsOptions {
     /// Where it is cut.
     pub unroll: Unroll,
-    /// Whether hints stay in.
+    /// Whether hints stay in, where the conversation itself does not say.
     pub keep_hints: bool,
 }
 
@@ -54,6 +54,7 @@ pub fn rows(
     split: Split,
     renderer: &mut Renderer,
 ) -> Result<(Vec<Row>, Drift), RenderError> {
+    let keep_hints = source.keep_hints.unwrap_or(options.keep_hints);
     let mut drift = Drift::default();
     let mut rows = Vec::new();
     for cut in cuts(&source.messages, options.unroll) {
@@ -61,13 +62,13 @@ pub fn rows(
             // The workshop's rows are text, and train turns in a form in which nothing sampled them.
             Unroll::Compat => vec![Piece::rendered(&cut)],
             _ => {
-                let mut splice = Splice::new(source, options.keep_hints, renderer);
+                let mut splice = Splice::new(source, keep_hints, renderer);
                 let pieces = splice.pieces(&cut)?;
                 drift.add(splice.drift);
                 pieces
             }
         };
-        let piece = |piece| row(source, &cut, piece, options, split);
+        let piece = |piece| row(source, &cut, piece, keep_hints, split);
         rows.extend(pieces.into_iter().map(piece));
     }
     Ok((rows, drift))
@@ -88,7 +89,7 @@ impl Piece {
     }
 }
 
-fn row(source: &Source, cut: &Cut, piece: Piece, options: RowsOptions, split: Split) -> Row {
+fn row(source: &Source, cut: &Cut, piece: Piece, keep_hints: bool, split: Split) -> Row {
     let last = piece.trained.last().copied().unwrap_or_default();
     let is_last_piece = cut.trained.last() == Some(&last);
     let end = if is_last_piece {
@@ -108,7 +109,7 @@ fn row(source: &Source, cut: &Cut, piece: Piece, options: RowsOptions, split: Sp
         },
         timestamp: source.timestamp.clone(),
         model: source.model.clone(),
-        messages: shown(&source.messages[..end], options.keep_hints),
+        messages: shown(&source.messages[..end], keep_hints),
         tools: source.tools.clone(),
         truncated: !whole,
         original_id: (!whole).then(|| source.id.clone()),

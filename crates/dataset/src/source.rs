@@ -28,6 +28,8 @@ pub struct Source {
     pub facts: Facts,
     /// Whether the model was left to think.
     pub thinking: bool,
+    /// Whether hints stay in, where somebody said so of this conversation.
+    pub keep_hints: Option<bool>,
     /// Calls whose token ids are known, in order of their messages.
     pub calls: Vec<SourceCall>,
 }
@@ -47,6 +49,8 @@ pub struct Facts {
     pub split: Option<Split>,
     /// The job's labels, and those that people gave.
     pub labels: BTreeMap<String, String>,
+    /// Whether somebody said that it is not to be learnt from.
+    pub rejected: bool,
     /// Calls of tools that failed.
     pub tool_errors: u32,
     /// Tokens of all prompts and completions, as servers counted.
@@ -60,56 +64,30 @@ pub struct Facts {
 pub struct SourceCall {
     /// Index of the assistant message that it gave.
     pub message: usize,
-    /// The whole prompt; none where what came before the call has been changed since.
+    /// The whole prompt; none where nobody knows it, or what came before the call has been changed since.
     pub prompt: Option<Vec<u32>>,
     /// What was sampled, the end of the turn included where the model came to it.
     pub completion: Vec<u32>,
 }
 
-/// What people's changes left of a recorded call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
-    /// Nothing before it or in it was changed.
-    Whole,
-    /// Its answer is as it was sampled, but something before it was changed.
-    Answer,
-    /// Its answer was changed: its token ids say something else now.
-    Changed,
-}
-
 impl Source {
-    /// The conversation of a trace to which no change was made.
+    /// The conversation of a trace. Where it was corrected, its calls are those that no correction touched.
     ///
     /// # Errors
     /// The trace's prompts do not add up.
     pub fn of_trace(trace: &Trace) -> Result<Self, PromptError> {
-        Self::of_patched(trace, |_| Standing::Whole)
-    }
-
-    /// The conversation of a trace with changes. `standing` says, by the index of a call, what they left of it.
-    ///
-    /// # Errors
-    /// The trace's prompts do not add up.
-    pub fn of_patched(
-        trace: &Trace,
-        standing: impl Fn(usize) -> Standing,
-    ) -> Result<Self, PromptError> {
         let header = &trace.header;
         let mut calls = Vec::new();
         let prompts = prompt_ids(&trace.model_calls)?;
-        for (index, (call, prompt)) in trace.model_calls.iter().zip(prompts).enumerate() {
-            let stands = standing(index);
-            let Some(completion) = call.completion_ids.as_ref() else {
-                continue;
-            };
-            if stands == Standing::Changed || completion.is_empty() {
-                continue;
+        for (call, prompt) in trace.model_calls.iter().zip(prompts) {
+            let completion = call.completion_ids.as_ref();
+            if let Some(completion) = completion.filter(|ids| !ids.is_empty()) {
+                calls.push(SourceCall {
+                    message: call.message,
+                    prompt: prompt.filter(|ids| !ids.is_empty()),
+                    completion: ended(completion, &call.finish_reason),
+                });
             }
-            calls.push(SourceCall {
-                message: call.message,
-                prompt: prompt.filter(|ids| stands == Standing::Whole && !ids.is_empty()),
-                completion: ended(completion, &call.finish_reason),
-            });
         }
         calls.sort_by_key(|call| call.message);
         Ok(Self {
@@ -120,6 +98,7 @@ impl Source {
             tools: header.tools.iter().map(|tool| json!(tool)).collect(),
             facts: facts(trace),
             thinking: header.provenance.sampling.thinking,
+            keep_hints: None,
             calls,
         })
     }
@@ -153,6 +132,7 @@ fn facts(trace: &Trace) -> Facts {
         task_kind: header.task.task_kind.clone(),
         split: header.task.split.as_deref().and_then(Split::named),
         labels: header.labels.clone(),
+        rejected: false,
         tool_errors: totals.tool_errors,
         tokens: totals
             .prompt_tokens

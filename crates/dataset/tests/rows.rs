@@ -29,7 +29,8 @@ struct Expected {
     truncated: bool,
     truncation_point: Option<u32>,
     trained: Vec<u32>,
-    supervised: Vec<(u32, u32)>,
+    /// Absent, as `ids` and `digest` are, where transformers takes text of the content for control tokens.
+    supervised: Option<Vec<(u32, u32)>>,
     ids: Option<Vec<u32>>,
     count: Option<usize>,
     digest: Option<String>,
@@ -49,6 +50,7 @@ fn source(id: &str, messages: &Value, tools: Vec<Value>) -> Source {
         tools,
         facts: Facts::default(),
         thinking: true,
+        keep_hints: None,
         calls: vec![],
     }
 }
@@ -83,7 +85,10 @@ fn check(source: &Source, expected: &BTreeMap<String, Vec<Expected>>) -> usize {
 }
 
 fn check_tokens(made: &Sample, expected: &Expected, place: &str) {
-    let spans: Vec<Range<u32>> = expected.supervised.iter().map(|&(a, b)| a..b).collect();
+    let Some(supervised) = &expected.supervised else {
+        return;
+    };
+    let spans: Vec<Range<u32>> = supervised.iter().map(|&(a, b)| a..b).collect();
     match &expected.ids {
         Some(ids) => assert_eq!(&made.ids, ids, "{place}"),
         None => {

@@ -12,9 +12,8 @@ fn tokenizer() -> &'static Tokenizer {
 
 /// A conversation about a subject of its own.
 fn source(task: &str, kind: &str, subject: usize) -> Source {
-    let words: Vec<String> = (0..60)
-        .map(|n| format!("w{}", (n * 7919 + subject * 104_729) % 9973))
-        .collect();
+    let word = |n| sha256_hex(format!("{subject} {n}").as_bytes())[..6].to_owned();
+    let words: Vec<String> = (0..60).map(word).collect();
     let asked = Message::User {
         content: format!("Tell of {}.", words[..10].join(" ")),
     };
@@ -31,6 +30,7 @@ fn source(task: &str, kind: &str, subject: usize) -> Source {
             ..Facts::default()
         },
         thinking: true,
+        keep_hints: None,
         calls: vec![],
     }
 }
@@ -79,6 +79,8 @@ fn every_source_has_a_fate_and_a_reason() {
     silent.messages.pop();
     let mut again = source("a", "shop", 1);
     again.id = "again".into();
+    let mut rejected = source("g", "shop", 7);
+    rejected.facts.rejected = true;
     let sources = [
         source("a", "shop", 1),
         unsolved,
@@ -86,6 +88,7 @@ fn every_source_has_a_fate_and_a_reason() {
         near,
         silent,
         source("f", "shop", 6),
+        rejected,
     ];
     let spec = BuildSpec {
         filter: Some("solved".parse().unwrap()),
@@ -99,11 +102,12 @@ fn every_source_has_a_fate_and_a_reason() {
         "NearDuplicate trace/a-1",
         "NothingTrained",
         "train",
+        "Rejected",
     ];
     assert_eq!(fates(&manifest), expected);
     assert_eq!(rows.len(), 2);
     assert_eq!(manifest.counts.train_rows, 2);
-    assert_eq!(manifest.counts.dropped.values().sum::<usize>(), 4);
+    assert_eq!(manifest.counts.dropped.values().sum::<usize>(), 5);
 }
 
 #[test]

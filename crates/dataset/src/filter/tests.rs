@@ -25,6 +25,7 @@ fn source() -> Source {
             ..Facts::default()
         },
         thinking: true,
+        keep_hints: None,
         calls: vec![],
     }
 }

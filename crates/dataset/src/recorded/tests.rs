@@ -63,6 +63,7 @@ fn served(messages: Vec<Message>, completions: &[&str]) -> Source {
         tools: vec![],
         facts: Facts::default(),
         thinking: true,
+        keep_hints: None,
         calls,
     }
 }
@@ -183,6 +184,10 @@ fn hints_go_and_sampled_ids_stay() {
         keep_hints: true,
         ..RowsOptions::default()
     };
+    source.keep_hints = Some(false);
+    let (_, left_out, _) = made(&source, keep_hints);
+    assert_eq!(left_out, samples, "what the conversation itself says holds");
+    source.keep_hints = None;
     let (rows, samples, _) = made(&source, keep_hints);
     assert!(text(&samples[0].ids).contains("footer"));
     assert_eq!(rows[0].messages.len(), 5);

@@ -134,7 +134,7 @@ fn bad_rows_are_refused_by_name() {
     }
     let error = "sample `a` must name trained turns below 3, got 3";
     assert_eq!(made(&row("a", &[3]), 99), Err(error.into()));
-    let error = "sample `a` must have a supervised token, got none in 29 tokens";
+    let error = "sample `a` must have a supervised token, got none in 36 tokens";
     assert_eq!(made(&row("a", &[]), 99), Err(error.into()));
 }
 

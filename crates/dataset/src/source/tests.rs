@@ -82,18 +82,6 @@ fn a_trace_gives_its_facts_and_ids() {
 }
 
 #[test]
-fn changes_leave_what_they_did_not_touch() {
-    let standing = [Standing::Whole, Standing::Changed, Standing::Answer];
-    let source = Source::of_patched(&trace(), |call| standing[call]).unwrap();
-    let calls: Vec<_> = source
-        .calls
-        .iter()
-        .map(|call| (call.message, call.prompt.is_some()))
-        .collect();
-    assert_eq!(calls, [(1, true), (5, false)]);
-}
-
-#[test]
 fn prompts_that_do_not_add_up_are_refused() {
     let mut trace = trace();
     trace.model_calls[1].prompt.as_mut().unwrap().extends = Some(7);

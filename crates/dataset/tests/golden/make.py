@@ -160,7 +160,12 @@ def main() -> None:
             row |= {"count": len(ids), "digest": digest}
         golden.append({"id": path.name, "rows": rows})
     for name, messages, tools in conversations():
-        golden.append({"id": name, "messages": messages, "tools": tools, "rows": reference.rows(name, messages, tools)})
+        rows = reference.rows(name, messages, tools)
+        if "<tool_response>" in json.dumps(messages):
+            # What content spells is a control token here, and text in Espalier: only the rows are comparable.
+            for row in (row for found in rows.values() for row in found):
+                del row["ids"], row["supervised"]
+        golden.append({"id": name, "messages": messages, "tools": tools, "rows": rows})
     packed = json.dumps(golden, ensure_ascii=False, separators=(",", ":")).encode()
     out = pathlib.Path(__file__).with_name("rows.json.zst")
     out.write_bytes(zstandard.ZstdCompressor(level=22).compress(packed))
