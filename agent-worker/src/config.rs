@@ -82,6 +82,9 @@ pub struct AgentWorkerConfig {
     /// Rollouts at once.
     #[serde(default = "default_slots")]
     pub slots: u32,
+    /// Data sets at once, beside the rollouts; 0: none are built.
+    #[serde(default = "default_cpu_slots")]
+    pub cpu_slots: u32,
     /// What the worker offers beyond its MCP servers, for jobs that need it.
     #[serde(default)]
     pub tags: Vec<String>,
@@ -117,6 +120,7 @@ impl fmt::Debug for AgentWorkerConfig {
             .field("allow_inline_mcp", &self.allow_inline_mcp)
             .field("playwright_dir", &self.playwright_dir)
             .field("slots", &self.slots)
+            .field("cpu_slots", &self.cpu_slots)
             .field("tags", &self.tags)
             .field("http_hook_hosts", &self.http_hook_hosts)
             .field("grace_s", &self.grace_s)
@@ -131,6 +135,11 @@ fn default_coordinator_url() -> Addresses {
 
 fn default_slots() -> u32 {
     8
+}
+
+/// Such a job takes every core for much of its time.
+fn default_cpu_slots() -> u32 {
+    1
 }
 
 fn default_grace_s() -> u64 {
@@ -184,6 +193,7 @@ impl AgentWorkerConfig {
             allow_inline_mcp: false,
             playwright_dir: None,
             slots: default_slots(),
+            cpu_slots: default_cpu_slots(),
             tags: Vec::new(),
             http_hook_hosts: Vec::new(),
             grace_s: default_grace_s(),
@@ -196,6 +206,10 @@ impl AgentWorkerConfig {
         if !(1..=SLOTS_MAX).contains(&self.slots) {
             let rule = format!("must be in 1..={SLOTS_MAX}");
             return Err(FieldError::new("slots", self.slots, rule));
+        }
+        if self.cpu_slots > SLOTS_MAX {
+            let rule = format!("must be at most {SLOTS_MAX}");
+            return Err(FieldError::new("cpu_slots", self.cpu_slots, rule));
         }
         if self.grace_s > 3_600 {
             return Err(FieldError::new(

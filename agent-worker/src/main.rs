@@ -35,7 +35,7 @@ Keys of the configuration (each also as a variable: `model_name` is ESPALIER_AGE
   mcp_config         file with mcpServers; mcp_servers: the same entries here, by name
   allow_inline_mcp   whether jobs may bring commands of their own [false]
   playwright_dir     folder that holds node_modules/@playwright/mcp
-  slots              rollouts at once [8]
+  slots              rollouts at once [8]; cpu_slots: data sets at once beside them [1]
   tags               what the worker offers beyond its MCP servers
   http_hook_hosts    hosts whose hooks verifiers may ask
   grace_s            time for running rollouts when the process drains [30]

@@ -15,10 +15,11 @@ use espalier_runtime::publish::{NoLease, Published};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::{self, BlockingFailed, OnFailure, Tasks};
-use espalier_runtime::worker::{self, WorkerConfig, WorkerDeps, WorkerError};
+use espalier_runtime::worker::{self, Handler, WorkerConfig, WorkerDeps, WorkerError};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentWorkerConfig, McpSettingsError};
+use crate::curate::CurateHandler;
 use crate::handler::RolloutHandler;
 use crate::mcp::{McpConfig, McpHost, McpHostConfig};
 use crate::record::{RecordContext, RecordError, Recorder, Spool, ship_leftovers};
@@ -253,7 +254,30 @@ pub async fn run(
         store: deps.store.clone(),
         tasks: agent.tasks.clone(),
     };
-    let ended = worker::run(Arc::new(handler), worker, loop_deps, shutdown).await;
+    let cpu = WorkerConfig {
+        tags: config.tags.clone(),
+        slots: config.cpu_slots,
+        // What such a job has done is done again by the next attempt, which may run elsewhere at once.
+        grace: Duration::ZERO,
+        ..worker.clone()
+    };
+    let curate = CurateHandler::new(deps.store.clone(), Arc::clone(&deps.clock));
+    let curating = in_slots(curate, cpu, loop_deps.clone(), shutdown.clone());
+    let rollouts = in_slots(handler, worker, loop_deps, shutdown);
+    let ended = tokio::try_join!(Box::pin(rollouts), Box::pin(curating)).map(drop);
     agent.end().await;
     Ok(ended?)
+}
+
+/// Takes jobs of one kind, unless there is no slot for them.
+async fn in_slots<H: Handler>(
+    handler: H,
+    config: WorkerConfig,
+    deps: WorkerDeps,
+    shutdown: Shutdown,
+) -> Result<(), WorkerError> {
+    match config.slots {
+        0 => Ok(()),
+        _ => worker::run(Arc::new(handler), config, deps, shutdown).await,
+    }
 }

@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 
 use crate::bench::Bench;
 use crate::context::Global;
+use crate::dataset::DatasetCommand;
 use crate::jobs::JobCommand;
 use crate::practice::Practice;
 use crate::traces::TracesCommand;
@@ -87,6 +88,9 @@ pub enum Command {
     /// List, read, correct, export, import and judge traces again
     #[command(subcommand)]
     Traces(TracesCommand),
+    /// Build data sets of traces and files, and look at them
+    #[command(subcommand)]
+    Dataset(DatasetCommand),
     /// The practice site, and tasks on it with known answers
     #[command(subcommand)]
     Practice(Practice),

@@ -10,6 +10,7 @@ mod bench;
 mod chat;
 mod client;
 mod context;
+mod dataset;
 mod doctor;
 mod exit;
 mod generate;
@@ -28,6 +29,7 @@ mod servers;
 mod submit;
 mod traces;
 mod up;
+mod uploads;
 mod watch;
 
 use std::process::ExitCode;
@@ -88,6 +90,7 @@ async fn run(context: &Context, command: &Command) -> Outcome {
         Command::Queues => admin::queues(context).await,
         Command::Drain(args) => admin::drain(context, args).await,
         Command::Traces(command) => traces::run(context, command).await,
+        Command::Dataset(command) => dataset::run(context, command).await,
         Command::Practice(command) => practice::run(context, command).await,
         Command::Chat(args) => chat::run(context, args).await,
         Command::Bench(command) => bench::run(context, command).await,

@@ -42,6 +42,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
         "espalier-agent-worker",
         &[
             "espalier-core",
+            "espalier-dataset",
             "espalier-proto",
             "espalier-qwen3-text",
             "espalier-runtime",
@@ -53,6 +54,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
             "espalier-agent-worker",
             "espalier-coordinator",
             "espalier-core",
+            "espalier-dataset",
             "espalier-infer-worker",
             "espalier-practice",
             "espalier-proto",

@@ -11,9 +11,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
-use espalier_core::layout::{self, UploadName};
+use espalier_core::layout::UploadName;
 use espalier_core::spec::{GenerateDraft, JobDraft};
-use espalier_core::trace::sha256_hex;
 use espalier_proto::convert::draft_to_wire;
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
@@ -26,6 +25,7 @@ use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, facts, note};
 use crate::submit::{again, close_batch, default_batch, open, refusal_json, refusal_table, rename};
+use crate::uploads::{self, has_ended};
 use crate::{json as shown, progress};
 use requests::{Part, Requests};
 
@@ -83,7 +83,7 @@ pub async fn run(context: &Context, args: &Generate) -> Outcome {
     let asked = Asked {
         context,
         client: context.client().await?,
-        store: open_store(context, args).await?,
+        store: uploads::open_store(context, args.store.as_deref()).await?,
         project: match &args.project {
             Some(project) => project.clone(),
             None => context.project()?,
@@ -104,18 +104,6 @@ fn answers_of(file: &Path) -> PathBuf {
     file.with_extension("answers.jsonl")
 }
 
-async fn open_store(context: &Context, args: &Generate) -> Result<Store, Problem> {
-    let url = match &args.store {
-        Some(url) => Some(url.clone()),
-        None => context.store_url()?,
-    };
-    let url = url.ok_or_else(|| {
-        Problem::refused("the object store of the coordinator is not known")
-            .fix("name it with --store URL")
-    })?;
-    Ok(Store::open(&url).await?)
-}
-
 fn refuse(context: &Context, requests: &Requests) -> Outcome {
     if context.out.json {
         let refusals: Vec<Value> = requests.refusals.iter().map(refusal_json).collect();
@@ -131,7 +119,7 @@ impl Asked<'_> {
     /// Opens the batch, uploads the parts and submits a job for each. Repeating it changes nothing.
     async fn submit(&self, args: &Generate, parts: &[Part]) -> Result<(), Problem> {
         open(&self.client, &self.batch, v1::JobSpec::default()).await?;
-        self.check_project().await?;
+        uploads::check_project(&self.client, &self.batch, &self.project).await?;
         let bar = progress::bytes(parts.last().map_or(0, |part| part.end), "uploading");
         let mut jobs = Vec::new();
         for (n, part) in parts.iter().enumerate() {
@@ -148,74 +136,18 @@ impl Asked<'_> {
         }
         bar.finish_and_clear();
         for (chunk, jobs) in (0..).zip(jobs.chunks(PAGE_SIZE as usize)) {
-            self.submit_chunk(chunk, jobs).await?;
+            uploads::submit_all(&self.client, &self.batch, chunk, jobs).await?;
         }
         close_batch(&self.client, &self.batch).await?;
         note(format!("batch {}", self.batch));
         Ok(())
     }
 
-    /// Requests lie among the uploads of a project, and its jobs read nothing else.
-    async fn check_project(&self) -> Result<(), Problem> {
-        let request = v1::GetBatchRequest {
-            batch: self.batch.to_string(),
-        };
-        let batch = again(&self.client, || {
-            let (mut jobs, request) = (self.client.jobs(), request.clone());
-            async move { jobs.get_batch(request).await }
-        })
-        .await?;
-        if batch.project == self.project.as_str() {
-            return Ok(());
-        }
-        let message = format!(
-            "the token is of project `{}`, and `{}` was named",
-            batch.project, self.project
-        );
-        Err(Problem::refused(message).fix("name the token's project with --project"))
-    }
-
     /// Uploads a part under the name of its content, unless it is there.
     async fn upload(&self, file: &Path, part: &Part) -> Result<UploadName, Problem> {
         let (file, part) = (file.to_owned(), part.clone());
-        let read = blocking("generate.read", move || {
-            let content = requests::read(&file, &part)?;
-            let sha256 = sha256_hex(&content);
-            Ok::<_, std::io::Error>((content, sha256))
-        });
-        let read = read
-            .await
-            .map_err(|error| Problem::failed(error.to_string()))?;
-        let (content, sha256) = read?;
-        let name = UploadName::new(&format!("{sha256}.jsonl"))?;
-        let path = layout::upload(&self.project, &name);
-        match self.store.head(&path).await {
-            Ok(_) => {}
-            Err(error) if error.is_not_found() => self.store.put(&path, content.into()).await?,
-            Err(error) => return Err(error.into()),
-        }
-        Ok(name)
-    }
-
-    async fn submit_chunk(&self, chunk: u32, jobs: &[v1::JobSpec]) -> Result<(), Problem> {
-        let request = v1::SubmitChunkRequest {
-            batch: self.batch.to_string(),
-            chunk,
-            jobs: jobs.to_vec(),
-        };
-        let answer = again(&self.client, || {
-            let (mut jobs, request) = (self.client.jobs(), request.clone());
-            async move { jobs.submit_chunk(request).await }
-        })
-        .await?;
-        let errors = answer.rejected.iter().flat_map(|rejected| &rejected.errors);
-        let errors: Vec<String> = errors
-            .map(|error| format!("`{}` {}, got `{}`", error.field, error.rule, error.value))
-            .collect();
-        match errors.is_empty() {
-            true => Ok(()),
-            false => Err(Problem::refused(errors.join("; "))),
-        }
+        let read = move || requests::read(&file, &part);
+        uploads::upload(&self.store, &self.project, read).await
     }
 
     /// Shows how far the jobs are until all of them have ended.
@@ -340,11 +272,6 @@ impl Asked<'_> {
 /// Sorts as the parts do.
 fn job_id(n: usize) -> Result<JobId, Problem> {
     Ok(JobId::new(format!("part-{n:06}"))?)
-}
-
-fn has_ended(job: &v1::Job) -> bool {
-    use v1::JobState::{Cancelled, Dead, Succeeded};
-    matches!(job.state(), Succeeded | Dead | Cancelled)
 }
 
 /// Lines that are answered, as far as the worker has told.

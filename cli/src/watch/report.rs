@@ -238,6 +238,12 @@ impl Row {
             self.unjudged += 1;
             return;
         }
+        if let Some(curate) = &summary.curate {
+            self.finished += 1;
+            self.unjudged += 1;
+            self.tokens += curate.tokens;
+            return;
+        }
         if let Some(generate) = &summary.generate {
             self.finished += 1;
             self.unjudged += 1;

@@ -7,6 +7,7 @@
 pub mod backoff;
 pub mod clock;
 pub mod config;
+pub mod datasets;
 pub mod ids;
 pub mod model;
 pub mod net;
