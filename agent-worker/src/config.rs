@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use espalier_core::error::FieldError;
 use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::hub::HubConfig;
 use espalier_runtime::model::ModelEndpoint;
 use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::telemetry::TelemetryConfig;
@@ -82,9 +83,15 @@ pub struct AgentWorkerConfig {
     /// Rollouts at once.
     #[serde(default = "default_slots")]
     pub slots: u32,
-    /// Data sets at once, beside the rollouts; 0: none are built.
+    /// Jobs of each kind that takes cores, data sets and exports, at once beside the rollouts; 0: none are taken.
     #[serde(default = "default_cpu_slots")]
     pub cpu_slots: u32,
+    /// How exports reach the Hugging Face hub, where that differs from what the environment says.
+    #[serde(default)]
+    pub hub: HubConfig,
+    /// Whether exports may read a base model from a folder of this machine, which is whatever whoever trained named.
+    #[serde(default)]
+    pub allow_base_folders: bool,
     /// What the worker offers beyond its MCP servers, for jobs that need it.
     #[serde(default)]
     pub tags: Vec<String>,
@@ -121,6 +128,8 @@ impl fmt::Debug for AgentWorkerConfig {
             .field("playwright_dir", &self.playwright_dir)
             .field("slots", &self.slots)
             .field("cpu_slots", &self.cpu_slots)
+            .field("hub", &self.hub)
+            .field("allow_base_folders", &self.allow_base_folders)
             .field("tags", &self.tags)
             .field("http_hook_hosts", &self.http_hook_hosts)
             .field("grace_s", &self.grace_s)
@@ -194,6 +203,8 @@ impl AgentWorkerConfig {
             playwright_dir: None,
             slots: default_slots(),
             cpu_slots: default_cpu_slots(),
+            hub: HubConfig::default(),
+            allow_base_folders: false,
             tags: Vec::new(),
             http_hook_hosts: Vec::new(),
             grace_s: default_grace_s(),

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentWorkerConfig, McpSettingsError};
 use crate::curate::CurateHandler;
+use crate::export::ExportHandler;
 use crate::handler::RolloutHandler;
 use crate::mcp::{McpConfig, McpHost, McpHostConfig};
 use crate::record::{RecordContext, RecordError, Recorder, Spool, ship_leftovers};
@@ -257,14 +258,21 @@ pub async fn run(
     let cpu = WorkerConfig {
         tags: config.tags.clone(),
         slots: config.cpu_slots,
-        // What such a job has done is done again by the next attempt, which may run elsewhere at once.
+        // What was sent is not sent again, and what else was done the next attempt does again, perhaps elsewhere.
         grace: Duration::ZERO,
         ..worker.clone()
     };
     let curate = CurateHandler::new(deps.store.clone(), Arc::clone(&deps.clock));
-    let curating = in_slots(curate, cpu, loop_deps.clone(), shutdown.clone());
+    let curating = in_slots(curate, cpu.clone(), loop_deps.clone(), shutdown.clone());
+    let export = ExportHandler::new(&config, &deps).await;
+    let exporting = in_slots(export, cpu, loop_deps.clone(), shutdown.clone());
     let rollouts = in_slots(handler, worker, loop_deps, shutdown);
-    let ended = tokio::try_join!(Box::pin(rollouts), Box::pin(curating)).map(drop);
+    let ended = tokio::try_join!(
+        Box::pin(rollouts),
+        Box::pin(curating),
+        Box::pin(exporting)
+    )
+    .map(drop);
     agent.end().await;
     Ok(ended?)
 }

@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
+use crate::adapters::AdaptersCommand;
 use crate::bench::Bench;
 use crate::context::Global;
 use crate::dataset::DatasetCommand;
@@ -35,6 +36,7 @@ Environment:
   ESPALIER_PROJECT              project whose traces are meant [default: default]
   ESPALIER_UP_…                 keys of the file of `up` and `chat`: `slots` is ESPALIER_UP_SLOTS
   ESPALIER_PLAYWRIGHT_DIR       folder that holds node_modules/@playwright/mcp, for `up` and `chat`
+  HF_TOKEN, HF_ENDPOINT, …      the Hugging Face hub, as its own clients read them
   NO_COLOR                      no colours";
 
 /// The command line.
@@ -91,6 +93,9 @@ pub enum Command {
     /// Build data sets of traces and files, and look at them
     #[command(subcommand)]
     Dataset(DatasetCommand),
+    /// List what was trained, pull it as a folder, push it to the Hugging Face hub
+    #[command(subcommand)]
+    Adapters(AdaptersCommand),
     /// The practice site, and tasks on it with known answers
     #[command(subcommand)]
     Practice(Practice),

@@ -4,6 +4,7 @@
 //! output, and returns an exit code or a problem; nothing here ends the process. What can be decided without IO
 //! (parsing, tables, reports) is in plain functions with tests beside them.
 
+mod adapters;
 mod admin;
 mod args;
 mod bench;
@@ -91,6 +92,7 @@ async fn run(context: &Context, command: &Command) -> Outcome {
         Command::Drain(args) => admin::drain(context, args).await,
         Command::Traces(command) => traces::run(context, command).await,
         Command::Dataset(command) => dataset::run(context, command).await,
+        Command::Adapters(command) => adapters::run(context, command).await,
         Command::Practice(command) => practice::run(context, command).await,
         Command::Chat(args) => chat::run(context, args).await,
         Command::Bench(command) => bench::run(context, command).await,

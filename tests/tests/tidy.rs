@@ -9,7 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The arrows of ARCHITECTURE.md: what each crate may depend on, of ours.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("espalier-core", &[]),
     ("espalier-proto", &["espalier-core"]),
     ("espalier-runtime", &["espalier-core", "espalier-proto"]),
@@ -19,6 +19,15 @@ const ARROWS: [(&str, &[&str]); 14] = [
     (
         "espalier-dataset",
         &["espalier-core", "espalier-qwen3-text"],
+    ),
+    (
+        "espalier-adapters",
+        &[
+            "espalier-core",
+            "espalier-kernels",
+            "espalier-qwen3",
+            "espalier-runtime",
+        ],
     ),
     (
         "espalier-infer-worker",
@@ -41,6 +50,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
     (
         "espalier-agent-worker",
         &[
+            "espalier-adapters",
             "espalier-core",
             "espalier-dataset",
             "espalier-proto",
@@ -51,6 +61,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
     (
         "espalier-cli",
         &[
+            "espalier-adapters",
             "espalier-agent-worker",
             "espalier-coordinator",
             "espalier-core",

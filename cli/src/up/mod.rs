@@ -290,6 +290,8 @@ fn worker(
         allow_inline_mcp: settings.allow_inline_mcp,
         playwright_dir: parts.playwright_dir.clone(),
         slots: settings.slots,
+        // It is the user's own machine.
+        allow_base_folders: true,
         http_hook_hosts: settings.http_hook_hosts.clone(),
         grace_s: settings.grace.as_secs(),
         model_keys: here.iter().map(key).collect(),

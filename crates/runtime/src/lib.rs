@@ -1,5 +1,5 @@
 //! What every Espalier process is made of: configuration, supervised tasks, shutdown, telemetry, the object store,
-//! gRPC channels, the model client and the worker loop.
+//! gRPC channels, the model client, the hub's client and the worker loop.
 //!
 //! Nothing here knows what a process is for. The coordinator and the workers build on these modules; the rules and
 //! types of the domain are in `espalier-core`.
@@ -8,9 +8,12 @@ pub mod backoff;
 pub mod clock;
 pub mod config;
 pub mod datasets;
+pub mod fetch;
+pub mod hub;
 pub mod ids;
 pub mod model;
 pub mod net;
+mod progress;
 pub mod publish;
 pub mod shutdown;
 pub mod store;

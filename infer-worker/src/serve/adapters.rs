@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use espalier_core::error::shorten;
 use espalier_core::time::Timestamp;
+use espalier_qwen3::Lora;
 use espalier_runtime::clock::Clock;
+use espalier_runtime::fetch::{FetchError, Fetcher, Source, Wanted};
 use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry::error_chain;
 use espalier_runtime::worker::Serving;
@@ -20,8 +22,11 @@ use tokio::sync::watch;
 
 use crate::api::backend::{AdapterError, AdapterInfo, AdapterSource, Model, Target};
 use crate::engine::{self, Adapter};
-use crate::load::{Fetcher, LoadError, Source, Wanted};
 
+/// What is fetched of an adapter: no more than is read.
+const WANTED: Wanted = Wanted::Adapter {
+    bytes_max: Lora::FILE_BYTES_MAX,
+};
 /// How long fetching an adapter may take, with the wait for another load from the same place.
 const FETCH_LIMIT: Duration = Duration::from_secs(600);
 /// How long reading it, and handing it to the executor, may take. Longer than the executor has for its part.
@@ -188,11 +193,11 @@ impl Adapters {
         let fetched = async {
             let turn = turn.lock().await;
             let place = Source::parse(&source.path, None).await?;
-            let folder = self.fetcher.fetch(&place, Wanted::Adapter).await?;
-            Ok::<_, LoadError>((folder, turn))
+            let folder = self.fetcher.fetch(&place, WANTED).await?;
+            Ok::<_, FetchError>((folder, turn))
         };
         let fetched = with_deadline("infer.adapter_fetch", FETCH_LIMIT, fetched).await;
-        let fetched = fetched.map_err(LoadError::from).flatten();
+        let fetched = fetched.map_err(FetchError::from).flatten();
         let (folder, _turn) = fetched.map_err(|error| refused(error_chain(&error)))?;
         let _one = self.loading.lock().await;
         self.check_room(&name).map_err(refused)?;

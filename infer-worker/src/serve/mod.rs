@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::fetch::{FetchError, Fetcher, Source, Wanted};
 use espalier_runtime::ids::UuidIds;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::StoreError;
@@ -31,8 +32,7 @@ use crate::config::Options;
 use crate::engine::Health;
 use crate::grammar::GrammarError;
 use crate::jobs::{self, Answering};
-use crate::load::model::{ModelError, ModelFiles};
-use crate::load::{Fetcher, LoadError, Source, Wanted};
+use crate::load::{ModelError, ModelFiles};
 
 pub use device::{DTYPE_AUTO, DeviceFound, Library, Survey, survey};
 
@@ -55,7 +55,7 @@ const FAILED_END_LIMIT: Duration = Duration::from_secs(5);
 pub enum RunError {
     /// The model's files cannot be had.
     #[error("the model cannot be fetched")]
-    Fetch(#[from] LoadError),
+    Fetch(#[from] FetchError),
     /// They are no model that is served here.
     #[error("the model cannot be served")]
     Model(#[from] ModelError),

@@ -5,7 +5,7 @@ use espalier_runtime::telemetry::error_chain;
 
 use crate::api::backend::{Conversation, Delta, Form, Parser, RenderError, Rendered};
 use crate::grammar::{GrammarError, Guides, Thoughts, Vocabulary};
-use crate::load::model::ModelFiles;
+use crate::load::ModelFiles;
 
 /// Tokenizer, template and grammars of one model.
 pub(super) struct Text {

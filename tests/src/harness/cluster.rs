@@ -364,7 +364,7 @@ impl Cluster {
         let urls: Vec<String> = addresses.iter().map(|at| format!("http://{at}")).collect();
         format!(
             "coordinator_url = {urls:?}\ntoken = {WORKER_TOKEN:?}\ndata_dir = {data_dir:?}\n\
-             store_url = {store:?}\nslots = {slots}\nplaywright_dir = {playwright:?}\n{model}\
+             store_url = {store:?}\nslots = {slots}\ncpu_slots = 0\nplaywright_dir = {playwright:?}\n{model}\
              [mcp_servers.toy]\ncommand = {toy:?}\n[mcp_servers.browser]\npreset = \"playwright\"\n",
             store = store_url(self.folder.path(), &self.setup),
             model = self.model_config(),

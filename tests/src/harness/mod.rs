@@ -8,7 +8,6 @@ pub mod cluster;
 pub mod disk;
 pub mod faults;
 pub mod history;
-pub mod hub;
 pub mod model;
 pub mod otlp;
 pub mod practice;
@@ -21,4 +20,4 @@ pub mod trail;
 pub mod up;
 pub mod world;
 
-pub use espalier_testbed::{ports, process, proxy, redis, s3, wait_for};
+pub use espalier_testbed::{hub, ports, process, proxy, redis, s3, wait_for};

@@ -1,9 +1,10 @@
 //! What tests of every crate stand on: processes that die with their test, real Redis and S3 servers, a TCP proxy
-//! that shows faults, and waits that say what they waited for.
+//! that shows faults, a stand-in for the Hugging Face hub, and waits that say what they waited for.
 //!
 //! It knows nothing of Espalier, so that any crate may use it for its own tests. Nothing that is shipped depends on
 //! it, and nothing here judges: a helper that cannot do its part panics with what to do about it.
 
+pub mod hub;
 pub mod ports;
 pub mod process;
 pub mod proxy;

@@ -28,6 +28,17 @@ impl Secret {
         Self(value.into().into())
     }
 
+    /// What a file holds, without the line end at its end.
+    ///
+    /// # Errors
+    /// It cannot be read, or holds nothing. The message names the file and never its content.
+    pub fn of_file(file: &Path) -> Result<Self, String> {
+        match read_secret_file(file)?.trim() {
+            "" => Err(format!("file `{}` must not be empty", file.display())),
+            value => Ok(Self::new(value)),
+        }
+    }
+
     /// The value itself. Callers hand it to the one thing that needs it and to nothing else.
     pub fn expose(&self) -> &str {
         &self.0

@@ -9,7 +9,7 @@ mod caller;
 mod error;
 mod merge;
 mod read;
-mod retry;
+pub(crate) mod retry;
 mod route;
 mod served;
 mod sse;

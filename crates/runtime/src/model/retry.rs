@@ -1,4 +1,4 @@
-//! When a model call is tried again. Pure.
+//! When a call over HTTP is tried again. Pure.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// The wait after the `failures`-th failure: what the endpoint asks for, or else our own backoff. A part of either is
 /// random, so that clients that were turned away together do not come back together.
-pub(super) fn wait(
+pub(crate) fn wait(
     backoff: Backoff,
     failures: u32,
     retry_after: Option<Duration>,
@@ -31,7 +31,7 @@ pub(super) fn wait(
 
 /// The header `Retry-After`: seconds, or a date of HTTP. That is the server's, so `date`, the header `Date` of the same
 /// answer, is what it is held against; `now` only where there is none.
-pub(super) fn read_retry_after(
+pub(crate) fn read_retry_after(
     header: &str,
     date: Option<&str>,
     now: Timestamp,

@@ -12,7 +12,7 @@ use crate::config::{Dtype, Options};
 use crate::engine::{Engine, EngineConfig};
 use crate::executor::cuda::{CudaExecutor, CudaOptions};
 use crate::executor::{BLOCK_TOKENS, Executor as _};
-use crate::load::model::ModelFiles;
+use crate::load::ModelFiles;
 use crate::scheduler;
 
 /// How long a step may take on a GPU: the largest takes a second.

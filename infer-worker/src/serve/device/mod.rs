@@ -21,7 +21,7 @@ use crate::config::{Device, Dtype, Options};
 use crate::engine::{AdapterPort, Engine, EngineConfig, StartError};
 use crate::executor::cpu::{CpuConfig, CpuExecutor};
 use crate::executor::cuda::LoadError;
-use crate::load::model::ModelFiles;
+use crate::load::ModelFiles;
 use crate::scheduler;
 
 /// Tokens of a step on the CPU without being told: more makes answers wait for prompts, and is no faster.

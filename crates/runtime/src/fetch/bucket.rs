@@ -6,10 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::SeekFrom;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
-use espalier_runtime::store::{ObjectMeta, Store};
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
@@ -17,8 +14,9 @@ use sha2::{Digest, Sha256};
 use tokio::io::{AsyncSeekExt as _, AsyncWriteExt as _};
 use tokio::sync::Mutex;
 
-use super::progress::Progress;
-use super::{LoadError, Place};
+use super::{FetchError, Place};
+use crate::progress::Progress;
+use crate::store::{ObjectMeta, Store};
 
 /// What is asked for at once, in bytes. Each piece has a deadline and retries of its own.
 const PIECE_BYTES: u64 = 32 << 20;
@@ -69,7 +67,7 @@ fn short_digest(text: &str) -> String {
 }
 
 impl Bucket {
-    pub(super) async fn open(url: &str, cache: &Path, bytes_max: u64) -> Result<Self, LoadError> {
+    pub(super) async fn open(url: &str, cache: &Path, bytes_max: u64) -> Result<Self, FetchError> {
         Self::over(url, Store::open_to_read(url)?, cache, bytes_max).await
     }
 
@@ -78,11 +76,11 @@ impl Bucket {
         store: Store,
         cache: &Path,
         bytes_max: u64,
-    ) -> Result<Self, LoadError> {
+    ) -> Result<Self, FetchError> {
         // A name for people, and a digest, because two URLs may end alike.
         let last = url.rsplit('/').next().unwrap_or_default();
         let folder = cache.join(format!("{last}-{}", short_digest(url)));
-        let file_error = |source| LoadError::File {
+        let file_error = |source| FetchError::File {
             path: folder.clone(),
             source,
         };
@@ -102,14 +100,14 @@ impl Bucket {
         })
     }
 
-    async fn find(&self, file: &str) -> Result<Option<PathBuf>, LoadError> {
+    async fn find(&self, file: &str) -> Result<Option<PathBuf>, FetchError> {
         let meta = match self.store.head(file).await {
             Ok(meta) => meta,
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         if meta.size > self.bytes_max {
-            return Err(LoadError::TooLarge {
+            return Err(FetchError::TooLarge {
                 place: self.url.clone(),
                 file: file.to_owned(),
                 bytes: meta.size,
@@ -129,14 +127,14 @@ impl Bucket {
         Ok(Some(path))
     }
 
-    async fn download(&self, file: &str, version: Version) -> Result<(), LoadError> {
+    async fn download(&self, file: &str, version: Version) -> Result<(), FetchError> {
         let path = self.folder.join(file);
         // Named by what it is a part of, so that only the same object is gone on with.
         let part = self
             .folder
             .join(format!("{file}.{}.part", version.digest()));
         self.write_part(file, &part, version.bytes).await?;
-        let at_part = |source| LoadError::File {
+        let at_part = |source| FetchError::File {
             path: part.clone(),
             source,
         };
@@ -153,7 +151,7 @@ impl Bucket {
     }
 
     /// Finds that all files that were given are still what their objects are.
-    async fn find_unchanged(&self) -> Result<(), LoadError> {
+    async fn find_unchanged(&self) -> Result<(), FetchError> {
         let given = self.given.lock().await.clone();
         for (file, version) in &given {
             if Version::of(&self.store.head(file).await?) != *version {
@@ -163,15 +161,15 @@ impl Bucket {
         Ok(())
     }
 
-    fn changed(&self, file: &str) -> LoadError {
-        LoadError::Changed {
+    fn changed(&self, file: &str) -> FetchError {
+        FetchError::Changed {
             place: self.url.clone(),
             file: file.to_owned(),
         }
     }
 
-    async fn write_part(&self, file: &str, part: &Path, bytes: u64) -> Result<(), LoadError> {
-        let at_part = |source| LoadError::File {
+    async fn write_part(&self, file: &str, part: &Path, bytes: u64) -> Result<(), FetchError> {
+        let at_part = |source| FetchError::File {
             path: part.to_owned(),
             source,
         };
@@ -185,15 +183,14 @@ impl Bucket {
         let mut to = opened.map_err(at_part)?;
         let done = to.metadata().await.map_err(at_part)?.len().min(bytes);
         to.seek(SeekFrom::Start(done)).await.map_err(at_part)?;
-        let mut progress = Progress::new(file, Arc::new(AtomicU64::new(0)));
-        progress.begin(bytes);
-        progress.more(done);
+        let mut progress = Progress::new(file, bytes);
+        progress.at(done);
         let mut at = done;
         while at < bytes {
             let end = bytes.min(at + PIECE_BYTES);
             let piece = self.store.get_range(file, at..end).await?;
             if piece.len() as u64 != end - at {
-                return Err(LoadError::Damaged {
+                return Err(FetchError::Damaged {
                     place: self.url.clone(),
                     file: file.to_owned(),
                     what: "a piece",
@@ -216,24 +213,24 @@ impl Place for Bucket {
         self.url.clone()
     }
 
-    fn get<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Option<PathBuf>, LoadError>> {
+    fn get<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Option<PathBuf>, FetchError>> {
         self.find(file).boxed()
     }
 
-    fn confirm(&self) -> BoxFuture<'_, Result<(), LoadError>> {
+    fn confirm(&self) -> BoxFuture<'_, Result<(), FetchError>> {
         self.find_unchanged().boxed()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use crate::store::faults::{Fault, Faults};
     use bytes::Bytes;
     use espalier_core::time::Timestamp;
-    use espalier_runtime::store::faults::{Fault, Faults};
     use tempfile::TempDir;
 
     use super::*;
-    use crate::load::{Wanted, fetch_all};
+    use crate::fetch::{Wanted, fetch_all};
 
     async fn bucket(store: &Store, cache: &TempDir) -> Bucket {
         let opened = Bucket::over("s3://models/tiny", store.clone(), cache.path(), 1 << 30);
@@ -293,7 +290,7 @@ mod tests {
         });
         let faulty = store.clone().with_faults(faults);
         let broken = bucket(&faulty, &cache).await.get("w").await;
-        assert!(matches!(broken, Err(LoadError::Store(_))), "{broken:?}");
+        assert!(matches!(broken, Err(FetchError::Store(_))), "{broken:?}");
         // The first piece is not asked for again: it would fail.
         let mut asked = 0;
         let faults = Faults::new(move |operation, _| {
@@ -344,13 +341,17 @@ mod tests {
             None
         });
         let place = bucket(&store.clone().with_faults(faults), &cache).await;
-        let error = fetch_all(&place, Wanted::Adapter).await.unwrap_err();
+        let error = fetch_all(&place, Wanted::Adapter { bytes_max: 1 << 30 })
+            .await
+            .unwrap_err();
         assert!(
-            matches!(&error, LoadError::Changed { file, .. } if file == "adapter_config.json"),
+            matches!(&error, FetchError::Changed { file, .. } if file == "adapter_config.json"),
             "{error}"
         );
         let place = bucket(&store, &cache).await;
-        let folder = fetch_all(&place, Wanted::Adapter).await.unwrap();
+        let folder = fetch_all(&place, Wanted::Adapter { bytes_max: 1 << 30 })
+            .await
+            .unwrap();
         let config = std::fs::read(folder.join("adapter_config.json")).unwrap();
         assert_eq!(config, b"two");
     }

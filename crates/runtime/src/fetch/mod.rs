@@ -1,25 +1,21 @@
 //! Where models and adapters come from: a folder, a repository of the Hugging Face hub, or an object store.
 //!
-//! Whatever the place, what comes out is a folder with the few files that are read here; nothing else of a repository
-//! is fetched. [`model`] reads such a folder. What this is not: it reads no weights, which is the business of
-//! `crates/qwen3`.
+//! Whatever the place, what comes out is a folder with the few files that are wanted; nothing else of a repository is
+//! fetched. What this is not: it reads no weights, which is the business of `crates/qwen3`.
 
 mod bucket;
-mod hub;
-pub mod model;
-mod progress;
 
 use std::path::{Path, PathBuf};
 
-use espalier_core::error::shorten;
-use espalier_qwen3::Lora;
-use espalier_runtime::config::Environment;
-use espalier_runtime::store::StoreError;
-use espalier_runtime::tasks::{BlockingFailed, DeadlineExceeded};
+use espalier_core::error::{ErrorClass, shorten};
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
 
+use crate::config::Environment;
+use crate::hub::{Hub, HubError, HubSettings, Repo, Snapshot, is_plain_name, is_revision};
+use crate::store::StoreError;
+use crate::tasks::DeadlineExceeded;
 use bucket::Bucket;
-use hub::Hub;
 
 const INDEX: &str = "model.safetensors.index.json";
 /// Most shards of a model: the largest Qwen3 has some hundred.
@@ -29,7 +25,7 @@ const INDEX_BYTES_MAX: u64 = 64 << 20;
 
 /// Why files could not be had.
 #[derive(Debug, thiserror::Error)]
-pub enum LoadError {
+pub enum FetchError {
     /// What was named is nothing that files come from.
     #[error(
         "`{name}` is no folder, no repository of the hub such as Qwen/Qwen3-0.6B, and no s3://bucket/prefix"
@@ -54,20 +50,9 @@ pub enum LoadError {
         /// The rule that it breaks.
         rule: String,
     },
-    /// The hub did not give a file.
-    #[error("the hub did not give {file} of {repo}")]
-    Hub {
-        /// The repository.
-        repo: String,
-        /// The file.
-        file: String,
-        /// Why.
-        #[source]
-        source: Box<hf_hub::api::sync::ApiError>,
-    },
-    /// The hub's client cannot be made.
-    #[error("the client of the hub cannot be made")]
-    HubClient(#[source] Box<hf_hub::api::sync::ApiError>),
+    /// The hub did not give what was asked for.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// What came is not what was promised.
     #[error("{file} of {place} is damaged: {what} must be {expected}, is {found}; it was removed")]
     Damaged {
@@ -102,16 +87,6 @@ pub enum LoadError {
         /// How many it may have.
         bytes_max: u64,
     },
-    /// Nothing came for a while.
-    #[error("{file} of {place} stopped coming: nothing for {after_s} s")]
-    Stalled {
-        /// Folder, repository or URL.
-        place: String,
-        /// The file.
-        file: String,
-        /// For how long.
-        after_s: u64,
-    },
     /// The object store did not give it.
     #[error("the object store did not give what was asked for")]
     Store(#[from] StoreError),
@@ -127,12 +102,27 @@ pub enum LoadError {
     /// A folder for what is fetched is needed.
     #[error("no folder for what is fetched: set `--download-dir`, HF_HOME or HOME")]
     NoCache,
-    /// A question that was not answered in time.
+    /// It took longer than anybody waits.
     #[error(transparent)]
     Late(#[from] DeadlineExceeded),
-    /// Work off the async threads failed.
-    #[error(transparent)]
-    Blocking(#[from] BlockingFailed),
+}
+
+impl FetchError {
+    /// What it means for a job.
+    #[must_use]
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::Hub(error) => error.class(),
+            Self::Store(error) => error.class(),
+            Self::File { .. } | Self::Late(_) => ErrorClass::Infra,
+            Self::Damaged { .. } | Self::Changed { .. } => ErrorClass::Handler,
+            Self::Source { .. }
+            | Self::Missing { .. }
+            | Self::Index { .. }
+            | Self::TooLarge { .. }
+            | Self::NoCache => ErrorClass::Invalid,
+        }
+    }
 }
 
 /// Where files come from.
@@ -142,8 +132,8 @@ pub enum Source {
     Folder(PathBuf),
     /// A repository of the hub.
     Hub {
-        /// `owner/name`.
-        repo: String,
+        /// A model's.
+        repo: Repo,
         /// Branch, tag or commit.
         revision: String,
     },
@@ -158,8 +148,8 @@ impl Source {
     /// What `name` means. A folder that is there comes before a repository of the same name, as with transformers.
     ///
     /// # Errors
-    /// [`LoadError::Source`].
-    pub async fn parse(name: &str, revision: Option<&str>) -> Result<Self, LoadError> {
+    /// [`FetchError::Source`].
+    pub async fn parse(name: &str, revision: Option<&str>) -> Result<Self, FetchError> {
         if name.starts_with("s3://") {
             let url = name.trim_end_matches('/').to_owned();
             return Ok(Self::Bucket { url });
@@ -169,33 +159,16 @@ impl Source {
             return Ok(Self::Folder(PathBuf::from(name)));
         }
         let revision = revision.unwrap_or("main");
-        if is_repository(name) && is_revision(revision) {
-            return Ok(Self::Hub {
-                repo: name.to_owned(),
+        match name.parse() {
+            Ok(repo) if is_revision(revision) => Ok(Self::Hub {
+                repo,
                 revision: revision.to_owned(),
-            });
+            }),
+            _ => Err(FetchError::Source {
+                name: shorten(name),
+            }),
         }
-        Err(LoadError::Source {
-            name: shorten(name),
-        })
     }
-}
-
-/// `owner/name`, of the characters that the hub allows.
-fn is_repository(name: &str) -> bool {
-    let parts: Vec<&str> = name.split('/').collect();
-    parts.len() == 2 && parts.iter().all(|part| is_plain_name(part))
-}
-
-/// Branches may have slashes, but lead nowhere else.
-fn is_revision(revision: &str) -> bool {
-    revision.len() <= 256 && revision.split('/').all(is_plain_name)
-}
-
-/// A name that is one step of a path and leads down.
-fn is_plain_name(name: &str) -> bool {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    (1..=255).contains(&name.len()) && name.chars().all(plain) && !name.starts_with('.')
 }
 
 /// Which files are wanted.
@@ -203,16 +176,54 @@ fn is_plain_name(name: &str) -> bool {
 pub enum Wanted {
     /// Configuration, tokenizer, template and all weights.
     Model,
-    /// A PEFT adapter.
-    Adapter,
+    /// The configuration of a model alone.
+    Config,
+    /// The same as a model, and what else belongs to a copy of the model.
+    ModelToCopy,
+    /// A PEFT adapter, whose files have at most so many bytes: adapters are named also by those who use a process.
+    Adapter {
+        /// Largest file of it.
+        bytes_max: u64,
+    },
 }
 
+/// Files that a model may have beside its configuration and weights.
+const OPTIONAL: [&str; 4] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+];
+/// Files that go along with a copy of a model.
+pub const COPIED: [&str; 10] = [
+    OPTIONAL[0],
+    OPTIONAL[1],
+    OPTIONAL[2],
+    OPTIONAL[3],
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "LICENSE",
+    "NOTICE",
+];
+
 impl Wanted {
-    /// Largest file of it, in bytes. Models are named by whoever starts the process, adapters also by those who use it.
+    /// Largest file of it, in bytes. Models are named by whoever starts the process.
     fn file_bytes_max(self) -> u64 {
         match self {
-            Self::Model => u64::MAX,
-            Self::Adapter => Lora::FILE_BYTES_MAX,
+            Self::Model | Self::ModelToCopy | Self::Config => u64::MAX,
+            Self::Adapter { bytes_max } => bytes_max,
+        }
+    }
+
+    /// The file that must be there, and those that may.
+    fn small_files(self) -> (&'static str, &'static [&'static str]) {
+        match self {
+            Self::Model => ("config.json", &OPTIONAL),
+            Self::ModelToCopy => ("config.json", &COPIED),
+            Self::Config => ("config.json", &[]),
+            Self::Adapter { .. } => ("adapter_config.json", &[]),
         }
     }
 }
@@ -223,45 +234,56 @@ trait Place: Send + Sync {
     fn name(&self) -> String;
 
     /// A file, fetched if need be; none if there is no such file.
-    fn get<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Option<PathBuf>, LoadError>>;
+    fn get<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Option<PathBuf>, FetchError>>;
 
     /// Finds that all files that were given are of one version, as far as can be told.
-    fn confirm(&self) -> BoxFuture<'_, Result<(), LoadError>>;
+    fn confirm(&self) -> BoxFuture<'_, Result<(), FetchError>>;
 }
 
 /// Fetches files into the folders that hold what was fetched before.
 #[derive(Clone, Debug)]
 pub struct Fetcher {
-    hub: hub::Settings,
+    hub: HubSettings,
     /// For what comes from buckets.
     cache: Option<PathBuf>,
 }
 
 impl Fetcher {
-    /// `download_dir` takes the place of the hub's usual folder. From the environment: `HF_HOME`, `HF_HUB_CACHE`,
-    /// `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, as the hub's own clients read them.
+    /// `download_dir` takes the place of the hub's usual folder. How the hub is reached stands in the environment, as
+    /// [`HubSettings::new`] reads it.
+    #[must_use]
     pub fn new(environment: &Environment, download_dir: Option<&Path>) -> Self {
         let home = environment.get("HOME").filter(|home| !home.is_empty());
         let own = home.map(|home| Path::new(home).join(".cache/espalier/objects"));
         Self {
-            hub: hub::Settings::new(environment, download_dir),
+            hub: HubSettings::new(environment).with_cache(download_dir),
             cache: download_dir.map(|folder| folder.join("objects")).or(own),
         }
+    }
+
+    /// The same with a hub that is reached in another way.
+    #[must_use]
+    pub fn with_hub(mut self, hub: HubSettings) -> Self {
+        self.hub = hub;
+        self
     }
 
     /// The folder that holds what is wanted of `source`.
     ///
     /// # Errors
     /// A file is missing, damaged, or cannot be had.
-    pub async fn fetch(&self, source: &Source, wanted: Wanted) -> Result<PathBuf, LoadError> {
+    pub async fn fetch(&self, source: &Source, wanted: Wanted) -> Result<PathBuf, FetchError> {
         match source {
             Source::Folder(folder) => Ok(folder.clone()),
             Source::Hub { repo, revision } => {
-                let hub = Hub::open(&self.hub, repo, revision, wanted.file_bytes_max()).await?;
-                fetch_all(&hub, wanted).await
+                let hub = Hub::new(self.hub.clone())?;
+                let (first, _) = wanted.small_files();
+                let bytes_max = wanted.file_bytes_max();
+                let snapshot = hub.snapshot(repo, revision, &[first], bytes_max).await?;
+                fetch_all(&snapshot, wanted).await
             }
             Source::Bucket { url } => {
-                let cache = self.cache.as_deref().ok_or(LoadError::NoCache)?;
+                let cache = self.cache.as_deref().ok_or(FetchError::NoCache)?;
                 let bucket = Bucket::open(url, cache, wanted.file_bytes_max()).await?;
                 fetch_all(&bucket, wanted).await
             }
@@ -269,11 +291,25 @@ impl Fetcher {
     }
 }
 
-async fn fetch_all(place: &dyn Place, wanted: Wanted) -> Result<PathBuf, LoadError> {
-    let (first, others): (_, &[&str]) = match wanted {
-        Wanted::Model => ("config.json", &model::OPTIONAL),
-        Wanted::Adapter => ("adapter_config.json", &[]),
-    };
+impl Place for Snapshot {
+    fn name(&self) -> String {
+        self.repo().to_string()
+    }
+
+    fn get<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Option<PathBuf>, FetchError>> {
+        Snapshot::get(self, file)
+            .map(|got| got.map_err(FetchError::from))
+            .boxed()
+    }
+
+    /// A commit does not change.
+    fn confirm(&self) -> BoxFuture<'_, Result<(), FetchError>> {
+        std::future::ready(Ok(())).boxed()
+    }
+}
+
+async fn fetch_all(place: &dyn Place, wanted: Wanted) -> Result<PathBuf, FetchError> {
+    let (first, others) = wanted.small_files();
     let first = required(place, first).await?;
     for file in others {
         place.get(file).await?;
@@ -285,25 +321,43 @@ async fn fetch_all(place: &dyn Place, wanted: Wanted) -> Result<PathBuf, LoadErr
     Ok(first.parent().map(Path::to_owned).unwrap_or_default())
 }
 
-async fn required(place: &dyn Place, file: &str) -> Result<PathBuf, LoadError> {
+async fn required(place: &dyn Place, file: &str) -> Result<PathBuf, FetchError> {
     let found = place.get(file).await?;
-    found.ok_or_else(|| LoadError::Missing {
+    found.ok_or_else(|| FetchError::Missing {
         place: place.name(),
         file: file.to_owned(),
     })
 }
 
-async fn weights(place: &dyn Place, wanted: Wanted) -> Result<Vec<String>, LoadError> {
+async fn weights(place: &dyn Place, wanted: Wanted) -> Result<Vec<String>, FetchError> {
     let single = match wanted {
-        Wanted::Adapter => return Ok(vec!["adapter_model.safetensors".to_owned()]),
-        Wanted::Model => "model.safetensors".to_owned(),
+        Wanted::Config => return Ok(Vec::new()),
+        Wanted::Adapter { .. } => return Ok(vec!["adapter_model.safetensors".to_owned()]),
+        Wanted::Model | Wanted::ModelToCopy => "model.safetensors".to_owned(),
     };
     let Some(index) = place.get(INDEX).await? else {
         return Ok(vec![single]);
     };
     let text = read_text(&index, INDEX_BYTES_MAX).await?;
-    shards(&text).map_err(|rule| LoadError::Index {
+    shards(&text).map_err(|rule| FetchError::Index {
         place: place.name(),
+        rule,
+    })
+}
+
+/// The files of weights of a model's folder, by name.
+///
+/// # Errors
+/// Its index cannot be followed.
+pub async fn weight_files(folder: &Path) -> Result<Vec<String>, FetchError> {
+    let index = folder.join(INDEX);
+    match tokio::fs::try_exists(&index).await {
+        Ok(true) => {}
+        _ => return Ok(vec!["model.safetensors".to_owned()]),
+    }
+    let text = read_text(&index, INDEX_BYTES_MAX).await?;
+    shards(&text).map_err(|rule| FetchError::Index {
+        place: folder.display().to_string(),
         rule,
     })
 }
@@ -335,7 +389,7 @@ fn shards(index: &str) -> Result<Vec<String>, String> {
 }
 
 /// The text of a file that has at most `bytes_max` bytes.
-async fn read_text(path: &Path, bytes_max: u64) -> Result<String, LoadError> {
+async fn read_text(path: &Path, bytes_max: u64) -> Result<String, FetchError> {
     let read = async {
         let bytes = tokio::fs::metadata(path).await?.len();
         if bytes > bytes_max {
@@ -344,7 +398,7 @@ async fn read_text(path: &Path, bytes_max: u64) -> Result<String, LoadError> {
         }
         tokio::fs::read_to_string(path).await
     };
-    read.await.map_err(|source| LoadError::File {
+    read.await.map_err(|source| FetchError::File {
         path: path.to_owned(),
         source,
     })

@@ -14,13 +14,6 @@ use sha2::{Digest, Sha256};
 
 use crate::api::backend::Sampling;
 
-/// Files that a model may have beside its configuration and weights.
-pub(super) const OPTIONAL: [&str; 4] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-];
 /// Largest file that is read whole, in bytes: Qwen3's tokenizer.json has 11 MB.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 

@@ -7,7 +7,7 @@ async fn source(name: &str) -> Option<Source> {
 #[tokio::test]
 async fn a_name_means_one_place() {
     let hub = |repo: &str, revision: &str| Source::Hub {
-        repo: repo.to_owned(),
+        repo: repo.parse().unwrap(),
         revision: revision.to_owned(),
     };
     assert_eq!(

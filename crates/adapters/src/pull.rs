@@ -1,0 +1,144 @@
+//! A version's files into a folder: each verified by size and digest, and the folder there as a whole or not at all.
+
+use std::path::{Path, PathBuf};
+
+use espalier_core::adapter::{AdapterKind, AdapterVersion};
+use espalier_core::trace::FileEntry;
+use espalier_runtime::hub::Meter;
+use espalier_runtime::ids::{IdSource as _, UuidIds};
+use espalier_runtime::store::Store;
+use sha2::{Digest, Sha256};
+use tokio::io::AsyncWriteExt as _;
+
+use crate::card::{Form, card};
+use crate::error::AdaptersError;
+use crate::watch::Watch;
+
+/// What is asked for at once, in bytes.
+const PIECE_BYTES: u64 = 32 << 20;
+/// The page that goes with a version.
+pub(crate) const CARD: &str = "README.md";
+
+/// A folder that goes away with its owner, unless it is kept.
+pub(crate) struct Scratch(Option<PathBuf>);
+
+impl Scratch {
+    /// A new folder beside `path`.
+    pub(crate) fn beside(path: &Path) -> Result<Self, AdaptersError> {
+        let parent = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty());
+        Self::within(parent.unwrap_or(Path::new(".")))
+    }
+
+    /// A new folder in `parent`, which is made too.
+    pub(crate) fn within(parent: &Path) -> Result<Self, AdaptersError> {
+        let path = parent.join(format!(".espalier-{}", UuidIds.fresh()));
+        std::fs::create_dir_all(&path).map_err(AdaptersError::file(&path))?;
+        Ok(Self(Some(path)))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.as_deref().unwrap_or(Path::new(""))
+    }
+
+    /// It becomes `path`.
+    pub(crate) fn keep_as(mut self, path: &Path) -> Result<(), AdaptersError> {
+        if let Some(from) = self.0.take() {
+            let renamed = std::fs::rename(&from, path);
+            if renamed.is_err() {
+                self.0 = Some(from);
+            }
+            renamed.map_err(AdaptersError::file(path))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0
+            && let Err(error) = std::fs::remove_dir_all(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "a folder that is needed no more stays");
+        }
+    }
+}
+
+/// Makes the folder `to` with the files of a version and its card.
+///
+/// # Errors
+/// The folder is there, a file is damaged or cannot be had: then there is no folder.
+pub async fn pull(
+    store: &Store,
+    version: &AdapterVersion,
+    to: &Path,
+    watch: &Watch,
+) -> Result<(), AdaptersError> {
+    if to.exists() {
+        return Err(AdaptersError::Exists(to.to_owned()));
+    }
+    let scratch = Scratch::beside(to)?;
+    pull_into(store, version, scratch.path(), watch).await?;
+    let card_path = scratch.path().join(CARD);
+    if !card_path.exists() {
+        let form = match version.kind {
+            AdapterKind::Lora => Form::Adapter,
+            AdapterKind::Full => Form::Model,
+        };
+        let written = tokio::fs::write(&card_path, card(version, form)).await;
+        written.map_err(AdaptersError::file(&card_path))?;
+    }
+    scratch.keep_as(to)
+}
+
+/// The files of a version, into a folder that is there.
+pub(crate) async fn pull_into(
+    store: &Store,
+    version: &AdapterVersion,
+    folder: &Path,
+    watch: &Watch,
+) -> Result<(), AdaptersError> {
+    let meter = watch.begin("pulls");
+    meter.expect(version.files.iter().map(|file| file.size).sum());
+    for file in &version.files {
+        // The record was checked: what follows the last slash is a name.
+        let name = file.path.rsplit('/').next().unwrap_or_default();
+        get(store, file, &folder.join(name), &meter).await?;
+    }
+    Ok(())
+}
+
+async fn get(
+    store: &Store,
+    file: &FileEntry,
+    to: &Path,
+    meter: &Meter,
+) -> Result<(), AdaptersError> {
+    let at_file = AdaptersError::file(to);
+    let mut out = tokio::fs::File::create(to).await.map_err(&at_file)?;
+    let (mut digest, mut start) = (Sha256::new(), 0);
+    while start < file.size {
+        let end = file.size.min(start + PIECE_BYTES);
+        let piece = store.get_range(&file.path, start..end).await?;
+        // A shorter object gives a shorter piece, and so another digest.
+        digest.update(&piece);
+        out.write_all(&piece).await.map_err(&at_file)?;
+        meter.add(piece.len() as u64);
+        start = end;
+    }
+    out.sync_all().await.map_err(&at_file)?;
+    let found: String = digest
+        .finalize()
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    match found == file.sha256 {
+        true => Ok(()),
+        false => Err(AdaptersError::Damaged {
+            path: file.path.clone(),
+            expected: file.sha256.clone(),
+            found,
+        }),
+    }
+}
