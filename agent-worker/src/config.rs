@@ -83,7 +83,7 @@ pub struct AgentWorkerConfig {
     /// Rollouts at once.
     #[serde(default = "default_slots")]
     pub slots: u32,
-    /// Exports at once, beside the rollouts; 0: none are taken.
+    /// Jobs of each kind that takes cores, data sets and exports, at once beside the rollouts; 0: none are taken.
     #[serde(default = "default_cpu_slots")]
     pub cpu_slots: u32,
     /// How exports reach the Hugging Face hub, where that differs from what the environment says.
@@ -146,7 +146,7 @@ fn default_slots() -> u32 {
     8
 }
 
-/// An export takes every core while it merges.
+/// Such a job takes every core for much of its time.
 fn default_cpu_slots() -> u32 {
     1
 }

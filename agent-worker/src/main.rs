@@ -35,7 +35,7 @@ Keys of the configuration (each also as a variable: `model_name` is ESPALIER_AGE
   mcp_config         file with mcpServers; mcp_servers: the same entries here, by name
   allow_inline_mcp   whether jobs may bring commands of their own [false]
   playwright_dir     folder that holds node_modules/@playwright/mcp
-  slots              rollouts at once [8]; cpu_slots: exports at once, 0 for none [1]
+  slots              rollouts at once [8]; cpu_slots: data sets, and exports, at once, 0 for none [1]
   hub                endpoint, token and ca for exports to the Hugging Face hub [as HF_TOKEN, … say]
   allow_base_folders whether exports may read base models from folders of this machine [false]
   tags               what the worker offers beyond its MCP servers

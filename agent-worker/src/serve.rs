@@ -15,10 +15,11 @@ use espalier_runtime::publish::{NoLease, Published};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::{self, BlockingFailed, OnFailure, Tasks};
-use espalier_runtime::worker::{self, WorkerConfig, WorkerDeps, WorkerError};
+use espalier_runtime::worker::{self, Handler, WorkerConfig, WorkerDeps, WorkerError};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentWorkerConfig, McpSettingsError};
+use crate::curate::CurateHandler;
 use crate::export::ExportHandler;
 use crate::handler::RolloutHandler;
 use crate::mcp::{McpConfig, McpHost, McpHostConfig};
@@ -255,33 +256,37 @@ pub async fn run(
         store: deps.store.clone(),
         tasks: agent.tasks.clone(),
     };
-    let exports = WorkerConfig {
+    let cpu = WorkerConfig {
         tags: config.tags.clone(),
         slots: config.cpu_slots,
-        // What was sent is not sent again.
+        // What was sent is not sent again, and what else was done the next attempt does again, perhaps elsewhere.
         grace: Duration::ZERO,
         ..worker.clone()
     };
-    let exporting = async {
-        if exports.slots == 0 {
-            return Ok(());
-        }
-        let handler = ExportHandler::new(&config, &deps).await;
-        worker::run(
-            Arc::new(handler),
-            exports,
-            loop_deps.clone(),
-            shutdown.clone(),
-        )
-        .await
-    };
-    let rollouts = worker::run(
-        Arc::new(handler),
-        worker,
-        loop_deps.clone(),
-        shutdown.clone(),
-    );
-    let ended = tokio::try_join!(Box::pin(rollouts), Box::pin(exporting)).map(drop);
+    let curate = CurateHandler::new(deps.store.clone(), Arc::clone(&deps.clock));
+    let curating = in_slots(curate, cpu.clone(), loop_deps.clone(), shutdown.clone());
+    let export = ExportHandler::new(&config, &deps).await;
+    let exporting = in_slots(export, cpu, loop_deps.clone(), shutdown.clone());
+    let rollouts = in_slots(handler, worker, loop_deps, shutdown);
+    let ended = tokio::try_join!(
+        Box::pin(rollouts),
+        Box::pin(curating),
+        Box::pin(exporting)
+    )
+    .map(drop);
     agent.end().await;
     Ok(ended?)
+}
+
+/// Takes jobs of one kind, unless there is no slot for them.
+async fn in_slots<H: Handler>(
+    handler: H,
+    config: WorkerConfig,
+    deps: WorkerDeps,
+    shutdown: Shutdown,
+) -> Result<(), WorkerError> {
+    match config.slots {
+        0 => Ok(()),
+        _ => worker::run(Arc::new(handler), config, deps, shutdown).await,
+    }
 }

@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 use crate::adapters::AdaptersCommand;
 use crate::bench::Bench;
 use crate::context::Global;
+use crate::dataset::DatasetCommand;
 use crate::jobs::JobCommand;
 use crate::practice::Practice;
 use crate::traces::TracesCommand;
@@ -92,6 +93,9 @@ pub enum Command {
     /// List, read, correct, export, import and judge traces again
     #[command(subcommand)]
     Traces(TracesCommand),
+    /// Build data sets of traces and files, and look at them
+    #[command(subcommand)]
+    Dataset(DatasetCommand),
     /// List what was trained, pull it as a folder, push it to the Hugging Face hub
     #[command(subcommand)]
     Adapters(AdaptersCommand),

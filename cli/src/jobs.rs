@@ -200,7 +200,7 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
     let rows = jobs.iter().map(|job| {
         let summary = job.summary.as_ref();
         let is_rollout = |s: &&v1::RolloutSummary| {
-            s.generate.is_none() && s.export.is_none() && s.train.is_none()
+            s.generate.is_none() && s.export.is_none() && s.train.is_none() && s.curate.is_none()
         };
         let rollout = summary.filter(is_rollout);
         let reward = summary
@@ -241,7 +241,8 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
     )
 }
 
-/// Why a rollout is not solved, how many requests were answered, how a training ended, or where an export is.
+/// Why a rollout is not solved, how many requests were answered, how a training ended, where an export is, or how large a
+/// data set.
 fn what_came_of(summary: &v1::RolloutSummary) -> String {
     if let Some(train) = &summary.train {
         let held_out = train.eval_loss.map(|loss| format!(", held-out {loss:.4}"));
@@ -250,6 +251,13 @@ fn what_came_of(summary: &v1::RolloutSummary) -> String {
             count(train.steps),
             train.loss,
             held_out.unwrap_or_default()
+        );
+    }
+    if let Some(curate) = &summary.curate {
+        return format!(
+            "{} rows, {} held out",
+            count(curate.train_rows + curate.eval_rows),
+            count(curate.eval_rows)
         );
     }
     if let Some(export) = &summary.export {
@@ -372,6 +380,24 @@ fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
             ("export", what_came_of(summary)),
             ("commit", export.commit.clone()),
             ("bytes", count(export.bytes)),
+        ];
+    }
+    if let Some(curate) = &summary.curate {
+        let dropped: u64 = curate.dropped.values().sum();
+        return vec![
+            ("data set", what_came_of(summary)),
+            (
+                "sources",
+                format!("{}, {} dropped", count(curate.sources), count(dropped)),
+            ),
+            (
+                "tokens",
+                format!(
+                    "{}, {} of them learned",
+                    count(curate.tokens),
+                    count(curate.supervised_tokens)
+                ),
+            ),
         ];
     }
     let mut rows = vec![

@@ -89,6 +89,16 @@ pub fn summary(summary: &v1::RolloutSummary) -> Value {
             "bytes": export.bytes,
         });
     }
+    if let Some(curate) = &summary.curate {
+        return json!({
+            "sources": curate.sources,
+            "train_rows": curate.train_rows,
+            "eval_rows": curate.eval_rows,
+            "tokens": curate.tokens,
+            "supervised_tokens": curate.supervised_tokens,
+            "dropped": curate.dropped,
+        });
+    }
     if let Some(train) = &summary.train {
         return json!({
             "steps": train.steps,
@@ -129,6 +139,7 @@ pub fn kind(kind: v1::JobKind) -> &'static str {
         v1::JobKind::Rollout => "rollout",
         v1::JobKind::Generate => "generate",
         v1::JobKind::Train => "train",
+        v1::JobKind::Curate => "curate",
         v1::JobKind::Export => "export",
     }
 }

@@ -11,6 +11,7 @@ mod bench;
 mod chat;
 mod client;
 mod context;
+mod dataset;
 mod doctor;
 mod exit;
 mod generate;
@@ -92,6 +93,7 @@ async fn run(context: &Context, command: &Command) -> Outcome {
         Command::Queues => admin::queues(context).await,
         Command::Drain(args) => admin::drain(context, args).await,
         Command::Traces(command) => traces::run(context, command).await,
+        Command::Dataset(command) => dataset::run(context, command).await,
         Command::Adapters(command) => adapters::run(context, command).await,
         Command::Practice(command) => practice::run(context, command).await,
         Command::Chat(args) => chat::run(context, args).await,

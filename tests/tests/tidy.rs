@@ -62,6 +62,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
         &[
             "espalier-adapters",
             "espalier-core",
+            "espalier-dataset",
             "espalier-proto",
             "espalier-qwen3-text",
             "espalier-runtime",
@@ -74,6 +75,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
             "espalier-agent-worker",
             "espalier-coordinator",
             "espalier-core",
+            "espalier-dataset",
             "espalier-infer-worker",
             "espalier-practice",
             "espalier-proto",

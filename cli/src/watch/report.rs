@@ -388,12 +388,14 @@ impl Work {
             v1::JobState::Cancelled => self.cancelled += 1,
             _ => self.done += 1,
         }
-        let summary = job.summary.as_ref();
-        if let Some(generate) = summary.and_then(|summary| summary.generate.as_ref()) {
+        let Some(summary) = &job.summary else { return };
+        if let Some(generate) = &summary.generate {
             self.requests += generate.lines;
             self.failed += generate.failed;
             self.tokens += generate.prompt_tokens + generate.completion_tokens;
         }
+        self.tokens += summary.train.as_ref().map_or(0, |train| train.tokens);
+        self.tokens += summary.curate.as_ref().map_or(0, |curate| curate.tokens);
     }
 
     fn cells(&self, kind: &str) -> [String; 8] {

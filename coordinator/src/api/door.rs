@@ -253,6 +253,8 @@ fn implied_needs(work: &Work) -> Vec<String> {
         Work::Generate(generate) => generate.model.iter().map(|name| model_tag(name)).collect(),
         // Any worker that trains fetches what it needs.
         Work::Train(_) => Vec::new(),
+        // Its sources are in the store.
+        Work::Curate(_) => Vec::new(),
         // What it takes out is in the store, and what it needs besides it fetches.
         Work::Export(_) => Vec::new(),
     }
@@ -333,6 +335,16 @@ mod tests {
         let refused = refused(r#"{"export":{"adapter":"shop","folder":"../x"}}"#);
         let fields: Vec<&str> = refused.iter().map(|(field, _)| field.as_str()).collect();
         assert_eq!(fields, ["export.adapter", "export.folder"]);
+    }
+
+    #[test]
+    fn a_curation_waits_for_any_worker_that_builds_data_sets() {
+        let own = r#"{"curate":{"batches":["b1"],"dataset":"shop"}}"#;
+        let job = door("{}").check(&spec(own), "a").unwrap().submission.job;
+        assert_eq!((job.kind, job.needs.len()), (JobKind::Curate, 0));
+        let refused = refused(r#"{"curate":{"dataset":"shop","eval_share":1.5}}"#);
+        let fields: Vec<&str> = refused.iter().map(|(field, _)| field.as_str()).collect();
+        assert_eq!(fields, ["curate.batches", "curate.eval_share"]);
     }
 
     #[test]

@@ -17,6 +17,8 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::FieldError;
 use crate::id::{
     AdapterName, BatchId, DatasetName, Fence, JobId, JobKey, NAME_BYTES_MAX, ProjectId,
@@ -167,9 +169,36 @@ pub fn adapter_version_of(project: &ProjectId, path: &str) -> Option<(AdapterNam
     (n > 0 && adapter_version(project, &name, n) == path).then_some((name, n))
 }
 
+/// What one attempt of a `curate` job made: rows, manifest and card beside each other.
+pub fn dataset_files(key: &JobKey, fence: Fence) -> String {
+    format!("{}dataset/", attempt(key, fence))
+}
+
+/// All data sets of a project.
+pub fn datasets(project: &ProjectId) -> String {
+    format!("{project}/datasets/")
+}
+
+/// All versions of a data set.
+pub fn dataset_versions(project: &ProjectId, name: &DatasetName) -> String {
+    format!("{}{name}/", datasets(project))
+}
+
 /// Version `n` of a data set, from 1: created if absent, so that the number is taken once.
 pub fn dataset_version(project: &ProjectId, name: &DatasetName, n: u32) -> String {
-    format!("{project}/datasets/{name}/v{n}.json")
+    format!("{}v{n}.json", dataset_versions(project, name))
+}
+
+/// The name and the number of the version of a data set that lies at `path`; none where it is another object.
+pub fn dataset_version_of(project: &ProjectId, path: &str) -> Option<(DatasetName, u32)> {
+    let (name, file) = path.strip_prefix(&datasets(project))?.split_once('/')?;
+    let name = name.parse().ok()?;
+    let n = file
+        .strip_prefix('v')?
+        .strip_suffix(".json")?
+        .parse()
+        .ok()?;
+    (n > 0 && dataset_version(project, &name, n) == path).then_some((name, n))
 }
 
 /// The manifest, created once and written last.
@@ -218,7 +247,8 @@ pub fn probe_order_folder(id: &str) -> String {
 
 /// The name of something that a user brought: parts with `/` between them, each by the rule of identifiers, so that
 /// none leads out of its folder.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct UploadName(Box<str>);
 
 impl UploadName {
@@ -251,6 +281,20 @@ impl UploadName {
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl TryFrom<String> for UploadName {
+    type Error = FieldError;
+
+    fn try_from(name: String) -> Result<Self, FieldError> {
+        Self::new(&name)
+    }
+}
+
+impl From<UploadName> for String {
+    fn from(name: UploadName) -> Self {
+        name.0.into()
     }
 }
 
@@ -494,6 +538,11 @@ mod tests {
             dataset_version(&project, &data, 3),
             "shop/datasets/clicks/v3.json"
         );
+        let path = "shop/datasets/clicks/v3.json";
+        assert_eq!(dataset_version_of(&project, path), Some((data, 3)));
+        for other in ["shop/datasets/clicks/v03.json", "shop/datasets/v3.json"] {
+            assert_eq!(dataset_version_of(&project, other), None, "{other}");
+        }
     }
 
     #[test]

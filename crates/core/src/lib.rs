@@ -6,6 +6,7 @@
 pub mod adapter;
 pub mod answers;
 pub mod chat;
+pub mod dataset;
 pub mod error;
 pub mod id;
 pub mod layout;

@@ -7,7 +7,8 @@ use std::collections::BTreeSet;
 
 use espalier_core::adapter::{AdapterKind, AdapterVersion};
 use espalier_core::answers::Piece;
-use espalier_core::id::{AdapterName, JobKey};
+use espalier_core::dataset::DatasetVersion;
+use espalier_core::id::{AdapterName, DatasetName, JobKey};
 use espalier_core::layout;
 use espalier_core::trace::edits::Patch;
 use espalier_core::trace::{Manifest, Step, Trace, TraceError};
@@ -20,6 +21,7 @@ const MANIFEST_OF_ANSWERS: &str = include_str!("golden/manifest-generate-v1.json
 const MANIFEST_OF_AN_EXPORT: &str = include_str!("golden/manifest-export-v1.json");
 const PIECE: &str = include_str!("golden/piece-v1.json");
 const PATCHES: &str = include_str!("golden/patches-v1.jsonl");
+const DATASET: &str = include_str!("golden/dataset-v1.json");
 const ADAPTER: &str = include_str!("golden/adapter-v1.json");
 const MANIFEST: &str = include_str!("golden/manifest-v1.json");
 
@@ -191,4 +193,31 @@ fn a_version_of_an_adapter_of_version_1() {
         assert_eq!(error.field, format!("adapter.{field}"), "{to}");
     }
     assert_eq!(parse(ADAPTER, 4).unwrap_err().field, "adapter.n");
+}
+
+#[test]
+fn a_version_of_a_data_set_of_version_1() {
+    let record: DatasetVersion = reads_and_writes(DATASET);
+    let name: DatasetName = "clicks".parse().unwrap();
+    let parse = |text: &str, n| DatasetVersion::parse(text.as_bytes(), &name, n);
+    assert_eq!(parse(DATASET, 2).unwrap(), record);
+    assert_eq!(record.rows("train", "parquet"), [&record.files[0]]);
+    assert_eq!(record.rows("eval", "jsonl"), [] as [&_; 0]);
+    for (from, to, field) in [
+        (
+            "\"record_version\": 1",
+            "\"record_version\": 2",
+            "record_version",
+        ),
+        ("\"name\": \"clicks\"", "\"name\": \"other\"", "name"),
+        ("a-42/dataset/train", "a-42/dataset/x/train", "files"),
+        ("a-42/dataset/train", "a-41/dataset/train", "files"),
+        ("dataset/manifest.json", "dataset/other.json", "files"),
+    ] {
+        let changed = DATASET.replacen(from, to, 1);
+        assert_ne!(changed, DATASET);
+        let error = parse(&changed, 2).unwrap_err();
+        assert_eq!(error.field, format!("dataset.{field}"), "{to}");
+    }
+    assert_eq!(parse(DATASET, 3).unwrap_err().field, "dataset.n");
 }

@@ -31,6 +31,7 @@ mod render;
 mod row;
 mod sample;
 mod source;
+mod tally;
 mod unroll;
 
 pub use build::{BuildSpec, Builder, Chosen, SOURCES_MAX};
@@ -44,4 +45,5 @@ pub use render::{RenderError, Rendered, Renderer};
 pub use row::{Recorded, Row, Split};
 pub use sample::{Origin, Sample, SampleError, TurnsCut, sample, samples};
 pub use source::{Facts, Source, SourceCall};
+pub use tally::{KindTally, Tally};
 pub use unroll::{Cut, Unroll, cuts};

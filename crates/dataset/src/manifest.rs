@@ -99,6 +99,25 @@ pub enum DropReason {
     OverKind,
     /// The chat template cannot render it.
     Unrenderable,
+    /// None of its rows gives a sample: the first trained turn ends beyond the longest length.
+    NoSample,
+}
+
+impl DropReason {
+    /// The name in manifests.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unreadable => "unreadable",
+            Self::Rejected => "rejected",
+            Self::NothingTrained => "nothing_trained",
+            Self::Filtered => "filtered",
+            Self::Duplicate => "duplicate",
+            Self::NearDuplicate => "near_duplicate",
+            Self::OverKind => "over_kind",
+            Self::Unrenderable => "unrenderable",
+            Self::NoSample => "no_sample",
+        }
+    }
 }
 
 fn is_zero(rows: &usize) -> bool {

@@ -7,6 +7,7 @@
 pub mod backoff;
 pub mod clock;
 pub mod config;
+pub mod datasets;
 pub mod fetch;
 pub mod hub;
 pub mod ids;

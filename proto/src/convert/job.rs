@@ -2,6 +2,7 @@
 
 use espalier_core::adapter::TrainSummary;
 use espalier_core::answers::GenerateSummary;
+use espalier_core::dataset::CurateSummary;
 use espalier_core::error::{ErrorClass, FieldError};
 use espalier_core::spec::ExportSummary;
 use espalier_core::trace::{RolloutSummary, StopReason, Summary, Totals};
@@ -83,6 +84,17 @@ pub fn summary_to_wire(summary: &Summary) -> v1::RolloutSummary {
             }),
             ..v1::RolloutSummary::default()
         },
+        Summary::Curate(summary) => v1::RolloutSummary {
+            curate: Some(v1::CurateSummary {
+                sources: summary.sources,
+                train_rows: summary.train_rows,
+                eval_rows: summary.eval_rows,
+                tokens: summary.tokens,
+                supervised_tokens: summary.supervised_tokens,
+                dropped: summary.dropped.clone(),
+            }),
+            ..v1::RolloutSummary::default()
+        },
     }
 }
 
@@ -102,6 +114,7 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
         generate: None,
         train: None,
         export: None,
+        curate: None,
     }
 }
 
@@ -110,6 +123,16 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
 /// # Errors
 /// Names a stop reason that this build does not know.
 pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<Summary, FieldError> {
+    if let Some(curate) = summary.curate {
+        return Ok(Summary::Curate(CurateSummary {
+            sources: curate.sources,
+            train_rows: curate.train_rows,
+            eval_rows: curate.eval_rows,
+            tokens: curate.tokens,
+            supervised_tokens: curate.supervised_tokens,
+            dropped: curate.dropped,
+        }));
+    }
     if let Some(export) = summary.export {
         return Ok(Summary::Export(ExportSummary {
             exported_to: export.exported_to,

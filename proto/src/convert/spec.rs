@@ -8,7 +8,7 @@ use espalier_core::spec::{
 };
 use prost::Message;
 
-use super::{train, verify};
+use super::{curate, train, verify};
 use crate::v1;
 
 /// The draft that `spec` stands for.
@@ -60,6 +60,7 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
             model: generate.model,
         }),
         train: spec.train.map(train::from_wire),
+        curate: spec.curate.map(curate::from_wire),
         export: spec.export.map(|export| ExportDraft {
             adapter: export.adapter,
             merged: export.merged,
@@ -113,6 +114,7 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
             model: generate.model,
         }),
         train: draft.train.map(train::to_wire),
+        curate: draft.curate.map(curate::to_wire),
         export: draft.export.map(|export| v1::ExportSpec {
             adapter: export.adapter,
             merged: export.merged,
@@ -280,6 +282,18 @@ mod tests {
         assert_eq!(granted.export, draft.export);
         assert!(granted.check().unwrap().export().is_some());
         assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&draft));
+    }
+
+    #[test]
+    fn a_curation_survives_the_wire() {
+        let own = r#"{"curate":{"batches":["a","b"],"uploads":["x/y.jsonl"],"extends":"d@v3","where":"solved",
+            "unroll":"compat","drop_hints":false,"near":0.75,"keep_near":true,"max_per_kind":5,"eval_share":0.25,
+            "seed":7,"max_length":64,"tokenizer":"qwen3","dataset":"d"}}"#;
+        let own = parse_line(own.as_bytes()).unwrap();
+        let granted = decode_draft(&[], &encode_draft(&own)).unwrap();
+        assert_eq!(granted, own);
+        assert!(granted.check().unwrap().curate().is_some());
+        assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&own));
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub mod limits {
 
 /// How long an attempt may take where nobody says.
 const MAX_RUNTIME_DEFAULT_S: i64 = 3600;
-/// The same of a batch of requests, for which other APIs promise a day, and of an export.
+/// The same of a batch of requests, for which other APIs promise a day, of an export, and of a data set.
 const DAY_S: i64 = 86_400;
 /// Longest attempt, and what training is given: it goes on where it was stopped, but an attempt that takes too long counts
 /// as a failure.
@@ -221,6 +221,11 @@ impl JobDraft {
             alone(faults, "export");
             return faults.take("export", export.check()).map(Work::Export);
         }
+        if let Some(curate) = &self.curate {
+            alone(faults, "curate");
+            let curate = faults.take("curate", curate.check());
+            return curate.map(|curate| Work::Curate(Box::new(curate)));
+        }
         if let Some(generate) = &self.generate {
             alone(faults, "generate");
             return check_generate(faults, generate).map(Work::Generate);
@@ -241,11 +246,12 @@ impl JobDraft {
     /// Who asks for a long rollout without a word about the attempt expects it to run that long.
     fn check_max_runtime(&self, faults: &mut Faults) -> Duration {
         let wall_s = self.limits.as_ref().and_then(|limits| limits.wall_s);
-        let default = match (&self.train, &self.generate, &self.export) {
-            (Some(_), ..) => RUNTIME_S_MAX,
-            // A large model takes hours to fetch and to send.
-            (None, Some(_), _) | (None, _, Some(_)) => DAY_S,
-            (None, None, None) => MAX_RUNTIME_DEFAULT_S,
+        let takes_long = self.generate.is_some() || self.export.is_some() || self.curate.is_some();
+        let default = match takes_long {
+            _ if self.train.is_some() => RUNTIME_S_MAX,
+            // A large model takes hours to fetch and to send, a million traces hours to read.
+            true => DAY_S,
+            false => MAX_RUNTIME_DEFAULT_S,
         };
         let default = wall_s.map_or(default, |wall_s| {
             let wall_s = wall_s.clamp(0, WALL_S_MAX);

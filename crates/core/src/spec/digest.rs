@@ -34,7 +34,11 @@ impl SpecDigest {
     pub fn of(draft: &JobDraft) -> Self {
         let mut asked = draft.without_schedule();
         // What is no rollout has no prompt, not even an empty one.
-        if draft.generate.is_none() && draft.train.is_none() && draft.export.is_none() {
+        let is_rollout = draft.generate.is_none()
+            && draft.train.is_none()
+            && draft.export.is_none()
+            && draft.curate.is_none();
+        if is_rollout {
             asked.prompt = PromptDraft::Turns(draft.prompt.turns().to_vec());
         }
         let mut canonical = serde_json::json!(asked);

@@ -8,6 +8,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
+use super::curate::CurateDraft;
 use super::export::ExportDraft;
 use super::mcp::{McpServer, ToolPolicy};
 use super::train::TrainDraft;
@@ -106,6 +107,10 @@ pub struct JobDraft {
     /// A version of an adapter that goes out, in place of all of these.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub export: Option<ExportDraft>,
+
+    /// A data set to be built, likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub curate: Option<CurateDraft>,
 }
 
 /// See [`super::GenerateSpec`].

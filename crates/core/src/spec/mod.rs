@@ -5,6 +5,7 @@
 //! field that does not. Only a `JobSpec` goes further in.
 
 mod check;
+pub mod curate;
 mod digest;
 mod draft;
 mod export;
@@ -23,6 +24,7 @@ use crate::layout::UploadName;
 use crate::queue::JobKind;
 
 pub use check::{Range, limits};
+pub use curate::{CurateDraft, CurateSpec};
 pub use digest::SpecDigest;
 pub use draft::{
     GenerateDraft, JobDraft, LimitsDraft, McpUseDraft, ObservationDraft, PromptDraft, RolloutFile,
@@ -77,6 +79,8 @@ pub enum Work {
     Train(Box<TrainSpec>),
     /// A version of an adapter goes out.
     Export(ExportSpec),
+    /// A data set is built.
+    Curate(Box<CurateSpec>),
 }
 
 impl Work {
@@ -87,6 +91,7 @@ impl Work {
             Self::Generate(_) => JobKind::Generate,
             Self::Train(_) => JobKind::Train,
             Self::Export(_) => JobKind::Export,
+            Self::Curate(_) => JobKind::Curate,
         }
     }
 }
@@ -96,7 +101,7 @@ impl JobSpec {
     pub fn rollout(&self) -> Option<&RolloutSpec> {
         match &self.work {
             Work::Rollout(rollout) => Some(rollout),
-            Work::Generate(_) | Work::Train(_) | Work::Export(_) => None,
+            Work::Generate(_) | Work::Train(_) | Work::Export(_) | Work::Curate(_) => None,
         }
     }
 
@@ -104,7 +109,7 @@ impl JobSpec {
     pub fn generate(&self) -> Option<&GenerateSpec> {
         match &self.work {
             Work::Generate(generate) => Some(generate),
-            Work::Rollout(_) | Work::Train(_) | Work::Export(_) => None,
+            Work::Rollout(_) | Work::Train(_) | Work::Export(_) | Work::Curate(_) => None,
         }
     }
 
@@ -112,7 +117,7 @@ impl JobSpec {
     pub fn train(&self) -> Option<&TrainSpec> {
         match &self.work {
             Work::Train(train) => Some(train),
-            Work::Rollout(_) | Work::Generate(_) | Work::Export(_) => None,
+            Work::Rollout(_) | Work::Generate(_) | Work::Export(_) | Work::Curate(_) => None,
         }
     }
 
@@ -120,7 +125,15 @@ impl JobSpec {
     pub fn export(&self) -> Option<&ExportSpec> {
         match &self.work {
             Work::Export(export) => Some(export),
-            Work::Rollout(_) | Work::Generate(_) | Work::Train(_) => None,
+            Work::Rollout(_) | Work::Generate(_) | Work::Train(_) | Work::Curate(_) => None,
+        }
+    }
+
+    /// The curation, if it is one.
+    pub fn curate(&self) -> Option<&CurateSpec> {
+        match &self.work {
+            Work::Curate(curate) => Some(curate),
+            Work::Rollout(_) | Work::Generate(_) | Work::Train(_) | Work::Export(_) => None,
         }
     }
 }

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use super::{SCHEMA_VERSION, StopReason, Totals};
 use crate::adapter::TrainSummary;
 use crate::answers::GenerateSummary;
+use crate::dataset::CurateSummary;
 use crate::error::FieldError;
 use crate::id::{Fence, JobKey};
 use crate::layout;
@@ -52,6 +53,8 @@ pub enum Summary {
     Train(TrainSummary),
     /// An export: what went out is elsewhere.
     Export(ExportSummary),
+    /// A data set: the files are its rows, its own manifest and its card.
+    Curate(CurateSummary),
 }
 
 impl Summary {
@@ -59,7 +62,7 @@ impl Summary {
     pub fn rollout(&self) -> Option<&RolloutSummary> {
         match self {
             Self::Rollout(summary) => Some(summary),
-            Self::Generate(_) | Self::Train(_) | Self::Export(_) => None,
+            Self::Generate(_) | Self::Train(_) | Self::Export(_) | Self::Curate(_) => None,
         }
     }
 
@@ -67,7 +70,7 @@ impl Summary {
     pub fn generate(&self) -> Option<&GenerateSummary> {
         match self {
             Self::Generate(summary) => Some(summary),
-            Self::Rollout(_) | Self::Train(_) | Self::Export(_) => None,
+            Self::Rollout(_) | Self::Train(_) | Self::Export(_) | Self::Curate(_) => None,
         }
     }
 
@@ -75,7 +78,7 @@ impl Summary {
     pub fn train(&self) -> Option<&TrainSummary> {
         match self {
             Self::Train(summary) => Some(summary),
-            Self::Rollout(_) | Self::Generate(_) | Self::Export(_) => None,
+            Self::Rollout(_) | Self::Generate(_) | Self::Export(_) | Self::Curate(_) => None,
         }
     }
 
@@ -83,7 +86,15 @@ impl Summary {
     pub fn export(&self) -> Option<&ExportSummary> {
         match self {
             Self::Export(summary) => Some(summary),
-            Self::Rollout(_) | Self::Generate(_) | Self::Train(_) => None,
+            Self::Rollout(_) | Self::Generate(_) | Self::Train(_) | Self::Curate(_) => None,
+        }
+    }
+
+    /// That of a data set.
+    pub fn curate(&self) -> Option<&CurateSummary> {
+        match self {
+            Self::Curate(summary) => Some(summary),
+            Self::Rollout(_) | Self::Generate(_) | Self::Train(_) | Self::Export(_) => None,
         }
     }
 }
@@ -194,7 +205,9 @@ impl Manifest {
                 "must name the trace",
             )),
             Summary::Generate(_) => manifest.check_answers().map(|()| manifest),
-            Summary::Rollout(_) | Summary::Train(_) | Summary::Export(_) => Ok(manifest),
+            Summary::Rollout(_) | Summary::Train(_) | Summary::Export(_) | Summary::Curate(_) => {
+                Ok(manifest)
+            }
         }
     }
 
