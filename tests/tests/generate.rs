@@ -11,7 +11,6 @@ use espalier_core::layout;
 use espalier_proto::v1::{GetTraceRequest, Job, JobState};
 use espalier_tests::harness::cluster::Cluster;
 use espalier_tests::harness::serving::{Serving, chat};
-use espalier_tests::harness::tiny;
 use espalier_tests::harness::wait_for;
 use serde_json::{Value, json};
 
@@ -51,16 +50,10 @@ fn chats(count: usize, tokens: usize) -> Vec<Value> {
 
 /// Puts `lines` among the uploads of the project, and submits a job for them.
 async fn submit(cluster: &Cluster, lines: &[String]) -> JobKey {
-    submit_with(cluster, lines, json!({})).await
-}
-
-/// The same with more fields of what it generates.
-async fn submit_with(cluster: &Cluster, lines: &[String], asked: Value) -> JobKey {
     let folder = cluster.object("default/uploads/nightly");
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("r.jsonl"), lines.join("\n")).unwrap();
-    let mut job = json!({"id": "j", "generate": asked});
-    job["generate"]["requests"] = json!("nightly/r.jsonl");
+    let job = json!({"id": "j", "generate": {"requests": "nightly/r.jsonl"}});
     let answer = cluster.client().await.submit("b", &[job]).await;
     assert_eq!(answer.accepted, 1, "{:?}", answer.rejected);
     cluster.key("b", "j")
@@ -219,42 +212,6 @@ async fn a_worker_that_stops_in_good_order_hands_its_job_on_and_spends_no_attemp
     check_complete(&parsed(&text), &lines);
     let again = second.metric("vllm:request_success_total").await;
     assert_eq!(again as u64, 100 - before);
-}
-
-#[tokio::test]
-async fn a_job_whose_adapter_is_taken_out_waits_for_it_with_what_it_has() {
-    let cluster = Cluster::start(NO_MODEL, 30_000).await;
-    let serving = worker(&cluster, 1).await;
-    let adapter = serving.path("adapter");
-    tiny::write_adapter(&adapter, 5);
-    assert_eq!(serving.load_adapter("tuned", &adapter).await.0, 200);
-    let lines = chats(200, 12);
-    let asked = json!({"model": "tuned"});
-    let key = submit_with(&cluster, &texts(&lines), asked).await;
-    let fence = first_piece(&cluster, &key).await;
-    let url = format!("{}/v1/adapters/tuned", serving.url);
-    let gone = serving.client.delete(url).send().await.unwrap();
-    assert_eq!(gone.status(), 200);
-    wait_for("the job to wait", DEADLINE, || async {
-        let job = cluster.client().await.job(&key).await;
-        match job.state() {
-            JobState::Ready => Ok(()),
-            state => Err(state),
-        }
-    })
-    .await;
-    let (before, kept) = stored(&cluster, &key, fence);
-    assert!((1..200).contains(&before), "{before} of 200 lines");
-    assert_eq!(serving.load_adapter("tuned", &adapter).await.0, 200);
-    let job = done(&cluster, &key).await;
-    assert_eq!((job.infra_failures, job.handler_failures), (0, 0));
-    let text = answers(&cluster, &key);
-    assert!(text.starts_with(&kept));
-    let answers = parsed(&text);
-    check_complete(&answers, &lines);
-    for answer in answers {
-        assert_eq!(answer["response"]["body"]["model"], "tuned");
-    }
 }
 
 #[tokio::test]
