@@ -486,7 +486,6 @@ impl<T: Real> Backend for Cpu<T> {
             gate_up: held.mat(gate_up),
         };
         at.forward(self.table(x), table.as_ref());
-        drop(table);
         taken
             .into_iter()
             .chain(out)
