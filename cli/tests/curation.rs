@@ -143,7 +143,7 @@ fn a_turn_is_corrected_shown_exported_and_taken_back() {
     let expected = "\
 --- recorded
 +++ after 1 correction
-@@ -16,7 +16,7 @@
+@@ -15,7 +15,7 @@
  === message 4 tool
    5 \u{fffd}[31meuros
  === turn 2 content

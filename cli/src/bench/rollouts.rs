@@ -131,8 +131,8 @@ async fn turn_costs(context: &Context, batch: &BatchId) -> Result<Vec<Turn>, Pro
     let source = Source::open(context, &Place { store: None }).await?;
     let entries = source.list(Some(batch)).await?;
     let traces = source.load_all(entries);
-    let all = traces.try_fold(Vec::new(), async |mut all, trace| {
-        all.extend(turns(&trace));
+    let all = traces.try_fold(Vec::new(), async |mut all, found| {
+        all.extend(turns(&found.trace));
         Ok(all)
     });
     Box::pin(all).await
