@@ -10,6 +10,14 @@
 //!
 //! What it is not: it reads no object store and knows no jobs. Whoever builds or trains brings bytes and takes bytes.
 
+#![cfg_attr(
+    test,
+    expect(
+        clippy::single_range_in_vec_init,
+        reason = "a sample with one supervised range is meant"
+    )
+)]
+
 mod build;
 pub mod files;
 mod filter;
