@@ -42,7 +42,10 @@ pub struct BaseModel {
 impl BaseModel {
     /// How a manifest names it among its parents, which are object paths otherwise.
     pub fn parent(&self) -> String {
-        let revision = self.revision.as_deref().map(|revision| format!("@{revision}"));
+        let revision = self
+            .revision
+            .as_deref()
+            .map(|revision| format!("@{revision}"));
         let revision = revision.unwrap_or_default();
         format!("model:{}{revision}#sha256:{}", self.name, self.sha256)
     }
