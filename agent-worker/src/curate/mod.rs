@@ -8,6 +8,11 @@
 //! One bad conversation ends nothing: the manifest of the data set names it and the reason. Which rows come out is
 //! `espalier-dataset`'s; nothing here decides it.
 
+#![expect(
+    clippy::result_large_err,
+    reason = "an error ends the job: it is made once"
+)]
+
 mod error;
 mod feed;
 mod passes;

@@ -153,10 +153,10 @@ impl<B: Backend> Pass<'_, B> {
             .embed(self.buffers.ids, self.model.embedding, first);
         for index in 0..self.model.layers.len() {
             // The stage that the output goes to was the input's of the layer before.
-            if let (true, Some(before)) = (keep, index.checked_sub(1)) {
-                if let LayerInput::Offloaded { host, .. } = self.buffers.layers[before].input {
-                    self.backend.offloaded(host);
-                }
+            if let (true, Some(before)) = (keep, index.checked_sub(1))
+                && let LayerInput::Offloaded { host, .. } = self.buffers.layers[before].input
+            {
+                self.backend.offloaded(host);
             }
             self.layer(index);
             if let (true, LayerInput::Offloaded { host, .. }) =
