@@ -267,12 +267,8 @@ pub async fn run(
     let export = ExportHandler::new(&config, &deps).await;
     let exporting = in_slots(export, cpu, loop_deps.clone(), shutdown.clone());
     let rollouts = in_slots(handler, worker, loop_deps, shutdown);
-    let ended = tokio::try_join!(
-        Box::pin(rollouts),
-        Box::pin(curating),
-        Box::pin(exporting)
-    )
-    .map(drop);
+    let ended =
+        tokio::try_join!(Box::pin(rollouts), Box::pin(curating), Box::pin(exporting)).map(drop);
     agent.end().await;
     Ok(ended?)
 }

@@ -153,7 +153,7 @@ impl Shown {
         );
         let last = self.pieces.len().saturating_sub(1);
         for (n, (is_learned, piece)) in self.pieces.iter().enumerate() {
-            let piece = match is_learned || full {
+            let piece = match *is_learned || full {
                 true => piece.clone(),
                 false => around(piece, n == 0, n == last),
             };
