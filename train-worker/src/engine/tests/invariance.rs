@@ -130,7 +130,7 @@ fn moments_in_8_bits_train_as_those_in_full_nearly_do() {
         let mut settings = settings(Trained::Full);
         settings.optimizer.bits = bits;
         let mut trainer = trainer::<f32>(&config, &settings, None, 2);
-        let small = |name: &str| {
+        let mut small = |name: &str| {
             trainer
                 .state()
                 .tensors
