@@ -13,7 +13,7 @@ fn loss(trainer: &mut Trainer<Cpu<f64>>, sample: &Sample) -> f64 {
 /// Every parameter at some places.
 fn check(config: &Config, trained: Trained) {
     const STEP: f64 = 1e-5;
-    let mut trainer = trainer::<f64>(config, &settings(trained), None, 2);
+    let mut trainer = trainer::<f64>(config, &settings(trained), None, 1);
     let sample = Sample::new(3, &[20, 3, 11]);
     let (_, grads) = gradients(&mut trainer, &[&sample]);
     let values = trainer.model.flat.values;

@@ -20,7 +20,7 @@ fn the_plan_changes_no_bit() {
         plans.push(vec![Keep::Offloaded, Keep::All]);
         plans.push(vec![Keep::Heads, Keep::NoGateUp]);
         for keeps in plans {
-            let mut trainer = trainer::<f32>(&config, &settings, Some(keeps.clone()), 2);
+            let mut trainer = trainer::<f32>(&config, &settings, Some(keeps.clone()), 1);
             // Twice, so that what a first pass leaves is seen not to matter.
             gradients(&mut trainer, &[&Sample::new(6, &[90])]);
             let found = gradients(&mut trainer, &[&sample]);
@@ -36,7 +36,7 @@ fn the_plan_changes_no_bit() {
 #[test]
 fn a_document_does_not_see_its_neighbours() {
     for (config, trained) in models() {
-        let mut trainer = trainer::<f32>(&config, &settings(trained), None, 2);
+        let mut trainer = trainer::<f32>(&config, &settings(trained), None, 1);
         let sample = Sample::new(8, &[33, 1, 17, 40]);
         let together = trainer.evaluate(sample.documents()).unwrap();
         for (index, loss) in together.iter().enumerate() {
@@ -55,7 +55,7 @@ fn a_document_does_not_see_its_neighbours() {
 #[test]
 fn chunks_of_the_head_change_no_bit_of_an_adapter() {
     let config = config(false, true);
-    let mut trainer = trainer::<f32>(&config, &settings(lora(3, &Projection::ALL)), None, 2);
+    let mut trainer = trainer::<f32>(&config, &settings(lora(3, &Projection::ALL)), None, 1);
     let sample = Sample::new(8, &[33, 47]);
     let whole = gradients(&mut trainer, &[&sample]);
     for rows in [1, 7, 50] {
@@ -67,7 +67,7 @@ fn chunks_of_the_head_change_no_bit_of_an_adapter() {
 #[test]
 fn a_split_into_micro_batches_changes_nothing_but_rounding() {
     for (config, trained) in models() {
-        let mut trainer = trainer::<f64>(&config, &settings(trained), None, 2);
+        let mut trainer = trainer::<f64>(&config, &settings(trained), None, 1);
         let sample = Sample::new(9, &[33, 20, 27]);
         let parts = [0, 1, 2].map(|index| sample.alone(index));
         let whole = gradients(&mut trainer, &[&sample]);
@@ -106,10 +106,10 @@ fn a_state_goes_on_as_if_nothing_had_happened() {
         for (config, trained) in models() {
             let mut settings = settings(trained);
             settings.optimizer.bits = bits;
-            let mut whole = trainer::<f32>(&config, &settings, None, 2);
+            let mut whole = trainer::<f32>(&config, &settings, None, 1);
             train(&mut whole, 0..3);
             let state = whole.state();
-            let mut resumed = trainer::<f32>(&config, &settings, None, 2);
+            let mut resumed = trainer::<f32>(&config, &settings, None, 1);
             resumed.restore(state.clone()).unwrap();
             assert_eq!(resumed.state(), state);
             assert_eq!(train(&mut whole, 3..6), train(&mut resumed, 3..6));
@@ -129,7 +129,7 @@ fn moments_in_8_bits_train_as_those_in_full_nearly_do() {
     let [full, eight] = [Bits::Fp32, Bits::Eight].map(|bits| {
         let mut settings = settings(Trained::Full);
         settings.optimizer.bits = bits;
-        let mut trainer = trainer::<f32>(&config, &settings, None, 2);
+        let mut trainer = trainer::<f32>(&config, &settings, None, 1);
         let mut small = |name: &str| {
             trainer
                 .state()

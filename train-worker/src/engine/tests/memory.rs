@@ -19,7 +19,7 @@ fn large(trained: Trained) -> Settings {
 /// Bytes that a step takes, those on the host as well.
 fn taken(settings: &Settings, keeps: Vec<Keep>) -> (u64, u64, Plan) {
     let config = config();
-    let mut trainer = trainer::<f32>(&config, settings, Some(keeps), 2);
+    let mut trainer = trainer::<f32>(&config, settings, Some(keeps), 1);
     let sample = Sample::new(2, &[300, 212]);
     let supervised = sample.supervised.iter().filter(|target| **target).count();
     let report = trainer.step(&[sample.documents()], 1e-3).unwrap();
@@ -46,7 +46,7 @@ fn experts_take_the_operations_that_were_predicted() {
     let config = super::config(true, false);
     for keep in Keep::EVERY {
         let settings = settings(lora(4, &Projection::ATTENTION));
-        let mut trainer = trainer::<f32>(&config, &settings, Some(vec![keep; 2]), 2);
+        let mut trainer = trainer::<f32>(&config, &settings, Some(vec![keep; 2]), 1);
         let sample = Sample::new(2, &[30, 21]);
         let supervised = sample.supervised.iter().filter(|target| **target).count();
         let report = trainer.step(&[sample.documents()], 1e-3).unwrap();

@@ -252,6 +252,7 @@ fn swiglu() {
         bench.cpu.swiglu(gate_up, out);
         bench.dot(out, d_out)
     });
+    bench.cpu.swiglu(gate_up, out);
     assert_eq!(
         bench.values(mixed.buffer, ROWS * 20),
         bench.values(out.buffer, ROWS * 20)
