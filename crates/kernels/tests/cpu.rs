@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod ops;
+mod train;
 
 use espalier_kernels::cpu::kv::{BLOCK_TOKENS, Place};
 use espalier_kernels::cpu::lora::{LoraPair, lora_add};
@@ -254,3 +255,13 @@ tests!(
     logprobs_are_those_of_the_model,
     rows_without_an_id_say_so,
 );
+
+#[test]
+fn training_ops_are_those_of_f64() {
+    for (name, body) in train::TESTS {
+        let backend = espalier_kernels::train::Cpu::<f32>::new(std::sync::Arc::new(Pool::new(2)));
+        println!("{name}");
+        // As for the other ops; where a device that rounds to bf16 is allowed a hundredth of that, f32 needs all of it.
+        body(&mut train::Bench::new(Box::new(backend), 2e-4));
+    }
+}

@@ -22,7 +22,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use espalier_kernels::cpu::Pool;
-use espalier_kernels::train::{Cpu, MemoryUse, OutOfMemory};
+use espalier_kernels::cuda::{CudaError, Options};
+use espalier_kernels::train::{Cpu, Cuda, DeviceFailed, MemoryUse, OutOfMemory};
 use espalier_qwen3::{Checkpoint, CheckpointError, Config, ConfigError, TensorSource};
 
 pub use export::{Export, ExportTensor, ExportType};
@@ -100,6 +101,18 @@ pub enum EngineError {
     /// The device has not the room that the plan counted on.
     #[error(transparent)]
     Memory(#[from] OutOfMemory),
+    /// The GPU cannot be opened.
+    #[error("cannot train on cuda:{ordinal}")]
+    Open {
+        /// Its number.
+        ordinal: usize,
+        /// Why.
+        #[source]
+        source: CudaError,
+    },
+    /// The device failed; the engine is of no more use.
+    #[error(transparent)]
+    Device(#[from] DeviceFailed),
     /// A micro-batch cannot be trained on.
     #[error("micro-batch {micro}, document {document}: {rule}")]
     Document {
@@ -160,6 +173,7 @@ trait Training: Send {
     fn export(&mut self) -> Export;
     fn plan(&self) -> &Plan;
     fn memory(&self) -> MemoryUse;
+    fn check_device(&mut self) -> Result<(), EngineError>;
 }
 
 /// A model that is trained.
@@ -196,19 +210,46 @@ impl Engine {
         device: Device,
     ) -> Result<Self, EngineError> {
         settings.check(&config)?;
-        let Device::Cpu { threads } = device;
-        if settings.precision != Precision::F32 {
-            return Err(EngineError::Setting {
-                field: "precision",
-                value: "bf16".to_owned(),
-                rule: "must be f32 on the CPU".to_owned(),
-            });
+        match device {
+            Device::Cpu { threads } => {
+                Precision::F32.only(settings, "the CPU")?;
+                let backend = Cpu::<f32>::new(Arc::new(Pool::new(threads)));
+                let run = Box::new(Trainer::new(config, source, settings, backend)?);
+                Ok(Self { run })
+            }
+            Device::Cuda { ordinal } => {
+                let options = Options {
+                    ordinal,
+                    ..Options::default()
+                };
+                let gpu =
+                    Cuda::open(&options).map_err(|source| EngineError::Open { ordinal, source })?;
+                Self::on_gpu(config, source, settings, gpu)
+            }
         }
-        let backend = Cpu::<f32>::new(Arc::new(Pool::new(threads)));
-        let trainer = Trainer::new(config, source, settings, backend)?;
-        Ok(Self {
-            run: Box::new(trainer),
-        })
+    }
+
+    /// The same on a GPU that was opened. Where no budget is set, the plan may take what is free there.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn on_gpu(
+        config: Config,
+        source: &dyn TensorSource,
+        settings: &Settings,
+        gpu: Cuda,
+    ) -> Result<Self, EngineError> {
+        settings.check(&config)?;
+        Precision::Bf16.only(settings, "a GPU")?;
+        let free = gpu.free_bytes()?;
+        // What kernels take beside buffers is not known before they run.
+        let budget = settings.memory_budget_bytes.unwrap_or(free - free / 20);
+        let settings = Settings {
+            memory_budget_bytes: Some(budget),
+            ..settings.clone()
+        };
+        let run = Box::new(Trainer::new(config, source, &settings, gpu)?);
+        Ok(Self { run })
     }
 
     /// One step of the optimizer over micro-batches, at learning rate `lr`: gradients of all are added up and divided by
@@ -265,5 +306,13 @@ impl Engine {
     #[must_use]
     pub fn memory(&self) -> MemoryUse {
         self.run.memory()
+    }
+
+    /// Whether the device is well: to be asked after [`Engine::state`] and [`Engine::export`], before they are kept.
+    ///
+    /// # Errors
+    /// When it has failed, now and ever after.
+    pub fn check_device(&mut self) -> Result<(), EngineError> {
+        self.run.check_device()
     }
 }

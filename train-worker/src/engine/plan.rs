@@ -1,7 +1,7 @@
 //! The activation plan: what each layer keeps from forward to backward and what it computes again, chosen so that all fits
 //! into a budget with the fewest products done twice.
 
-use espalier_kernels::train::{Kind, PACKED_MAX};
+use espalier_kernels::train::{Cuda, Kind, PACKED_MAX};
 use espalier_qwen3::{Config, MlpTensors};
 
 use super::buffers::Buffers;
@@ -254,14 +254,25 @@ impl Planner<'_> {
             Ok::<(), std::convert::Infallible>(())
         };
         let Ok(_) = Buffers::take(self.config, &self.roles, keeps, tokens, &mut take);
-        // The CPU packs an operand of each product.
-        let packed = self.largest_operand(tokens).min(PACKED_MAX) as u64;
-        device += if are_exact { packed * exact } else { 0 };
+        device += self.room(tokens);
         PlannedBytes {
             frozen: Model::frozen_bytes(self.config, &self.roles, weights),
             trained: Flat::bytes(&self.layout, weights, exact, are_exact),
             activations: device,
             host,
+        }
+    }
+
+    /// What ops take for themselves: the CPU packs an operand of each product.
+    fn room(&self, tokens: usize) -> u64 {
+        let config = self.config;
+        let chosen = config.moe.as_ref().map_or(0, |moe| moe.top_k);
+        match self.precision {
+            Precision::F32 => 4 * self.largest_operand(tokens).min(PACKED_MAX) as u64,
+            Precision::Bf16 => {
+                let heads = config.heads.max(chosen);
+                Cuda::room_bytes(tokens, heads, config.head_dim, config.hidden_size)
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! What an engine is told: what is trained, by which optimizer, on which device, within how much memory.
 
+use espalier_kernels::cuda::report;
 use espalier_qwen3::Config;
 
 use super::EngineError;
@@ -151,6 +152,28 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// What it is called.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// Refuses settings of another precision: this is what `place` computes in.
+    pub(super) fn only(self, settings: &Settings, place: &str) -> Result<(), EngineError> {
+        match settings.precision == self {
+            true => Ok(()),
+            false => {
+                let rule = format!("must be {} on {place}", self.name());
+                refuse("precision", settings.precision.name(), rule)
+            }
+        }
+    }
+}
+
 /// Where it is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Device {
@@ -159,6 +182,46 @@ pub enum Device {
         /// Threads.
         threads: usize,
     },
+    /// On a GPU.
+    Cuda {
+        /// N of `cuda:N`.
+        ordinal: usize,
+    },
+}
+
+impl Device {
+    /// `auto` (the first GPU where it can be used), `cpu`, or `cuda:N`; on the CPU with so many threads.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn parse(text: &str, threads: usize) -> Result<Self, EngineError> {
+        let ordinal = text.strip_prefix("cuda:").map(str::parse);
+        match (text, ordinal) {
+            ("cpu", _) => Ok(Self::Cpu { threads }),
+            ("auto", _) if report::look().usable(0).is_ok() => Ok(Self::Cuda { ordinal: 0 }),
+            ("auto", _) => Ok(Self::Cpu { threads }),
+            (_, Some(Ok(ordinal))) => Ok(Self::Cuda { ordinal }),
+            _ => refuse("device", text, "must be auto, cpu or cuda:N"),
+        }
+    }
+
+    /// What it computes in.
+    #[must_use]
+    pub fn precision(self) -> Precision {
+        match self {
+            Self::Cpu { .. } => Precision::F32,
+            Self::Cuda { .. } => Precision::Bf16,
+        }
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu { .. } => f.write_str("cpu"),
+            Self::Cuda { ordinal } => write!(f, "cuda:{ordinal}"),
+        }
+    }
 }
 
 /// All that an engine is told.

@@ -198,7 +198,11 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Forward; with `grad`, backward of `grad` times the sum of losses, unless one is not finite.
-    fn run(&mut self, micro: &Micro<'_>, grad: Option<f64>) -> Vec<DocumentLoss> {
+    fn run(
+        &mut self,
+        micro: &Micro<'_>,
+        grad: Option<f64>,
+    ) -> Result<Vec<DocumentLoss>, EngineError> {
         let ids = micro.documents.ids;
         let mut positions = Vec::with_capacity(ids.len());
         let mut start = 0;
@@ -213,10 +217,11 @@ impl<B: Backend> Trainer<B> {
         let mut pass = self.pass(micro.documents.ends);
         pass.forward(grad.is_some());
         let losses = micro.by_document(&pass.loss(&micro.targets, grad));
+        pass.backend.check()?;
         if grad.is_some() && losses.iter().all(|loss| loss.sum.is_finite()) {
             pass.backward(&keeps);
         }
-        losses
+        Ok(losses)
     }
 
     /// Gradients of all micro-batches, added up, and the loss of each document.
@@ -229,7 +234,7 @@ impl<B: Backend> Trainer<B> {
         self.backend.zero(all);
         let mut sum = 0.0;
         for (index, micro) in micros.iter().enumerate() {
-            let losses = self.run(micro, Some(1.0 / supervised as f64));
+            let losses = self.run(micro, Some(1.0 / supervised as f64))?;
             for (document, loss) in losses.iter().enumerate() {
                 if !loss.sum.is_finite() {
                     return Err(EngineError::LossNotFinite {
@@ -333,6 +338,7 @@ impl<B: Backend> Training for Trainer<B> {
         let loss = self.gradients(&checked, supervised)?;
         let all = Slice::new(self.model.flat.grads, 0, self.layout.len);
         let grad_norm = self.backend.sum_squares(all).sqrt();
+        self.backend.check()?;
         if !grad_norm.is_finite() {
             return Err(EngineError::GradientNotFinite { norm: grad_norm });
         }
@@ -353,7 +359,7 @@ impl<B: Backend> Training for Trainer<B> {
 
     fn evaluate(&mut self, documents: Documents<'_>) -> Result<Vec<DocumentLoss>, EngineError> {
         let micro = self.check(documents, 0)?;
-        Ok(self.run(&micro, None))
+        self.run(&micro, None)
     }
 
     fn state(&mut self) -> State {
@@ -378,5 +384,9 @@ impl<B: Backend> Training for Trainer<B> {
 
     fn memory(&self) -> MemoryUse {
         self.backend.memory()
+    }
+
+    fn check_device(&mut self) -> Result<(), EngineError> {
+        Ok(self.backend.check()?)
     }
 }

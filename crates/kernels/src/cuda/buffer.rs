@@ -79,7 +79,7 @@ impl<T: Element> Buffer<T> {
     }
 
     /// Its address, for use on `device`'s stream. While a graph is recorded, the graph keeps the memory.
-    pub(super) fn address(&self, device: &Device) -> u64 {
+    pub(crate) fn address(&self, device: &Device) -> u64 {
         device.keep(|| self.memory.clone());
         // Events are not tracked, so there is nothing to record when the guard goes.
         self.memory.device_ptr(device.stream()).0 + self.start_bytes as u64

@@ -36,6 +36,11 @@ pub enum File {
     Lora,
     Sampler,
     Tables,
+    TrainRows,
+    TrainOptimizer,
+    TrainGemm,
+    TrainMoe,
+    TrainAttention,
 }
 
 /// Head dimensions that attention is compiled for; 128 is Qwen3's, the others are those of small models.
@@ -46,7 +51,7 @@ pub const GROUPS: [u32; 5] = [1, 2, 4, 5, 8];
 const COMMON: &str = include_str!("src/common.cu");
 
 impl File {
-    const WITHOUT_VARIANTS: [Self; 7] = [
+    const WITHOUT_VARIANTS: [Self; 11] = [
         Self::Embed,
         Self::Norm,
         Self::Mlp,
@@ -54,6 +59,10 @@ impl File {
         Self::Lora,
         Self::Sampler,
         Self::Tables,
+        Self::TrainRows,
+        Self::TrainOptimizer,
+        Self::TrainGemm,
+        Self::TrainMoe,
     ];
 
     fn name_and_text(self) -> (&'static str, &'static str) {
@@ -67,13 +76,18 @@ impl File {
             Self::Lora => ("lora.cu", include_str!("src/lora.cu")),
             Self::Sampler => ("sampler.cu", include_str!("src/sampler.cu")),
             Self::Tables => ("tables.cu", include_str!("src/tables.cu")),
+            Self::TrainRows => ("train/rows.cu", include_str!("src/train/rows.cu")),
+            Self::TrainOptimizer => ("train/optimizer.cu", include_str!("src/train/optimizer.cu")),
+            Self::TrainGemm => ("train/gemm.cu", include_str!("src/train/gemm.cu")),
+            Self::TrainMoe => ("train/moe.cu", include_str!("src/train/moe.cu")),
+            Self::TrainAttention => ("train/attention.cu", include_str!("src/train/attention.cu")),
         }
     }
 }
 
 impl Module {
     /// A file that has one form only.
-    pub(super) const fn plain(file: File) -> Self {
+    pub(crate) const fn plain(file: File) -> Self {
         Self {
             file,
             head_dim: 0,
@@ -81,14 +95,21 @@ impl Module {
         }
     }
 
+    /// Attention for heads of so many elements.
+    pub(crate) const fn of_heads(file: File, head_dim: u32) -> Self {
+        Self {
+            file,
+            head_dim,
+            group: 0,
+        }
+    }
+
     /// Every module that any model can ask for.
     pub fn all() -> Vec<Self> {
         let plain = File::WITHOUT_VARIANTS.map(Self::plain);
-        let prefill = HEAD_DIMS.map(|head_dim| Self {
-            file: File::Prefill,
-            head_dim,
-            group: 0,
-        });
+        let attention = [File::Prefill, File::TrainAttention]
+            .into_iter()
+            .flat_map(|file| HEAD_DIMS.map(|head_dim| Self::of_heads(file, head_dim)));
         let decode = HEAD_DIMS.iter().flat_map(|&head_dim| {
             GROUPS.map(|group| Self {
                 file: File::Decode,
@@ -96,7 +117,7 @@ impl Module {
                 group,
             })
         });
-        plain.into_iter().chain(prefill).chain(decode).collect()
+        plain.into_iter().chain(attention).chain(decode).collect()
     }
 
     fn source(self) -> String {

@@ -67,8 +67,9 @@ pub struct Device {
 }
 
 /// One argument of a kernel.
-pub(super) enum Arg {
+pub(crate) enum Arg {
     Address(u64),
+    U64(u64),
     U32(u32),
     F32(f32),
 }
@@ -182,17 +183,17 @@ impl Device {
     }
 
     /// Makes this device the calling thread's: calls by address need that, and a device may have moved.
-    pub(super) fn bind(&self) -> Result<(), CudaError> {
+    pub(crate) fn bind(&self) -> Result<(), CudaError> {
         self.context
             .bind_to_thread()
             .tried("serve the calling thread")
     }
 
-    pub(super) fn stream(&self) -> &Arc<CudaStream> {
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }
 
-    pub(super) fn context(&self) -> &Arc<CudaContext> {
+    pub(crate) fn context(&self) -> &Arc<CudaContext> {
         &self.context
     }
 
@@ -270,7 +271,7 @@ impl Device {
     /// # Safety
     /// `args` must be the parameters of the kernel in number, order and kind, their addresses those of buffers that are
     /// alive and as long as the kernel reads and writes for this grid.
-    pub(super) unsafe fn launch(
+    pub(crate) unsafe fn launch(
         &self,
         module: Module,
         name: &'static str,
@@ -278,15 +279,40 @@ impl Device {
         block: u32,
         args: &[Arg],
     ) -> Result<(), CudaError> {
+        // SAFETY: passed on.
+        unsafe { self.launch_sharing(module, name, grid, block, 0, args) }
+    }
+
+    /// The same with so much shared memory that is not declared.
+    ///
+    /// # Safety
+    /// As [`Device::launch`], and the kernel uses no more shared memory than that.
+    pub(crate) unsafe fn launch_sharing(
+        &self,
+        module: Module,
+        name: &'static str,
+        grid: (u32, u32, u32),
+        block: u32,
+        shared_bytes: u32,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
         let function = self.function(module, name)?;
         self.keep(|| Arc::new(function.clone()));
+        if shared_bytes > 0 {
+            // Above 48 KiB a kernel must be allowed to.
+            let most =
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function
+                .set_attribute(most, shared_bytes as i32)
+                .tried(format!("give {name} {shared_bytes} bytes to share"))?;
+        }
         let mut builder = self.stream.launch_builder(&function);
         for arg in args {
             match arg {
-                Arg::Address(a) => builder.arg(a),
+                Arg::Address(a) | Arg::U64(a) => builder.arg(a),
                 Arg::U32(n) => builder.arg(n),
                 Arg::F32(x) => builder.arg(x),
             };
@@ -294,7 +320,7 @@ impl Device {
         let shape = LaunchConfig {
             grid_dim: grid,
             block_dim: (block, 1, 1),
-            shared_mem_bytes: 0,
+            shared_mem_bytes: shared_bytes,
         };
         // SAFETY: the caller's promise.
         unsafe { builder.launch(shape) }.tried(format!("launch {name}"))?;

@@ -93,7 +93,7 @@ pub enum CudaError {
 }
 
 /// Names what a call of the driver was to do.
-pub(super) trait Tried<T> {
+pub(crate) trait Tried<T> {
     fn tried(self, tried: impl Into<String>) -> Result<T, CudaError>;
 }
 

@@ -63,31 +63,131 @@ impl Linear<'_> {
         if rows == 0 {
             return Ok(());
         }
+        // outᵀ = weight · xᵀ by columns: the weight, seen as depth × width, is transposed.
         let shape = Shape {
-            rows,
+            first: Operand::dense(Number::Bf16, depth).transposed(),
+            second: Operand::dense(Number::Bf16, depth),
+            out: Operand::dense(if wide { Number::F32 } else { Number::Bf16 }, width),
             width,
+            rows,
             depth,
-            wide,
         };
-        let mut linears = device.linears().borrow_mut();
+        let addresses = [self.weight.address(device), self.x.address(device), out];
+        device.multiply(
+            shape,
+            Factors {
+                scale: 1.0,
+                keep: 0.0,
+            },
+            addresses,
+        )
+    }
+}
+
+impl Device {
+    /// Launches a product; `addresses` are those of first, second, out.
+    pub(crate) fn multiply(
+        &self,
+        shape: Shape,
+        factors: Factors,
+        addresses: [u64; 3],
+    ) -> Result<(), CudaError> {
+        let mut linears = self.linears().borrow_mut();
         let linears = linears.as_mut().ok_or(CudaError::Recording {
             tried: "multiply before the device is open",
         })?;
-        linears.prepare(device, shape)?;
-        let addresses = [self.weight.address(device), self.x.address(device), out];
-        linears.run(device, shape, addresses)
+        linears.prepare(self, shape)?;
+        linears.run(self, shape, factors, addresses)
+    }
+
+    /// Whether cuBLASLt can make a product.
+    pub(crate) fn multiplies(&self, shape: Shape) -> bool {
+        let mut linears = self.linears().borrow_mut();
+        let prepared = linears.as_mut().map(|linears| linears.prepare(self, shape));
+        matches!(prepared, Some(Ok(())))
     }
 }
 
 /// "Transposed" as cuBLAS numbers it; cudarc names it only beside cuBLAS itself, which is not needed here.
 const CUBLAS_OP_T: i32 = 1;
 
+/// What an operand's elements are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Shape {
-    rows: usize,
-    width: usize,
-    depth: usize,
-    wide: bool,
+pub(crate) enum Number {
+    Bf16,
+    F32,
+}
+
+impl Number {
+    fn cuda(self) -> sys::cudaDataType {
+        match self {
+            Self::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+            Self::F32 => sys::cudaDataType::CUDA_R_32F,
+        }
+    }
+}
+
+/// A matrix of a product, as cuBLASLt sees it: by columns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Operand {
+    pub(crate) number: Number,
+    /// From one column to the next.
+    pub(crate) stride: usize,
+    pub(crate) transposed: bool,
+    /// Bytes of which its address is a multiple.
+    pub(crate) aligned_bytes: u32,
+}
+
+/// What cuBLASLt takes for granted.
+pub(crate) const ALIGNED_BYTES: u32 = 256;
+
+impl Operand {
+    fn dense(number: Number, stride: usize) -> Self {
+        Self {
+            number,
+            stride,
+            transposed: false,
+            aligned_bytes: ALIGNED_BYTES,
+        }
+    }
+
+    fn transposed(self) -> Self {
+        Self {
+            transposed: true,
+            ..self
+        }
+    }
+
+    /// Its layout, where `op` of it is `rows` by `columns`.
+    fn layout(&self, rows: usize, columns: usize) -> Result<Layout, CudaError> {
+        let (rows, columns) = if self.transposed {
+            (columns, rows)
+        } else {
+            (rows, columns)
+        };
+        let kind = self.number.cuda();
+        result::create_matrix_layout(kind, rows as u64, columns as u64, self.stride as i64)
+            .map(Layout)
+            .tried("describe a matrix")
+    }
+}
+
+/// `out [width, rows] = op(first) [width, depth] · op(second) [depth, rows]`, by columns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Shape {
+    pub(crate) first: Operand,
+    pub(crate) second: Operand,
+    pub(crate) out: Operand,
+    pub(crate) width: usize,
+    pub(crate) rows: usize,
+    pub(crate) depth: usize,
+}
+
+/// `out = scale · product + keep · out`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Factors {
+    pub(crate) scale: f32,
+    pub(crate) keep: f32,
 }
 
 /// cuBLASLt's handle, its scratch memory, and what was chosen for each shape so far.
@@ -130,12 +230,16 @@ impl Linears {
         Ok(())
     }
 
-    /// `addresses`: weight, x, out.
-    fn run(&self, device: &Device, shape: Shape, addresses: [u64; 3]) -> Result<(), CudaError> {
+    fn run(
+        &self,
+        device: &Device,
+        shape: Shape,
+        factors: Factors,
+        addresses: [u64; 3],
+    ) -> Result<(), CudaError> {
         device.bind()?;
         let plan = &self.plans[&shape];
-        let (one, zero) = (1.0f32, 0.0f32);
-        let [weight, x, out] = addresses.map(|a| a as *mut c_void);
+        let [first, second, out] = addresses.map(|a| a as *mut c_void);
         let workspace = self.workspace.address(device) as *mut c_void;
         // SAFETY: handle, descriptors and algorithm live and were made for these shapes; the buffers live and are as long
         // as the shapes say; the factors are read before the call returns (they are of the host).
@@ -143,12 +247,12 @@ impl Linears {
             result::matmul(
                 self.handle,
                 plan.product.0,
-                (&raw const one).cast(),
-                (&raw const zero).cast(),
-                weight,
-                plan.weight.0,
-                x,
-                plan.x.0,
+                (&raw const factors.scale).cast(),
+                (&raw const factors.keep).cast(),
+                first,
+                plan.first.0,
+                second,
+                plan.second.0,
                 out,
                 plan.out.0,
                 out,
@@ -172,15 +276,6 @@ impl Drop for Layout {
     }
 }
 
-impl Layout {
-    /// cuBLASLt counts by columns: a matrix of ours `[rows, columns]` is its own `columns` by `rows`.
-    fn new(kind: sys::cudaDataType, rows: usize, columns: usize) -> Result<Self, CudaError> {
-        result::create_matrix_layout(kind, columns as u64, rows as u64, columns as i64)
-            .map(Self)
-            .tried("describe a matrix")
-    }
-}
-
 struct Product(sys::cublasLtMatmulDesc_t);
 
 impl Drop for Product {
@@ -199,11 +294,75 @@ impl Drop for Preference {
     }
 }
 
+impl Product {
+    fn new(shape: &Shape) -> Result<Self, CudaError> {
+        let wide = sys::cudaDataType::CUDA_R_32F;
+        let product =
+            result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, wide);
+        let product = Self(product.tried("describe a product")?);
+        use sys::cublasLtMatmulDescAttributes_t::{
+            CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB,
+        };
+        let transposed = CUBLAS_OP_T;
+        for (operand, attribute) in [
+            (&shape.first, CUBLASLT_MATMUL_DESC_TRANSA),
+            (&shape.second, CUBLASLT_MATMUL_DESC_TRANSB),
+        ] {
+            if !operand.transposed {
+                continue;
+            }
+            // SAFETY: the descriptor lives, and this attribute is a 32-bit number.
+            unsafe {
+                result::set_matmul_desc_attribute(
+                    product.0,
+                    attribute,
+                    (&raw const transposed).cast(),
+                    4,
+                )
+            }
+            .tried("transpose a matrix")?;
+        }
+        Ok(product)
+    }
+}
+
+impl Preference {
+    fn new(shape: &Shape, workspace_bytes: usize) -> Result<Self, CudaError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t::{
+            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        };
+        let preference = Self(result::create_matmul_pref().tried("describe a preference")?);
+        let set = |attribute, value: *const c_void, size: usize| {
+            // SAFETY: the preference lives, and `value` points at a number of the attribute's size.
+            unsafe { result::set_matmul_pref_attribute(preference.0, attribute, value, size) }
+                .tried("limit how to multiply")
+        };
+        let limit = workspace_bytes as u64;
+        set(
+            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            (&raw const limit).cast(),
+            size_of::<u64>(),
+        )?;
+        for (operand, attribute) in [
+            (&shape.first, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES),
+            (&shape.second, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES),
+            (&shape.out, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES),
+            (&shape.out, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES),
+        ] {
+            let bytes = operand.aligned_bytes;
+            set(attribute, (&raw const bytes).cast(), size_of::<u32>())?;
+        }
+        Ok(preference)
+    }
+}
+
 /// How a shape is multiplied.
 struct Plan {
     product: Product,
-    weight: Layout,
-    x: Layout,
+    first: Layout,
+    second: Layout,
     out: Layout,
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
@@ -214,53 +373,18 @@ impl Plan {
         shape: Shape,
         workspace_bytes: usize,
     ) -> Result<Self, CudaError> {
-        let (narrow, wide) = (
-            sys::cudaDataType::CUDA_R_16BF,
-            sys::cudaDataType::CUDA_R_32F,
-        );
-        let product =
-            result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, wide);
-        let product = Product(product.tried("describe a product")?);
-        // outᵀ = weight · xᵀ by columns: the weight, seen as depth × width, is transposed.
-        let transposed = CUBLAS_OP_T;
-        let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-        // SAFETY: the descriptor lives, and this attribute is a 32-bit number.
-        unsafe {
-            result::set_matmul_desc_attribute(
-                product.0,
-                attribute,
-                (&raw const transposed).cast(),
-                4,
-            )
-        }
-        .tried("transpose a matrix")?;
-        let weight = Layout::new(narrow, shape.width, shape.depth)?;
-        let x = Layout::new(narrow, shape.rows, shape.depth)?;
-        let out = Layout::new(
-            if shape.wide { wide } else { narrow },
-            shape.rows,
-            shape.width,
-        )?;
-        let preference = Preference(result::create_matmul_pref().tried("describe a preference")?);
-        let attribute =
-            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        // SAFETY: the preference lives, and this attribute is a 64-bit number.
-        unsafe {
-            result::set_matmul_pref_attribute(
-                preference.0,
-                attribute,
-                (&raw const workspace_bytes).cast(),
-                size_of::<u64>(),
-            )
-        }
-        .tried("limit its scratch memory")?;
+        let product = Product::new(&shape)?;
+        let first = shape.first.layout(shape.width, shape.depth)?;
+        let second = shape.second.layout(shape.depth, shape.rows)?;
+        let out = shape.out.layout(shape.width, shape.rows)?;
+        let preference = Preference::new(&shape, workspace_bytes)?;
         // SAFETY: all descriptors live.
         let chosen = unsafe {
             result::get_matmul_algo_heuristic(
                 handle,
                 product.0,
-                weight.0,
-                x.0,
+                first.0,
+                second.0,
                 out.0,
                 out.0,
                 preference.0,
@@ -269,8 +393,8 @@ impl Plan {
         .tried(format!("choose how to multiply {shape:?}"))?;
         Ok(Self {
             product,
-            weight,
-            x,
+            first,
+            second,
             out,
             algorithm: chosen.algo,
         })

@@ -15,13 +15,13 @@
 //! All metadata are in buffers, and unused rows are marked in them ([`NONE`], length 0), so that one recorded graph serves
 //! every step of its size.
 
-mod buffer;
-mod compile;
-mod device;
-mod error;
+pub(crate) mod buffer;
+pub(crate) mod compile;
+pub(crate) mod device;
+pub(crate) mod error;
 mod graph;
 pub mod library;
-mod linear;
+pub(crate) mod linear;
 mod mark;
 mod ops;
 pub mod report;

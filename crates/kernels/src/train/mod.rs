@@ -1,9 +1,10 @@
 //! Training: the ops that a hand-scheduled forward and backward is made of, as a trait over arena buffers, and their
-//! implementation on the CPU.
+//! implementations on the CPU and on a GPU.
 //!
 //! What is computed in which order is the caller's schedule; a backend knows neither layers nor models. Buffers are named
 //! by [`BufferId`] and live on the device; ops are issued in order, may run later, and return nothing. What comes to the
-//! host is read on purpose ([`Backend::read`], [`Backend::sum_squares`]). So one schedule drives every device.
+//! host is read on purpose ([`Backend::read`], [`Backend::sum_squares`]). So one schedule drives every device. A device that
+//! fails does so once: [`Backend::check`] tells, after what was read.
 //!
 //! # Numbers
 //! A buffer is of one [`Kind`]. On the CPU all numbers are of one type, f32 or f64, whatever their kind. A device that
@@ -15,9 +16,11 @@
 //! and what is computed of a row does not depend on the other rows of a call.
 
 pub mod cpu;
+pub mod cuda;
 mod real;
 
 pub use cpu::{Cpu, PACKED_MAX, spin};
+pub use cuda::Cuda;
 pub use real::Real;
 
 /// A buffer of a backend. It is good for the backend that gave it, until it is freed.
@@ -322,6 +325,11 @@ pub struct OutOfMemory {
     pub source: std::io::Error,
 }
 
+/// The device failed: what its buffers hold, and what was read since, means nothing.
+#[derive(Debug, thiserror::Error)]
+#[error("the device that trains has failed")]
+pub struct DeviceFailed(#[source] pub Box<dyn std::error::Error + Send + Sync>);
+
 /// A device that trains. See the module for what kinds of numbers mean.
 ///
 /// # Panics
@@ -354,6 +362,12 @@ pub trait Backend: Send {
 
     /// Floating-point operations of products that were executed since the start: 2 a multiply-add.
     fn flops(&self) -> u64;
+
+    /// Whether all that was read is what ops have computed. Asked after reading, before numbers are believed.
+    ///
+    /// # Errors
+    /// When an op failed, now and ever after.
+    fn check(&mut self) -> Result<(), DeviceFailed>;
 
     /// Writes numbers from `start` on.
     fn write(&mut self, buffer: BufferId, start: usize, values: &[f32]);

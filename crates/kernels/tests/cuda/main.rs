@@ -9,6 +9,8 @@ mod on_device;
 #[path = "../ops/mod.rs"]
 mod ops;
 mod runner;
+#[path = "../train/mod.rs"]
+mod train;
 
 use runner::{Needs, Test};
 
@@ -23,10 +25,15 @@ fn main() -> std::process::ExitCode {
         needs: Needs::Device,
         run: Box::new(move || body(&on_device::Cuda::open())),
     });
+    let training = train::TESTS.iter().map(|(name, body)| Test {
+        name,
+        needs: Needs::Device,
+        run: Box::new(move || body(&mut on_device::training())),
+    });
     let own = device_tests::TESTS.iter().map(|(name, run)| Test {
         name,
         needs: Needs::Device,
         run: Box::new(run),
     });
-    runner::run(compile.chain(shared).chain(own).collect())
+    runner::run(compile.chain(shared).chain(training).chain(own).collect())
 }

@@ -1,11 +1,11 @@
 //! The training ops on the CPU, in f32 on all threads; in f64 they check gradients.
 
 mod arena;
-mod attention;
+pub(super) mod attention;
 mod gemm;
 mod loss;
 mod moe;
-mod optimizer;
+pub(super) mod optimizer;
 mod peak;
 mod rows;
 #[cfg(test)]
@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use super::real::Real;
 use super::{
-    AdamStep, Attended, Backend, BufferId, ExpertRoom, ExpertWeights, Form, Heads, Kind, Mat,
-    MemoryUse, MoeShape, Moments8, OutOfMemory, Rotation, Routes, Slice, Store,
+    AdamStep, Attended, Backend, BufferId, DeviceFailed, ExpertRoom, ExpertWeights, Form, Heads,
+    Kind, Mat, MemoryUse, MoeShape, Moments8, OutOfMemory, Rotation, Routes, Slice, Store,
 };
 use crate::cpu::Pool;
 use arena::Arena;
@@ -140,6 +140,10 @@ impl<T: Real> Backend for Cpu<T> {
 
     fn flops(&self) -> u64 {
         self.flops
+    }
+
+    fn check(&mut self) -> Result<(), DeviceFailed> {
+        Ok(())
     }
 
     fn write(&mut self, buffer: BufferId, start: usize, values: &[f32]) {

@@ -55,20 +55,20 @@ pub(crate) fn sum_squares<T: Real>(pool: &Pool, x: &[T]) -> f64 {
 
 /// Numbers of a step, in the type that is computed in.
 #[derive(Clone, Copy)]
-struct Numbers<T> {
-    beta1: T,
-    beta2: T,
-    rest1: T,
-    rest2: T,
-    eps: T,
-    keep: T,
-    rate: T,
-    root: T,
-    scale: T,
+pub(crate) struct Numbers<T> {
+    pub(crate) beta1: T,
+    pub(crate) beta2: T,
+    pub(crate) rest1: T,
+    pub(crate) rest2: T,
+    pub(crate) eps: T,
+    pub(crate) keep: T,
+    pub(crate) rate: T,
+    pub(crate) root: T,
+    pub(crate) scale: T,
 }
 
 impl<T: Real> Numbers<T> {
-    fn new(step: &AdamStep) -> Self {
+    pub(crate) fn new(step: &AdamStep) -> Self {
         let power = step.step as f64;
         let correction1 = 1.0 - step.beta1.powf(power);
         let correction2 = 1.0 - step.beta2.powf(power);
@@ -188,6 +188,13 @@ impl Map {
 
 static SIGNED: LazyLock<Map> = LazyLock::new(|| Map::dynamic(true));
 static UNSIGNED: LazyLock<Map> = LazyLock::new(|| Map::dynamic(false));
+
+/// Values and middles of the signed map, then of the other, each filled up to 256.
+pub(crate) fn maps() -> Vec<f32> {
+    let all = [&*SIGNED, &*UNSIGNED].into_iter();
+    all.flat_map(|map| map.values.iter().chain(&map.middles).chain(&[1.0]).copied())
+        .collect()
+}
 
 /// Moments in 8 bits.
 pub(crate) struct Coded<'a, T> {
