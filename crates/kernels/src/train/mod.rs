@@ -512,7 +512,7 @@ pub trait Backend: Send {
     );
 
     /// -log softmax of the target in each row of `logits`, into `losses` (exact); with `grad`, `logits` become
-    /// `grad · (softmax - one-hot)`. `targets` are ids.
+    /// `grad · (softmax - one-hot)`; without, they mean nothing afterwards. `targets` are ids.
     fn cross_entropy(&mut self, logits: Mat, targets: Slice, losses: Slice, grad: Option<f64>);
 
     /// The sum of squares of exact numbers, once all ops before have run.
