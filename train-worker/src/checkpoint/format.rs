@@ -259,6 +259,7 @@ fn bytes_of(values: &StateValues, range: Range<usize>) -> Cow<'_, [u8]> {
     }
 }
 
+/// Names of tensors hold no `#`: they are a checkpoint's and an optimizer's.
 fn piece_name(name: &str, n: usize) -> String {
     format!("{name}#{n}")
 }
@@ -306,13 +307,11 @@ impl Assembler {
         })?;
         let mut pieces: Vec<(usize, usize, &[u8])> = Vec::new();
         for (name, view) in read.tensors() {
-            let (name, piece) = match name.rsplit_once('#') {
-                Some((name, n)) if !self.by_name.contains_key(&format!("{name}#{n}")) => {
-                    (name.to_owned(), n.parse().unwrap_or(usize::MAX))
-                }
-                _ => (name, 0),
+            let (name, piece) = match name.split_once('#') {
+                Some((name, n)) => (name, n.parse().unwrap_or(usize::MAX)),
+                None => (&*name, 0),
             };
-            if let Some(index) = self.by_name.get(&name) {
+            if let Some(index) = self.by_name.get(name) {
                 pieces.push((*index, piece, view.data()));
             }
         }
@@ -391,7 +390,7 @@ mod tests {
         vec![
             tensor("a", Dtype::F32, &[3, 5]),
             tensor("large", Dtype::F32, &[34]),
-            tensor("large#1", Dtype::U8, &[9]),
+            tensor("large.1", Dtype::U8, &[9]),
             tensor("none", Dtype::F32, &[0, 4]),
             tensor("one", Dtype::F32, &[]),
         ]

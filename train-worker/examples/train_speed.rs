@@ -1,6 +1,6 @@
 //! Measures training steps on the CPU beside what its registers could do, in one run, as JSON: seconds of a step, executed
 //! floating-point operations of products, the machine's f32 matrix peak, and the share of it.
-//! `cargo run --release -p espalier-train-worker --example speed -- 2`
+//! `cargo run --release -p espalier-train-worker --example train_speed -- 2`
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,7 +1,7 @@
 //! How fast rows become samples: rendered, tokenized and masked, in tokens a second, as one line of JSON.
 //!
 //! ```sh
-//! cargo run --release -p espalier-dataset --example speed -- [THREADS [CONVERSATIONS]]
+//! cargo run --release -p espalier-dataset --example dataset_speed -- [THREADS [CONVERSATIONS]]
 //! ```
 //!
 //! Conversations are made up in the form of the workshop's: 25 tools, page snapshots as results, thoughts, several
