@@ -113,7 +113,7 @@ fn dropped(manifest: &Value) -> BTreeSet<(String, String)> {
 #[tokio::test]
 async fn a_batch_and_files_become_a_data_set_that_is_shown_and_pulled() {
     let cluster = Cluster::start(&model::start().await, 30_000).await;
-    let mut worker = cluster.worker("a", 6);
+    let mut worker = cluster.worker_with_cpu_slots("a", 6);
     let jobs: Vec<Value> = (0..6).map(|n| echo(n, n != 5)).collect();
     let mut client = cluster.client().await;
     assert_eq!(client.submit("b", &jobs).await.accepted, 6);
@@ -246,18 +246,18 @@ async fn a_worker_that_is_killed_costs_no_second_version() {
     assert_eq!(client.submit("d", &[job]).await.accepted, 1);
 
     // The first dies while it builds.
-    let mut a = cluster.worker("a", 1);
+    let mut a = cluster.worker_with_cpu_slots("a", 1);
     leased(&cluster, &key, 1).await;
     a.kill(DEADLINE).await;
     // The second publishes, and dies before it can say so.
-    let mut b = cluster.worker("b", 1);
+    let mut b = cluster.worker_with_cpu_slots("b", 1);
     leased(&cluster, &key, 2).await;
     cluster.coordinators[0].process.kill();
     cluster.wait_until_published(&key, DEADLINE).await;
     b.kill(DEADLINE).await;
     cluster.restart_coordinator(0).await;
     // The third takes that over.
-    let mut c = cluster.worker("c", 1);
+    let mut c = cluster.worker_with_cpu_slots("c", 1);
     let mut client = cluster.client().await;
     let ended = client.wait("d", DEADLINE).await;
     let job = &ended.jobs["curate"];

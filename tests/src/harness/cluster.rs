@@ -172,6 +172,11 @@ impl Cluster {
         self.spawn_worker(name, slots, &self.addresses(), Where::Here)
     }
 
+    /// The same, which also builds data sets and exports: a session of its own for each.
+    pub fn worker_with_cpu_slots(&self, name: &str, slots: u32) -> Worker {
+        self.spawn_worker(name, slots, &self.addresses(), Where::WithCpuSlots(1))
+    }
+
     /// The same, with coordinators only at `addresses`, such as one of [`Cluster::addresses`] or a proxy before it.
     pub fn worker_at(&self, addresses: &[SocketAddr], name: &str, slots: u32) -> Worker {
         self.spawn_worker(name, slots, addresses, Where::Here)
@@ -230,6 +235,10 @@ impl Cluster {
         trail.lay(&mut command);
         let command = match machine {
             Where::Here => command,
+            Where::WithCpuSlots(slots) => {
+                command.env("ESPALIER_AGENT_WORKER_CPU_SLOTS", slots.to_string());
+                command
+            }
             Where::OnDisk(disk) => disk.command(&command),
             Where::WithClock(offset) => {
                 command.envs(wrong_clock(offset));
@@ -458,6 +467,7 @@ fn free_address() -> SocketAddr {
 /// The machine that a worker is on.
 enum Where<'a> {
     Here,
+    WithCpuSlots(u32),
     OnDisk(&'a SmallDisk),
     WithClock(&'a str),
 }
