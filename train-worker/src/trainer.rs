@@ -203,7 +203,9 @@ pub fn plan(config: &Config, settings: &TrainSettings, tokens: usize) -> Result<
 /// What an error of the engine means for the attempt.
 pub fn class_of(error: &EngineError) -> ErrorClass {
     match error {
-        EngineError::Read { .. } => ErrorClass::Infra,
+        EngineError::Read { .. } | EngineError::Open { .. } | EngineError::Device(_) => {
+            ErrorClass::Infra
+        }
         // Another worker may have more.
         EngineError::Memory(_) => ErrorClass::Handler,
         EngineError::State { .. } => ErrorClass::Handler,
