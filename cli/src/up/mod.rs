@@ -254,6 +254,7 @@ async fn coordinator(
         mcp_servers: parts.servers.names().into_iter().collect(),
         allow_inline_mcp: settings.allow_inline_mcp,
         lease_ttl_ms: settings.lease_ttl_ms,
+        worker_key_names: [model::KEY_NAME.to_owned()].into(),
         ..CoordinatorConfig::new(parts.data_dir, parts.up.store.as_str(), tokens)
     };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
