@@ -5,12 +5,15 @@ use std::io::{Read, Seek};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use rustix::process::Signal;
 use rustix::process::{Pid, kill_process, kill_process_group};
 
 use crate::wait_for;
+
+/// A thread stops when it next runs; under load that takes a moment.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// The binary `name` of this workspace, built in the profile that the test was built in.
 pub fn binary(name: &str) -> PathBuf {
@@ -73,11 +76,18 @@ impl Process {
         read.map(|_| text).unwrap_or_default()
     }
 
-    /// Sends a signal to the process alone, not to its children.
+    /// Sends a signal to the process alone, not to its children. After [`Signal::STOP`] all of its threads stand still.
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal)
             .unwrap_or_else(|error| panic!("cannot signal {}: {error}", self.name));
+        if signal == Signal::STOP {
+            let since = Instant::now();
+            while !is_stopped(pid) {
+                assert!(since.elapsed() < STOP_LIMIT, "{} does not stop", self.name);
+                std::thread::yield_now();
+            }
+        }
     }
 
     /// Ends it at once, as the kernel would, and waits for its end. Its children are left to themselves.
@@ -107,6 +117,19 @@ impl Process {
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
+}
+
+/// Whether no thread of a process runs any more.
+fn is_stopped(pid: Pid) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let stands = |thread: &std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // After the name, which may hold anything, in brackets.
+        let state = stat.rsplit_once(") ").map(|(_, rest)| rest);
+        state.is_none_or(|state| state.starts_with(['T', 't', 'Z', 'X']))
+    };
+    let mut threads = threads.into_iter().flatten().flatten();
+    threads.all(|thread| stands(&thread))
 }
 
 impl Drop for Process {
