@@ -3,9 +3,11 @@
 use std::io;
 use std::time::Duration;
 
-use espalier_core::id::{BatchId, ProjectId};
+use espalier_core::id::{BatchId, JobKey, ProjectId};
 use espalier_core::layout::{self, UploadName};
+use espalier_core::spec::JobDraft;
 use espalier_core::trace::sha256_hex;
+use espalier_proto::convert::draft_to_wire;
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock as _, SystemClock};
 use espalier_runtime::store::Store;
@@ -14,7 +16,8 @@ use espalier_runtime::tasks::blocking;
 use crate::client::Client;
 use crate::context::Context;
 use crate::exit::Problem;
-use crate::submit::again;
+use crate::output::note;
+use crate::submit::{again, close_batch, open};
 
 /// Age from which files that are in the store already are written again. A batch that was forgotten takes its files
 /// with it, if they are old, and the one that is submitted now may have its name.
@@ -110,6 +113,16 @@ pub async fn submit_all(
         true => Ok(()),
         false => Err(Problem::refused(errors.join("; "))),
     }
+}
+
+/// Submits the one job of a batch of its own. Repeating it changes nothing.
+pub async fn submit_alone(client: &Client, key: &JobKey, job: &JobDraft) -> Result<(), Problem> {
+    open(client, &key.batch, v1::JobSpec::default()).await?;
+    check_project(client, &key.batch, &key.project).await?;
+    submit_all(client, &key.batch, 0, &[draft_to_wire(job)]).await?;
+    close_batch(client, &key.batch).await?;
+    note(format!("batch {}", key.batch));
+    Ok(())
 }
 
 /// Whether a job is over, however it ended.

@@ -9,7 +9,6 @@ use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey};
 use espalier_core::spec::{CurateDraft, CurateSpec, JobDraft};
 use espalier_dataset::{Filter, FilterError, Tally};
-use espalier_proto::convert::draft_to_wire;
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::datasets::Datasets;
@@ -21,7 +20,7 @@ use crate::client::Client;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{facts, note, plain};
-use crate::submit::{again, close_batch, default_batch, open, rename};
+use crate::submit::{again, default_batch, rename};
 use crate::uploads::{self, has_ended};
 use crate::{json as shown, progress};
 
@@ -178,17 +177,12 @@ struct Building<'a> {
 impl Building<'_> {
     /// Repeating it changes nothing.
     async fn submit(&self, draft: CurateDraft) -> Result<(), Problem> {
-        open(&self.client, &self.key.batch, v1::JobSpec::default()).await?;
-        uploads::check_project(&self.client, &self.key.batch, &self.key.project).await?;
-        let job = draft_to_wire(&JobDraft {
+        let job = JobDraft {
             id: Some(JOB.to_owned()),
             curate: Some(draft),
             ..JobDraft::default()
-        });
-        uploads::submit_all(&self.client, &self.key.batch, 0, &[job]).await?;
-        close_batch(&self.client, &self.key.batch).await?;
-        note(format!("batch {}", self.key.batch));
-        Ok(())
+        };
+        uploads::submit_alone(&self.client, &self.key, &job).await
     }
 
     fn detached(&self) -> Outcome {

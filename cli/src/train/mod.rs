@@ -15,7 +15,6 @@ use espalier_core::id::{AdapterName, BatchId, JobKey, ProjectId};
 use espalier_core::layout::{self, UploadName};
 use espalier_core::spec::{JobDraft, TrainDraft, TrainSettingsDraft, TrainSpec};
 use espalier_core::training::TrainProgress;
-use espalier_proto::convert::draft_to_wire;
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::store::{LIST_MAX, Store};
@@ -26,7 +25,7 @@ use crate::client::Client;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, duration, facts, note, plain};
-use crate::submit::{again, close_batch, default_batch, open, rename};
+use crate::submit::{again, default_batch, rename};
 use crate::uploads::{self, has_ended};
 use crate::{json as shown, progress};
 
@@ -200,17 +199,12 @@ impl Training<'_> {
 
     /// Repeating it changes nothing.
     async fn submit(&self, draft: TrainDraft) -> Result<(), Problem> {
-        open(&self.client, &self.key.batch, v1::JobSpec::default()).await?;
-        uploads::check_project(&self.client, &self.key.batch, &self.key.project).await?;
-        let job = draft_to_wire(&JobDraft {
+        let job = JobDraft {
             id: Some(JOB.to_owned()),
             train: Some(draft),
             ..JobDraft::default()
-        });
-        uploads::submit_all(&self.client, &self.key.batch, 0, &[job]).await?;
-        close_batch(&self.client, &self.key.batch).await?;
-        note(format!("batch {}", self.key.batch));
-        Ok(())
+        };
+        uploads::submit_alone(&self.client, &self.key, &job).await
     }
 
     fn detached(&self) -> Outcome {
