@@ -5,8 +5,9 @@
 //! - Weights are those of the checkpoint, or rounded once to the form they are kept in ([`Form`]): bf16 to nearest even;
 //!   8 bits as value × scale in f32. Adapters are kept in f32; on CUDA as bf16, `B` with the scale in it.
 //! - Norms, rotary embedding, softmax, router, SiLU, logits and log-sum-exp are f32. On the CPU so is everything else, but
-//!   with weights in [`Form::Bf16Pairs`] inputs of products, keys and values are rounded to bf16. On CUDA sums are f32 too, and
-//!   what one op leaves for the next, keys and values among it, is rounded to bf16 once.
+//!   keys and values are rounded to bf16 with weights in any form but [`Form::F32`], and inputs of products with weights in
+//!   [`Form::Bf16Pairs`]. On CUDA sums are f32 too, and what one op leaves for the next, keys and values among it, is
+//!   rounded to bf16 once.
 //! - On the CPU every sum has one order (see `espalier_kernels::cpu`), so a sequence's numbers do not depend on the
 //!   batch, on chunks, on what was cached or on threads, bit for bit; nor, in one form, on instructions.
 //! - On CUDA the order of a sum may depend on how many rows a product has, so numbers that depend on the batch differ in

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use espalier_kernels::cpu::{KvCache, Pool};
+use espalier_kernels::cpu::{KvCache, KvForm, KvShape, Pool};
 use espalier_qwen3::{
     Checkpoint, Config, Draw, Form, Lora, Model, Part, Seeded, TensorSource, Want, hashed,
 };
@@ -62,8 +62,27 @@ fn greedy(model: &Model, lora: Option<&Lora>, prompt: &[u32], count: usize) -> V
     out
 }
 
+/// A cache that rounds nothing, whatever the weights are kept in.
+fn exact_cache(model: &Model, blocks: usize) -> KvCache {
+    let form = KvForm::F32;
+    KvCache::new(KvShape {
+        form,
+        ..model.kv_shape(blocks)
+    })
+    .unwrap()
+}
+
 fn logits(model: &Model, lora: Option<&Lora>, prompt: &[u32]) -> Vec<f32> {
     let mut cache = KvCache::new(model.kv_shape(8)).unwrap();
+    logits_over(&mut cache, model, lora, prompt)
+}
+
+fn logits_over(
+    cache: &mut KvCache,
+    model: &Model,
+    lora: Option<&Lora>,
+    prompt: &[u32],
+) -> Vec<f32> {
     let part = Part {
         ids: prompt,
         start: 0,
@@ -71,7 +90,7 @@ fn logits(model: &Model, lora: Option<&Lora>, prompt: &[u32]) -> Vec<f32> {
         lora,
         want: Want::All,
     };
-    let logits = model.forward(&mut cache, &[part]).unwrap();
+    let logits = model.forward(cache, &[part]).unwrap();
     (0..logits.rows())
         .flat_map(|row| logits.row(row).to_vec())
         .collect()
@@ -125,7 +144,10 @@ fn dense_equals_transformers() {
 fn weights_in_bf16_give_the_same_bits_as_the_bf16_checkpoint_in_f32() {
     for name in ["tiny-dense", "tiny-moe"] {
         let prompt: Vec<u32> = (0..60).map(|i| i * 7 % 500).collect();
-        let [f32, bf16] = [Form::F32, Form::Bf16].map(|f| logits(&load(name, f), None, &prompt));
+        let [f32, bf16] = [Form::F32, Form::Bf16].map(|form| {
+            let model = load(name, form);
+            logits_over(&mut exact_cache(&model, 8), &model, None, &prompt)
+        });
         assert!(f32 == bf16, "{name}");
         let q8 = logits(&load(name, Form::Q8), None, &prompt);
         let error = relative(&q8, &f32);
@@ -285,7 +307,7 @@ fn real_layer(name: &str) {
         },
         6 * hidden,
     );
-    let mut cache = KvCache::new(model.kv_shape(1)).unwrap();
+    let mut cache = exact_cache(&model, 1);
     let part = Part {
         ids: &[0; 6],
         start: 0,

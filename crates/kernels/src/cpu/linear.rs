@@ -61,12 +61,12 @@ impl Form {
         }
     }
 
-    /// How keys and values are kept beside such weights: what is rounded before it is multiplied may be kept so.
+    /// How keys and values are kept beside such weights: rounded where weights are.
     #[must_use]
     pub fn kv(self) -> KvForm {
         match self {
-            Self::Bf16Pairs => KvForm::Bf16,
-            Self::F32 | Self::Bf16 | Self::Q8 => KvForm::F32,
+            Self::Bf16 | Self::Bf16Pairs | Self::Q8 => KvForm::Bf16,
+            Self::F32 => KvForm::F32,
         }
     }
 }
