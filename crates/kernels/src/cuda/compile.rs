@@ -45,6 +45,8 @@ pub enum File {
 
 /// Head dimensions that attention is compiled for; 128 is Qwen3's, the others are those of small models.
 pub const HEAD_DIMS: [u32; 4] = [16, 32, 64, 128];
+/// Those of training, whose products take 32 elements at a time: smaller heads are filled up.
+pub const TRAIN_HEAD_DIMS: [u32; 3] = [32, 64, 128];
 /// Query heads of a KV head that attention of single tokens is compiled for.
 pub const GROUPS: [u32; 5] = [1, 2, 4, 5, 8];
 
@@ -107,9 +109,8 @@ impl Module {
     /// Every module that any model can ask for.
     pub fn all() -> Vec<Self> {
         let plain = File::WITHOUT_VARIANTS.map(Self::plain);
-        let attention = [File::Prefill, File::TrainAttention]
-            .into_iter()
-            .flat_map(|file| HEAD_DIMS.map(|head_dim| Self::of_heads(file, head_dim)));
+        let prefill = HEAD_DIMS.map(|head_dim| Self::of_heads(File::Prefill, head_dim));
+        let training = TRAIN_HEAD_DIMS.map(|dim| Self::of_heads(File::TrainAttention, dim));
         let decode = HEAD_DIMS.iter().flat_map(|&head_dim| {
             GROUPS.map(|group| Self {
                 file: File::Decode,
@@ -117,7 +118,8 @@ impl Module {
                 group,
             })
         });
-        plain.into_iter().chain(attention).chain(decode).collect()
+        let attention = prefill.into_iter().chain(training).chain(decode);
+        plain.into_iter().chain(attention).collect()
     }
 
     fn source(self) -> String {

@@ -20,7 +20,12 @@ __device__ __forceinline__ bf16 narrow(float x) {
     return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-__device__ __forceinline__ u32 narrow2(float low, float high) { return (u32)narrow(low) | ((u32)narrow(high) << 16); }
+// The same of two at once, by the processor's own instruction; NaN becomes its one NaN.
+__device__ __forceinline__ u32 narrow2(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
 
 __device__ __forceinline__ void wide8(const uint4 x, float *out) {
     const u32 words[4] = {x.x, x.y, x.z, x.w};
@@ -83,9 +88,26 @@ __device__ __forceinline__ void mma(float *d, const u32 *a, u32 b0, u32 b1) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ u32 shared_address(const bf16 *at) {
+    u64 wide_address;
+    asm("cvta.to.shared.u64 %0, %1;" : "=l"(wide_address) : "l"(at));
+    return (u32)wide_address;
+}
+
 // Two 8 x 8 tiles of 16-bit values, each transposed; lanes 0-15 give the addresses of the rows.
 __device__ __forceinline__ void load_transposed(u32 *d, const bf16 *row) {
-    u64 wide_address;
-    asm("cvta.to.shared.u64 %0, %1;" : "=l"(wide_address) : "l"(row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "r"((u32)wide_address) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(d[0]), "=r"(d[1]) : "r"(shared_address(row)) : "memory");
+}
+
+// Four such tiles; lanes 8 i to 8 i + 7 give the rows of tile i.
+__device__ __forceinline__ void load_transposed4(u32 *d, const bf16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(shared_address(row)) : "memory");
+}
+
+// Four such tiles as they lie.
+__device__ __forceinline__ void load4(u32 *d, const bf16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(shared_address(row)) : "memory");
 }

@@ -6,7 +6,7 @@ use super::super::{Attended, Heads, Kind, Mat};
 use super::rows::whole;
 use super::{Cuda, count};
 use crate::cuda::buffer::Buffer;
-use crate::cuda::compile::{File, HEAD_DIMS, Module};
+use crate::cuda::compile::{File, Module, TRAIN_HEAD_DIMS};
 use crate::cuda::device::{Arg, Device};
 use crate::cuda::error::CudaError;
 
@@ -80,6 +80,13 @@ struct Given {
     sizes: [u32; 4],
 }
 
+impl Given {
+    /// Bytes of so many tiles in shared memory.
+    fn shared_tiles(&self, tiles: u32) -> u32 {
+        2 * tiles * count(TILE) * (self.module.head_dim + 8)
+    }
+}
+
 impl Cuda {
     fn given(
         &mut self,
@@ -91,12 +98,16 @@ impl Cuda {
         assert_eq!(ends.last(), Some(&tokens));
         assert!(with.qk.cols == heads.qk_width() && with.v.cols == heads.kv * heads.dim);
         assert!(with.out.cols == heads.q_width() && with.out.rows == tokens);
-        let compiled = HEAD_DIMS.iter().find(|dim| **dim as usize >= heads.dim);
+        let mut compiled = TRAIN_HEAD_DIMS.iter();
+        let compiled = compiled.find(|dim| **dim as usize >= heads.dim);
         let Some(compiled) = compiled else {
             return Err(CudaError::Shape {
                 operation: "attention",
                 name: "dim",
-                rule: format!("must be at most {}", HEAD_DIMS[HEAD_DIMS.len() - 1]),
+                rule: format!(
+                    "must be at most {}",
+                    TRAIN_HEAD_DIMS[TRAIN_HEAD_DIMS.len() - 1]
+                ),
                 got: heads.dim,
             });
         };
@@ -138,8 +149,9 @@ impl Cuda {
         let args = arguments(heads, &at, &given.sizes, &strides, moved);
         // SAFETY: the arguments are the kernel's; the arena has checked where they lie, and tiles are of these rows.
         unsafe {
+            let shared = given.shared_tiles(4);
             self.device
-                .launch(given.module, "attention", given.grid[0], 128, &args)
+                .launch_sharing(given.module, "attention", given.grid[0], 128, shared, &args)
         }
     }
 
@@ -175,11 +187,13 @@ impl Cuda {
             &[d_qkv, with.qk, with.v, d_out],
             &[d_qkv_at, given.qk, given.v, d_out_at],
         );
-        let shared = 2 * 4 * TILE * (given.module.head_dim as usize + 8) + 2 * 4 * TILE;
-        for (i, (name, shared)) in [("attention_d_q", 0), ("attention_d_kv", shared)]
-            .into_iter()
-            .enumerate()
-        {
+        // Two tiles of 64 sums and of 64 deltas, beside those of rows.
+        let sums = 4 * 4 * count(TILE);
+        let kernels = [
+            ("attention_d_q", given.shared_tiles(4)),
+            ("attention_d_kv", given.shared_tiles(6) + sums),
+        ];
+        for (i, (name, shared)) in kernels.into_iter().enumerate() {
             let at = [
                 d_qkv_at,
                 given.qk,
@@ -190,16 +204,10 @@ impl Cuda {
                 given.tiles[i],
             ];
             let args = arguments(heads, &at, &given.sizes, &strides, moved);
-            // SAFETY: as above; the second shares four tiles and two rows of floats.
+            // SAFETY: as above.
             unsafe {
-                self.device.launch_sharing(
-                    given.module,
-                    name,
-                    given.grid[i],
-                    128,
-                    count(shared),
-                    &args,
-                )
+                self.device
+                    .launch_sharing(given.module, name, given.grid[i], 128, shared, &args)
             }?;
         }
         Ok(())

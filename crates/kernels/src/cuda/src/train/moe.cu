@@ -4,11 +4,11 @@
 #define EACH (EXPERTS_MAX / 32)
 
 // Softmax of a row of logits, `EACH` a lane: expert i * 32 + lane. Numbers behind the last are 0.
-__device__ __forceinline__ void softmax(float *x, const bf16 *logits, u32 experts, u32 lane) {
+__device__ __forceinline__ void softmax(float *x, const float *logits, u32 experts, u32 lane) {
     float top = -INFINITE, all = 0.0f;
 #pragma unroll
     for (u32 i = 0; i < EACH; i++) {
-        x[i] = i * 32 + lane < experts ? wide(logits[i * 32 + lane]) : -INFINITE;
+        x[i] = i * 32 + lane < experts ? logits[i * 32 + lane] : -INFINITE;
         top = fmaxf(top, x[i]);
     }
     top = warp_max(top);
@@ -23,7 +23,7 @@ __device__ __forceinline__ void softmax(float *x, const bf16 *logits, u32 expert
 }
 
 // The `chosen` most probable experts of each token (of equals the lower), ascending. One warp a token, 4 a block.
-extern "C" __global__ void route(u32 *ids, float *weights, const bf16 *logits, u32 tokens, u32 experts, u32 chosen, u32 stride, u32 renormalise) {
+extern "C" __global__ void route(u32 *ids, float *weights, const float *logits, u32 tokens, u32 experts, u32 chosen, u32 stride, u32 renormalise) {
     const u32 lane = threadIdx.x & 31, token = blockIdx.x * 4 + (threadIdx.x >> 5);
     if (token >= tokens) return;
     float x[EACH], kept = 0.0f;
@@ -67,7 +67,7 @@ extern "C" __global__ void route(u32 *ids, float *weights, const bf16 *logits, u
 }
 
 // d_logits from gradients of the slots' weights. One warp a token, 4 a block.
-extern "C" __global__ void route_grad(bf16 *d_logits, const bf16 *logits, const u32 *ids, const float *d_weights, u32 tokens, u32 experts, u32 chosen, u32 d_stride, u32 stride, u32 renormalise) {
+extern "C" __global__ void route_grad(bf16 *d_logits, const float *logits, const u32 *ids, const float *d_weights, u32 tokens, u32 experts, u32 chosen, u32 d_stride, u32 stride, u32 renormalise) {
     const u32 lane = threadIdx.x & 31, token = blockIdx.x * 4 + (threadIdx.x >> 5);
     if (token >= tokens) return;
     float x[EACH], d[EACH] = {}, kept = 0.0f, mean = 0.0f;
