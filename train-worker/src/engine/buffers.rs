@@ -252,7 +252,7 @@ impl Widths<'_> {
         };
         let slots = moe.top_k * self.tokens;
         Ok(Some(MoeBuffers {
-            logits: take(Kind::Activations, moe.experts * self.tokens, false)?,
+            logits: take(Kind::Exact, moe.experts * self.tokens, false)?,
             d_logits: take(Kind::Activations, moe.experts * self.tokens, false)?,
             routes: take(Kind::Ids, moe.ids_len(self.tokens), false)?,
             weights: take(Kind::Exact, slots, false)?,

@@ -470,7 +470,8 @@ pub trait Backend: Send {
     /// Its backward in place: `gate_up` becomes its own gradient, and `d_out` becomes what the forward gave.
     fn swiglu_grad(&mut self, gate_up: Mat, d_out: Mat);
 
-    /// Softmax over each row of router logits `[tokens, experts]`, the `top_k` most probable (of equals the lower index).
+    /// Softmax over each row of router logits `[tokens, experts]` (exact numbers), the `top_k` most probable (of equals the
+    /// lower index).
     fn route(&mut self, moe: &MoeShape, logits: Mat, routes: &Routes);
 
     /// Its backward: from gradients of the slots' weights (exact) to `d_logits` `[tokens, experts]`, replaced.

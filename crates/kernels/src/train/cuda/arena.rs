@@ -172,6 +172,11 @@ impl Arena {
         self.address(device, all, &[Kind::Weights, Kind::Activations])
     }
 
+    /// Address of a matrix of exact numbers.
+    pub(super) fn exact(&self, device: &Device, mat: Mat) -> u64 {
+        self.address(device, (mat.buffer, mat.start, mat.span()), &[Kind::Exact])
+    }
+
     /// Address of a matrix of any numbers.
     pub(super) fn numbers(&self, device: &Device, mat: Mat) -> u64 {
         let all = (mat.buffer, mat.start, mat.span());

@@ -71,7 +71,7 @@ impl Cuda {
         let args = [
             Arg::Address(ids),
             Arg::Address(weights),
-            Arg::Address(self.arena.narrow(&self.device, logits)),
+            Arg::Address(self.arena.exact(&self.device, logits)),
             Arg::U32(count(tokens)),
             Arg::U32(count(moe.experts)),
             Arg::U32(count(moe.top_k)),
@@ -107,7 +107,7 @@ impl Cuda {
         let (tokens, slots) = (logits.rows, logits.rows * moe.top_k);
         let args = [
             Arg::Address(self.arena.narrow(&self.device, d_logits)),
-            Arg::Address(self.arena.narrow(&self.device, logits)),
+            Arg::Address(self.arena.exact(&self.device, logits)),
             Arg::Address(self.arena.first(&self.device, routes.ids, slots, Kind::Ids)),
             Arg::Address(
                 self.arena
