@@ -2,8 +2,11 @@
 """Makes the golden files of this folder: what transformers and PEFT compute when they train the tiny checkpoints of
 `crates/qwen3/tests/golden` in float32 on the CPU.
 
-Usage: make.py CHECKPOINTS FOLDER. CHECKPOINTS is `crates/qwen3/tests/golden`. Needs torch 2.11, transformers 5.17, peft
-and safetensors; no GPU and no network. The same versions give the same files but for rounding of the last bits.
+Usage: make.py CHECKPOINTS FOLDER [clear|bf16]. CHECKPOINTS is `crates/qwen3/tests/golden`. Needs torch 2.11, transformers 5.17,
+peft and safetensors; no GPU and no network. The same versions give the same files but for rounding of the last bits.
+
+With `clear` it makes `lora-moe-clear` alone. With `bf16` it trains the curve that is there again, over a base in bfloat16
+under autocast, on a GPU where there is one, and writes `bf16.json`: how far torch's own bfloat16 is from its float32.
 
 Every loss is the mean of -log p over the supervised tokens of all documents of a step; each document is a sequence of
 its own.
@@ -20,7 +23,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 CHECKPOINTS, OUT = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
@@ -30,8 +33,11 @@ PICKS, STRIDE = 256, 9973
 torch.set_num_threads(8)
 
 
+DTYPE, DEVICE = torch.float32, "cpu"
+
+
 def base(name, untied=False):
-    """A checkpoint in float32. Untied: the LM head is the embedding with its rows in reverse order."""
+    """A checkpoint. Untied: the LM head is the embedding with its rows in reverse order."""
     folder = CHECKPOINTS / name
     config = AutoConfig.from_pretrained(folder)
     config._attn_implementation = "eager"
@@ -40,14 +46,14 @@ def base(name, untied=False):
             config._experts_implementation = "eager"
         except Exception as error:  # an older or newer name: the default computes the same
             print("experts:", repr(error))
-        return Qwen3MoeForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-    model = Qwen3ForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+        return Qwen3MoeForCausalLM.from_pretrained(folder, config=config, dtype=DTYPE).to(DEVICE).eval()
+    model = Qwen3ForCausalLM.from_pretrained(folder, config=config, dtype=DTYPE).to(DEVICE).eval()
     if not untied:
         return model
     state = {key: value.clone() for key, value in model.state_dict().items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"].flip(0).contiguous()
     config.tie_word_embeddings = False
-    other = Qwen3ForCausalLM(config).float()
+    other = Qwen3ForCausalLM(config).to(DEVICE, DTYPE)
     other.load_state_dict(state)
     return other.eval()
 
@@ -69,9 +75,9 @@ def documents(seed, lengths):
 
 def total_loss(model, docs):
     """Sum of -log p over the supervised tokens."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=DEVICE)
     for doc in docs:
-        logits = model(input_ids=torch.tensor([doc["ids"]]), use_cache=False).logits[0].float()
+        logits = model(input_ids=torch.tensor([doc["ids"]], device=DEVICE), use_cache=False).logits[0].float()
         logp = torch.log_softmax(logits, -1)
         for at in doc["supervised"]:
             total = total - logp[at - 1, doc["ids"][at]]
@@ -98,7 +104,7 @@ def adapt(model, seed, b, **settings):
     for name, p in sorted(trained(wrapped)):
         drawn = torch.rand(p.shape, generator=g) * 2 - 1
         size = b if "lora_B" in name else 1.0
-        p.data = (drawn * size / p.shape[-1] ** 0.5).contiguous()
+        p.data = (drawn * size / p.shape[-1] ** 0.5).to(p.device).contiguous()
     return wrapped.eval()
 
 
@@ -121,6 +127,37 @@ def lora_case(name, checkpoint, docs, seed, **settings):
     loss, norm, grads = gradients(model, docs)
     save_file(grads, OUT / name / "gradients.safetensors")
     return {"settings": settings, "loss": loss, "norm": norm}
+
+
+def margins(model, docs):
+    """Of each choice of experts: how far the last one chosen is ahead of the next, in deviations of its logits."""
+    found = []
+
+    def look(gate, inputs):
+        x = torch.nn.functional.linear(inputs[0].reshape(-1, gate.weight.shape[1]).float(), gate.weight.float())
+        top = x.topk(model.config.num_experts_per_tok + 1).values
+        found.append(float(((top[:, -2] - top[:, -1]) / x.std(-1)).min()))
+
+    hooks = [layer.mlp.gate.register_forward_pre_hook(look) for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    with torch.no_grad():
+        for doc in docs:
+            model(input_ids=torch.tensor([doc["ids"]]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return min(found)
+
+
+def clear_documents():
+    """Of 3,000 draws the one whose choices of experts are clearest: rounding to bfloat16 must change none."""
+    model = base("tiny-moe")
+    drawn = (documents(seed, [9]) for seed in range(3000))
+    return max(((margins(model, docs), docs) for docs in drawn), key=lambda pair: pair[0])
+
+
+def clear_case():
+    margin, docs = clear_documents()
+    case = lora_case("lora-moe-clear", "tiny-moe", docs, 6, r=4, lora_alpha=8, target_modules=ATTENTION)
+    return case | {"margin": margin, "documents": docs}
 
 
 def full_case(name, docs, untied):
@@ -191,7 +228,43 @@ def full_curve(docs, steps):
     return {"lr": lr, "weight_decay": decay, "clip": clip, "losses": losses, "norms": norms}
 
 
+def put(model, file):
+    """The adapter's numbers of a file."""
+    tensors = load_file(file)
+    for name, p in trained(model):
+        p.data = tensors[name].to(p.device, p.dtype)
+    return model
+
+
+def autocast():
+    """Without the cache of weights, which a step of the optimizer would leave behind the times."""
+    return torch.autocast(DEVICE, DTYPE, cache_enabled=False)
+
+
+def bf16():
+    """What bfloat16 costs torch: how far its losses are from those of the curve."""
+    global DTYPE, DEVICE
+    DTYPE, DEVICE = torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu"
+    facts = json.loads((OUT / "facts.json").read_text())
+    case = facts["curve"]
+    model = put(adapt(base("tiny-dense"), 0, 0.0, **case["settings"]), OUT / "curve" / "initial.safetensors")
+    groups = [{"params": [p for _, p in trained(model)], "weight_decay": case["weight_decay"]}]
+    with autocast():
+        losses, _ = curve(model, facts["curve_documents"], len(case["losses"]), groups, case["lr"], case["clip"])
+    apart = sum(abs(a - b) for a, b in zip(losses, case["losses"]))
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    found = {"curve": {"share": apart / sum(case["losses"])}, "device": device}
+    (OUT / "bf16.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main():
+    part = sys.argv[3:]
+    if part == ["bf16"]:
+        return bf16()
+    if part == ["clear"]:
+        facts = json.loads((OUT / "facts.json").read_text())
+        facts["lora-moe-clear"] = clear_case()
+        return (OUT / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     OUT.mkdir(parents=True, exist_ok=True)
     few, many = documents(11, [23, 40, 11]), documents(12, [24, 31, 18, 40, 27, 22, 35, 29])
     facts = {
@@ -203,6 +276,7 @@ def main():
             target_modules=["v_proj", "o_proj", "up_proj"],
         ),
         "lora-moe": lora_case("lora-moe", "tiny-moe", few, 6, r=4, lora_alpha=8, target_modules=ATTENTION),
+        "lora-moe-clear": clear_case(),
         "full-tied": full_case("full-tied", few, False),
         "full-untied": full_case("full-untied", few, True),
         "curve": lora_curve(many, 200),
