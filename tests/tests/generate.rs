@@ -16,6 +16,8 @@ use serde_json::{Value, json};
 
 /// Long enough for two busy cores.
 const DEADLINE: Duration = Duration::from_secs(150);
+/// Lines that one sequence does not answer within three seconds.
+const LONG_JOB_LINES: usize = 100;
 /// Nobody asks a model over HTTP here.
 const NO_MODEL: &str = "http://127.0.0.1:9/v1";
 
@@ -50,10 +52,17 @@ fn chats(count: usize, tokens: usize) -> Vec<Value> {
 
 /// Puts `lines` among the uploads of the project, and submits a job for them.
 async fn submit(cluster: &Cluster, lines: &[String]) -> JobKey {
+    submit_with(cluster, lines, json!({})).await
+}
+
+/// The same with more fields of the job.
+async fn submit_with(cluster: &Cluster, lines: &[String], more: Value) -> JobKey {
     let folder = cluster.object("default/uploads/nightly");
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("r.jsonl"), lines.join("\n")).unwrap();
-    let job = json!({"id": "j", "generate": {"requests": "nightly/r.jsonl"}});
+    let mut job = json!({"id": "j", "generate": {"requests": "nightly/r.jsonl"}});
+    let fields = more.as_object().unwrap().clone();
+    job.as_object_mut().unwrap().extend(fields);
     let answer = cluster.client().await.submit("b", &[job]).await;
     assert_eq!(answer.accepted, 1, "{:?}", answer.rejected);
     cluster.key("b", "j")
@@ -212,6 +221,26 @@ async fn a_worker_that_stops_in_good_order_hands_its_job_on_and_spends_no_attemp
     check_complete(&parsed(&text), &lines);
     let again = second.metric("vllm:request_success_total").await;
     assert_eq!(again as u64, 100 - before);
+}
+
+#[tokio::test]
+async fn a_job_that_gets_ahead_is_handed_on_before_its_time_is_over() {
+    let cluster = Cluster::start(NO_MODEL, 30_000).await;
+    let serving = worker(&cluster, 1).await;
+    let lines = chats(LONG_JOB_LINES, 24);
+    let key = submit_with(&cluster, &texts(&lines), json!({"max_runtime_s": 3})).await;
+    let job = done(&cluster, &key).await;
+    assert!(job.attempts > 1, "the job fits into its time: {job:?}");
+    assert_eq!(
+        (job.infra_failures, job.handler_failures),
+        (0, 0),
+        "{job:?}"
+    );
+    check_complete(&parsed(&answers(&cluster, &key)), &lines);
+    let answered = serving.metric("vllm:request_success_total").await;
+    assert!(answered as usize >= LONG_JOB_LINES);
+    // What runs as a job is handed on may be answered again, one sequence each time.
+    assert!(answered as usize <= LONG_JOB_LINES + 2 * job.attempts as usize);
 }
 
 #[tokio::test]
