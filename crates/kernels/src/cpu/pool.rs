@@ -1,5 +1,6 @@
-//! Threads that run one function side by side, each on its own fixed share. Nothing is stolen or handed over: which
-//! thread computes what depends on the number of threads alone.
+//! Threads that run one function side by side: each on its own fixed share ([`Pool::split`]), where which thread computes
+//! what depends on the number of threads alone, or each on what is next ([`Pool::each`]), where nobody waits for a thread
+//! that has not come.
 
 #![expect(
     unsafe_code,
@@ -72,7 +73,10 @@ struct Job(*const (dyn Fn(usize) + Sync));
 unsafe impl Send for Job {}
 
 struct Slot {
+    /// Nothing: it is done, and whoever comes now is too late.
     job: Option<Job>,
+    /// Whether every thread must call it. Else those do that come while it is there.
+    by_all: bool,
     stop: bool,
 }
 
@@ -81,6 +85,7 @@ struct Shared {
     start: Condvar,
     /// Counts jobs: a thread runs when it is ahead of what the thread has seen.
     turn: AtomicUsize,
+    /// Threads that are not done with the job: all that must call it, or those that came.
     running: AtomicUsize,
     panicked: AtomicBool,
 }
@@ -121,6 +126,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             slot: Mutex::new(Slot {
                 job: None,
+                by_all: false,
                 stop: false,
             }),
             start: Condvar::new(),
@@ -162,22 +168,56 @@ impl Pool {
     /// # Panics
     /// When a call panicked.
     pub fn run(&self, job: &(dyn Fn(usize) + Sync)) {
-        if self.others.is_empty() {
-            return job(0);
+        match self.others.is_empty() {
+            true => job(0),
+            false => self.share_out(job, true),
         }
+    }
+
+    /// Calls `job` for each of `0..items`, on whichever thread is free, and returns when all were called: for jobs that do
+    /// not depend on who does them. On a machine that has more to do, a thread may come milliseconds late, which is a
+    /// thousand times what an item takes; the others have done its part by then.
+    ///
+    /// # Panics
+    /// When a call panicked.
+    pub fn each(&self, items: usize, job: &(dyn Fn(usize) + Sync)) {
+        let next = AtomicUsize::new(0);
+        let take = |_| {
+            loop {
+                let item = next.fetch_add(1, Ordering::Relaxed);
+                if item >= items {
+                    return;
+                }
+                job(item);
+            }
+        };
+        match self.others.is_empty() || items < 2 {
+            true => take(0),
+            false => self.share_out(&take, false),
+        }
+    }
+
+    /// Calls `job` here and on the other threads: on all of them, or on those that come before it has returned here.
+    fn share_out(&self, job: &(dyn Fn(usize) + Sync), by_all: bool) {
         let _turn = lock(&self.turn);
         let shared = &*self.shared;
-        shared.running.store(self.others.len(), Ordering::Relaxed);
+        let running = if by_all { self.others.len() } else { 0 };
+        shared.running.store(running, Ordering::Relaxed);
         {
             let mut slot = lock(&shared.slot);
             // SAFETY: only the lifetime is taken off. The closure outlives every call: this function does not return
-            // or unwind before `running` is 0, and no thread calls a job twice.
+            // or unwind before `running` is 0. By then every thread has called it that must, and where none must, it is
+            // taken out of the slot first, so that none begins. No thread calls a job twice.
             let job: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(job) };
             slot.job = Some(Job(job));
+            slot.by_all = by_all;
             shared.turn.fetch_add(1, Ordering::Release);
         }
         shared.start.notify_all();
         let own = catch_unwind(AssertUnwindSafe(|| job(0)));
+        if !by_all {
+            lock(&shared.slot).job = None;
+        }
         let mut spins = 0;
         while shared.running.load(Ordering::Acquire) != 0 {
             spins += 1;
@@ -230,15 +270,17 @@ fn work(shared: &Shared, index: usize) {
             if slot.stop {
                 return;
             }
+            seen = shared.turn.load(Ordering::Relaxed);
+            if slot.job.is_some() && !slot.by_all {
+                shared.running.fetch_add(1, Ordering::Relaxed);
+            }
             slot.job
         };
-        seen += 1;
-        if let Some(Job(job)) = job {
-            // SAFETY: `Pool::run` keeps the closure alive until `running` is counted down below.
-            let job = unsafe { &*job };
-            if catch_unwind(AssertUnwindSafe(|| job(index))).is_err() {
-                shared.panicked.store(true, Ordering::Relaxed);
-            }
+        let Some(Job(job)) = job else { continue };
+        // SAFETY: `Pool::share_out` keeps the closure alive until `running` is counted down below.
+        let job = unsafe { &*job };
+        if catch_unwind(AssertUnwindSafe(|| job(index))).is_err() {
+            shared.panicked.store(true, Ordering::Relaxed);
         }
         shared.running.fetch_sub(1, Ordering::Release);
     }
@@ -325,6 +367,48 @@ mod tests {
         }
     }
 
+    /// Between jobs that every thread must call, so that one which came too late for the one before is there.
+    #[test]
+    fn each_item_is_taken_once_whoever_comes() {
+        for threads in [1, 2, 3, 7] {
+            let pool = Pool::new(threads);
+            for round in 0..2_000 {
+                let items = [0, 1, 2, 40][round % 4];
+                let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+                pool.each(items, &|item| {
+                    counts[item].fetch_add(1, Ordering::Relaxed);
+                });
+                let counts = counts.into_iter().map(AtomicUsize::into_inner);
+                assert!(counts.into_iter().all(|count| count == 1), "{threads}");
+                let called = AtomicUsize::new(0);
+                pool.run(&|_| {
+                    called.fetch_add(1, Ordering::Relaxed);
+                });
+                assert_eq!(called.into_inner(), threads);
+            }
+        }
+    }
+
+    #[test]
+    fn who_has_begun_is_waited_for() {
+        let pool = Pool::new(2);
+        let (taken, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        // Both threads have begun once both items are taken.
+        pool.each(2, &|_| {
+            taken.fetch_add(1, Ordering::SeqCst);
+            while taken.load(Ordering::SeqCst) < 2 {
+                std::thread::yield_now();
+            }
+            done.fetch_add(1, Ordering::SeqCst);
+        });
+        assert_eq!(done.load(Ordering::SeqCst), 2);
+        let slot = lock(&pool.shared.slot);
+        assert!(
+            slot.job.is_none(),
+            "nothing is left for one that comes late"
+        );
+    }
+
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
         let pool = Pool::new(3);
@@ -333,6 +417,10 @@ mod tests {
                 pool.run(&|index| assert_ne!(index, bad));
             }));
             assert!(outcome.is_err(), "thread {bad}");
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.each(3, &|item| assert_ne!(item, bad));
+            }));
+            assert!(outcome.is_err(), "item {bad}");
         }
         let count = AtomicUsize::new(0);
         pool.run(&|_| {

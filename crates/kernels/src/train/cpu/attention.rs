@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use super::super::Heads;
 use super::super::real::{Real, TILE_COLS, Tile};
-use super::gemm::{Operand, Panels, Rows, each, pack, sweep};
+use super::gemm::{Operand, Panels, Rows, pack, sweep};
 use super::rows::Table;
 use crate::cpu::Pool;
 use crate::cpu::pool::Parts;
@@ -154,7 +154,7 @@ pub(crate) fn forward<T: Real>(
     let heads = &input.heads;
     let works = works(ends, heads.kv);
     let (out, lse) = (Parts::new(out), Parts::new(lse));
-    each(pool, works.len(), &|item| {
+    pool.each(works.len(), &|item| {
         let work = &works[item];
         let column = (heads.q + work.kv) * heads.dim;
         let keys = pack_head(pool, input.qk, work.rows.clone(), column, heads.dim, true);
@@ -342,7 +342,7 @@ pub(crate) fn backward<T: Real>(
     let heads = &input.heads;
     let works = works(ends, heads.kv);
     let d_qkv = Parts::new(d_qkv);
-    each(pool, works.len(), &|item| {
+    pool.each(works.len(), &|item| {
         let work = &works[item];
         let (rows, dim) = (work.rows.clone(), heads.dim);
         let (k_column, v_column) = ((heads.q + work.kv) * dim, work.kv * dim);

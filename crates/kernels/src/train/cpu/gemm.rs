@@ -4,8 +4,6 @@
 
 #![expect(unsafe_code, reason = "tiles read and threads write through pointers")]
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use super::super::real::{Real, TILE_COLS, TILE_ROWS_MAX, Tile, isa, tile_rows};
 use super::super::{Form, Store};
 use crate::cpu::Pool;
@@ -117,7 +115,7 @@ pub(crate) fn gemm<T: Real>(
         packed.reserve_exact(more);
         packed.resize(packed.len() + more, T::ZERO);
         let to = Parts::new(packed);
-        each(pool, panels, &|panel| {
+        pool.each(panels, &|panel| {
             // SAFETY: each panel is taken once.
             let to = unsafe { to.part(panel * k * TILE_COLS..(panel + 1) * k * TILE_COLS) };
             let from = first + panel * TILE_COLS;
@@ -125,7 +123,7 @@ pub(crate) fn gemm<T: Real>(
         });
         let slabs = panels.div_ceil(SLAB_PANELS);
         let packed = &packed[..panels * k * TILE_COLS];
-        each(pool, m.div_ceil(BLOCK_ROWS) * slabs, &|item| {
+        pool.each(m.div_ceil(BLOCK_ROWS) * slabs, &|item| {
             let (block, slab) = (item / slabs, item % slabs);
             dispatch(
                 pool.isa(),
@@ -141,20 +139,6 @@ pub(crate) fn gemm<T: Real>(
             );
         });
     }
-}
-
-/// Calls `job` for each item, on whichever thread is free: for jobs that do not depend on who does them.
-pub(crate) fn each(pool: &Pool, items: usize, job: &(dyn Fn(usize) + Sync)) {
-    let next = AtomicUsize::new(0);
-    pool.run(&|_| {
-        loop {
-            let item = next.fetch_add(1, Ordering::Relaxed);
-            if item >= items {
-                return;
-            }
-            job(item);
-        }
-    });
 }
 
 /// Columns of an operand, side by side for each k; missing ones are zeroes.

@@ -7,7 +7,6 @@ use std::sync::LazyLock;
 
 use super::super::real::Real;
 use super::super::{AdamStep, BLOCK_8BIT};
-use super::gemm::each;
 use super::rows::sum;
 use crate::cpu::Pool;
 use crate::cpu::pool::Parts;
@@ -17,7 +16,7 @@ use crate::cpu::simd::{Kernel, Lanes, dispatch};
 const CHUNK: usize = 16 * BLOCK_8BIT;
 
 fn chunks(pool: &Pool, len: usize, job: &(dyn Fn(Range<usize>) + Sync)) {
-    each(pool, len.div_ceil(CHUNK), &|chunk| {
+    pool.each(len.div_ceil(CHUNK), &|chunk| {
         job(chunk * CHUNK..len.min((chunk + 1) * CHUNK));
     });
 }
@@ -218,7 +217,7 @@ pub(crate) fn adamw8<T: Real>(
     let value = Parts::new(value);
     let (m, v) = (Parts::new(moments.m), Parts::new(moments.v));
     let (m_max, v_max) = (Parts::new(moments.m_max), Parts::new(moments.v_max));
-    each(pool, len.div_ceil(BLOCK_8BIT), &|block| {
+    pool.each(len.div_ceil(BLOCK_8BIT), &|block| {
         let range = block * BLOCK_8BIT..len.min((block + 1) * BLOCK_8BIT);
         // SAFETY: blocks do not overlap.
         let (value, coded) = unsafe {

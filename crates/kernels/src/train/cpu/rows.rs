@@ -7,7 +7,6 @@ use std::ops::Range;
 
 use super::super::Heads;
 use super::super::real::Real;
-use super::gemm::each;
 use crate::cpu::Pool;
 use crate::cpu::pool::Parts;
 use crate::cpu::simd::{Kernel, Lanes, dispatch};
@@ -64,7 +63,7 @@ impl<'a, T> TableMut<'a, T> {
 
 /// Calls `job` for each block of rows.
 pub(crate) fn blocks(pool: &Pool, rows: usize, job: &(dyn Fn(usize, Range<usize>) + Sync)) {
-    each(pool, rows.div_ceil(BLOCK), &|block| {
+    pool.each(rows.div_ceil(BLOCK), &|block| {
         job(block, block * BLOCK..rows.min((block + 1) * BLOCK));
     });
 }
