@@ -80,6 +80,7 @@ impl CpuExecutor {
         let thread = std::thread::Builder::new()
             .name("executor-cpu".to_owned())
             .spawn(move || {
+                worker.model.pool().keep_caller();
                 for command in received {
                     let ended = match command {
                         Command::Step(ticket, step) => {

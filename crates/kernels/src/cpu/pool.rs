@@ -13,6 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// The instructions that kernels are compiled for and chosen by at run time. All give the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,8 +91,9 @@ struct Shared {
     panicked: AtomicBool,
 }
 
-/// How often a thread looks for the next job before it sleeps: some tens of microseconds, the time between two ops.
-const SPINS: usize = 20_000;
+/// How long a thread looks out for what comes next before it leaves its core to others: the time between two ops. What
+/// follows a step (its ids on their way to whoever asked) needs a core, and all are taken by threads that look out.
+const LOOK_OUT: Duration = Duration::from_micros(20);
 
 /// A fixed number of threads, the caller among them.
 pub struct Pool {
@@ -134,12 +136,16 @@ impl Pool {
             running: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
         });
-        let others = (1..threads.max(1))
+        let threads = threads.max(1);
+        let others = (1..threads)
             .map(|index| {
                 let shared = Arc::clone(&shared);
                 std::thread::Builder::new()
                     .name(format!("kernel-{index}"))
-                    .spawn(move || work(&shared, index))
+                    .spawn(move || {
+                        keep_on_core(index, threads);
+                        work(&shared, index);
+                    })
                     .unwrap_or_else(|error| panic!("no thread for kernels: {error}"))
             })
             .collect();
@@ -155,6 +161,12 @@ impl Pool {
     #[must_use]
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// Keeps the calling thread, and what it starts, on the core that the other threads leave it: for a thread that does
+    /// nothing but call this pool.
+    pub fn keep_caller(&self) {
+        keep_on_core(0, self.threads());
     }
 
     /// The number of threads, the caller's included.
@@ -218,14 +230,10 @@ impl Pool {
         if !by_all {
             lock(&shared.slot).job = None;
         }
-        let mut spins = 0;
-        while shared.running.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            if spins < SPINS {
-                std::hint::spin_loop();
-            } else {
-                std::thread::yield_now();
-            }
+        let is_done = || shared.running.load(Ordering::Acquire) == 0;
+        look_out(is_done);
+        while !is_done() {
+            std::thread::yield_now();
         }
         let others_panicked = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(panic) = own {
@@ -251,14 +259,47 @@ pub(crate) fn share(items: usize, index: usize, shares: usize) -> Range<usize> {
     items * index / shares..items * (index + 1) / shares
 }
 
+/// Keeps this thread on a core of its own where there are as many threads as cores. One that is woken is otherwise put
+/// beside the one that woke it, and both wait for each other on one core while another is idle.
+#[cfg(target_os = "linux")]
+fn keep_on_core(index: usize, threads: usize) {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let Ok(allowed) = sched_getaffinity(None) else {
+        return;
+    };
+    if allowed.count() as usize != threads {
+        return;
+    }
+    let mut cores = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core));
+    if let Some(core) = cores.nth(index) {
+        let mut own = CpuSet::new();
+        own.set(core);
+        // Where the system refuses, threads run where it puts them: slower, and right.
+        let _ = sched_setaffinity(None, &own);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn keep_on_core(_index: usize, _threads: usize) {}
+
+/// Waits for something that is about to happen, for [`LOOK_OUT`] at most.
+fn look_out(has_happened: impl Fn() -> bool) {
+    let began = Instant::now();
+    while began.elapsed() < LOOK_OUT {
+        // The clock costs as much as some looks.
+        for _ in 0..16 {
+            if has_happened() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
+
 fn work(shared: &Shared, index: usize) {
     let mut seen = 0;
     loop {
-        let mut spins = 0;
-        while shared.turn.load(Ordering::Acquire) == seen && spins < SPINS {
-            spins += 1;
-            std::hint::spin_loop();
-        }
+        look_out(|| shared.turn.load(Ordering::Acquire) != seen);
         let job = {
             let mut slot = lock(&shared.slot);
             while shared.turn.load(Ordering::Acquire) == seen && !slot.stop {
