@@ -29,6 +29,7 @@ mod merge;
 mod model;
 mod rotary;
 mod seeded;
+mod shapes;
 mod tensors;
 
 pub use checkpoint::{Checkpoint, CheckpointError, Tensor, TensorSource};
@@ -37,5 +38,6 @@ pub use espalier_kernels::cpu::Form;
 pub use lora::{Lora, LoraError, Site};
 pub use merge::{Merge, MergeError, Merged};
 pub use model::{Logits, Model, ModelError, Part, Want};
-pub use seeded::{Draw, Seeded, hashed};
+pub use seeded::{Cut, Draw, Seeded, hashed};
+pub use shapes::Shape;
 pub use tensors::{Gated, LayerTensors, Matrix, MlpTensors, Vector};

@@ -6,13 +6,13 @@
 mod alone;
 mod device;
 mod random;
-mod shapes;
 mod workloads;
 
 use std::time::{Duration, Instant};
 
 pub use espalier_kernels::cuda::Options as DeviceOptions;
-use espalier_qwen3::ModelError;
+pub use espalier_qwen3::Shape;
+use espalier_qwen3::{Cut, ModelError};
 use serde_json::{Value, json};
 
 use crate::engine::{Engine, EngineConfig, Request};
@@ -22,7 +22,6 @@ use crate::scheduler::{Config, Scheduler, Unexpected};
 
 pub use alone::Alone;
 pub use device::Ceilings;
-pub use shapes::Shape;
 pub use workloads::Workload;
 
 /// Tokens of a sequence, as in the baseline.
@@ -80,12 +79,20 @@ fn scheduler_config() -> Config {
     }
 }
 
+/// What a device reaches by itself.
+///
+/// # Errors
+/// When it cannot be used.
+pub fn ceilings(options: &DeviceOptions) -> Result<Ceilings, BenchError> {
+    Ok(device::measure(options)?)
+}
+
 /// Measures, and tells each result as it comes.
 ///
 /// # Errors
 /// The first thing that goes wrong. What was told before it stands.
 pub async fn run(plan: &Plan, tell: &mut (dyn FnMut(Value) + Send)) -> Result<(), BenchError> {
-    let ceilings = device::measure(&plan.device)?;
+    let ceilings = ceilings(&plan.device)?;
     tell(json!({
         "test": "ceilings",
         "copy_bytes_per_s": ceilings.bytes_per_s,
@@ -96,7 +103,7 @@ pub async fn run(plan: &Plan, tell: &mut (dyn FnMut(Value) + Send)) -> Result<()
         device: plan.device.clone(),
         ..CudaOptions::new(MODEL_LEN)
     };
-    let source = random::Weights::new(&config);
+    let source = Cut::new(&config);
     let drawn_s = began.elapsed().as_secs_f64();
     let began = Instant::now();
     let mut executor = CudaExecutor::load(&config, &source, &options)?;

@@ -1,64 +1,4 @@
-//! Numbers for measurements: weights whose values do not matter, and the draws of Python's `random`, so that workloads are
-//! the baseline's to the last token.
-
-use espalier_kernels::cpu::RowSource;
-use espalier_qwen3::{CheckpointError, Config, Tensor, TensorSource};
-
-/// One run of random bf16 that all matrices are cut from: uniform, of deviation 0.02 as before training. Norms are one.
-pub(super) struct Weights {
-    bytes: Vec<u8>,
-}
-
-impl Weights {
-    pub fn new(config: &Config) -> Self {
-        let len = config.embedding().count();
-        let mut bytes = vec![0_u8; 2 * len];
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let share = (2 * len).div_ceil(threads).next_multiple_of(8);
-        std::thread::scope(|scope| {
-            for (seed, part) in (1..).zip(bytes.chunks_mut(share)) {
-                scope.spawn(move || fill(seed, part));
-            }
-        });
-        Self { bytes }
-    }
-}
-
-/// Four numbers of each word of xorshift: in ±0.0346, with the 7 bits that bf16 keeps of a number in [1, 2).
-fn fill(seed: u64, bytes: &mut [u8]) {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    for word in bytes.chunks_mut(8) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        for (pair, bits) in word.chunks_mut(2).zip(0..) {
-            let unit = f32::from((state >> (16 * bits)) as u16) / 32_768.0 - 1.0;
-            let rounded = espalier_kernels::bf16::from_f32(unit * 0.0346).to_le_bytes();
-            pair.copy_from_slice(&rounded[..pair.len()]);
-        }
-    }
-}
-
-impl TensorSource for Weights {
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, CheckpointError> {
-        let count: usize = shape.iter().product();
-        if name.contains("norm") {
-            return Ok(Tensor::Owned(vec![1.0; count]));
-        }
-        // Every tensor begins elsewhere.
-        let hash = name.bytes().fold(7_usize, |hash, byte| {
-            hash.wrapping_mul(31).wrapping_add(usize::from(byte))
-        });
-        let room = self.bytes.len() / 2 - count;
-        let start = 2 * (hash % (room + 1));
-        let bytes = &self.bytes[start..start + 2 * count];
-        Ok(Tensor::Mapped(RowSource::Bf16Bytes(bytes)))
-    }
-
-    fn has(&self, _: &str) -> bool {
-        true
-    }
-}
+//! The draws of Python's `random`, so that workloads are the baseline's to the last token.
 
 /// Python's `random.Random`: MT19937, seeded by an integer.
 pub(super) struct Python {
@@ -145,18 +85,5 @@ mod tests {
         };
         assert_eq!(draws(0, 0, 10_000), [6311, 6890, 663, 4242, 8376, 7961]);
         assert_eq!(draws(101, 100, 1024), [695, 967, 299, 652, 467, 578]);
-    }
-
-    #[test]
-    fn weights_are_of_the_size_before_training() {
-        let mut bytes = vec![0; 2000];
-        fill(3, &mut bytes);
-        let values: Vec<f32> = bytes
-            .chunks(2)
-            .map(|pair| espalier_kernels::bf16::from_le_bytes([pair[0], pair[1]]).to_f32())
-            .collect();
-        let deviation = (values.iter().map(|x| x * x).sum::<f32>() / 1000.0).sqrt();
-        assert!((deviation - 0.02).abs() < 0.002, "{deviation}");
-        assert!(values.iter().sum::<f32>().abs() < 2.0);
     }
 }

@@ -9,7 +9,7 @@ use espalier_kernels::train::Kind;
 use espalier_qwen3::Config;
 
 use super::layout::Roles;
-use super::model::moe_shape;
+use super::model::{head_rows, moe_shape};
 use super::plan::Keep;
 
 /// Elements of a chunk of logits, about.
@@ -233,7 +233,7 @@ impl Widths<'_> {
     }
 
     fn head<I, E>(&self, take: &mut Take<'_, I, E>) -> Result<HeadBuffers<I>, E> {
-        let rows = head_rows(self.config, self.tokens);
+        let rows = logits_rows(self.config, self.tokens);
         let mut of = |width: usize| take(Kind::Activations, width * rows, false);
         let hidden = self.config.hidden_size;
         Ok(HeadBuffers {
@@ -242,7 +242,7 @@ impl Widths<'_> {
             normed: of(hidden)?,
             d_normed: of(hidden)?,
             d_input: of(hidden)?,
-            logits: of(self.config.real_vocab_size)?,
+            logits: of(head_rows(self.config))?,
         })
     }
 
@@ -264,7 +264,7 @@ impl Widths<'_> {
 }
 
 /// Rows of logits that are made at a time: neither so few that the product is slow, nor so many that they fill the memory.
-fn head_rows(config: &Config, tokens: usize) -> usize {
+fn logits_rows(config: &Config, tokens: usize) -> usize {
     (LOGITS_MAX / config.real_vocab_size)
         .clamp(64, 512)
         .min(tokens)

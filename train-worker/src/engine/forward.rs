@@ -17,6 +17,8 @@ pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) heads: Heads,
     pub(crate) moe: Option<MoeShape>,
     pub(crate) eps: f64,
+    /// Ids that have logits.
+    pub(crate) classes: usize,
     /// Where documents end.
     pub(crate) ends: &'a [usize],
     pub(crate) tokens: usize,

@@ -46,7 +46,8 @@ impl<B: Backend> Pass<'_, B> {
         self.backend.norm(self.eps, input, model.final_norm, normed);
         self.backend
             .gemm(Form::Nt, 1.0, normed, model.head, logits, Store::Set);
-        self.backend.cross_entropy(logits, targets, losses, grad);
+        self.backend
+            .cross_entropy(logits, self.classes, targets, losses, grad);
         if grad.is_none() {
             return;
         }

@@ -1,5 +1,6 @@
 //! A model's weights on the device, and beside them what training changes.
 
+use espalier_kernels::cpu::RowSource;
 use espalier_kernels::train::{
     Backend, BufferId, ExpertWeights, Kind, Mat, MoeShape, OutOfMemory, Slice,
 };
@@ -92,7 +93,7 @@ impl Flat {
 pub(crate) struct Model {
     pub(crate) embedding: Mat,
     pub(crate) d_embedding: Option<Mat>,
-    /// Rows of the real vocabulary.
+    /// Rows of the real vocabulary, and some of its padding: see [`head_rows`].
     pub(crate) head: Mat,
     pub(crate) d_head: Option<Mat>,
     pub(crate) final_norm: Slice,
@@ -136,7 +137,7 @@ impl Model {
                     .map(|start| Mat::at(flat.grads, start, config.vocab_size, hidden)),
             ),
         };
-        let real = |mat: Mat| mat.slice_rows(0, config.real_vocab_size);
+        let rows = |mat: Mat| mat.slice_rows(0, head_rows(config));
         let final_norm = loader.vector(&config.final_norm(), roles.final_norm)?;
         let layers = roles.layers.iter().enumerate();
         let layers = layers
@@ -146,8 +147,8 @@ impl Model {
         Ok(Self {
             embedding,
             d_embedding,
-            head: real(head),
-            d_head: d_head.map(real),
+            head: rows(head),
+            d_head: d_head.map(rows),
             final_norm,
             d_final_norm: roles
                 .final_norm
@@ -232,6 +233,11 @@ impl<B: Backend> Loader<'_, B> {
         let width = matrix.inputs;
         for (name, rows) in &matrix.parts {
             let tensor = self.source.tensor(name, &[*rows, width])?;
+            if let RowSource::Bf16Bytes(bytes) = tensor.rows() {
+                self.backend.write_bf16(buffer, start, bytes);
+                start += rows * width;
+                continue;
+            }
             let mut values = Vec::new();
             for first in (0..*rows).step_by(ROWS_AT_A_TIME) {
                 let count = ROWS_AT_A_TIME.min(rows - first);
@@ -337,6 +343,13 @@ impl<B: Backend> Loader<'_, B> {
         };
         self.matrix(&all, None)
     }
+}
+
+/// Rows of the LM head that are multiplied: those of the real vocabulary, and of its padding as many as make whole eights
+/// of them, where there are. Devices multiply matrices of other widths more slowly.
+pub(crate) fn head_rows(config: &Config) -> usize {
+    let eights = config.real_vocab_size.next_multiple_of(8);
+    eights.min(config.vocab_size)
 }
 
 /// Shape of a model's experts.

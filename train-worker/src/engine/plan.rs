@@ -6,7 +6,7 @@ use espalier_qwen3::{Config, MlpTensors};
 
 use super::buffers::Buffers;
 use super::layout::{Layout, Role, Roles};
-use super::model::{Flat, Model, moe_shape};
+use super::model::{Flat, Model, head_rows, moe_shape};
 use super::settings::{Precision, Settings};
 
 /// What a layer keeps, from the most to the least. `X · Aᵀ` of its adapters it keeps always.
@@ -224,7 +224,7 @@ impl Planner<'_> {
             // Forward: scores and mix; backward: scores, and gradients of weights, q, k and v.
             pair += (2 + 2 * again + 5) * q_width;
         }
-        let head = (self.config.real_vocab_size * self.config.hidden_size) as u64;
+        let head = (head_rows(self.config) * self.config.hidden_size) as u64;
         let passes = if self.roles.embedding.is_some() { 3 } else { 2 };
         Plan {
             keeps,
@@ -282,7 +282,7 @@ impl Planner<'_> {
         let q = config.heads * config.head_dim;
         let dense = config.intermediate_size.max(q).max(config.hidden_size);
         let wide = (2 * config.intermediate_size).max(config.qkv_width());
-        let weights = wide.max(config.real_vocab_size) * config.hidden_size;
+        let weights = wide.max(head_rows(config)) * config.hidden_size;
         weights.max(tokens * dense).max(q * config.hidden_size)
     }
 

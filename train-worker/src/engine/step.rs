@@ -183,6 +183,7 @@ impl<B: Backend> Trainer<B> {
             },
             moe: moe_shape(config) as Option<MoeShape>,
             eps: f64::from(config.rms_norm_eps),
+            classes: config.real_vocab_size,
             ends,
             tokens: ends.last().copied().unwrap_or(0),
         }

@@ -372,6 +372,9 @@ pub trait Backend: Send {
     /// Writes numbers from `start` on.
     fn write(&mut self, buffer: BufferId, start: usize, values: &[f32]);
 
+    /// Writes numbers from `start` on that lie in memory as little-endian bf16.
+    fn write_bf16(&mut self, buffer: BufferId, start: usize, bytes: &[u8]);
+
     /// Writes ids from `start` on.
     fn write_ids(&mut self, buffer: BufferId, start: usize, values: &[u32]);
 
@@ -512,9 +515,17 @@ pub trait Backend: Send {
         d_weights: BufferId,
     );
 
-    /// -log softmax of the target in each row of `logits`, into `losses` (exact); with `grad`, `logits` become
-    /// `grad · (softmax - one-hot)`; without, they mean nothing afterwards. `targets` are ids.
-    fn cross_entropy(&mut self, logits: Mat, targets: Slice, losses: Slice, grad: Option<f64>);
+    /// -log softmax of the target among the first `classes` columns of each row of `logits`, into `losses` (exact); with
+    /// `grad`, these become `grad · (softmax - one-hot)` and what is behind them zero; without, `logits` mean nothing
+    /// afterwards. `targets` are ids.
+    fn cross_entropy(
+        &mut self,
+        logits: Mat,
+        classes: usize,
+        targets: Slice,
+        losses: Slice,
+        grad: Option<f64>,
+    );
 
     /// The sum of squares of exact numbers, once all ops before have run.
     fn sum_squares(&mut self, of: Slice) -> f64;

@@ -128,20 +128,23 @@ pub fn swiglu(bench: &mut Bench) {
 }
 
 pub fn cross_entropy(bench: &mut Bench) {
-    for (rows, cols) in [(40, 37), (20, 4096), (5, 30_011)] {
-        let logits = bench.mat(rows, cols, 0);
-        let kept = bench.mat(rows, cols, 0);
+    // Classes, and columns that are none.
+    for (rows, classes, more) in [(40, 37, 0), (20, 4096, 0), (5, 30_011, 0), (9, 4091, 5)] {
+        let logits = bench.mat(rows, classes + more, 0);
+        let kept = bench.mat(rows, classes + more, 0);
         bench.run(|backend| backend.copy(logits, kept));
-        let ids: Vec<u32> = (0..rows + 2).map(|i| (i * 7919 % cols) as u32).collect();
+        let ids: Vec<u32> = (0..rows + 2).map(|i| (i * 7919 % classes) as u32).collect();
         let targets = Slice::new(bench.ids(&ids), 2, rows);
         let losses = bench.exact_numbers(rows + 1);
         let losses = Slice::new(losses.buffer, 1, rows);
-        bench.run(|backend| backend.cross_entropy(logits, targets, losses, None));
+        bench.run(|backend| backend.cross_entropy(logits, classes, targets, losses, None));
         bench.close("losses", losses, 0.05);
-        bench.run(|backend| backend.cross_entropy(kept, targets, losses, Some(0.3)));
+        bench.run(|backend| backend.cross_entropy(kept, classes, targets, losses, Some(0.3)));
         bench.close("losses with gradients", losses, 0.05);
         // Mostly one number, that of the target: its rounding does not average out.
         bench.close_all("gradients", kept, 2.0);
+        let none = bench.got.read(Slice::new(kept.buffer, classes, more));
+        assert!(none.iter().all(|x| *x == 0.0), "{none:?}");
     }
 }
 

@@ -85,6 +85,14 @@ pub fn copies(bench: &mut Bench) {
     let part = |slice: Slice| Slice::new(slice.buffer, 100, 801);
     bench.run(|backend| backend.round(part(masters), part(weights)));
     bench.close("round", weights, 1.0);
+    // As they lie in a file: 1, -2, 0.5.
+    let file = [0x80, 0x3f, 0x00, 0xc0, 0x00, 0x3f];
+    for numbers in [weights, masters] {
+        bench.run(|backend| backend.write_bf16(numbers.buffer, 3, &file));
+        bench.close("bf16 of a file", numbers, 1.0);
+        let read = bench.got.read(Slice::new(numbers.buffer, 3, 3));
+        assert_eq!(read, [1.0, -2.0, 0.5]);
+    }
     let bytes = bench.got.alloc(Kind::Bytes, 10).unwrap();
     bench.got.write_bytes(bytes, 2, &[7, 8, 9]);
     let read = bench.got.read_bytes(Slice::new(bytes, 1, 5));

@@ -13,6 +13,7 @@ use crate::cpu::simd::{Kernel, Lanes, dispatch};
 struct CrossEntropy<'a, T> {
     rows: Range<usize>,
     logits: &'a TableMut<'a, T>,
+    classes: usize,
     targets: &'a [u32],
     losses: &'a Parts<'a, T>,
     grad: Option<T>,
@@ -23,7 +24,8 @@ impl<T: Real> Kernel for CrossEntropy<'_, T> {
     fn run<L: Lanes>(self, _: L) {
         for row in self.rows {
             // SAFETY: each row is one block's.
-            let (logits, loss) = unsafe { (self.logits.row(row), self.losses.part(row..row + 1)) };
+            let (all, loss) = unsafe { (self.logits.row(row), self.losses.part(row..row + 1)) };
+            let (logits, rest) = all.split_at_mut(self.classes);
             let target = self.targets[row] as usize;
             let most = largest(logits);
             let wanted = logits[target] - most;
@@ -38,6 +40,7 @@ impl<T: Real> Kernel for CrossEntropy<'_, T> {
                     *x *= share;
                 }
                 logits[target] = logits[target] - grad;
+                rest.fill(T::ZERO);
             }
         }
     }
@@ -65,6 +68,7 @@ fn largest<T: Real>(row: &[T]) -> T {
 pub(crate) fn cross_entropy<T: Real>(
     pool: &Pool,
     logits: &TableMut<'_, T>,
+    classes: usize,
     targets: &[u32],
     losses: &mut [T],
     grad: Option<T>,
@@ -76,6 +80,7 @@ pub(crate) fn cross_entropy<T: Real>(
             CrossEntropy {
                 rows,
                 logits,
+                classes,
                 targets,
                 losses: &losses,
                 grad,

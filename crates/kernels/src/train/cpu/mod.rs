@@ -13,6 +13,8 @@ mod tests;
 
 use std::sync::Arc;
 
+use half::bf16;
+
 use super::real::Real;
 use super::{
     AdamStep, Attended, Backend, BufferId, DeviceFailed, ExpertRoom, ExpertWeights, Form, Heads,
@@ -150,6 +152,14 @@ impl<T: Real> Backend for Cpu<T> {
         let to = &mut self.arena.real_mut(buffer)[start..start + values.len()];
         for (to, value) in to.iter_mut().zip(values) {
             *to = T::of(f64::from(*value));
+        }
+    }
+
+    fn write_bf16(&mut self, buffer: BufferId, start: usize, bytes: &[u8]) {
+        let (pairs, _) = bytes.as_chunks::<2>();
+        let to = &mut self.arena.real_mut(buffer)[start..start + pairs.len()];
+        for (to, pair) in to.iter_mut().zip(pairs) {
+            *to = T::of(f64::from(bf16::from_le_bytes(*pair).to_f32()));
         }
     }
 
@@ -532,14 +542,23 @@ impl<T: Real> Backend for Cpu<T> {
         self.count(slots * moe.width * d_y.cols * 3);
     }
 
-    fn cross_entropy(&mut self, logits: Mat, targets: Slice, losses: Slice, grad: Option<f64>) {
+    fn cross_entropy(
+        &mut self,
+        logits: Mat,
+        classes: usize,
+        targets: Slice,
+        losses: Slice,
+        grad: Option<f64>,
+    ) {
         assert!(targets.len == logits.rows && losses.len == logits.rows);
+        assert!((1..=logits.cols).contains(&classes));
         let mut taken = self.arena.take(logits.buffer);
         let mut out = self.arena.take(losses.buffer);
         let ids = &self.arena.ids(targets.buffer)[targets.start..targets.start + targets.len];
         loss::cross_entropy(
             &self.pool,
             &table_mut(&mut taken, logits),
+            classes,
             ids,
             out.slice(losses),
             grad.map(T::of),

@@ -299,11 +299,13 @@ fn cross_entropy() {
     let targets = Slice::new(bench.ids(&ids), 0, ROWS);
     let losses = bench.slice(ROWS);
     bench.cpu.copy(logits, work);
-    bench.cpu.cross_entropy(work, targets, losses, Some(0.3));
+    bench
+        .cpu
+        .cross_entropy(work, 37, targets, losses, Some(0.3));
     let grad = bench.values(work.buffer, ROWS * 37);
     bench.differ("logits", logits.buffer, &grad, |bench| {
         bench.cpu.copy(logits, work);
-        bench.cpu.cross_entropy(work, targets, losses, None);
+        bench.cpu.cross_entropy(work, 37, targets, losses, None);
         0.3 * bench.values(losses.buffer, ROWS).iter().sum::<f64>()
     });
 }

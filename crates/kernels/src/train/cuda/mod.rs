@@ -178,6 +178,10 @@ impl Backend for Cuda {
         self.issue(|cuda| cuda.write_numbers(buffer, start, values));
     }
 
+    fn write_bf16(&mut self, buffer: BufferId, start: usize, bytes: &[u8]) {
+        self.issue(|cuda| cuda.write_narrow(buffer, start, bytes));
+    }
+
     fn write_ids(&mut self, buffer: BufferId, start: usize, values: &[u32]) {
         self.issue(|cuda| cuda.put_ids(buffer, start, values));
     }
@@ -358,8 +362,15 @@ impl Backend for Cuda {
         });
     }
 
-    fn cross_entropy(&mut self, logits: Mat, targets: Slice, losses: Slice, grad: Option<f64>) {
-        self.issue(|cuda| cuda.losses(logits, targets, losses, grad));
+    fn cross_entropy(
+        &mut self,
+        logits: Mat,
+        classes: usize,
+        targets: Slice,
+        losses: Slice,
+        grad: Option<f64>,
+    ) {
+        self.issue(|cuda| cuda.losses(logits, classes, targets, losses, grad));
     }
 
     fn sum_squares(&mut self, of: Slice) -> f64 {

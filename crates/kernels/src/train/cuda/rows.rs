@@ -300,21 +300,25 @@ impl Cuda {
     pub(super) fn losses(
         &self,
         logits: Mat,
+        classes: usize,
         targets: Slice,
         losses: Slice,
         grad: Option<f64>,
     ) -> Result<(), CudaError> {
         assert!(targets.len == logits.rows && losses.len == logits.rows);
+        assert!((1..=logits.cols).contains(&classes));
         let at = self.arena.narrow(&self.device, logits);
         let args = [
             Arg::Address(at),
             Arg::Address(self.arena.slice(&self.device, losses, Kind::Exact)),
             Arg::Address(self.arena.slice(&self.device, targets, Kind::Ids)),
+            Arg::U32(count(classes)),
             Arg::U32(count(logits.cols)),
             Arg::U32(count(logits.stride)),
             Arg::F32(grad.unwrap_or(0.0) as f32),
             Arg::U32(u32::from(grad.is_some())),
-            Arg::U32(whole(logits.cols, &[logits], &[at])),
+            // The last of a row are moved one by one, if they are no whole 16 bytes.
+            Arg::U32(whole(0, &[logits], &[at])),
         ];
         self.launch_rows(
             "cross_entropy",

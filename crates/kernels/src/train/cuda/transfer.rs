@@ -43,6 +43,30 @@ impl Cuda {
         }
     }
 
+    /// Numbers that lie in memory as bf16: where they are kept so, as they are.
+    pub(super) fn write_narrow(
+        &mut self,
+        buffer: BufferId,
+        start: usize,
+        bytes: &[u8],
+    ) -> Result<(), CudaError> {
+        let (pairs, _) = bytes.as_chunks::<2>();
+        match self.arena.kind(buffer) {
+            kind @ (Kind::Weights | Kind::Activations) => {
+                self.put(Slice::new(buffer, start, pairs.len()), kind, bytes)
+            }
+            Kind::Exact => {
+                for (chunk, pairs) in pairs.chunks(CHUNK).enumerate() {
+                    let wide = |pair: &[u8; 2]| bf16::from_le_bytes(*pair).to_f32();
+                    let values: Vec<f32> = pairs.iter().map(wide).collect();
+                    self.write_numbers(buffer, start + chunk * CHUNK, &values)?;
+                }
+                Ok(())
+            }
+            Kind::Ids | Kind::Bytes => panic!("{buffer:?} holds no numbers"),
+        }
+    }
+
     pub(super) fn put_ids(
         &mut self,
         buffer: BufferId,

@@ -296,15 +296,16 @@ extern "C" __global__ void swiglu_grad(bf16 *d_out, bf16 *gate_up, u32 rows, u32
     put8(out, width - i, whole, d);
 }
 
-// losses[row] = -log softmax of the target; with `grad` logits become grad * (softmax - one-hot). One block a row.
-extern "C" __global__ void cross_entropy(bf16 *logits, float *losses, const u32 *targets, u32 cols, u32 stride, float grad, u32 backward, u32 whole) {
+// losses[row] = -log softmax of the target among `cols`; with `grad` these become grad * (softmax - one-hot), and what is
+// behind them up to `width` zero. `whole`: rows begin at 16 bytes. One block a row.
+extern "C" __global__ void cross_entropy(bf16 *logits, float *losses, const u32 *targets, u32 cols, u32 width, u32 stride, float grad, u32 backward, u32 whole) {
     __shared__ float room[33];
     bf16 *row = logits + (u64)blockIdx.x * stride;
     const u32 target = targets[blockIdx.x];
     float most = -INFINITE, sum = 0.0f;
     for (u32 i = threadIdx.x * 8; i < cols; i += blockDim.x * 8) {
         float x[8], top = most;
-        get8(row + i, cols - i, whole, x);
+        get8(row + i, cols - i, whole && i + 8 <= cols, x);
 #pragma unroll
         for (u32 j = 0; j < 8; j++)
             if (i + j < cols) top = fmaxf(top, x[j]);
@@ -325,9 +326,10 @@ extern "C" __global__ void cross_entropy(bf16 *logits, float *losses, const u32 
     const float share = grad / all;
     for (u32 i = threadIdx.x * 8; i < cols; i += blockDim.x * 8) {
         float x[8];
-        get8(row + i, cols - i, whole, x);
+        get8(row + i, cols - i, whole && i + 8 <= cols, x);
 #pragma unroll
         for (u32 j = 0; j < 8; j++) x[j] = __expf(x[j] - all_most) * share - (i + j == target ? grad : 0.0f);
-        put8(row + i, cols - i, whole, x);
+        put8(row + i, cols - i, whole && i + 8 <= cols, x);
     }
+    for (u32 i = cols + threadIdx.x; i < width; i += blockDim.x) row[i] = narrow(0.0f);
 }

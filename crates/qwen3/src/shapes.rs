@@ -1,6 +1,6 @@
 //! The exact shapes of Qwen3 models, and what a step of them must read and compute at least.
 
-use espalier_qwen3::{Config, Rope};
+use crate::{Config, MlpTensors, Rope};
 
 /// A model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +63,8 @@ impl Shape {
         let layer = |index| {
             let tensors = config.layer_tensors(index);
             let mlp = match tensors.mlp {
-                espalier_qwen3::MlpTensors::Dense(mlp) => mlp.gate_up.count() + mlp.down.count(),
-                espalier_qwen3::MlpTensors::Sparse { .. } => 0,
+                MlpTensors::Dense(mlp) => mlp.gate_up.count() + mlp.down.count(),
+                MlpTensors::Sparse { .. } => 0,
             };
             tensors.qkv.count() + tensors.o.count() + mlp
         };
