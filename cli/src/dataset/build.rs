@@ -263,7 +263,7 @@ impl Building<'_> {
 }
 
 /// The sums of a version.
-pub(super) async fn tally(datasets: &Datasets, version: &DatasetVersion) -> Result<Tally, Problem> {
+pub async fn tally(datasets: &Datasets, version: &DatasetVersion) -> Result<Tally, Problem> {
     let missing = || {
         Problem::failed(format!(
             "{TALLY_FILE} must be among the files of the version"

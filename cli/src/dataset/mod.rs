@@ -22,6 +22,8 @@ use crate::context::Context;
 use crate::exit::{Outcome, Problem};
 use crate::uploads;
 
+pub use build::tally;
+
 /// What to do.
 #[derive(Subcommand, Clone, Debug)]
 pub enum DatasetCommand {
@@ -76,8 +78,10 @@ impl Place {
 /// A data set, or one version of it: `shop` or `shop@v3`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Named {
-    name: DatasetName,
-    version: Option<u32>,
+    /// The data set.
+    pub name: DatasetName,
+    /// Its version; none: the newest.
+    pub version: Option<u32>,
 }
 
 impl FromStr for Named {
