@@ -44,9 +44,11 @@ const ARROWS: [(&str, &[&str]); 16] = [
         "espalier-train-worker",
         &[
             "espalier-core",
+            "espalier-dataset",
             "espalier-kernels",
             "espalier-proto",
             "espalier-qwen3",
+            "espalier-qwen3-text",
             "espalier-runtime",
         ],
     ),

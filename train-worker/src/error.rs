@@ -3,7 +3,12 @@
 use std::path::PathBuf;
 
 use espalier_core::error::{ErrorClass, FieldError};
+use espalier_core::spec::DatasetRef;
+use espalier_dataset::SampleError;
+use espalier_dataset::files::FileError;
 use espalier_qwen3::ConfigError;
+use espalier_qwen3_text::{LoadError, OtherTokenizer};
+use espalier_runtime::datasets::DatasetsError;
 use espalier_runtime::fetch::FetchError;
 use espalier_runtime::publish::{OfStore, PublishError};
 use espalier_runtime::store::StoreError;
@@ -48,6 +53,74 @@ pub enum TrainError {
     /// What is there cannot be learned from.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// A version of a data set cannot be had whole.
+    #[error("data set {dataset} cannot be had")]
+    Dataset {
+        /// Which.
+        dataset: DatasetRef,
+        /// Why.
+        #[source]
+        source: DatasetsError,
+    },
+    /// A file of a data set is none of rows.
+    #[error("data set {dataset} cannot be read")]
+    DatasetFile {
+        /// Which.
+        dataset: DatasetRef,
+        /// Which file and row, and why.
+        #[source]
+        source: FileError,
+    },
+    /// A row of a data set is no sample.
+    #[error("{place} cannot be learned from")]
+    DatasetRow {
+        /// Which row of which file of which data set.
+        place: String,
+        /// Which sample, and why.
+        #[source]
+        source: SampleError,
+    },
+    /// A data set does not have the rows that its record speaks of.
+    #[error(
+        "data set {dataset} must have {expected} rows of `{split}`, as its record says, got {found}"
+    )]
+    DatasetRows {
+        /// Which.
+        dataset: DatasetRef,
+        /// Of which split.
+        split: &'static str,
+        /// How many its record names.
+        expected: u64,
+        /// How many its files have.
+        found: u64,
+    },
+    /// A data set of other tokens than the ones of this program and of Qwen3.
+    #[error(
+        "data set {dataset} must be built for the {what} {own}, which is this worker's, got {found}: build it again with \
+         `espalier dataset build --extend {dataset}`"
+    )]
+    DatasetOfOther {
+        /// Which.
+        dataset: DatasetRef,
+        /// Tokenizer or chat template.
+        what: &'static str,
+        /// The digest of this program's.
+        own: &'static str,
+        /// The digest in the manifest.
+        found: String,
+    },
+    /// The base model has other tokens than a data set.
+    #[error("the tokenizer of the base model is not that of data set {dataset}")]
+    OtherTokenizer {
+        /// Which.
+        dataset: DatasetRef,
+        /// How it differs.
+        #[source]
+        source: OtherTokenizer,
+    },
+    /// The tokenizer of this program is broken.
+    #[error("the tokenizer cannot be loaded: {0}")]
+    OwnTokenizer(&'static LoadError),
     /// The engine refuses, or has no room.
     #[error("the engine cannot train this")]
     Engine(#[from] EngineError),
@@ -113,12 +186,24 @@ impl TrainError {
             | Self::Config(_)
             | Self::Missing { .. }
             | Self::Data(_)
+            | Self::DatasetFile { .. }
+            | Self::DatasetRow { .. }
+            | Self::DatasetRows { .. }
+            | Self::DatasetOfOther { .. }
+            | Self::OtherTokenizer { .. }
             | Self::NotFinite { .. }
             | Self::TooLarge { .. } => ErrorClass::Invalid,
+            Self::Dataset { source, .. } => match source {
+                DatasetsError::Missing { .. }
+                | DatasetsError::Record(_)
+                | DatasetsError::Altered { .. } => ErrorClass::Invalid,
+                DatasetsError::Store(error) if error.is_not_found() => ErrorClass::Invalid,
+                _ => ErrorClass::Infra,
+            },
             Self::Fetch(error) => error.class(),
             Self::Engine(error) => class_of(error),
             Self::Publish(error) => error.class(),
-            Self::Encode(_) => ErrorClass::Handler,
+            Self::Encode(_) | Self::OwnTokenizer(_) => ErrorClass::Handler,
             Self::Read { .. } | Self::Store(_) | Self::Blocking(_) => ErrorClass::Infra,
             Self::Preempted { .. } | Self::Stopped => ErrorClass::Preempted,
         }
@@ -129,6 +214,7 @@ impl OfStore for TrainError {
     fn of_store(&self) -> Option<&StoreError> {
         match self {
             Self::Store(error) => Some(error),
+            Self::Dataset { source, .. } => source.of_store(),
             Self::Publish(error) => error.of_store(),
             _ => None,
         }

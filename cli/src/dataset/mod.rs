@@ -83,8 +83,10 @@ impl Place {
 /// A data set, or one version of it: `shop` or `shop@v3`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Named {
-    name: DatasetName,
-    version: Option<u32>,
+    /// The data set.
+    pub name: DatasetName,
+    /// Its version; none: the newest.
+    pub version: Option<u32>,
 }
 
 impl FromStr for Named {
@@ -127,7 +129,7 @@ async fn manifest(
 }
 
 /// The sums of a version.
-async fn tally(datasets: &Datasets, version: &DatasetVersion) -> Result<Tally, Problem> {
+pub async fn tally(datasets: &Datasets, version: &DatasetVersion) -> Result<Tally, Problem> {
     let content = file(datasets, version, TALLY_FILE).await?;
     Ok(Tally::parse(&content)?)
 }

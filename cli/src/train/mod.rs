@@ -10,19 +10,23 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use espalier_core::adapter::AdapterVersion;
+use espalier_core::dataset::DatasetVersion;
 use espalier_core::error::FieldError;
 use espalier_core::id::{AdapterName, BatchId, JobKey, ProjectId};
 use espalier_core::layout::{self, UploadName};
 use espalier_core::spec::{JobDraft, TrainDraft, TrainSettingsDraft, TrainSpec};
 use espalier_core::training::TrainProgress;
+use espalier_dataset::Tally;
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
+use espalier_runtime::datasets::Datasets;
 use espalier_runtime::store::{LIST_MAX, Store};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::context::Context;
+use crate::dataset::{Named, tally};
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, duration, facts, note, plain};
 use crate::submit::{again, default_batch, rename};
@@ -47,9 +51,9 @@ pub struct Train {
     /// Branch, tag or commit of the hub's repository [default: main]
     #[arg(long, value_name = "NAME")]
     pub revision: Option<String>,
-    /// A version of a data set, such as shop@v1
-    #[arg(long, value_name = "NAME@vN", required_unless_present = "rows")]
-    pub dataset: Option<String>,
+    /// A data set, or one version of it, such as shop@v1; without a version its newest
+    #[arg(long, value_name = "NAME[@vN]", required_unless_present = "rows")]
+    pub dataset: Option<Named>,
     /// Token rows in place of a data set: {"id":"a","ids":[…],"supervised":[[start,end],…]}, one a line
     #[arg(long, value_name = "FILE", conflicts_with = "dataset")]
     pub rows: Option<PathBuf>,
@@ -90,7 +94,8 @@ pub async fn run(context: &Context, args: &Train) -> Outcome {
     let mut draft = TrainDraft {
         base: Some(args.base.clone()),
         revision: args.revision.clone(),
-        dataset: args.dataset.clone(),
+        // The newest is looked up once all else is known to be right.
+        dataset: args.dataset.as_ref().map(|named| reference(named, 1)),
         // Names of their own once they are uploaded.
         rows: args.rows.is_some().then(|| "rows.jsonl".to_owned()),
         eval_rows: args.eval_rows.is_some().then(|| "rows.jsonl".to_owned()),
@@ -98,23 +103,21 @@ pub async fn run(context: &Context, args: &Train) -> Outcome {
         settings: settings(args)?,
     };
     let spec = check(&draft)?;
+    let learned = Learned::find(context, args).await?;
     if args.plan {
-        return plan::show(context, args, &spec).await;
+        return plan::show(context, args, &spec.settings, learned.as_ref()).await;
     }
+    draft.dataset = learned.map(|learned| learned.name());
     let name = Path::new(spec.adapter.as_str());
     let batch = match &args.batch {
         Some(name) => BatchId::new(name).map_err(|error| Problem::from(rename(error)))?,
         None => default_batch(name, SystemClock.now())?,
     };
-    let project = match &args.project {
-        Some(project) => project.clone(),
-        None => context.project()?,
-    };
     let training = Training {
         context,
         client: context.client().await?,
         store: uploads::open_store(context, args.store.as_deref()).await?,
-        key: JobKey::new(project, batch, JOB.parse()?),
+        key: JobKey::new(project(context, args)?, batch, JOB.parse()?),
         adapter: spec.adapter,
     };
     draft.rows = training.upload(args.rows.as_deref()).await?;
@@ -125,6 +128,43 @@ pub async fn run(context: &Context, args: &Train) -> Outcome {
     }
     let job = training.wait().await?;
     training.finish(&job).await
+}
+
+fn project(context: &Context, args: &Train) -> Result<ProjectId, Problem> {
+    match &args.project {
+        Some(project) => Ok(project.clone()),
+        None => context.project(),
+    }
+}
+
+/// A version of a data set as jobs name it, which is `newest` where none is named.
+fn reference(named: &Named, newest: u32) -> String {
+    let version = named.version.unwrap_or(newest);
+    format!("{}@v{version}", named.name)
+}
+
+/// A data set that is learned from.
+struct Learned {
+    version: DatasetVersion,
+    tally: Tally,
+}
+
+impl Learned {
+    /// The version that is asked for, or the newest; none where rows are.
+    async fn find(context: &Context, args: &Train) -> Result<Option<Self>, Problem> {
+        let Some(named) = &args.dataset else {
+            return Ok(None);
+        };
+        let store = uploads::open_store(context, args.store.as_deref()).await?;
+        let datasets = Datasets::new(store, project(context, args)?);
+        let version = datasets.version(&named.name, named.version).await?;
+        let tally = tally(&datasets, &version).await?;
+        Ok(Some(Self { version, tally }))
+    }
+
+    fn name(&self) -> String {
+        format!("{}@v{}", self.version.name, self.version.n)
+    }
 }
 
 /// The settings of the file under those of the command line.

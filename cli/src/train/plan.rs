@@ -1,30 +1,36 @@
 //! `espalier train --plan`: what a training would keep in memory and how long a step would take, told from the model's
-//! configuration alone.
+//! configuration and, where a data set is named, from how long its samples are.
 
-use espalier_core::spec::TrainSpec;
+use espalier_core::spec::{TrainLength, TrainSettings};
 use espalier_runtime::fetch::{Fetcher, Source, Wanted};
 use espalier_runtime::telemetry::error_chain;
 use espalier_train_worker::engine::{Keep, Plan};
 use espalier_train_worker::trainer;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::Train;
+use super::{Learned, Train};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, facts};
 
 /// Shows the plan.
-pub(super) async fn show(context: &Context, args: &Train, spec: &TrainSpec) -> Outcome {
-    let source = Source::parse(&spec.base, spec.revision.as_deref()).await;
+pub(super) async fn show(
+    context: &Context,
+    args: &Train,
+    settings: &TrainSettings,
+    learned: Option<&Learned>,
+) -> Outcome {
+    let source = Source::parse(&args.base, args.revision.as_deref()).await;
     let source = source.map_err(|error| refused(&error))?;
     let fetcher = Fetcher::new(&context.environment, None);
     let folder = fetcher.fetch(&source, Wanted::Model).await;
     let folder = folder.map_err(|error| refused(&error))?;
     let config = trainer::config(&folder).map_err(|error| refused(&error))?;
-    let settings = &spec.settings;
-    let tokens = settings.batch * settings.max_length.min(config.max_positions);
+    let longest = learned.map_or(usize::MAX, Learned::longest);
+    let tokens = settings.batch * settings.max_length.min(config.max_positions).min(longest);
     let tokens = tokens.min(config.max_positions);
     let plan = trainer::plan(&config, settings, tokens).map_err(|error| refused(&error))?;
+    let steps = learned.and_then(|learned| learned.steps(settings));
     let step_flops = plan.flops(&[tokens], tokens as u64) * settings.accumulation as u64;
     let step_s = args.peak_flops.map(|peak| step_flops as f64 / peak);
     context.out.show(
@@ -37,13 +43,18 @@ pub(super) async fn show(context: &Context, args: &Train, spec: &TrainSpec) -> O
                     "activations": plan.bytes.activations, "host": plan.bytes.host,
                     "device": plan.bytes.device(),
                 },
+                "dataset": learned.map(Learned::to_json),
+                "steps": steps,
                 "step_flops": step_flops,
                 "step_s_at_peak": step_s,
             })
         },
         || {
             let mib = |bytes: u64| format!("{} MiB", count(bytes.div_ceil(1 << 20)));
-            let mut rows = vec![("micro-batch", format!("{} tokens at most", count(tokens as u64)))];
+            let mut rows = Vec::new();
+            rows.extend(learned.map(|learned| ("data set", learned.text())));
+            rows.extend(steps.map(|steps| ("steps", count(steps))));
+            rows.push(("micro-batch", format!("{} tokens at most", count(tokens as u64))));
             for (keep, layers) in kept(&plan) {
                 rows.push(("layers", format!("{layers} keep {keep}")));
             }
@@ -60,6 +71,48 @@ pub(super) async fn show(context: &Context, args: &Train, spec: &TrainSpec) -> O
         },
     )?;
     Ok(Exit::Ok)
+}
+
+impl Learned {
+    /// No sample has more tokens.
+    fn longest(&self) -> usize {
+        let bounds = self.tally.buckets().filter(|(_, rows)| *rows > 0);
+        let below = bounds.last().map_or(u64::MAX, |(below, _)| below - 1);
+        self.tally
+            .max_length
+            .min(usize::try_from(below).unwrap_or(usize::MAX))
+    }
+
+    /// Steps of a training; none: it depends on how samples are packed.
+    fn steps(&self, settings: &TrainSettings) -> Option<u64> {
+        let epochs = match settings.length {
+            TrainLength::Steps(steps) => return Some(steps),
+            TrainLength::Epochs(epochs) => u64::from(epochs),
+        };
+        let step = (settings.batch * settings.accumulation) as u64;
+        let rows = self.version.summary.train_rows;
+        (!settings.packing).then(|| epochs * rows.div_ceil(step))
+    }
+
+    fn to_json(&self) -> Value {
+        let sums = &self.version.summary;
+        json!({
+            "name": self.name(), "train_rows": sums.train_rows, "eval_rows": sums.eval_rows, "tokens": sums.tokens,
+            "supervised_tokens": sums.supervised_tokens,
+        })
+    }
+
+    fn text(&self) -> String {
+        let sums = &self.version.summary;
+        format!(
+            "{}: {} samples and {} held out, {} tokens, {} of them learned or measured",
+            self.name(),
+            count(sums.train_rows),
+            count(sums.eval_rows),
+            count(sums.tokens),
+            count(sums.supervised_tokens)
+        )
+    }
 }
 
 fn refused(error: &(dyn std::error::Error + 'static)) -> Problem {

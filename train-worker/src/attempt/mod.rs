@@ -1,6 +1,7 @@
 //! One attempt at a training: everything is made ready, steps are done and measured, and the result is published.
 
 mod base;
+mod dataset;
 mod prepare;
 mod publish;
 mod rows;

@@ -10,6 +10,7 @@ use espalier_runtime::tasks::blocking;
 use espalier_runtime::telemetry::error_chain;
 use espalier_runtime::worker::Grant;
 
+use super::rows::Reading;
 use super::{Bench, Tell, Training, Workshop};
 use crate::checkpoint::{Expected, Place, Totals, newest};
 use crate::data::{Cursor, Order, Rules};
@@ -30,12 +31,16 @@ impl Workshop {
         let mut spec = train.clone();
         spec.settings.max_length = max_length(grant, train, &config)?;
         check_size(&spec, &config)?;
-        tell("reading the samples");
-        let rules = Rules {
-            vocabulary: config.real_vocab_size,
-            max_length: spec.settings.max_length,
+        let reading = Reading {
+            key: &grant.key,
+            base: (&train.base, &folder),
+            rules: Rules {
+                vocabulary: config.real_vocab_size,
+                max_length: spec.settings.max_length,
+            },
+            tell,
         };
-        let data = self.data(&grant.key, &train.data, rules).await?;
+        let data = Box::pin(self.data(&train.data, reading)).await?;
         let data_sha256 = data.sha256();
         let mut order = Order::new(data.samples.lengths(), &spec.settings, config.max_positions);
         let longest_held_out = data

@@ -1,6 +1,7 @@
 //! Samples out of the object store.
 
-use espalier_core::error::FieldError;
+use std::path::Path;
+
 use espalier_core::id::JobKey;
 use espalier_core::layout::{self, UploadName};
 use espalier_core::spec::TrainData;
@@ -8,12 +9,22 @@ use espalier_runtime::publish::patiently;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::blocking;
 
-use super::Workshop;
+use super::{Tell, Workshop};
 use crate::data::{RowLines, Rules, Samples};
 use crate::error::TrainError;
 
 /// Bytes of one read: hides the latency of a store, and takes some tenths of a second to parse.
 const RANGE_BYTES: u64 = 4 << 20;
+
+/// For whom samples are read.
+#[derive(Clone, Copy)]
+pub(super) struct Reading<'a> {
+    pub(super) key: &'a JobKey,
+    /// The name of the base model, and the folder that it lies in.
+    pub(super) base: (&'a str, &'a Path),
+    pub(super) rules: Rules,
+    pub(super) tell: Tell<'a>,
+}
 
 /// What a job learns from.
 pub(super) struct Data {
@@ -40,41 +51,47 @@ impl Workshop {
     /// Reads all samples of a job.
     pub(super) async fn data(
         &self,
-        key: &JobKey,
         data: &TrainData,
-        rules: Rules,
+        reading: Reading<'_>,
     ) -> Result<Data, TrainError> {
         match data {
-            TrainData::Dataset(dataset) => {
-                let rule = "must be `rows`: this worker reads no data sets yet";
-                Err(FieldError::new("train.dataset", dataset, rule).into())
-            }
+            TrainData::Dataset(dataset) => self.dataset(dataset, reading).await,
             TrainData::Rows { train, eval } => {
+                (reading.tell)("reading the samples");
                 let held_out = match eval {
-                    Some(eval) => Some(self.rows(key, eval, rules).await?),
+                    Some(eval) => Some(self.rows(eval, reading).await?),
                     None => None,
                 };
                 Ok(Data {
-                    path: layout::upload(&key.project, train),
-                    samples: self.rows(key, train, rules).await?,
+                    path: layout::upload(&reading.key.project, train),
+                    samples: self.rows(train, reading).await?,
                     held_out,
                 })
             }
         }
     }
 
-    async fn rows(
-        &self,
-        key: &JobKey,
-        name: &UploadName,
-        rules: Rules,
-    ) -> Result<Samples, TrainError> {
+    async fn rows(&self, name: &UploadName, reading: Reading<'_>) -> Result<Samples, TrainError> {
+        let Reading { key, rules, .. } = reading;
         let path = layout::upload(&key.project, name);
         let samples = read(&self.store, key, &path, rules).await?;
-        let (count, tokens, cut) = (samples.len(), samples.tokens(), samples.cut());
-        tracing::info!(job = %key, path, samples = count, tokens, cut, "samples were read");
+        log(key, &path, &samples);
         Ok(samples)
     }
+}
+
+/// Says what was read of `from`.
+pub(super) fn log(key: &JobKey, from: &str, samples: &Samples) {
+    tracing::info!(
+        job = %key,
+        from,
+        samples = samples.len(),
+        tokens = samples.tokens(),
+        supervised_tokens = samples.supervised_tokens(),
+        cut = samples.cut(),
+        memory_bytes = samples.bytes(),
+        "samples were read"
+    );
 }
 
 /// Reads a file of rows piece by piece.

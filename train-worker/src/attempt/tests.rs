@@ -1,6 +1,8 @@
 //! Whole attempts over a store in memory: with a trainer that computes next to nothing, but exactly, and with the engine
 //! on a tiny model.
 
+mod datasets;
+
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

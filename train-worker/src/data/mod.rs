@@ -4,6 +4,7 @@
 mod order;
 mod rows;
 
+use std::fmt;
 use std::ops::Range;
 
 use sha2::{Digest, Sha256};
@@ -16,7 +17,7 @@ pub use rows::{Row, RowLines};
 /// Most tokens of a data set: 4 GiB of memory. Larger ones are split into several trainings.
 pub const TOKENS_MAX: usize = 1 << 30;
 /// Longest name of a sample, in bytes.
-const NAME_BYTES_MAX: usize = 512;
+pub const NAME_BYTES_MAX: usize = 512;
 
 /// Why samples cannot be learned from.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -38,12 +39,10 @@ pub enum DataError {
         reason: String,
     },
     /// A sample that breaks a rule.
-    #[error("sample `{sample}` (line {line} of `{path}`): `{field}` {rule}, got {value}")]
+    #[error("sample `{sample}` ({place}): `{field}` {rule}, got {value}")]
     Sample {
-        /// Where.
-        path: String,
-        /// From 1.
-        line: usize,
+        /// Where it stands.
+        place: String,
         /// Its name.
         sample: String,
         /// Of it.
@@ -54,12 +53,15 @@ pub enum DataError {
         value: String,
     },
     /// More than memory is meant for.
-    #[error("`{path}` must have at most {TOKENS_MAX} tokens in all; sample {samples} goes beyond")]
+    #[error(
+        "all samples together must have at most {TOKENS_MAX} tokens, and sample `{sample}` ({place}) goes beyond: train on \
+         fewer at once"
+    )]
     TooLarge {
-        /// Where.
-        path: String,
-        /// Which.
-        samples: usize,
+        /// Where it stands.
+        place: String,
+        /// Its name.
+        sample: String,
     },
 }
 
@@ -86,20 +88,18 @@ pub struct Samples {
 }
 
 impl Samples {
-    /// Takes a sample that stands at `line` of `path`. One that is too long ends with its last whole turn.
+    /// Takes a sample, which stands at `place`. One that is too long ends with its last whole turn.
     ///
     /// # Errors
-    /// Names the sample and the rule.
+    /// Names the sample, its place and the rule.
     pub fn push(
         &mut self,
         row: Row,
         rules: Rules,
-        path: &str,
-        line: usize,
+        place: fmt::Arguments<'_>,
     ) -> Result<(), DataError> {
         let refuse = |field, rule: String, value: String| DataError::Sample {
-            path: path.to_owned(),
-            line,
+            place: place.to_string(),
             sample: row.id.chars().take(NAME_BYTES_MAX).collect(),
             field,
             rule,
@@ -135,8 +135,8 @@ impl Samples {
         };
         if self.ids.len() + length > TOKENS_MAX {
             return Err(DataError::TooLarge {
-                path: path.to_owned(),
-                samples: self.names.len() + 1,
+                place: place.to_string(),
+                sample: row.id,
             });
         }
         self.ids.extend_from_slice(&row.ids[..length]);
@@ -167,6 +167,23 @@ impl Samples {
     /// Tokens in all.
     pub fn tokens(&self) -> usize {
         self.ids.len()
+    }
+
+    /// Tokens that are learned, or measured.
+    pub fn supervised_tokens(&self) -> usize {
+        // The first token is predicted from nothing.
+        let learned = |range: &Range<u32>| range.len() - usize::from(range.start == 0);
+        self.supervised.iter().map(learned).sum()
+    }
+
+    /// Memory that they take, in bytes.
+    pub fn bytes(&self) -> usize {
+        let names: usize = self.names.iter().map(|name| name.len()).sum();
+        names
+            + self.names.capacity() * size_of::<Box<str>>()
+            + self.ids.capacity() * size_of::<u32>()
+            + (self.ends.capacity() + self.supervised_ends.capacity()) * size_of::<usize>()
+            + self.supervised.capacity() * size_of::<Range<u32>>()
     }
 
     /// The name of a sample.

@@ -79,7 +79,9 @@ impl RowLines {
         }
         let row = serde_json::from_slice(line);
         let row = row.map_err(|error| self.refuse(self.line, error.to_string()))?;
-        self.samples.push(row, self.rules, &self.path, self.line)
+        let (line, path) = (self.line, &self.path);
+        let place = format_args!("line {line} of `{path}`");
+        self.samples.push(row, self.rules, place)
     }
 
     fn refuse(&self, line: usize, reason: String) -> DataError {

@@ -259,8 +259,8 @@ mod tests {
             },
             models: vec!["Qwen/Qwen3-4B".into()],
             files: vec![
-                FileEntry::of("a/train-00000.parquet".into(), b"1234567"),
-                FileEntry::of("a/train-00000.jsonl".into(), b"1"),
+                FileEntry::of("a/train-00000.parquet", b"1234567"),
+                FileEntry::of("a/train-00000.jsonl", b"1"),
             ],
             sources: Vec::new(),
         }

@@ -1,0 +1,198 @@
+//! From traces to an adapter: rollouts, a data set out of them by `espalier dataset build`, and trainings on it by its
+//! name, with real processes.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::Duration;
+
+use espalier_core::adapter::AdapterVersion;
+use espalier_core::layout;
+use espalier_tests::harness::cluster::Cluster;
+use espalier_tests::harness::model::{self, toy_job};
+use espalier_tests::harness::tiny;
+use serde_json::{Value, json};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const ROLLOUTS: usize = 6;
+const SUBJECTS: [&str; ROLLOUTS] = [
+    "a red bicycle with a bent wheel",
+    "tomorrow's weather over the northern islands",
+    "the price of seven lemons",
+    "an old song about rivers",
+    "who repaired the clock tower",
+    "a map without any names",
+];
+
+/// A job about a subject of its own.
+fn echo(subject: &str) -> Value {
+    let steps = json!([{"tool": "echo", "arguments": {"text": subject}}, {"answer": "{{last}}"}]);
+    let mut job = toy_job(&subject.replace([' ', '\''], "-"), &steps, subject);
+    job["prompt"] = format!("Say this: {subject}.\nSCRIPT: {steps}").into();
+    job
+}
+
+/// Runs `espalier` as a user of the cluster.
+async fn espalier(cluster: &Cluster, words: &[&str]) -> Output {
+    let mut command = cluster.user();
+    command.args(words).args(["--store", &cluster.store_url()]);
+    let run = tokio::task::spawn_blocking(move || command.output().unwrap());
+    run.await.unwrap()
+}
+
+/// The last JSON document that it prints; lines of progress come before it.
+async fn result(cluster: &Cluster, words: &[&str]) -> Value {
+    let output = espalier(cluster, words).await;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words:?}: {said}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let start = text.find("\n{\n").map_or(0, |at| at + 1);
+    let whole = serde_json::from_str(&text[start..]);
+    whole.unwrap_or_else(|_| serde_json::from_str(text.lines().last().unwrap()).unwrap())
+}
+
+/// Rollouts of the toy server's, all of them solved.
+async fn roll_out(cluster: &Cluster) {
+    let jobs: Vec<Value> = SUBJECTS.iter().map(|subject| echo(subject)).collect();
+    let mut client = cluster.client().await;
+    assert_eq!(client.submit("b", &jobs).await.accepted as usize, ROLLOUTS);
+    assert_eq!(client.wait("b", DEADLINE).await.solved(), ROLLOUTS);
+}
+
+async fn build(cluster: &Cluster, eval_share: &str) -> Value {
+    let words = [
+        "dataset",
+        "build",
+        "--from",
+        "b",
+        "--name",
+        "shop",
+        "--eval-share",
+        eval_share,
+        "--json",
+    ];
+    result(cluster, &words).await["summary"].clone()
+}
+
+struct Trainings<'a> {
+    cluster: &'a Cluster,
+    base: PathBuf,
+    config: PathBuf,
+}
+
+impl Trainings<'_> {
+    fn words<'w>(&'w self, dataset: &'w str, more: &[&'w str]) -> Vec<&'w str> {
+        let words = [
+            "train",
+            "--dataset",
+            dataset,
+            "--name",
+            "shop",
+            "--json",
+            "--base",
+            self.base.to_str().unwrap(),
+            "--config",
+            self.config.to_str().unwrap(),
+        ];
+        [&words, more].concat()
+    }
+
+    /// What a training on `dataset` came to, and the version of the adapter that it became.
+    async fn train(&self, dataset: &str, batch: &str) -> (Value, AdapterVersion) {
+        let words = self.words(dataset, &["--batch", batch]);
+        let came = result(self.cluster, &words).await;
+        let n = u32::try_from(came["version"].as_u64().unwrap()).unwrap();
+        let name = "shop".parse().unwrap();
+        let path = layout::adapter_version(&"default".parse().unwrap(), &name, n);
+        let record = std::fs::read(self.cluster.object(&path)).unwrap();
+        (came, AdapterVersion::parse(&record, &name, n).unwrap())
+    }
+}
+
+fn write(path: &Path, text: &str) -> PathBuf {
+    std::fs::write(path, text).unwrap();
+    path.to_owned()
+}
+
+#[tokio::test]
+async fn traces_become_a_data_set_and_that_an_adapter() {
+    let cluster = Cluster::start(&model::start().await, 30_000).await;
+    let mut worker = cluster.worker_with_cpu_slots("a", 4);
+    let trainer = cluster.train_worker("trainer");
+    roll_out(&cluster).await;
+    let folder = cluster.folder.path();
+    let base = folder.join("tiny");
+    tiny::write_model(&base);
+    let trainings = Trainings {
+        cluster: &cluster,
+        base,
+        config: write(
+            &folder.join("lora.toml"),
+            "rank = 4\nbatch = 2\naccumulation = 1\n",
+        ),
+    };
+
+    // Nothing is held out: all that the record counts is learned, and nothing is measured.
+    let built = build(&cluster, "0").await;
+    assert_eq!(
+        (&built["eval_rows"], &built["train_rows"]),
+        (&json!(0), &json!(ROLLOUTS))
+    );
+    let plan = result(&cluster, &trainings.words("shop@v1", &["--plan"])).await;
+    assert_eq!(
+        (&plan["dataset"]["name"], &plan["steps"]),
+        (&json!("shop@v1"), &json!(3)),
+        "{plan}"
+    );
+    let (came, record) = trainings.train("shop@v1", "t1").await;
+    assert_eq!(record.dataset, "default/datasets/shop/v1.json");
+    assert_eq!(
+        came["summary"]["supervised_tokens"],
+        built["supervised_tokens"]
+    );
+    assert_eq!(
+        (&came["summary"]["steps"], &came["summary"]["eval_loss"]),
+        (&json!(3), &json!(null))
+    );
+
+    // Without a version it is the newest, and what is held out is measured and not learned.
+    let built = build(&cluster, "0.5").await;
+    assert!(built["eval_rows"].as_u64().unwrap() > 0, "{built}");
+    let (came, record) = trainings.train("shop", "t2").await;
+    assert_eq!(
+        (record.n, &*record.dataset),
+        (2, "default/datasets/shop/v2.json")
+    );
+    assert!(
+        came["summary"]["eval_loss"].as_f64().unwrap() > 0.0,
+        "{came}"
+    );
+    let learned = came["summary"]["supervised_tokens"].as_u64().unwrap();
+    let all = built["supervised_tokens"].as_u64().unwrap();
+    assert!(0 < learned && learned < all, "{learned} of {all}");
+    assert_eq!(learned + measured(&trainer.log()), all);
+
+    let refused = espalier(&cluster, &trainings.words("none", &[])).await;
+    assert_eq!(refused.status.code(), Some(2));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        said.contains("data set `none` has no version yet"),
+        "{said}"
+    );
+    worker.terminate(DEADLINE).await;
+}
+
+/// Supervised tokens of what was held out, as the worker told last.
+fn measured(log: &str) -> u64 {
+    let line = log
+        .lines()
+        .rfind(|line| line.contains("shop@v2, eval"))
+        .unwrap();
+    let (_, rest) = line.split_once("supervised_tokens").unwrap();
+    let digits = rest.trim_start_matches(|c: char| !c.is_ascii_digit());
+    let end = digits
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(digits.len());
+    digits[..end].parse().unwrap()
+}
