@@ -38,6 +38,9 @@ use crate::scheduler::{Config, ConfigError, Counters, Scheduler};
 /// Room for commands that are not requests.
 const OTHER_COMMANDS_MAX: usize = 64;
 
+/// Tokens of prompts that are prepared by whoever brings them: tens of microseconds.
+const PREPARED_HERE_MAX: usize = 4_096;
+
 /// How long a stopped engine may take to say so, beyond the time that it was given.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
@@ -350,13 +353,18 @@ impl Engine {
         }
     }
 
-    /// Makes what is made once for all answers to a prompt, off the engine's thread, and off the caller's too.
+    /// Makes what is made once for all answers to a prompt, off the engine's thread, and off the caller's too where it
+    /// takes longer than to wake another one.
     async fn prepared(&self, requests: Vec<Request>) -> Result<Vec<Request>, EngineError> {
         let version = self.shared.config.scheduler.weight_version;
+        let tokens: usize = requests.iter().map(|one| one.prompt.ids().len()).sum();
         let prepare = move || {
             requests.iter().for_each(|request| request.prepare(version));
             requests
         };
+        if tokens <= PREPARED_HERE_MAX {
+            return Ok(prepare());
+        }
         let prepared = blocking("infer.prepare_prompts", prepare).await;
         prepared.map_err(|_| self.stopped())
     }

@@ -40,7 +40,8 @@ impl Times {
 
 /// Measures with the small model of `setup`.
 pub async fn measure(setup: &Setup) -> Result<Figures, Problem> {
-    let server = Server::start(setup, Kind::Espalier).await?;
+    let mut server = Server::start(setup, Kind::Espalier).await?;
+    server.keep_connection()?;
     let (folder, threads) = (setup.model.join("espalier"), setup.threads);
     let load = blocking("bench.load", move || Alone::load(&folder, threads)).await;
     let failed = |error: &dyn std::error::Error| Problem::failed(error.to_string());

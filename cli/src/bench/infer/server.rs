@@ -147,11 +147,7 @@ impl Server {
         let began = Instant::now();
         let process = Process::start(name, setup.command(kind, port), setup.folder.join(log))?;
         // A connection for each request: llama.cpp closes them without a word after a stream.
-        let client = reqwest::Client::builder()
-            .no_proxy()
-            .pool_max_idle_per_host(0)
-            .build()
-            .map_err(failed)?;
+        let client = client(0)?;
         let url = format!("http://127.0.0.1:{port}");
         let mut server = Self {
             kind,
@@ -167,6 +163,12 @@ impl Server {
         };
         server.process.wait_until(READY_LIMIT, serves).await?;
         Ok(server)
+    }
+
+    /// Asks over a connection that stays open from now on, as the API's clients do.
+    pub fn keep_connection(&mut self) -> Result<(), Problem> {
+        self.client = client(1)?;
+        Ok(())
     }
 
     /// When its process was started.
@@ -286,6 +288,13 @@ impl Server {
             .and_then(reqwest::Response::error_for_status)
             .map_err(failed)
     }
+}
+
+/// A client with at most so many connections that wait for the next request.
+fn client(idle: usize) -> Result<reqwest::Client, Problem> {
+    let builder = reqwest::Client::builder().no_proxy();
+    let client = builder.pool_max_idle_per_host(idle).build();
+    client.map_err(failed)
 }
 
 /// Within the time that an answer may take.
