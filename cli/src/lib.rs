@@ -15,6 +15,7 @@ mod dataset;
 mod doctor;
 mod exit;
 mod generate;
+mod hub;
 mod jobs;
 mod json;
 mod names;

@@ -1,11 +1,13 @@
 //! Progress on standard error: a bar on a terminal, nothing elsewhere. Callers print plain lines where there is no
 //! terminal and the work is long.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use espalier_runtime::hub::Meter;
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How often a bar is redrawn while nothing happens, so that its clock moves.
+/// How often a bar is redrawn, so that it and its clock move.
 const TICK: Duration = Duration::from_millis(200);
 
 /// A bar over bytes.
@@ -25,6 +27,30 @@ pub fn things(total: u64, what: impl Into<String>) -> ProgressBar {
     bar.set_prefix(what.into());
     bar.enable_steady_tick(TICK);
     bar
+}
+
+/// Does long work beside a bar over bytes; `look` tells what is done now, and how far it is.
+pub async fn beside<T>(
+    work: impl Future<Output = T>,
+    look: impl Fn() -> (&'static str, Arc<Meter>),
+) -> T {
+    let mut work = Box::pin(work);
+    let bar = bytes(0, "");
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut work => {
+                bar.finish_and_clear();
+                return done;
+            }
+            () = tokio::time::sleep(TICK) => {
+                let (stage, meter) = look();
+                bar.set_prefix(stage);
+                bar.set_length(meter.total());
+                bar.set_position(meter.done());
+            }
+        }
+    }
 }
 
 fn style(template: &str) -> ProgressStyle {

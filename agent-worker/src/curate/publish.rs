@@ -62,23 +62,19 @@ impl CurateHandler {
         made: Made,
     ) -> Result<Vec<(&'static str, Bytes)>, CurateError> {
         let Made { second, files } = made;
-        let (name, unroll) = (
-            order.curate.dataset.to_string(),
-            order.curate.unroll.clone(),
-        );
+        let (name, sources) = (order.curate.dataset.clone(), order.sources.clone());
         let now = self.clock.now();
         let write = blocking("curate.manifest", move || {
-            let counts = second.chosen.counts();
+            let models = second.models.into_iter().collect();
+            let manifest = second.chosen.manifest(files, models, now);
             let text = card(&CardFacts {
-                name,
-                rows: [counts.train_rows, counts.eval_rows],
-                bytes: files.iter().map(|file| file.size).sum(),
-                unroll,
-                models: second.models.into_iter().collect(),
-                form: "parquet".to_owned(),
+                name: name.as_str(),
+                license: None,
+                sources: &sources,
+                manifest: &manifest,
+                tally: &second.tally,
             });
             let tally = serde_json::to_vec_pretty(&second.tally)?;
-            let manifest = second.chosen.manifest(files, now);
             let manifest = serde_json::to_vec_pretty(&manifest)?;
             Ok::<_, serde_json::Error>(vec![
                 (MANIFEST_FILE, Bytes::from(manifest)),

@@ -5,7 +5,6 @@ mod push;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use espalier_adapters::{AdaptersError, Watch};
@@ -22,10 +21,7 @@ use serde_json::{Value, json};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, duration, facts, note, table};
-use crate::progress;
-
-/// Time between two looks at how far work is.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+use crate::{progress, uploads};
 
 /// What to do.
 #[derive(Subcommand, Clone, Debug)]
@@ -130,16 +126,8 @@ struct Opened {
 
 impl Place {
     async fn open(&self, context: &Context) -> Result<Opened, Problem> {
-        let url = match &self.store {
-            Some(url) => Some(url.clone()),
-            None => context.store_url()?,
-        };
-        let url = url.ok_or_else(|| {
-            Problem::refused("the object store of the coordinator is not known")
-                .fix("name it with --store URL")
-        })?;
         Ok(Opened {
-            store: Store::open(&url).await?,
+            store: uploads::open_store(context, self.store.as_deref()).await?,
             project: match &self.project {
                 Some(project) => project.clone(),
                 None => context.project()?,
@@ -306,23 +294,7 @@ async fn shown<T>(
     work: impl Future<Output = Result<T, AdaptersError>>,
     watch: &Watch,
 ) -> Result<T, Problem> {
-    let mut work = Box::pin(work);
-    let bar = progress::bytes(0, "");
-    loop {
-        tokio::select! {
-            biased;
-            done = &mut work => {
-                bar.finish_and_clear();
-                return Ok(done?);
-            }
-            () = tokio::time::sleep(LOOK_EVERY) => {
-                let (stage, meter) = watch.stage();
-                bar.set_prefix(stage);
-                bar.set_length(meter.total());
-                bar.set_position(meter.done());
-            }
-        }
-    }
+    Ok(progress::beside(work, || watch.stage()).await?)
 }
 
 async fn add(context: &Context, args: &Add) -> Outcome {

@@ -4,22 +4,21 @@ use clap::Args;
 use espalier_adapters::{BaseCheck, Exported, Exporter, Order, Watch};
 use espalier_core::adapter::{AdapterKind, AdapterVersion};
 use espalier_core::error::FieldError;
-use espalier_core::id::BatchId;
-use espalier_core::spec::{AdapterRef, ExportDraft, ExportTarget, JobDraft, is_hub_repo};
-use espalier_proto::convert::draft_to_wire;
-use espalier_proto::v1;
+use espalier_core::id::{BatchId, JobKey, ProjectId};
+use espalier_core::spec::{AdapterRef, ExportDraft, ExportTarget, JobDraft};
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::fetch::Fetcher;
-use espalier_runtime::hub::HubSettings;
 use serde_json::json;
 
 use super::{Place, Wanted, shown};
-use crate::client::Client;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
+use crate::hub::{self, Pushed};
 use crate::names::stamp;
-use crate::output::{count, note};
-use crate::submit::{again, close_batch, open};
+use crate::uploads;
+
+/// The only job of its batch.
+const JOB: &str = "export";
 
 pub(super) const HELP: &str = "\
   HF_TOKEN=… espalier adapters push me/shop-lora --adapter shop
@@ -32,7 +31,7 @@ makes no commit.";
 #[derive(Args, Clone, Debug)]
 pub struct Push {
     /// Repository of the hub, as OWNER/NAME
-    #[arg(value_name = "REPO", value_parser = repo)]
+    #[arg(value_name = "REPO", value_parser = hub::repo)]
     pub repo: String,
     /// Adapter, with @vN for one of its versions [default: the project's only one, and its newest version]
     #[arg(long, value_name = "NAME[@vN]")]
@@ -53,13 +52,6 @@ pub struct Push {
     place: Place,
 }
 
-fn repo(text: &str) -> Result<String, String> {
-    match is_hub_repo(text) {
-        true => Ok(text.to_owned()),
-        false => Err("must be OWNER/NAME, of A-Z a-z 0-9 . _ -".to_owned()),
-    }
-}
-
 /// Runs the command.
 pub(super) async fn run(context: &Context, args: &Push) -> Outcome {
     let opened = args.place.open(context).await?;
@@ -76,13 +68,9 @@ pub(super) async fn run(context: &Context, args: &Push) -> Outcome {
         version: version.n,
     };
     if args.detach {
-        return submit(context, args, &adapter).await;
+        return submit(context, args, &opened.project, &adapter).await;
     }
-    let hub = HubSettings::new(&context.environment);
-    if hub.token.is_none() {
-        return Err(Problem::refused("there is no token for the hub")
-            .fix("set HF_TOKEN to one that may write, or HF_TOKEN_PATH to a file with it"));
-    }
+    let hub = hub::settings(context)?;
     let exporter = Exporter {
         store: opened.store.clone(),
         fetcher: Fetcher::new(&context.environment, None).with_hub(hub.clone()),
@@ -112,45 +100,37 @@ fn report(
     exported: &Exported,
 ) -> Outcome {
     let summary = &exported.summary;
-    let (name, n) = (&version.name, version.n);
-    let page = exported.page.clone().unwrap_or_default();
-    let commit = summary.commit.clone().unwrap_or_default();
-    if exported.is_public && !args.public {
-        note(format!(
-            "{} was there already, and everybody can see it",
-            args.repo
-        ));
-    }
-    context.out.show(
-        || {
-            json!({
-                "adapter": name, "version": n, "repo": args.repo, "page": page, "commit": commit,
-                "changed": exported.changed, "public": exported.is_public,
-                "files": summary.files, "bytes": summary.bytes,
-            })
-        },
-        || match exported.changed {
-            true => format!(
-                "{name}@v{n} is at {page}: {} files, {} bytes, commit {commit}",
-                summary.files,
-                count(summary.bytes)
-            ),
-            false => format!("{page} had all of {name}@v{n} already, since commit {commit}"),
-        },
-    )?;
-    Ok(Exit::Ok)
+    let pushed = Pushed {
+        kind: "adapter",
+        name: version.name.as_str(),
+        version: version.n,
+        repo: &args.repo,
+        page: exported.page.clone().unwrap_or_default(),
+        commit: summary.commit.clone().unwrap_or_default(),
+        changed: exported.changed,
+        is_public: exported.is_public,
+        public: args.public,
+        files: summary.files,
+        bytes: summary.bytes,
+    };
+    pushed.report(context)
 }
 
 /// A batch of one job.
-async fn submit(context: &Context, args: &Push, adapter: &AdapterRef) -> Outcome {
+async fn submit(
+    context: &Context,
+    args: &Push,
+    project: &ProjectId,
+    adapter: &AdapterRef,
+) -> Outcome {
     let client = context.client().await?;
     let batch = match &args.batch {
         Some(batch) => batch.clone(),
         None => batch_of(adapter)?,
     };
-    open(&client, &batch, v1::JobSpec::default()).await?;
+    let key = JobKey::new(project.clone(), batch.clone(), JOB.parse()?);
     let draft = JobDraft {
-        id: Some("export".to_owned()),
+        id: Some(JOB.to_owned()),
         export: Some(ExportDraft {
             adapter: Some(adapter.to_string()),
             merged: args.merged.then_some(true),
@@ -160,9 +140,8 @@ async fn submit(context: &Context, args: &Push, adapter: &AdapterRef) -> Outcome
         }),
         ..JobDraft::default()
     };
-    submit_job(&client, &batch, draft_to_wire(&draft)).await?;
-    close_batch(&client, &batch).await?;
-    let said = json!({"batch": batch, "job": "export", "adapter": adapter.to_string()});
+    uploads::submit_alone(&client, &key, &draft).await?;
+    let said = json!({"batch": batch, "job": JOB, "adapter": adapter.to_string()});
     context.out.show(
         || said,
         || format!("batch {batch}: follow it with `espalier watch {batch}`"),
@@ -174,25 +153,4 @@ fn batch_of(adapter: &AdapterRef) -> Result<BatchId, FieldError> {
     let name: String = adapter.name.as_str().chars().take(64).collect();
     let time = stamp(SystemClock.now());
     BatchId::new(format!("export-{name}-v{}-{time}", adapter.version))
-}
-
-async fn submit_job(client: &Client, batch: &BatchId, job: v1::JobSpec) -> Result<(), Problem> {
-    let request = v1::SubmitChunkRequest {
-        batch: batch.to_string(),
-        chunk: 0,
-        jobs: vec![job],
-    };
-    let answer = again(client, || {
-        let (mut jobs, request) = (client.jobs(), request.clone());
-        async move { jobs.submit_chunk(request).await }
-    })
-    .await?;
-    let errors = answer.rejected.iter().flat_map(|rejected| &rejected.errors);
-    let errors: Vec<String> = errors
-        .map(|error| format!("`{}` {}, got `{}`", error.field, error.rule, error.value))
-        .collect();
-    match errors.is_empty() {
-        true => Ok(()),
-        false => Err(Problem::refused(errors.join("; "))),
-    }
 }

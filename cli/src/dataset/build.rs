@@ -4,18 +4,17 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use espalier_core::dataset::{DatasetVersion, TALLY_FILE};
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey};
 use espalier_core::spec::{CurateDraft, CurateSpec, JobDraft};
-use espalier_dataset::{Filter, FilterError, Tally};
+use espalier_dataset::{Filter, FilterError};
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::datasets::Datasets;
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{Place, import, show};
+use super::{Place, import, show, tally};
 use crate::client::Client;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
@@ -260,17 +259,6 @@ impl Building<'_> {
         ));
         Ok(Exit::Ok)
     }
-}
-
-/// The sums of a version.
-pub(super) async fn tally(datasets: &Datasets, version: &DatasetVersion) -> Result<Tally, Problem> {
-    let missing = || {
-        Problem::failed(format!(
-            "{TALLY_FILE} must be among the files of the version"
-        ))
-    };
-    let entry = version.file(TALLY_FILE).ok_or_else(missing)?;
-    Ok(Tally::parse(&datasets.file(entry).await?)?)
 }
 
 fn show_progress(bar: &ProgressBar, job: &v1::Job) {

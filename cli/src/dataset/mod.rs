@@ -7,14 +7,18 @@ mod build;
 mod import;
 mod list;
 mod pull;
+mod push;
 mod sample;
 mod show;
 
 use std::str::FromStr;
 
+use bytes::Bytes;
 use clap::{Args, Subcommand};
+use espalier_core::dataset::{DatasetVersion, MANIFEST_FILE, TALLY_FILE};
 use espalier_core::id::{DatasetName, ProjectId};
 use espalier_core::spec::DatasetRef;
+use espalier_dataset::{DatasetManifest, Tally};
 use espalier_runtime::datasets::{Datasets, DatasetsError};
 use espalier_runtime::telemetry::error_chain;
 
@@ -34,6 +38,9 @@ pub enum DatasetCommand {
     Show(show::Show),
     /// Write the files of a version into a folder, named as loaders of others look for them
     Pull(pull::Pull),
+    /// Upload a version to the Hugging Face hub, as a repository that loaders open
+    #[command(after_help = push::HELP)]
+    Push(push::Push),
 }
 
 const BUILD_HELP: &str = "\
@@ -106,7 +113,29 @@ pub async fn run(context: &Context, command: &DatasetCommand) -> Outcome {
         DatasetCommand::List(args) => list::run(context, args).await,
         DatasetCommand::Show(args) => show::run(context, args).await,
         DatasetCommand::Pull(args) => pull::run(context, args).await,
+        DatasetCommand::Push(args) => push::run(context, args).await,
     }
+}
+
+/// How a version was built.
+async fn manifest(
+    datasets: &Datasets,
+    version: &DatasetVersion,
+) -> Result<DatasetManifest, Problem> {
+    let content = file(datasets, version, MANIFEST_FILE).await?;
+    Ok(DatasetManifest::parse(&content)?)
+}
+
+/// The sums of a version.
+async fn tally(datasets: &Datasets, version: &DatasetVersion) -> Result<Tally, Problem> {
+    let content = file(datasets, version, TALLY_FILE).await?;
+    Ok(Tally::parse(&content)?)
+}
+
+async fn file(datasets: &Datasets, version: &DatasetVersion, name: &str) -> Result<Bytes, Problem> {
+    let missing = || Problem::failed(format!("{name} must be among the files of the version"));
+    let entry = version.file(name).ok_or_else(missing)?;
+    Ok(datasets.file(entry).await?)
 }
 
 impl From<DatasetsError> for Problem {

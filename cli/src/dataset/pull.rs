@@ -83,7 +83,7 @@ pub(super) fn files(version: &DatasetVersion) -> Vec<(String, &FileEntry)> {
 }
 
 /// Whole or not at all: a reader beside it sees no half of a file.
-fn write(path: &Path, content: &[u8]) -> Result<(), Problem> {
+pub(super) fn write(path: &Path, content: &[u8]) -> Result<(), Problem> {
     let failed = |error: std::io::Error| {
         Problem::failed(format!("cannot write `{}`: {error}", path.display()))
     };

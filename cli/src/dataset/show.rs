@@ -7,10 +7,9 @@ use espalier_core::dataset::{DatasetVersion, MANIFEST_FILE, file_name};
 use espalier_dataset::{DatasetManifest, SourceEntry, Tally};
 use serde_json::{Value, json};
 
-use super::build::tally;
-use super::{Named, Place, sample};
+use super::{Named, Place, manifest, sample, tally};
 use crate::context::Context;
-use crate::exit::{Exit, Outcome, Problem};
+use crate::exit::{Exit, Outcome};
 use crate::output::{count, cut, facts, plain, table};
 
 /// Longest bar of a histogram, in characters.
@@ -42,9 +41,7 @@ pub async fn run(context: &Context, args: &Show) -> Outcome {
         .version(&args.dataset.name, args.dataset.version)
         .await?;
     let tally = tally(&datasets, &version).await?;
-    let missing = || Problem::failed("the version has no manifest");
-    let entry = version.file(MANIFEST_FILE).ok_or_else(missing)?;
-    let manifest = DatasetManifest::parse(&datasets.file(entry).await?)?;
+    let manifest = manifest(&datasets, &version).await?;
     let wanted = args.sample.clone();
     let sample = sample::find(&datasets, &version, wanted, tally.max_length).await?;
     let color = context.out.color;

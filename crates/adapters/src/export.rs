@@ -10,7 +10,7 @@ use espalier_core::id::ProjectId;
 use espalier_core::layout::{self, UploadName};
 use espalier_core::spec::{AdapterRef, ExportSummary, ExportTarget};
 use espalier_runtime::fetch::Fetcher;
-use espalier_runtime::hub::{Content, Hub, HubSettings, Repo, Upload};
+use espalier_runtime::hub::{Change, Content, Hub, HubSettings, MAIN, Repo, Upload};
 use espalier_runtime::store::Store;
 
 use crate::card::{Form, card};
@@ -20,8 +20,6 @@ use crate::pull::{CARD, Scratch, pull_into};
 use crate::versions::find;
 use crate::watch::Watch;
 
-/// The branch that is written to.
-const BRANCH: &str = "main";
 /// What is written last, so that whoever finds it finds the rest too.
 const LAST: [&str; 2] = ["config.json", "adapter_config.json"];
 
@@ -143,7 +141,12 @@ impl Exporter {
             "Add {} v{}\n\nPublished by Espalier from {}.",
             version.name, version.n, version.job
         );
-        let commit = hub.commit(&repo, BRANCH, uploads, &message, &meter).await?;
+        let change = Change {
+            files: uploads,
+            folder: None,
+            message,
+        };
+        let commit = hub.commit(&repo, MAIN, change, &meter).await?;
         Ok(Exported {
             summary: ExportSummary {
                 exported_to: repo.to_string(),

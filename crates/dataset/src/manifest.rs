@@ -29,6 +29,9 @@ pub struct DatasetManifest {
     pub tokenizer_sha256: String,
     /// Sums.
     pub counts: Counts,
+    /// Models that spoke in it, the first of them where there are many.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<String>,
     /// Its files.
     pub files: Vec<FileEntry>,
     /// Every source that was offered, in order.
@@ -144,8 +147,13 @@ impl SourceEntry {
 }
 
 impl Chosen {
-    /// The manifest, once all rows are in `files`.
-    pub fn manifest(self, files: Vec<FileEntry>, created_at_us: Timestamp) -> DatasetManifest {
+    /// The manifest, once all rows are in `files`, in which `models` spoke.
+    pub fn manifest(
+        self,
+        files: Vec<FileEntry>,
+        models: Vec<String>,
+        created_at_us: Timestamp,
+    ) -> DatasetManifest {
         let counts = self.counts();
         DatasetManifest {
             schema_version: SCHEMA_VERSION,
@@ -154,6 +162,7 @@ impl Chosen {
             template_sha256: CHAT_TEMPLATE_SHA256.to_owned(),
             tokenizer_sha256: TOKENIZER_SHA256.to_owned(),
             counts,
+            models,
             files,
             sources: self.entries,
         }

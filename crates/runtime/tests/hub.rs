@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use espalier_runtime::config::Secret;
 use espalier_runtime::hub::{
-    Commit, Content, Hub, HubError, HubSettings, Meter, Refusal, Repo, RepoState, Upload,
+    Change, Commit, Content, Hub, HubError, HubSettings, MAIN, Meter, Refusal, Repo, RepoKind,
+    RepoState, Upload,
 };
 use espalier_testbed::hub::{Fault, Hub as StandIn, Trouble};
 use tempfile::TempDir;
@@ -44,9 +45,7 @@ impl World {
 
     async fn commit(&self, files: Vec<Upload>) -> Result<Commit, HubError> {
         let meter = Arc::new(Meter::default());
-        self.hub
-            .commit(&repo(), "main", files, "Add shop v1\n\nFrom a job.", &meter)
-            .await
+        self.hub.commit(&repo(), MAIN, change(files), &meter).await
     }
 }
 
@@ -81,6 +80,14 @@ fn files() -> Vec<Upload> {
     ]
 }
 
+fn change(files: Vec<Upload>) -> Change {
+    Change {
+        files,
+        folder: None,
+        message: "Add shop v1\n\nFrom a job.".to_owned(),
+    }
+}
+
 fn refusal(error: &HubError) -> Refusal {
     match error {
         HubError::Refused { refusal, .. } => *refusal,
@@ -95,8 +102,7 @@ async fn files_get_into_a_private_repository_with_one_commit_and_not_twice() {
     assert_eq!((state.is_new, state.is_private), (true, true));
     assert_eq!(world.stand_in.is_private(REPO), Some(true));
     let (meter, repo) = (Arc::new(Meter::default()), repo());
-    let message = "Add shop v1\n\nFrom a job.";
-    let commit = world.hub.commit(&repo, "main", files(), message, &meter);
+    let commit = world.hub.commit(&repo, MAIN, change(files()), &meter);
     let commit = commit.await.unwrap();
     assert!(commit.made);
     assert_eq!(
@@ -188,6 +194,41 @@ async fn what_passes_is_tried_again() {
     assert!(world.commit(files()).await.unwrap().made);
     assert_eq!(world.stand_in.commits(REPO).len(), 1);
     assert_eq!(world.stand_in.count("/commit/"), 4);
+}
+
+#[tokio::test]
+async fn of_a_folder_only_what_is_new_stays_and_the_rest_of_the_repository_as_it_was() {
+    let world = World::new().await;
+    let repo = Repo::new(RepoKind::Dataset, REPO).unwrap();
+    world.hub.create_repo(&repo, false).await.unwrap();
+    let commit = |names: &[&str]| {
+        let change = Change {
+            files: names.iter().map(|name| file(name, b"rows")).collect(),
+            folder: Some("data"),
+            message: "rows".to_owned(),
+        };
+        let (hub, repo) = (world.hub.clone(), repo.clone());
+        async move {
+            hub.commit(&repo, MAIN, change, &Arc::default())
+                .await
+                .unwrap()
+        }
+    };
+    let names = || {
+        let files = world.stand_in.files("datasets/me/shop").unwrap();
+        files.into_keys().collect::<Vec<_>>()
+    };
+    commit(&["data/a.parquet", "data/b.parquet", "data2/x", "README.md"]).await;
+    assert!(commit(&["data/a.parquet", "data/c.parquet"]).await.made);
+    assert_eq!(
+        names(),
+        ["README.md", "data/a.parquet", "data/c.parquet", "data2/x"]
+    );
+    // A commit that only takes away is one too; again there is nothing to do.
+    assert!(commit(&["data/a.parquet"]).await.made);
+    assert!(!commit(&["data/a.parquet"]).await.made);
+    assert_eq!(names(), ["README.md", "data/a.parquet", "data2/x"]);
+    assert_eq!(world.stand_in.commits("datasets/me/shop").len(), 3);
 }
 
 #[tokio::test]

@@ -48,7 +48,7 @@ fn build(spec: &BuildSpec, sources: &[Source]) -> (Vec<Row>, DatasetManifest) {
     let rows = rows
         .flat_map(|(n, source)| chosen.rows(n, source, &mut renderer))
         .collect();
-    (rows, chosen.manifest(vec![], Timestamp(0)))
+    (rows, chosen.manifest(vec![], vec![], Timestamp(0)))
 }
 
 fn fates(manifest: &DatasetManifest) -> Vec<String> {
@@ -227,7 +227,7 @@ fn what_cannot_be_read_or_rendered_is_named() {
         (None, Some(Split::Train), None)
     );
     chosen.unreadable(1, "gone meanwhile");
-    let manifest = chosen.manifest(vec![], Timestamp(0));
+    let manifest = chosen.manifest(vec![], vec![], Timestamp(0));
     assert_eq!(
         fates(&manifest),
         ["Unreadable no such object", "Unreadable gone meanwhile"]

@@ -1,7 +1,7 @@
 //! Large files, by the protocol of git-lfs: the hub names the addresses of its storage, whole or for parts of a file, and is
 //! told when all of it is there. What the storage has under the same digest is not sent again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -77,6 +77,10 @@ impl Hub {
         files: &[&Prepared],
         meter: &Arc<Meter>,
     ) -> Result<(), HubError> {
+        // Files of one content are one object there.
+        let mut known = BTreeSet::new();
+        let files = files.iter().copied();
+        let files: Vec<&Prepared> = files.filter(|file| known.insert(&file.sha256)).collect();
         let mut wanted = Vec::new();
         for some in files.chunks(FILES_A_QUESTION) {
             let mut objects = self.ask_storage(repo, branch, some).await?;

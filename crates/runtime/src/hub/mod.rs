@@ -31,8 +31,10 @@ use crate::config::{Environment, Secret};
 pub use download::Snapshot;
 pub use error::{HubError, Refusal};
 pub use meter::Meter;
-pub use upload::{Commit, Content, RepoState, Upload};
+pub use upload::{Change, Commit, Content, RepoState, Upload};
 
+/// The branch that people see first, and that is written to.
+pub const MAIN: &str = "main";
 /// The hub of everybody.
 const ENDPOINT: &str = "https://huggingface.co";
 

@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::{HubError, Refusal};
 use super::http::{Failed, To, answered, unreachable};
-use super::{Hub, Meter, Repo, encoded, is_plain_name};
+use super::{Hub, MAIN, Meter, Repo, encoded, is_plain_name};
 use crate::tasks::{blocking, with_deadline};
 
 /// Most files of one commit.
@@ -51,6 +51,17 @@ pub struct Upload {
     pub path: String,
     /// What is in it.
     pub content: Content,
+}
+
+/// What a commit does.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// What is in the repository afterwards. What is there under other paths stays.
+    pub files: Vec<Upload>,
+    /// But for this folder: of what is below it only `files` stay.
+    pub folder: Option<&'static str>,
+    /// The first line is its title.
+    pub message: String,
 }
 
 /// A state of a repository.
@@ -100,11 +111,18 @@ struct Modes {
     files: Vec<Mode>,
 }
 
-/// Files that are to be sent, by the way they go.
+/// What is to be done: files that are to be sent, by the way they go, and paths that are to go.
 #[derive(Default)]
 struct Missing<'a> {
     inline: Vec<&'a Prepared>,
     large: Vec<&'a Prepared>,
+    gone: Vec<String>,
+}
+
+impl Missing<'_> {
+    fn is_empty(&self) -> bool {
+        self.inline.is_empty() && self.large.is_empty() && self.gone.is_empty()
+    }
 }
 
 #[derive(Deserialize)]
@@ -139,7 +157,7 @@ impl Hub {
         if !may_be_there {
             return Err(refused);
         }
-        match self.head(repo, "main").await {
+        match self.head(repo, MAIN).await {
             Ok(head) => Ok(RepoState {
                 is_new: false,
                 is_private: head.private,
@@ -149,7 +167,7 @@ impl Hub {
         }
     }
 
-    /// Puts all of `files` into the branch with one commit. What is there under other paths stays.
+    /// Does all of a change to the branch with one commit.
     ///
     /// # Errors
     /// A file cannot be read, the hub refuses, or it cannot be reached. Then nothing of the repository has changed.
@@ -157,19 +175,23 @@ impl Hub {
         &self,
         repo: &Repo,
         branch: &str,
-        files: Vec<Upload>,
-        message: &str,
+        change: Change,
         meter: &Arc<Meter>,
     ) -> Result<Commit, HubError> {
+        let Change {
+            files,
+            folder,
+            message,
+        } = change;
         check_names(&files)?;
         let prepared = blocking("hub.digest", move || prepare(files)).await??;
         let what = format!("commit to {repo}");
         // Whether a commit was sent whose answer may have been lost.
         let sent = AtomicBool::new(false);
         let once = || async {
-            let files = self.missing(repo, branch, &prepared).await;
+            let files = self.missing(repo, branch, &prepared, folder).await;
             let files = files.map_err(Failed::for_good)?;
-            if files.inline.is_empty() && files.large.is_empty() {
+            if files.is_empty() {
                 let head = self.head(repo, branch).await.map_err(Failed::for_good)?;
                 return Ok(Commit {
                     id: head.sha,
@@ -179,7 +201,7 @@ impl Hub {
             let stored = self.send_large(repo, branch, &files.large, meter).await;
             stored.map_err(Failed::for_good)?;
             sent.store(true, Ordering::Relaxed);
-            self.send_commit(repo, branch, message, &files).await
+            self.send_commit(repo, branch, &message, &files).await
         };
         // Never the same commit blindly again: the one whose answer was lost is found.
         self.http.again(&what, once).await
@@ -192,7 +214,7 @@ impl Hub {
         message: &str,
         files: &Missing<'_>,
     ) -> Result<Commit, Failed> {
-        let body = body(message, &files.inline, &files.large).await;
+        let body = body(message, files).await;
         let body = body.map_err(Failed::for_good)?;
         let what = format!("commit to {repo}");
         let url = self.url(&format!("{}/commit/{}", repo.api(), encoded(branch)));
@@ -217,12 +239,13 @@ impl Hub {
         })
     }
 
-    /// What the repository has not.
+    /// What the repository has not, and what of `folder` it has too much.
     async fn missing<'a>(
         &self,
         repo: &Repo,
         branch: &str,
         files: &'a [Prepared],
+        folder: Option<&str>,
     ) -> Result<Missing<'a>, HubError> {
         let modes = self.modes(repo, branch, files).await?;
         let mut missing = Missing::default();
@@ -243,6 +266,16 @@ impl Hub {
                 true => missing.large.push(file),
                 false => missing.inline.push(file),
             }
+        }
+        if let Some(folder) = folder {
+            let head = self.head(repo, branch).await?;
+            let is_ours = |path: &str| files.iter().any(|file| file.path == path);
+            let below = |path: &str| {
+                let rest = path.strip_prefix(folder);
+                rest.is_some_and(|rest| rest.starts_with('/'))
+            };
+            let gone = head.files.into_iter();
+            missing.gone = gone.filter(|path| below(path) && !is_ours(path)).collect();
         }
         Ok(missing)
     }
@@ -344,8 +377,8 @@ pub(super) fn hex(digest: &[u8]) -> String {
 }
 
 /// What a commit says, one JSON a line.
-async fn body(message: &str, inline: &[&Prepared], large: &[&Prepared]) -> Result<Bytes, HubError> {
-    let bytes: u64 = inline.iter().map(|file| file.size).sum();
+async fn body(message: &str, files: &Missing<'_>) -> Result<Bytes, HubError> {
+    let bytes: u64 = files.inline.iter().map(|file| file.size).sum();
     if bytes > INLINE_BYTES_MAX {
         return Err(HubError::TooMuch {
             what: "bytes of files that the hub wants in the commit itself".to_owned(),
@@ -356,7 +389,7 @@ async fn body(message: &str, inline: &[&Prepared], large: &[&Prepared]) -> Resul
     let (summary, description) = message.split_once('\n').unwrap_or((message, ""));
     let header = json!({"summary": summary, "description": description.trim_start()});
     let mut lines = vec![json!({"key": "header", "value": header})];
-    for file in inline {
+    for file in &files.inline {
         let content = match &file.content {
             Content::Bytes(bytes) => bytes.clone(),
             Content::File(path) => read_whole(path, file.size).await?,
@@ -365,11 +398,13 @@ async fn body(message: &str, inline: &[&Prepared], large: &[&Prepared]) -> Resul
             json!({"path": file.path, "encoding": "base64", "content": BASE64.encode(&content)});
         lines.push(json!({"key": "file", "value": value}));
     }
-    lines.extend(large.iter().map(|file| {
+    lines.extend(files.large.iter().map(|file| {
         let value =
             json!({"path": file.path, "algo": "sha256", "oid": file.sha256, "size": file.size});
         json!({"key": "lfsFile", "value": value})
     }));
+    let gone = files.gone.iter();
+    lines.extend(gone.map(|path| json!({"key": "deletedFile", "value": {"path": path}})));
     let text: String = lines
         .iter()
         .map(|line: &Value| format!("{line}\n"))

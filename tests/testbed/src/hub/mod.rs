@@ -223,17 +223,17 @@ impl Hub {
         of_file.map(|asked| asked.start).collect()
     }
 
-    /// The commits of a model's repository.
+    /// The commits of a repository: a model's, or that of a data set as `datasets/owner/name`.
     pub fn commits(&self, repo: &str) -> Vec<Made> {
         let all = self.all();
-        let found = all.repos.get(&format!("models/{repo}"));
+        let found = all.repos.get(&key(repo));
         found.map(|repo| repo.commits.clone()).unwrap_or_default()
     }
 
-    /// The files of a model's repository; none where there is no such repository.
+    /// The files of a repository; none where there is no such repository.
     pub fn files(&self, repo: &str) -> Option<BTreeMap<String, Vec<u8>>> {
         let all = self.all();
-        let files = all.repos.get(&format!("models/{repo}"))?.files();
+        let files = all.repos.get(&key(repo))?.files();
         Some(
             files
                 .into_iter()
@@ -242,9 +242,9 @@ impl Hub {
         )
     }
 
-    /// Whether others cannot see a model's repository.
+    /// Whether others cannot see a repository.
     pub fn is_private(&self, repo: &str) -> Option<bool> {
-        Some(self.all().repos.get(&format!("models/{repo}"))?.private)
+        Some(self.all().repos.get(&key(repo))?.private)
     }
 }
 
@@ -262,6 +262,14 @@ impl Shared {
         let (_, trouble, times) = all.troubles.iter_mut().find(matching)?;
         *times -= 1;
         Some(*trouble)
+    }
+}
+
+/// By kind and name.
+fn key(repo: &str) -> String {
+    match repo.starts_with("datasets/") {
+        true => repo.to_owned(),
+        false => format!("models/{repo}"),
     }
 }
 
@@ -326,7 +334,10 @@ fn sha256_hex(bytes: &[u8]) -> String {
 
 /// Whether a file goes to the storage: by its name or its size, as on the real one.
 fn is_large(path: &str, size: usize) -> bool {
-    path.ends_with(".safetensors") || size > INLINE_BYTES_MAX
+    [".safetensors", ".parquet"]
+        .iter()
+        .any(|end| path.ends_with(end))
+        || size > INLINE_BYTES_MAX
 }
 
 /// What a file is called that the repository has.

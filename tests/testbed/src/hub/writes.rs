@@ -204,6 +204,9 @@ fn apply(
 ) -> bool {
     let value = &line["value"];
     let path = value["path"].as_str().unwrap_or_default().to_owned();
+    if line["key"] == "deletedFile" {
+        return files.remove(&path).is_some();
+    }
     let content = match line["key"].as_str() {
         Some("file") => {
             let content = BASE64.decode(value["content"].as_str().unwrap_or_default());
