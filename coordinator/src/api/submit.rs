@@ -7,7 +7,7 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey, ProjectId};
 use espalier_core::queue::{ItemResult, JobKind, NewBatch};
-use espalier_core::spec::{PromptDraft, limits};
+use espalier_core::spec::{JobDraft, PromptDraft, limits};
 use espalier_proto::convert::{draft_from_wire, field_error_to_wire};
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
@@ -66,30 +66,42 @@ fn check_defaults(defaults: v1::JobSpec) -> Result<(), FieldError> {
             "must be absent: an id is one job's",
         ));
     }
-    if let Some(export) = &mut draft.export {
-        export
-            .adapter
-            .get_or_insert_with(|| "given-by-each-job@v1".to_owned());
-        if export.folder.is_none() {
-            export
-                .repo
-                .get_or_insert_with(|| "given/by-each-job".to_owned());
-        }
-    }
-    match &mut draft.generate {
-        None if draft.export.is_some() => {}
-        Some(generate) if generate.requests.is_none() => {
-            generate.requests = Some("given-by-each-job".to_owned());
-        }
-        None if draft.prompt == PromptDraft::Absent => {
-            draft.prompt = PromptDraft::One("given by each job".to_owned());
-        }
-        _ => {}
-    }
+    complete(&mut draft);
     let errors = draft.check().err().unwrap_or_default();
     // A check may use a server that only the jobs name.
     let by_jobs = |error: &FieldError| error.field.ends_with("mcp.server");
     errors.into_iter().find(|e| !by_jobs(e)).map_or(Ok(()), Err)
+}
+
+/// Gives what a job must say, and the defaults leave to each.
+fn complete(draft: &mut JobDraft) {
+    const NAME: &str = "given-by-each-job";
+    let name = || NAME.to_owned();
+    let version = || format!("{NAME}@v1");
+    if let Some(export) = &mut draft.export {
+        export.adapter.get_or_insert_with(version);
+        if export.folder.is_none() {
+            export.repo.get_or_insert_with(|| format!("{NAME}/{NAME}"));
+        }
+    } else if let Some(train) = &mut draft.train {
+        train.base.get_or_insert_with(name);
+        train.adapter.get_or_insert_with(name);
+        match (&train.dataset, &train.rows, &train.eval_rows) {
+            (None, None, None) => train.dataset = Some(version()),
+            // A data set has held-out rows of its own.
+            (None, None, Some(_)) => train.rows = Some(name()),
+            _ => {}
+        }
+    } else if let Some(curate) = &mut draft.curate {
+        curate.dataset.get_or_insert_with(name);
+        if curate.batches.is_empty() && curate.uploads.is_empty() {
+            curate.extends.get_or_insert_with(version);
+        }
+    } else if let Some(generate) = &mut draft.generate {
+        generate.requests.get_or_insert_with(name);
+    } else if draft.prompt == PromptDraft::Absent {
+        draft.prompt = PromptDraft::One(name());
+    }
 }
 
 /// Takes a chunk in. One that was taken before may come again at any time: its jobs are in the queue and need no
@@ -323,7 +335,7 @@ fn store_error(store: &Store, error: &StoreError) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use espalier_core::spec::parse_line;
+    use espalier_core::spec::{TrainMethod, parse_line};
     use espalier_proto::convert::draft_to_wire;
 
     fn spec(line: &str) -> v1::JobSpec {
@@ -343,5 +355,45 @@ mod tests {
         assert_eq!(verdict(r#"{"export":{"merged":true}}"#), Ok(()));
         let model = verdict(r#"{"generate":{"model":" "}}"#);
         assert_eq!(model, Err("generate.model".to_owned()));
+        for partial in [
+            r#"{"train":{"settings":{"rank":8}}}"#,
+            r#"{"train":{"base":"Qwen/Qwen3-0.6B","settings":{"max_steps":5}},"needs":["gpu"]}"#,
+            r#"{"train":{"eval_rows":"held-out.jsonl"}}"#,
+            r#"{"train":{"rows":"rows.jsonl","adapter":"shop"}}"#,
+            r#"{"curate":{"where":"reward > 0"}}"#,
+            r#"{"curate":{"batches":["b"]}}"#,
+        ] {
+            assert_eq!(verdict(partial), Ok(()), "{partial}");
+        }
+        for (wrong, field) in [
+            (
+                r#"{"train":{"settings":{"rank":0}}}"#,
+                "train.settings.rank",
+            ),
+            (r#"{"train":{"adapter":"a/b"}}"#, "train.adapter"),
+            (r#"{"train":{},"prompt":"x"}"#, "prompt"),
+            (r#"{"curate":{"near":2}}"#, "curate.near"),
+            (r#"{"export":{"adapter":"shop"}}"#, "export.adapter"),
+        ] {
+            assert_eq!(verdict(wrong), Err(field.to_owned()), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_job_of_defaults_that_are_a_part_is_checked_as_a_whole() {
+        let whole = |own: &str| {
+            let defaults = spec(r#"{"train":{"base":"b","settings":{"rank":8,"max_steps":5}}}"#);
+            let bytes = [defaults.encode_to_vec(), spec(own).encode_to_vec()].concat();
+            let joined = v1::JobSpec::decode(&bytes[..]).unwrap();
+            draft_from_wire(joined).unwrap().check()
+        };
+        let job = whole(r#"{"train":{"dataset":"shop@v1","adapter":"a"}}"#).unwrap();
+        let settings = &job.train().unwrap().settings;
+        assert!(
+            matches!(settings.method, TrainMethod::Lora { rank: 8, .. }),
+            "{settings:?}"
+        );
+        let error = whole(r#"{"train":{"adapter":"a"}}"#).unwrap_err();
+        assert_eq!(error[0].field, "train.dataset");
     }
 }
