@@ -84,6 +84,46 @@ fn the_merged_model_says_what_base_and_adapter_say() {
     }
 }
 
+/// PEFT's own merge in f32, of which every eighth row of each matrix is kept: all but the sums that lie so near to the middle
+/// of two numbers of bf16 that the order of a sum decides are the same, and those differ by one step.
+#[test]
+fn every_matrix_is_what_peft_merges() {
+    const EVERY: usize = 8;
+    for name in ["lora-plain", "lora-rslora", "lora-patterns"] {
+        let to = TempDir::new().unwrap();
+        merge(&golden("tiny-dense"), &golden(name), to.path()).unwrap();
+        let merged = Checkpoint::open(to.path()).unwrap();
+        let peft = golden(name).join("merged.safetensors");
+        let peft = Checkpoint::open_file(&peft).unwrap();
+        let (mut matrices, mut elements, mut off) = (0, 0, 0);
+        for matrix in peft.names() {
+            let numbers = |from: &Checkpoint| {
+                let shape = from.shape(matrix).unwrap().to_vec();
+                (from.tensor(matrix, &shape).unwrap().to_vec(), shape)
+            };
+            let ((expected, kept), (got, shape)) = (numbers(&peft), numbers(&merged));
+            assert_eq!(
+                (kept[0], kept[1]),
+                (shape[0].div_ceil(EVERY), shape[1]),
+                "{matrix}"
+            );
+            let rows = got.chunks(shape[1]).step_by(EVERY).flatten();
+            for (got, expected) in rows.zip(&expected) {
+                let step = expected.abs().log2().floor().exp2() / 128.0;
+                assert!(
+                    (got - expected).abs() <= step,
+                    "{name}, {matrix}: {got} for {expected}"
+                );
+                off += usize::from(got != expected);
+                elements += 1;
+            }
+            matrices += 1;
+        }
+        assert_eq!(matrices, 21, "{name}");
+        assert!(off * 500 <= elements, "{name}: {off} of {elements} differ");
+    }
+}
+
 /// Every matrix against sums in f64: the nearest bf16, but where the sum lies so near to the middle of two that the
 /// rounding of f32 decides.
 #[test]
