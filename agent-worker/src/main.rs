@@ -1,22 +1,17 @@
-//! The process `espalier-agent-worker`: configuration, telemetry and signals around [`espalier_agent_worker::run`].
+//! The process `espalier-agent-worker`: its configuration, and what it makes of [`espalier_agent_worker::run`].
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::Parser;
 use espalier_agent_worker::config::ENV_PREFIX;
 use espalier_agent_worker::{AgentWorkerConfig, Deps};
 use espalier_runtime::config::{self, Environment};
 use espalier_runtime::net::Addresses;
+use espalier_runtime::process::{self, Told};
 use espalier_runtime::shutdown::Shutdown;
-use espalier_runtime::{tasks, telemetry};
 
-/// A configuration that cannot be used, as `sysexits.h` numbers it.
-const EXIT_USAGE: u8 = 64;
-/// How long telemetry may take to leave at the end.
-const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 /// Beyond the grace of rollouts: last results are acknowledged, servers end.
 const DRAIN_MARGIN: Duration = Duration::from_secs(40);
 
@@ -57,24 +52,10 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let (config, environment) = match load(&arguments) {
-        Ok(loaded) => loaded,
-        Err(error) => {
-            eprintln!("espalier-agent-worker: {error:#}");
-            return ExitCode::from(EXIT_USAGE);
-        }
-    };
-    let served = tasks::block_on(Box::pin(serve(config, environment)));
-    match served.map_err(anyhow::Error::from).flatten() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("espalier-agent-worker: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    process::run("espalier-agent-worker", || load(&arguments), serve)
 }
 
-fn load(arguments: &Arguments) -> anyhow::Result<(AgentWorkerConfig, Environment)> {
+fn load(arguments: &Arguments) -> anyhow::Result<Told<(AgentWorkerConfig, Environment)>> {
     let environment = config::environment()?;
     let mut config: AgentWorkerConfig =
         config::load(arguments.config.as_deref(), ENV_PREFIX, &environment)?;
@@ -84,22 +65,17 @@ fn load(arguments: &Arguments) -> anyhow::Result<(AgentWorkerConfig, Environment
     }
     config.validate()?;
     config.mcp(&environment)?;
-    Ok((config, environment))
+    Ok(Told {
+        telemetry: config.telemetry.clone(),
+        drain_limit: config.grace() + DRAIN_MARGIN,
+        config: (config, environment),
+    })
 }
 
-async fn serve(config: AgentWorkerConfig, environment: Environment) -> anyhow::Result<()> {
-    let telemetry = telemetry::init(&config.telemetry, "espalier-agent-worker")?;
-    let served = serve_until_signal(config, environment).await;
-    telemetry.shutdown(FLUSH_LIMIT).await;
-    served
-}
-
-async fn serve_until_signal(
-    config: AgentWorkerConfig,
-    environment: Environment,
+async fn serve(
+    (config, environment): (AgentWorkerConfig, Environment),
+    shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    let shutdown = Shutdown::from_signals(config.grace() + DRAIN_MARGIN)
-        .context("signals cannot be listened to")?;
     let deps = Deps::open(&config, environment).await?;
     espalier_agent_worker::run(config, deps, shutdown).await?;
     Ok(())

@@ -15,7 +15,7 @@ use espalier_runtime::publish::{NoLease, Published};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::{self, BlockingFailed, OnFailure, Tasks};
-use espalier_runtime::worker::{self, Handler, WorkerConfig, WorkerDeps, WorkerError};
+use espalier_runtime::worker::{self, Handler, ProcessId, WorkerConfig, WorkerDeps, WorkerError};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentWorkerConfig, McpSettingsError};
@@ -244,6 +244,7 @@ pub async fn run(
     );
     let handler = RolloutHandler::new(agent.services.clone(), agent.record.clone());
     let worker = WorkerConfig {
+        process: ProcessId::default(),
         coordinators: config.coordinator_url.clone(),
         tls: config.tls.clone(),
         token: config.token.clone(),

@@ -1,5 +1,8 @@
 //! `espalier workers`, `queues` and `drain`: looking after the system.
 
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+
 use clap::Args;
 use espalier_core::time::Timestamp;
 use espalier_proto::v1;
@@ -18,7 +21,7 @@ const PAGE_SIZE: u32 = 1000;
 /// Options of `drain`.
 #[derive(Args, Clone, Debug)]
 pub struct Drain {
-    /// The worker's id, from `espalier workers`
+    /// The worker, from `espalier workers`
     #[arg(value_name = "WORKER")]
     pub worker: String,
 }
@@ -26,30 +29,95 @@ pub struct Drain {
 /// `espalier workers`.
 pub async fn workers(context: &Context) -> Outcome {
     let client = context.operator().await?;
-    let (workers, _) = all_workers(&client).await?;
+    let (sessions, _) = sessions(&client).await?;
+    let workers = by_process(sessions);
     context.out.show(
-        || json!({"workers": workers.iter().map(worker_json).collect::<Vec<_>>()}),
-        || workers_table(&workers),
+        || json!({"workers": workers.iter().map(with_sessions).collect::<Vec<_>>()}),
+        || workers_table(workers.iter().map(|(worker, _)| worker)),
     )?;
     Ok(Exit::Ok)
 }
 
 /// The workers of all coordinators by id, and the moment by the clock that their times are of.
 pub async fn all_workers(client: &Client) -> Result<(Vec<v1::Worker>, u64), Status> {
+    let (sessions, now_us) = sessions(client).await?;
+    let workers = by_process(sessions).into_iter();
+    Ok((workers.map(|(worker, _)| worker).collect(), now_us))
+}
+
+/// The sessions of all workers: one that takes several kinds of jobs may have one for each.
+async fn sessions(client: &Client) -> Result<(Vec<v1::Worker>, u64), Status> {
     let mut request = v1::ListWorkersRequest {
         page_size: PAGE_SIZE,
         page_token: String::new(),
     };
-    let mut workers = Vec::new();
+    let mut sessions = Vec::new();
     loop {
         let page = client.admin().list_workers(request.clone()).await?;
         let page = page.into_inner();
-        workers.extend(page.workers);
+        sessions.extend(page.workers);
         if page.next_page_token.is_empty() {
-            return Ok((workers, page.now_us));
+            return Ok((sessions, page.now_us));
         }
         request.page_token = page.next_page_token;
     }
+}
+
+/// Each process as one worker, by its id, with its sessions.
+fn by_process(sessions: Vec<v1::Worker>) -> Vec<(v1::Worker, Vec<v1::Worker>)> {
+    let mut found: BTreeMap<String, Vec<v1::Worker>> = BTreeMap::new();
+    for session in sessions {
+        found.entry(process(&session)).or_default().push(session);
+    }
+    let joined = found.into_iter().map(|(process, mut sessions)| {
+        // What it does most comes first.
+        sessions.sort_by_key(|session| Reverse(session.capacity));
+        (joined(process, &sessions), sessions)
+    });
+    joined.collect()
+}
+
+/// A coordinator of an older version says nothing of processes.
+fn process(session: &v1::Worker) -> String {
+    match session.process.is_empty() {
+        true => session.worker.clone(),
+        false => session.process.clone(),
+    }
+}
+
+/// What sessions of one process are together.
+fn joined(process: String, sessions: &[v1::Worker]) -> v1::Worker {
+    let first = sessions.first().cloned().unwrap_or_default();
+    let tags: BTreeSet<&String> = sessions.iter().flat_map(|session| &session.tags).collect();
+    let mut kinds = Vec::new();
+    for kind in sessions.iter().flat_map(|session| &session.kinds) {
+        if !kinds.contains(kind) {
+            kinds.push(*kind);
+        }
+    }
+    let since = sessions.iter().map(|session| session.connected_at_us).max();
+    let heard = sessions.iter().map(|session| session.last_seen_us).max();
+    v1::Worker {
+        worker: process.clone(),
+        process,
+        tags: tags.into_iter().cloned().collect(),
+        kinds,
+        capacity: sessions.iter().map(|session| session.capacity).sum(),
+        running: sessions.iter().map(|session| session.running).sum(),
+        granted: sessions.iter().map(|session| session.granted).sum(),
+        draining: sessions.iter().all(|session| session.draining),
+        // Counts begin anew with the session that came last.
+        connected_at_us: since.unwrap_or_default(),
+        last_seen_us: heard.unwrap_or_default(),
+        serving: sessions.iter().find_map(|session| session.serving.clone()),
+        ..first
+    }
+}
+
+fn with_sessions((worker, sessions): &(v1::Worker, Vec<v1::Worker>)) -> Value {
+    let mut value = worker_json(worker);
+    value["sessions"] = sessions.iter().map(worker_json).collect();
+    value
 }
 
 /// A worker for programs.
@@ -73,10 +141,12 @@ pub fn worker_json(worker: &v1::Worker) -> Value {
     })
 }
 
-fn workers_table(workers: &[v1::Worker]) -> String {
-    let rows = workers.iter().map(|worker| {
+fn workers_table<'a>(workers: impl Iterator<Item = &'a v1::Worker>) -> String {
+    let rows = workers.map(|worker| {
+        let kinds: Vec<&str> = worker.kinds().map(json::kind).collect();
         [
             worker.worker.clone(),
+            kinds.join(" "),
             format!("{} of {}", worker.running, worker.capacity),
             if worker.draining { "draining" } else { "ready" }.to_owned(),
             offers(worker),
@@ -85,7 +155,9 @@ fn workers_table(workers: &[v1::Worker]) -> String {
         ]
     });
     table(
-        ["worker", "running", "state", "offers", "version", "since"],
+        [
+            "worker", "kinds", "running", "state", "offers", "version", "since",
+        ],
         rows.collect(),
     )
 }
@@ -161,10 +233,18 @@ fn queues_table(queues: &[v1::QueueStats]) -> String {
 /// `espalier drain`.
 pub async fn drain(context: &Context, args: &Drain) -> Outcome {
     let client = context.operator().await?;
-    let request = v1::DrainWorkerRequest {
-        worker: args.worker.clone(),
-    };
-    client.admin().drain_worker(request).await?;
+    let (sessions, _) = sessions(&client).await?;
+    let of_process = sessions.into_iter();
+    let of_process = of_process.filter(|session| process(session) == args.worker);
+    let mut ids: Vec<String> = of_process.map(|session| session.worker).collect();
+    if ids.is_empty() {
+        // A session by itself, or none: the coordinator says so.
+        ids.push(args.worker.clone());
+    }
+    for worker in ids {
+        let request = v1::DrainWorkerRequest { worker };
+        client.admin().drain_worker(request).await?;
+    }
     context.out.show(
         || json!({"worker": args.worker, "draining": true}),
         || format!("{} finishes what it has and takes no more", args.worker),
@@ -175,6 +255,42 @@ pub async fn drain(context: &Context, args: &Drain) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_sessions_of_a_process_are_one_worker() {
+        let session = |worker: &str, process: &str, kind: v1::JobKind, capacity| v1::Worker {
+            worker: worker.to_owned(),
+            process: process.to_owned(),
+            kinds: vec![kind.into()],
+            tags: vec![format!("of-{worker}")],
+            capacity,
+            running: 1,
+            draining: worker != "b",
+            connected_at_us: u64::from(capacity),
+            ..v1::Worker::default()
+        };
+        let workers = by_process(vec![
+            session("a", "p", v1::JobKind::Curate, 1),
+            session("b", "p", v1::JobKind::Rollout, 8),
+            session("c", "", v1::JobKind::Train, 2),
+        ]);
+        let names: Vec<&str> = workers.iter().map(|(worker, _)| &*worker.worker).collect();
+        assert_eq!(names, ["c", "p"]);
+        let value = with_sessions(&workers[1]);
+        assert_eq!(value["kinds"], json!(["rollout", "curate"]));
+        assert_eq!(value["tags"], json!(["of-a", "of-b"]));
+        assert_eq!(
+            (&value["running"], &value["capacity"]),
+            (&json!(2), &json!(9))
+        );
+        assert_eq!(
+            (&value["draining"], &value["connected_at_us"]),
+            (&json!(false), &json!(8))
+        );
+        assert_eq!(value["sessions"][1]["worker"], "a");
+        let text = workers_table(workers.iter().map(|(worker, _)| worker));
+        assert!(text.contains("rollout curate  2 of 9   ready"), "{text}");
+    }
 
     #[test]
     fn golden_queues() {

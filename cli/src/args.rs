@@ -93,7 +93,7 @@ pub enum Command {
     /// List, read, correct, export, import and judge traces again
     #[command(subcommand)]
     Traces(TracesCommand),
-    /// Build data sets of traces and files, and look at them
+    /// Build data sets of traces and files, look at them, push them to the Hugging Face hub
     #[command(subcommand)]
     Dataset(DatasetCommand),
     /// List what was trained, pull it as a folder, push it to the Hugging Face hub

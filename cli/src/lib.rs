@@ -33,6 +33,7 @@ mod traces;
 mod train;
 mod up;
 mod uploads;
+mod waiting;
 mod watch;
 
 use std::process::ExitCode;

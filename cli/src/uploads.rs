@@ -124,9 +124,3 @@ pub async fn submit_alone(client: &Client, key: &JobKey, job: &JobDraft) -> Resu
     note(format!("batch {}", key.batch));
     Ok(())
 }
-
-/// Whether a job is over, however it ended.
-pub fn has_ended(job: &v1::Job) -> bool {
-    use v1::JobState::{Cancelled, Dead, Succeeded};
-    matches!(job.state(), Succeeded | Dead | Cancelled)
-}

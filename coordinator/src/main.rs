@@ -1,4 +1,4 @@
-//! The process `espalier-coordinator`: configuration, telemetry and signals around [`espalier_coordinator::run`].
+//! The process `espalier-coordinator`: its configuration, and what it makes of [`espalier_coordinator::run`].
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,15 +9,11 @@ use clap::Parser;
 use espalier_coordinator::config::ENV_PREFIX;
 use espalier_coordinator::{CoordinatorConfig, Deps};
 use espalier_runtime::config::{self, Environment};
+use espalier_runtime::process::{self, Told};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::Tasks;
-use espalier_runtime::telemetry;
 use tokio::net::TcpListener;
 
-/// A configuration that cannot be used, as `sysexits.h` numbers it.
-const EXIT_USAGE: u8 = 64;
-/// How long telemetry may take to leave at the end.
-const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 /// Time for the drain itself to end in order before the process lets go of everything.
 const DRAIN_MARGIN: Duration = Duration::from_secs(5);
 
@@ -87,44 +83,25 @@ impl Arguments {
     }
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let config = match load(&arguments) {
-        Ok(config) => config,
-        Err(error) => {
-            eprintln!("espalier-coordinator: {error:#}");
-            return ExitCode::from(EXIT_USAGE);
-        }
-    };
-    match serve(config).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("espalier-coordinator: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    process::run("espalier-coordinator", || load(&arguments), serve)
 }
 
-fn load(arguments: &Arguments) -> anyhow::Result<CoordinatorConfig> {
+fn load(arguments: &Arguments) -> anyhow::Result<Told<CoordinatorConfig>> {
     let environment = arguments.over(config::environment()?);
     let mut config: CoordinatorConfig =
         config::load(arguments.config.as_deref(), ENV_PREFIX, &environment)?;
     config.telemetry = config.telemetry.or_from(&environment);
     config.validate()?;
-    Ok(config)
+    Ok(Told {
+        telemetry: config.telemetry.clone(),
+        drain_limit: config.drain_limit() + DRAIN_MARGIN,
+        config,
+    })
 }
 
-async fn serve(config: CoordinatorConfig) -> anyhow::Result<()> {
-    let telemetry = telemetry::init(&config.telemetry, "espalier-coordinator")?;
-    let served = serve_until_signal(config).await;
-    telemetry.shutdown(FLUSH_LIMIT).await;
-    served
-}
-
-async fn serve_until_signal(config: CoordinatorConfig) -> anyhow::Result<()> {
-    let shutdown = Shutdown::from_signals(config.drain_limit() + DRAIN_MARGIN)
-        .context("signals cannot be listened to")?;
+async fn serve(config: CoordinatorConfig, shutdown: Shutdown) -> anyhow::Result<()> {
     // What keeps the queue connected: without it the process is of no use, so that its failure ends the process.
     let tasks = Tasks::new(shutdown.clone());
     // Boxed: together these states would make the future of `main` too deep for the compiler.

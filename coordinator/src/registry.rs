@@ -37,6 +37,8 @@ pub type Outbox = mpsc::Sender<Result<v1::CoordinatorMessage, Status>>;
 pub struct Connected {
     /// Who it is.
     pub worker: WorkerId,
+    /// Whose session it is.
+    pub process: WorkerId,
     /// Tells this stream from an earlier or later one of the same worker.
     pub number: u64,
     /// What it said that it offers.
@@ -69,6 +71,8 @@ pub struct Connected {
 pub struct Introduction {
     /// Who it is.
     pub worker: WorkerId,
+    /// Whose session it is.
+    pub process: WorkerId,
     /// What it offers.
     pub tags: BTreeSet<String>,
     /// The kinds of jobs that it takes.
@@ -163,6 +167,7 @@ impl Connected {
             last_seen_us: heard_at_us - heard_at_us % HEARD_STEP_US,
             granted: self.granted.load(Ordering::Relaxed),
             serving,
+            process: self.process.to_string(),
         }
     }
 }
@@ -234,6 +239,7 @@ impl Registry {
             running: Mutex::default(),
             granted: AtomicU64::new(0),
             heard_at_us: AtomicU64::new(connected_at.0),
+            process: who.process,
             worker: who.worker.clone(),
         });
         if let Some(older) = inner.connected.insert(who.worker, Arc::clone(&connected)) {
@@ -341,6 +347,7 @@ mod tests {
         let (outbox, _) = mpsc::channel(1);
         let who = Introduction {
             worker: worker.parse().unwrap(),
+            process: worker.parse().unwrap(),
             tags: tags.iter().map(|t| (*t).to_owned()).collect(),
             kinds: [JobKind::Rollout].into(),
             capacity: 1,

@@ -8,10 +8,12 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use espalier_proto::v1::JobState;
-use espalier_tests::harness::hub::Hub;
+use espalier_tests::harness::cluster::{Cluster, Setup};
+use espalier_tests::harness::hub::{Hub, Trouble};
 use espalier_tests::harness::process::binary;
 use espalier_tests::harness::up::{Up, toy_servers};
-use serde_json::Value;
+use espalier_tests::harness::wait_for;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Long enough for two busy cores.
@@ -19,6 +21,8 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// Nobody asks a model here.
 const NO_MODEL: &str = "http://127.0.0.1:9/v1";
 const TOKEN: &str = "hf_of_the_worker";
+/// Long enough to do without a coordinator for some seconds of a busy machine.
+const LEASE_TTL_MS: u64 = 10_000;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -154,4 +158,75 @@ async fn an_export_that_the_hub_refuses_is_dead_with_the_reason() {
         "{why}"
     );
     assert!(!why.contains(TOKEN));
+}
+
+/// A cluster whose workers export to `hub`, with an adapter and an export of it that waits for them.
+async fn with_an_export(hub: &Hub) -> Cluster {
+    let mut setup = Setup::new("embedded", NO_MODEL);
+    setup.lease_ttl_ms = LEASE_TTL_MS;
+    let environment = [("HF_ENDPOINT", hub.url.as_str()), ("HF_TOKEN", TOKEN)];
+    let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    setup.environment = environment.into();
+    let cluster = Cluster::start_with(setup).await;
+    let (adapter, base) = (golden("lora-plain"), golden("tiny-dense"));
+    let mut add = cluster.user();
+    add.args(["adapters", "add", "shop"]).arg(adapter);
+    add.arg("--base")
+        .arg(base)
+        .args(["--store", &cluster.store_url()]);
+    let added = add.output().unwrap();
+    assert!(added.status.success(), "{added:?}");
+    let export = json!({"adapter": "shop@v1", "repo": "me/shop"});
+    let job = json!({"id": "export", "max_infra": 20, "export": export});
+    assert_eq!(
+        cluster.client().await.submit("out", &[job]).await.accepted,
+        1
+    );
+    cluster
+}
+
+async fn tried_to_commit(hub: &Hub, times: usize) {
+    wait_for("a commit that is refused", DEADLINE, || async {
+        let tries = hub.count("/commit/");
+        if tries >= times { Ok(()) } else { Err(tries) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_are_killed_while_they_export_make_one_commit_and_one_result() {
+    let hub = Hub::empty().await;
+    let mut cluster = with_an_export(&hub).await;
+    let key = cluster.key("out", "export");
+    // The first has sent the files, and waits to try its commit again.
+    hub.trouble("/commit/", Trouble::Status(503, Some(60)), 1);
+    let mut a = cluster.worker_with_cpu_slots("a", 1);
+    tried_to_commit(&hub, 1).await;
+    a.kill(DEADLINE).await;
+    assert!(hub.commits("me/shop").is_empty());
+    // The second one's commit is made once nobody can hear of its result.
+    hub.trouble("/commit/", Trouble::Status(503, Some(3)), 1);
+    let mut b = cluster.worker_with_cpu_slots("b", 1);
+    tried_to_commit(&hub, 2).await;
+    cluster.coordinators[0].process.kill();
+    cluster.wait_until_published(&key, DEADLINE).await;
+    b.kill(DEADLINE).await;
+    cluster.restart_coordinator(0).await;
+    // The third takes the result over.
+    let mut c = cluster.worker_with_cpu_slots("c", 1);
+    let result = cluster.client().await.wait("out", DEADLINE).await;
+    let job = &result.jobs["export"];
+    assert_eq!(job.state(), JobState::Succeeded, "{job:?}");
+    assert!(job.attempts >= 3, "{job:?}");
+    let made = hub.commits("me/shop");
+    assert_eq!(made.len(), 1, "{made:?}");
+    let summary = job.summary.as_ref().unwrap().export.as_ref().unwrap();
+    assert_eq!(summary.commit, made[0].id);
+    assert_eq!(
+        hub.count("PUT /storage"),
+        1,
+        "what has arrived is not sent again"
+    );
+    assert_eq!(cluster.manifest(&key).files.len(), 1);
+    c.terminate(DEADLINE).await;
 }

@@ -295,3 +295,51 @@ async fn leased(cluster: &Cluster, key: &espalier_core::id::JobKey, attempt: u32
     })
     .await;
 }
+
+/// What an operator is told, by a command that succeeds.
+async fn operator(cluster: &Cluster, words: &[&str]) -> Value {
+    let mut command = cluster.operator(&cluster.addresses());
+    command.args(words).arg("--json");
+    let run = tokio::task::spawn_blocking(move || command.output().unwrap());
+    let output = run.await.unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words:?}: {said}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[tokio::test]
+async fn a_worker_of_several_kinds_of_jobs_is_one_worker_and_drains_as_one() {
+    let cluster = Cluster::start(NO_MODEL, LEASE_TTL_MS).await;
+    let mut worker = cluster.worker_with_cpu_slots("a", 3);
+    let told = wait_for("all sessions", DEADLINE, || async {
+        let told = operator(&cluster, &["workers"]).await;
+        let sessions = told["workers"][0]["sessions"].as_array().map(Vec::len);
+        if sessions == Some(3) {
+            Ok(told)
+        } else {
+            Err(told)
+        }
+    })
+    .await;
+    assert_eq!(told["workers"].as_array().unwrap().len(), 1, "{told}");
+    let one = &told["workers"][0];
+    let kinds = one["kinds"].as_array().unwrap().iter();
+    let kinds: BTreeSet<&str> = kinds.filter_map(Value::as_str).collect();
+    assert_eq!(kinds, ["curate", "export", "rollout"].into());
+    let slots = one["sessions"].as_array().unwrap().iter();
+    let slots: u64 = slots
+        .filter_map(|session| session["capacity"].as_u64())
+        .sum();
+    assert_eq!(
+        (&one["capacity"], &one["draining"]),
+        (&json!(slots), &json!(false))
+    );
+    operator(&cluster, &["drain", one["worker"].as_str().unwrap()]).await;
+    let told = operator(&cluster, &["workers"]).await;
+    let sessions = told["workers"][0]["sessions"].as_array().unwrap();
+    assert!(
+        sessions.iter().all(|session| session["draining"] == true),
+        "{told}"
+    );
+    worker.terminate(DEADLINE).await;
+}

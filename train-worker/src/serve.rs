@@ -10,7 +10,7 @@ use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::Tasks;
-use espalier_runtime::worker::{self, WorkerConfig, WorkerDeps, WorkerError};
+use espalier_runtime::worker::{self, ProcessId, WorkerConfig, WorkerDeps, WorkerError};
 use tokio::sync::Semaphore;
 
 use crate::attempt::Workshop;
@@ -56,6 +56,7 @@ pub async fn run(
 ) -> Result<(), WorkerError> {
     let tasks = Tasks::new(shutdown.clone());
     let config = WorkerConfig {
+        process: ProcessId::default(),
         coordinators: source.coordinators,
         tls: source.tls,
         token: source.token,

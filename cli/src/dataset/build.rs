@@ -1,7 +1,6 @@
 //! `espalier dataset build`: brings files to the store, submits a `curate` job, and says what came of it.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use espalier_core::error::FieldError;
@@ -11,7 +10,6 @@ use espalier_dataset::{Filter, FilterError};
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::datasets::Datasets;
-use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::{Place, import, show, tally};
@@ -19,14 +17,10 @@ use crate::client::Client;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{facts, note, plain};
-use crate::submit::{again, default_batch, rename};
-use crate::uploads::{self, has_ended};
-use crate::{json as shown, progress};
+use crate::submit::{default_batch, rename};
+use crate::waiting::{self, Shown};
+use crate::{json as shown, progress, uploads};
 
-/// Time between two looks at the job.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How often a line is printed where there is no terminal for a bar.
-const LINE_EVERY: Duration = Duration::from_secs(5);
 /// The only job of its batch.
 const JOB: &str = "curate";
 
@@ -196,38 +190,8 @@ impl Building<'_> {
     /// Shows how far the job is until it has ended.
     async fn wait(&self) -> Result<v1::Job, Problem> {
         let bar = progress::things(0, "building");
-        let (mut said, mut told) = (Instant::now(), String::new());
-        loop {
-            let job = self.job().await?;
-            if has_ended(&job) {
-                bar.finish_and_clear();
-                return Ok(job);
-            }
-            show_progress(&bar, &job);
-            let is_news = job.progress != told && !job.progress.is_empty();
-            if is_news && self.context.out.json {
-                let state = shown::state(job.state());
-                let event = json!({"state": state, "progress": job.progress});
-                self.context.out.event(&event)?;
-            } else if is_news && bar.is_hidden() && said.elapsed() >= LINE_EVERY {
-                said = Instant::now();
-                note(plain(&job.progress));
-            }
-            told = job.progress;
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-    }
-
-    async fn job(&self) -> Result<v1::Job, Problem> {
-        let request = v1::GetJobRequest {
-            batch: self.key.batch.to_string(),
-            id: self.key.job.to_string(),
-        };
-        again(&self.client, || {
-            let (mut jobs, request) = (self.client.jobs(), request.clone());
-            async move { jobs.get_job(request).await }
-        })
-        .await
+        let look = || waiting::job(&self.client, &self.key);
+        waiting::wait(self.context, bar, look, shown_of).await
     }
 
     /// Says what came of it.
@@ -261,18 +225,15 @@ impl Building<'_> {
     }
 }
 
-fn show_progress(bar: &ProgressBar, job: &v1::Job) {
-    if job.state() != v1::JobState::Leased {
-        bar.set_message(format!("{}: waits for a worker", shown::state(job.state())));
-        return;
-    }
-    match places(&job.progress) {
-        Some((doing, done, of)) => {
-            bar.set_length(of);
-            bar.set_position(done);
-            bar.set_message(plain(doing));
-        }
-        None => bar.set_message(plain(&job.progress)),
+fn shown_of(job: &v1::Job) -> Shown {
+    let shown = waiting::in_words(job);
+    match (places(&job.progress), job.state()) {
+        (Some((doing, done, of)), v1::JobState::Leased) => Shown {
+            place: Some((done, Some(of))),
+            message: plain(doing),
+            ..shown
+        },
+        _ => shown,
     }
 }
 

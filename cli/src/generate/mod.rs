@@ -7,7 +7,6 @@ mod answers;
 mod requests;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
@@ -25,14 +24,10 @@ use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, facts, note};
 use crate::submit::{again, close_batch, default_batch, open, refusal_json, refusal_table, rename};
-use crate::uploads::{self, has_ended};
-use crate::{json as shown, progress};
+use crate::waiting::{self, Shown, has_ended};
+use crate::{json as shown, progress, uploads};
 use requests::{Part, Requests};
 
-/// Time between two looks at the jobs.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How often a line is printed where there is no terminal for a bar.
-const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Jobs of one page of the API, and of one chunk.
 const PAGE_SIZE: u32 = 1000;
 /// Options of `generate`.
@@ -153,27 +148,8 @@ impl Asked<'_> {
     /// Shows how far the jobs are until all of them have ended.
     async fn wait(&self, requests: &Requests) -> Result<Vec<v1::Job>, Problem> {
         let bar = progress::things(requests.lines, "answering");
-        let mut said = Instant::now();
-        loop {
-            let jobs = self.jobs().await?;
-            let lines: u64 = jobs.iter().map(lines_of).sum();
-            bar.set_position(lines);
-            if jobs.iter().all(has_ended) {
-                bar.finish_and_clear();
-                return Ok(jobs);
-            }
-            let waits = waits_for(&jobs, &requests.parts);
-            bar.set_message(waits.clone());
-            if bar.is_hidden() && !self.context.out.json && said.elapsed() >= LINE_EVERY {
-                said = Instant::now();
-                let lines = count(lines);
-                let all = count(requests.lines);
-                let told = [format!("{lines} of {all} lines answered"), waits];
-                let told = told.iter().filter(|told| !told.is_empty());
-                note(told.map(String::as_str).collect::<Vec<_>>().join(", "));
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
+        let shown = |jobs: &Vec<v1::Job>| shown_of(jobs, requests);
+        waiting::wait(self.context, bar, || self.jobs(), shown).await
     }
 
     /// The jobs of the batch, in the order of their parts.
@@ -266,6 +242,28 @@ impl Asked<'_> {
             0 => Exit::Ok,
             _ => Exit::Refused,
         })
+    }
+}
+
+fn shown_of(jobs: &[v1::Job], requests: &Requests) -> Shown {
+    let lines: u64 = jobs.iter().map(lines_of).sum();
+    let waits = waits_for(jobs, &requests.parts);
+    let told = format!(
+        "{} of {} lines answered",
+        count(lines),
+        count(requests.lines)
+    );
+    let line = match waits.is_empty() {
+        true => told,
+        false => format!("{told}, {waits}"),
+    };
+    Shown {
+        is_over: jobs.iter().all(has_ended),
+        place: Some((lines, None)),
+        message: waits,
+        line,
+        // Programs read the answers.
+        event: None,
     }
 }
 

@@ -6,7 +6,6 @@
 mod plan;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use espalier_core::adapter::AdapterVersion;
@@ -21,7 +20,6 @@ use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::datasets::Datasets;
 use espalier_runtime::store::{LIST_MAX, Store};
-use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::client::Client;
@@ -29,14 +27,10 @@ use crate::context::Context;
 use crate::dataset::{Named, tally};
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, duration, facts, note, plain};
-use crate::submit::{again, default_batch, rename};
-use crate::uploads::{self, has_ended};
-use crate::{json as shown, progress};
+use crate::submit::{default_batch, rename};
+use crate::waiting::{self, Shown};
+use crate::{json as shown, progress, uploads};
 
-/// Time between two looks at the job.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How often a line is printed where there is no terminal for a bar.
-const LINE_EVERY: Duration = Duration::from_secs(5);
 /// The only job of its batch.
 const JOB: &str = "train";
 /// Largest file of rows, in bytes: what one upload takes.
@@ -259,49 +253,8 @@ impl Training<'_> {
     /// Shows how far the training is until it has ended.
     async fn wait(&self) -> Result<v1::Job, Problem> {
         let bar = progress::things(0, "training");
-        let (mut said, mut told) = (Instant::now(), String::new());
-        loop {
-            let job = self.job().await?;
-            if has_ended(&job) {
-                bar.finish_and_clear();
-                return Ok(job);
-            }
-            self.show(&bar, &job);
-            let is_news = job.progress != told && !job.progress.is_empty();
-            if self.context.out.json && is_news {
-                self.context.out.event(&event(&job))?;
-            } else if bar.is_hidden() && is_news && said.elapsed() >= LINE_EVERY {
-                said = Instant::now();
-                note(plain(&job.progress));
-            }
-            told = job.progress;
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-    }
-
-    fn show(&self, bar: &ProgressBar, job: &v1::Job) {
-        let told: Result<TrainProgress, _> = job.progress.parse();
-        match (told, job.state()) {
-            (Ok(told), v1::JobState::Leased) => {
-                bar.set_length(told.steps);
-                bar.set_position(told.step);
-                bar.set_message(text(&told));
-            }
-            (Err(_), v1::JobState::Leased) => bar.set_message(plain(&job.progress)),
-            (_, state) => bar.set_message(format!("{}: waits for a worker", shown::state(state))),
-        }
-    }
-
-    async fn job(&self) -> Result<v1::Job, Problem> {
-        let request = v1::GetJobRequest {
-            batch: self.key.batch.to_string(),
-            id: self.key.job.to_string(),
-        };
-        again(&self.client, || {
-            let (mut jobs, request) = (self.client.jobs(), request.clone());
-            async move { jobs.get_job(request).await }
-        })
-        .await
+        let look = || waiting::job(&self.client, &self.key);
+        waiting::wait(self.context, bar, look, shown_of).await
     }
 
     /// Says what came of it.
@@ -371,6 +324,24 @@ impl Training<'_> {
     }
 }
 
+fn shown_of(job: &v1::Job) -> Shown {
+    let shown = waiting::in_words(job);
+    let told = job.progress.parse::<TrainProgress>();
+    let event = told.as_ref().map(event).ok();
+    let shown = Shown {
+        event: event.or(shown.event),
+        ..shown
+    };
+    match (told, job.state()) {
+        (Ok(told), v1::JobState::Leased) => Shown {
+            place: Some((told.step, Some(told.steps))),
+            message: text(&told),
+            ..shown
+        },
+        _ => shown,
+    }
+}
+
 /// How far it is, beside the bar.
 fn text(told: &TrainProgress) -> String {
     let mut text = format!("loss {:.4}", told.loss);
@@ -391,15 +362,12 @@ fn text(told: &TrainProgress) -> String {
     text
 }
 
-fn event(job: &v1::Job) -> Value {
-    match job.progress.parse::<TrainProgress>() {
-        Ok(told) => json!({
-            "step": told.step, "steps": told.steps, "loss": told.loss, "eval_loss": told.eval_loss,
-            "grad_norm": told.grad_norm, "tokens_per_s": told.tokens_per_s, "peak_share": told.peak_share,
-            "memory_mib": told.memory_mib, "left_s": told.left_s,
-        }),
-        Err(_) => json!({"state": shown::state(job.state()), "progress": job.progress}),
-    }
+fn event(told: &TrainProgress) -> Value {
+    json!({
+        "step": told.step, "steps": told.steps, "loss": told.loss, "eval_loss": told.eval_loss,
+        "grad_norm": told.grad_norm, "tokens_per_s": told.tokens_per_s, "peak_share": told.peak_share,
+        "memory_mib": told.memory_mib, "left_s": told.left_s,
+    })
 }
 
 #[cfg(test)]
@@ -438,10 +406,11 @@ mod tests {
             text(&told.parse().unwrap()),
             "loss 1.5000 held-out 1.2500 |g| 0.250 5,200 tok/s 43 % of peak 1 min 35 s left"
         );
-        assert_eq!(event(&job(told))["eval_loss"], 1.25);
-        assert_eq!(
-            event(&job("loading the model"))["progress"],
-            "loading the model"
-        );
+        let shown = shown_of(&job(told));
+        assert_eq!(shown.event.unwrap()["eval_loss"], 1.25);
+        assert_eq!(shown.place, Some((3, Some(9))));
+        let shown = shown_of(&job("loading the model"));
+        assert_eq!(shown.event.unwrap()["progress"], "loading the model");
+        assert_eq!(shown.place, None);
     }
 }

@@ -75,8 +75,17 @@ fn check(hello: &v1::Hello) -> Result<Introduction, FieldError> {
     if kinds.is_empty() {
         return Err(FieldError::new("kinds", "nothing", "must name a kind"));
     }
+    let worker = WorkerId::new(&hello.worker)?;
+    let process = match &*hello.process {
+        "" => worker.clone(),
+        process => {
+            let process = WorkerId::new(process);
+            process.map_err(|error| FieldError::new("process", error.value, error.rule))?
+        }
+    };
     Ok(Introduction {
-        worker: WorkerId::new(&hello.worker)?,
+        worker,
+        process,
         tags: hello.tags.iter().cloned().collect(),
         kinds,
         capacity: hello.capacity,

@@ -16,7 +16,7 @@ use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::{OnFailure, Tasks};
 use espalier_runtime::worker::{
-    Grant, Handler, JobContext, JobOutcome, WorkerConfig, WorkerDeps, run,
+    Grant, Handler, JobContext, JobOutcome, ProcessId, WorkerConfig, WorkerDeps, run,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -101,6 +101,7 @@ fn start(coordinators: &[&Coordinator]) -> (Arc<Work>, Tasks) {
         .map(|coordinator| format!("http://{}", coordinator.address))
         .collect();
     let config = WorkerConfig {
+        process: ProcessId::default(),
         coordinators: Addresses::parse(&addresses.join(",")).unwrap(),
         tls: None,
         token: Some(Secret::new(WORKER)),

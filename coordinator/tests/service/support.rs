@@ -215,6 +215,7 @@ pub fn hello(id: &str, capacity: u32) -> v1::Hello {
         capacity,
         held: Vec::new(),
         version: "test".to_owned(),
+        process: String::new(),
     }
 }
 

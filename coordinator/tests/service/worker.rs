@@ -312,6 +312,13 @@ async fn a_worker_that_breaks_the_protocol_is_sent_away() {
             },
             "hello.held[0].job",
         ),
+        (
+            v1::Hello {
+                process: "p/1".to_owned(),
+                ..hello("w1", 1)
+            },
+            "hello.process",
+        ),
     ] {
         let status = coordinator.greet(hello).await.end().await.unwrap_err();
         assert_eq!(

@@ -1,5 +1,5 @@
 //! What every Espalier process is made of: configuration, supervised tasks, shutdown, telemetry, the object store,
-//! gRPC channels, the model client, the hub's client and the worker loop.
+//! gRPC channels, the model client, the hub's client, the worker loop, and the frame around all of it.
 //!
 //! Nothing here knows what a process is for. The coordinator and the workers build on these modules; the rules and
 //! types of the domain are in `espalier-core`.
@@ -13,6 +13,7 @@ pub mod hub;
 pub mod ids;
 pub mod model;
 pub mod net;
+pub mod process;
 mod progress;
 pub mod publish;
 pub mod shutdown;

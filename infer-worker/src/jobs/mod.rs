@@ -32,7 +32,7 @@ use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::Tasks;
-use espalier_runtime::worker::{self, Serving, WorkerConfig, WorkerDeps, WorkerError};
+use espalier_runtime::worker::{self, ProcessId, Serving, WorkerConfig, WorkerDeps, WorkerError};
 use tokio::sync::{Semaphore, watch};
 
 use crate::api::Offline;
@@ -137,6 +137,7 @@ pub async fn run(answering: Answering, source: Source) -> Result<(), WorkerError
     let ends = Shutdown::new();
     let tasks = Tasks::new(ends.clone());
     let config = WorkerConfig {
+        process: ProcessId::default(),
         coordinators: source.coordinators,
         tls: source.tls,
         token: source.token,

@@ -10,6 +10,7 @@ const CRAWLING: Direction = Direction {
     delay: Duration::from_secs(1),
     stopped: false,
     bytes_per_s: Some(1000),
+    breaks_after: None,
 };
 
 /// An empty store.
@@ -51,6 +52,26 @@ impl FarStore {
     /// Answers late and slowly for `time`: a second each way, and a thousand bytes a second on each connection.
     pub async fn crawl(&self, time: Duration) {
         self.suffer(Network::of_both(CRAWLING), time).await;
+    }
+
+    /// From now on whatever is larger than `bytes` breaks off half way to the store.
+    pub fn break_after(&self, bytes: u64) {
+        self.proxy.set(Network::breaking_after(bytes));
+    }
+
+    /// From now on everything is late by `delay`, each way.
+    pub fn be_slow(&self, delay: Duration) {
+        self.proxy.set(Network::slow(delay));
+    }
+
+    /// How many connections broke so.
+    pub fn broken(&self) -> u64 {
+        self.proxy.broken()
+    }
+
+    /// The network does its work again.
+    pub fn heal(&self) {
+        self.proxy.heal();
     }
 
     async fn suffer(&self, network: Network, time: Duration) {

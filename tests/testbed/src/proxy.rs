@@ -36,6 +36,8 @@ pub struct Direction {
     pub stopped: bool,
     /// How many bytes arrive a second, for each connection.
     pub bytes_per_s: Option<u64>,
+    /// With how many bytes that have arrived a connection breaks: nothing larger gets through.
+    pub breaks_after: Option<u64>,
 }
 
 /// What the network does. The default is to do its work.
@@ -54,6 +56,7 @@ impl Direction {
         delay: Duration::ZERO,
         stopped: true,
         bytes_per_s: None,
+        breaks_after: None,
     };
 }
 
@@ -95,6 +98,18 @@ impl Network {
         })
     }
 
+    /// Whatever is larger than `bytes` breaks off on its way to where one connected to.
+    pub fn breaking_after(bytes: u64) -> Self {
+        let to_target = Direction {
+            breaks_after: Some(bytes),
+            ..Direction::default()
+        };
+        Self {
+            to_target,
+            ..Self::default()
+        }
+    }
+
     /// Both directions are the same.
     pub fn of_both(direction: Direction) -> Self {
         Self {
@@ -113,6 +128,7 @@ pub struct Proxy {
     target: watch::Sender<SocketAddr>,
     cuts: watch::Sender<u64>,
     accepted: Arc<AtomicU64>,
+    broken: Arc<AtomicU64>,
     _task: JoinSet<()>,
 }
 
@@ -123,6 +139,7 @@ struct Orders {
     target: watch::Receiver<SocketAddr>,
     cuts: watch::Receiver<u64>,
     accepted: Arc<AtomicU64>,
+    broken: Arc<AtomicU64>,
 }
 
 impl Proxy {
@@ -138,8 +155,9 @@ impl Proxy {
             target: target_orders,
             cuts: cut_orders,
             accepted: Arc::default(),
+            broken: Arc::default(),
         };
-        let accepted = Arc::clone(&orders.accepted);
+        let (accepted, broken) = (Arc::clone(&orders.accepted), Arc::clone(&orders.broken));
         let address = listener.local_addr().expect("a bound port");
         let mut task = JoinSet::new();
         task.spawn(accept(listener, orders));
@@ -149,6 +167,7 @@ impl Proxy {
             target,
             cuts,
             accepted,
+            broken,
             _task: task,
         }
     }
@@ -181,6 +200,11 @@ impl Proxy {
     /// How many connections it has accepted so far, without those it refused.
     pub fn accepted(&self) -> u64 {
         self.accepted.load(Ordering::SeqCst)
+    }
+
+    /// How many connections broke by [`Direction::breaks_after`].
+    pub fn broken(&self) -> u64 {
+        self.broken.load(Ordering::SeqCst)
     }
 }
 
@@ -223,7 +247,13 @@ async fn connection(mut client: TcpStream, mut orders: Orders) {
             // A cut comes before bytes that another order lets go at the same moment.
             biased;
             _ = orders.cuts.changed() => true,
-            ended = both => ended.is_err(),
+            ended = both => match ended {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {
+                    orders.broken.fetch_add(1, Ordering::SeqCst);
+                    true
+                }
+                ended => ended.is_err(),
+            }
         }
     };
     if broken {
@@ -271,6 +301,7 @@ async fn write(
     mut network: watch::Receiver<Network>,
     direction: fn(&Network) -> Direction,
 ) -> io::Result<()> {
+    let mut arrived = 0;
     while let Some((arrival, chunk)) = chunks.recv().await {
         tokio::time::sleep_until(arrival).await;
         let mut rest = &chunk[..];
@@ -281,7 +312,15 @@ async fn write(
                 break;
             }
             let slice = slice_bytes(direction(&rate).bytes_per_s, rest.len());
+            if let Some(most) = direction(&rate).breaks_after
+                && arrived + slice as u64 > most
+            {
+                let some = most.saturating_sub(arrived) as usize;
+                to.write_all(&rest[..some]).await?;
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
             to.write_all(&rest[..slice]).await?;
+            arrived += slice as u64;
             rest = &rest[slice..];
             if let Some(bytes_per_s) = direction(&rate).bytes_per_s {
                 let share = slice as f64 / bytes_per_s.max(1) as f64;

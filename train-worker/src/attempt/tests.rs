@@ -509,7 +509,10 @@ async fn the_engine_says_what_does_not_fit() {
     let error = attempt(&workshop(&store, engine()), &little, 1).await;
     if let Err(error) = error {
         let said = espalier_runtime::telemetry::error_chain(&error);
-        assert!(said.contains("memory_budget_bytes"), "{said}");
+        assert!(
+            said.contains("`memory_budget_mib` must be at least"),
+            "{said}"
+        );
         assert_eq!(error.class(), ErrorClass::Invalid);
     } else {
         panic!("a megabyte is not enough for three layers and their optimizer");

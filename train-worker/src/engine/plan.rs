@@ -85,13 +85,18 @@ pub struct Plan {
     pub flops_per_pair: u64,
 }
 
+/// As budgets are given.
+const MIB: u64 = 1 << 20;
+
 /// Why there is no plan.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// Even the smallest does not fit.
     #[error(
-        "`memory_budget_bytes` must be at least {least} for {tokens} tokens with {} kept, got {budget}{}",
+        "`memory_budget_mib` must be at least {} for {tokens} tokens with {} kept, got {}{}",
+        least.div_ceil(MIB),
         Keep::Offloaded.name(),
+        budget / MIB,
         fitting(*fits)
     )]
     TooLittleMemory {

@@ -126,9 +126,28 @@ impl JobOutcome {
     }
 }
 
+/// What the sessions of one process have in common.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessId(WorkerId);
+
+impl Default for ProcessId {
+    /// Of a process that has just started.
+    fn default() -> Self {
+        Self(fresh_id())
+    }
+}
+
+impl std::fmt::Display for ProcessId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// How the worker reaches a coordinator, and how much it takes on.
 #[derive(Clone, Debug)]
 pub struct WorkerConfig {
+    /// As which people see it.
+    pub process: ProcessId,
     /// Addresses of the coordinators; any of them serves.
     pub coordinators: Addresses,
     /// TLS of the connections.
@@ -189,7 +208,7 @@ pub async fn run<H: Handler>(
         crate::net::channel(address, config.tls.as_ref(), config.token.as_ref())?;
     }
     let id = fresh_id();
-    tracing::info!(worker = %id, slots = config.slots, coordinators = %config.coordinators, "worker started");
+    tracing::info!(worker = %id, process = %config.process, slots = config.slots, coordinators = %config.coordinators, "worker started");
     session::Session::new(handler, config, deps, shutdown, id)
         .run()
         .await;

@@ -463,5 +463,6 @@ fn hello(kind: v1::JobKind, id: &WorkerId, config: &WorkerConfig, book: &Book) -
         capacity: config.slots,
         held: book.leases(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        process: config.process.to_string(),
     }
 }

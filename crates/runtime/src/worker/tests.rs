@@ -243,6 +243,7 @@ impl World {
             tasks.spawn("test.coordinator", OnFailure::Log, serve);
         }
         let config = WorkerConfig {
+            process: ProcessId::default(),
             coordinators: Addresses::parse(&addresses.join(",")).unwrap(),
             tls: None,
             token: None,

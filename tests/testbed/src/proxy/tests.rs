@@ -193,3 +193,26 @@ fn slices_are_small_where_the_rate_is() {
     assert_eq!(slice_bytes(Some(100_000), 500), 500);
     assert_eq!(slice_bytes(Some(1), 500), 1);
 }
+
+#[tokio::test]
+async fn what_is_too_large_breaks_off_half_way_and_what_is_small_gets_through() {
+    let (_echo, proxy, mut client) = pair().await;
+    proxy.set(Network::breaking_after(1_000));
+    echoed(&mut client, &[7; 600]).await;
+    assert_eq!(proxy.broken(), 0);
+    // The rest of what may arrive does; then the connection is reset.
+    client.write_all(&[8; 600]).await.unwrap();
+    let mut rest = Vec::new();
+    let ended = timeout(SOON, client.read_to_end(&mut rest)).await;
+    let ended = ended.expect("it ends");
+    assert!(
+        ended.is_err() || rest.len() == 400,
+        "{ended:?}, {} bytes",
+        rest.len()
+    );
+    assert!(rest.len() <= 400, "{} bytes", rest.len());
+    assert_eq!(proxy.broken(), 1);
+    proxy.heal();
+    let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+    echoed(&mut client, &[9; 2_000]).await;
+}
