@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures this machine: the queue, embedded and in Redis beside other queues, the model server beside llama.cpp's, the
-# loop over a toy tool server, eight browsers at once, memory.
+# Measures this machine: the queue, embedded and in Redis beside other queues, the model server beside llama.cpp's,
+# training, the loop over a toy tool server, eight browsers at once, memory.
 # JSON lines on standard output, a table on standard error. Everything lives in a temporary folder.
 # Usage: bench.sh FOLDER_WITH_BINARIES FOLDER_WITH_OTHERS
 set -euo pipefail
@@ -55,6 +55,7 @@ measure queue
 measure redis --bullmq "node $others/bullmq/cycle.mjs 50000" \
   --celery "$others/celery/bin/python $here/../bench/celery/cycle.py 10000"
 measure infer --llama "$others/llama/llama-server" --models "$others/llama/models"
+measure train
 
 # An idle coordinator, with a token that nobody uses.
 mkdir "$data/coordinator"

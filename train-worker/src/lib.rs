@@ -9,6 +9,7 @@
 //! through [`trainer`] alone.
 
 mod attempt;
+pub mod bench;
 mod checkpoint;
 pub mod config;
 mod data;

@@ -1,8 +1,9 @@
-//! `espalier bench`: what the parts manage on this machine, measured over real gRPC.
+//! `espalier bench`: what the parts manage on this machine, jobs over real gRPC.
 //!
-//! `submit` and `queue` start a coordinator of their own on a temporary folder, with the embedded queue and every
-//! commit durable; `redis` starts a Redis and coordinators as processes, `infer` model servers; `rollouts` measures a running `espalier up`, `memory` any process. Figures are meant for a release
-//! build. `make bench` runs all of them.
+//! `submit` and `queue` start a coordinator of their own on a temporary folder, with the embedded queue and every commit
+//! durable; `redis` starts a Redis and coordinators as processes, `infer` model servers, `train` this program; `rollouts`
+//! measures a running `espalier up`, `memory` any process. Figures are meant for a release build. `make bench` runs all
+//! of them.
 
 mod crew;
 mod disk;
@@ -18,6 +19,7 @@ mod redis;
 mod rollouts;
 mod server;
 mod submit;
+mod train;
 mod worker;
 
 use std::time::Duration;
@@ -48,6 +50,8 @@ pub enum Bench {
     Redis(redis::RedisArgs),
     /// The model server, beside llama.cpp's on the same cores; or the engine on a GPU
     Infer(infer::InferArgs),
+    /// Training on the CPU beside what the machine reaches by itself, and how fast its data is made; or on a GPU
+    Train(train::TrainArgs),
     /// A running `espalier up`: rollouts a minute, memory, and what a turn costs beside model and tools
     Rollouts(rollouts::Rollouts),
     /// Memory of a process and of what it started; the bound is that of an idle coordinator
@@ -94,6 +98,8 @@ pub async fn run(context: &Context, command: &Bench) -> Outcome {
         Bench::Queue(args) => ("queue", queue::measure(*args).await?),
         Bench::Redis(args) => ("redis", Box::pin(redis::measure(args)).await?),
         Bench::Infer(args) => ("infer", Box::pin(infer::measure(args)).await?),
+        Bench::Train(args) if args.alone => return train::alone(context.out, args).await,
+        Bench::Train(args) => ("train", Box::pin(train::measure(args)).await?),
         Bench::Rollouts(args) => (
             args.name.as_str(),
             Box::pin(rollouts::measure(context, args)).await?,
