@@ -139,7 +139,7 @@ impl Case {
                 ids: (0..self.tokens).map(id).collect(),
                 supervised: vec![[0, self.tokens as u32]],
             };
-            samples.push(row, rules, "drawn", micro + 1)?;
+            samples.push(row, rules, format_args!("drawn, line {}", micro + 1))?;
         }
         Ok(samples)
     }
