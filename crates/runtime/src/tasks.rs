@@ -325,6 +325,14 @@ where
         })
 }
 
+/// Runs `work` here, with [`blocking`]'s answer to a panic: for what takes less than waking another thread.
+pub fn here<T>(name: &'static str, work: impl FnOnce() -> T) -> Result<T, BlockingFailed> {
+    std::panic::catch_unwind(AssertUnwindSafe(work)).map_err(|panic| BlockingFailed {
+        name,
+        reason: panic_text(panic.as_ref()),
+    })
+}
+
 /// How long [`block_on`] waits at the end for work off the async threads. What has a result that counts was waited for
 /// before; what is left is work that somebody gave up on.
 const BLOCKING_GRACE: Duration = Duration::from_secs(2);
@@ -473,13 +481,13 @@ mod tests {
     #[tokio::test]
     async fn blocking_work_returns_its_value_or_its_panic() {
         assert_eq!(blocking("sum", || 1 + 1).await, Ok(2));
-        let error = blocking::<(), _>("bad", || panic!("no {}", "way"))
-            .await
-            .unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "blocking work `bad` failed: panicked: no way"
-        );
+        assert_eq!(here("sum", || 1 + 1), Ok(2));
+        let bad = || panic!("no {}", "way");
+        let elsewhere = blocking::<(), _>("bad", bad).await.unwrap_err();
+        let said = "blocking work `bad` failed: panicked: no way";
+        for error in [elsewhere, here::<()>("bad", bad).unwrap_err()] {
+            assert_eq!(error.to_string(), said);
+        }
     }
 
     #[test]
