@@ -140,7 +140,18 @@ impl Plan {
         tokens: usize,
         budget: Option<u64>,
     ) -> Result<Self, PlanError> {
-        let planner = Planner::new(config, settings);
+        Self::choose_with(config, settings, tokens, budget, found(settings))
+    }
+
+    /// The same, where attention may run that way or on the own kernel.
+    pub(crate) fn choose_with(
+        config: &Config,
+        settings: &Settings,
+        tokens: usize,
+        budget: Option<u64>,
+        best: Attention,
+    ) -> Result<Self, PlanError> {
+        let planner = Planner::new(config, settings, best);
         let budget = budget.unwrap_or(u64::MAX);
         if let Some(keeps) = planner.fitting(tokens, budget) {
             return Ok(planner.plan(keeps, tokens));
@@ -181,7 +192,7 @@ impl Plan {
     #[must_use]
     pub fn with(config: &Config, settings: &Settings, tokens: usize, keeps: Vec<Keep>) -> Self {
         assert_eq!(keeps.len(), config.layers);
-        Planner::new(config, settings).plan(keeps, tokens)
+        Planner::new(config, settings, found(settings)).plan(keeps, tokens)
     }
 
     /// Floating-point operations of a forward and backward over documents.
@@ -200,6 +211,14 @@ impl Plan {
     }
 }
 
+/// What attention would run on.
+fn found(settings: &Settings) -> Attention {
+    match settings.precision {
+        Precision::F32 => Attention::Own,
+        Precision::Bf16 => Attention::found(),
+    }
+}
+
 /// The first `lean` layers keep less: what they have on the host is needed last.
 fn mixed(layers: usize, more: Keep, less: Keep, lean: usize) -> Vec<Keep> {
     let keep = |layer| if layer < lean { less } else { more };
@@ -207,17 +226,14 @@ fn mixed(layers: usize, more: Keep, less: Keep, lean: usize) -> Vec<Keep> {
 }
 
 impl<'a> Planner<'a> {
-    fn new(config: &'a Config, settings: &Settings) -> Self {
+    fn new(config: &'a Config, settings: &Settings, attention: Attention) -> Self {
         let (layout, roles) = Layout::new(config, settings);
         Self {
             config,
             layout,
             roles,
             precision: settings.precision,
-            attention: match settings.precision {
-                Precision::F32 => Attention::Own,
-                Precision::Bf16 => Attention::found(),
-            },
+            attention,
         }
     }
 

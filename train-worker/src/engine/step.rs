@@ -153,7 +153,8 @@ impl<B: Backend> Trainer<B> {
             },
         )?;
         backend.write(buffers.turns, 0, &config.turns(plan.tokens));
-        plan.attention = backend.attend_by(plan.attention);
+        let heads = heads_of(&config);
+        plan.attention = backend.attend_by(plan.attention, &heads, plan.tokens)?;
         let mut trainer = Self {
             backend,
             config,

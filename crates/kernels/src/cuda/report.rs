@@ -252,5 +252,9 @@ mod tests {
             }
         }
         assert!(report.usable(1_000).is_err());
+        if let Some(missing) = report.cudnn().missing {
+            assert!(missing.contains("install"), "{missing}");
+            assert!(!report.attends_by_cudnn());
+        }
     }
 }

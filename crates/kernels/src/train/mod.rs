@@ -174,7 +174,7 @@ pub enum Attention {
 }
 
 impl Attention {
-    /// cuDNN where it pays: it plans for a second for each length, and is not much faster at short ones.
+    /// cuDNN where it pays: planning takes it a second for each length, and short documents are little work.
     pub const LONG_BY_CUDNN: Self = Self::Cudnn { from: 1024 };
 
     /// What it is called.
@@ -395,10 +395,18 @@ pub trait Backend: Send {
     /// Memory now and at its peak.
     fn memory(&self) -> MemoryUse;
 
-    /// Lets attention run that way from here on, if the device can; what it gives is the same up to rounding. Says how it
-    /// runs.
-    fn attend_by(&mut self, _way: Attention) -> Attention {
-        Attention::Own
+    /// Lets attention run that way from here on, if the device can, and takes the room for micro-batches of so many tokens.
+    /// What it gives is the same up to rounding. Says how it runs.
+    ///
+    /// # Errors
+    /// When there is no room.
+    fn attend_by(
+        &mut self,
+        _way: Attention,
+        _heads: &Heads,
+        _tokens: usize,
+    ) -> Result<Attention, OutOfMemory> {
+        Ok(Attention::Own)
     }
 
     /// Floating-point operations of products that were executed since the start: 2 a multiply-add.

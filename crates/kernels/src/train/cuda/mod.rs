@@ -197,12 +197,24 @@ impl Backend for Cuda {
         memory
     }
 
-    fn attend_by(&mut self, way: Attention) -> Attention {
+    fn attend_by(
+        &mut self,
+        way: Attention,
+        heads: &Heads,
+        tokens: usize,
+    ) -> Result<Attention, OutOfMemory> {
         self.attention = match self.fused {
             Some(_) => way,
             None => Attention::Own,
         };
-        self.attention
+        let bytes = cudnn::room_bytes(tokens, heads, self.attention);
+        match self.room(bytes as usize) {
+            Ok(_) => Ok(self.attention),
+            Err(error) => Err(OutOfMemory {
+                bytes,
+                source: std::io::Error::other(error),
+            }),
+        }
     }
 
     fn flops(&self) -> u64 {
