@@ -112,6 +112,8 @@ impl Load for EngineLoader {
     ) -> Result<Box<dyn Trainer>, EngineError> {
         let settings = engine_settings(settings, config, tokens);
         let engine = Engine::load(folder, &settings, self.device)?;
+        let attention = engine.plan().attention.name();
+        tracing::info!(device = %self.device, attention, "the model is loaded");
         Ok(Box::new(engine))
     }
 

@@ -26,7 +26,10 @@ fn shown(found: &Survey) -> Vec<Finding> {
     let mut findings = vec![cpu(found)];
     findings.extend(found.libraries.iter().map(library));
     match &found.gpus {
-        Some(Ok(gpus)) => findings.extend(gpus.iter().map(gpu)),
+        Some(Ok(gpus)) => {
+            findings.push(cudnn(&found.cudnn));
+            findings.extend(gpus.iter().map(gpu));
+        }
         Some(Err(reason)) => findings.push(Finding::warn(
             "GPU",
             reason,
@@ -56,10 +59,27 @@ fn cpu(found: &Survey) -> Finding {
 }
 
 fn library(library: &Library) -> Finding {
-    if let Some(missing) = &library.missing {
-        let (seen, fix) = reason_and_remedy(missing);
-        return Finding::warn(library.name, seen, format!("for GPUs only: {fix}"));
+    match &library.missing {
+        None => present(library),
+        Some(missing) => {
+            let (seen, fix) = reason_and_remedy(missing);
+            Finding::warn(library.name, seen, format!("for GPUs only: {fix}"))
+        }
     }
+}
+
+/// Asked for only where a GPU is: models are served without it.
+fn cudnn(library: &Library) -> Finding {
+    match &library.missing {
+        None => present(library),
+        Some(missing) => {
+            let (seen, fix) = reason_and_remedy(missing);
+            Finding::warn(library.name, seen, format!("for faster training: {fix}"))
+        }
+    }
+}
+
+fn present(library: &Library) -> Finding {
     let version = library.version.as_deref().unwrap_or("of unknown version");
     let path = library.path.as_ref().map(|path| path.display().to_string());
     Finding::ok(
@@ -138,6 +158,7 @@ mod tests {
             threads: 16,
             memory_bytes: 3 << 29,
             libraries: ["libcuda", "NVRTC", "cuBLASLt"].map(found),
+            cudnn: found("cuDNN"),
             gpus: Some(Ok(vec![device("H200")])),
             auto: Ok(device("H200")),
         }
@@ -152,11 +173,30 @@ mod tests {
             "13.0 at /lib/libcuda.so.13",
             "13.0 at /lib/NVRTC.so.13",
             "13.0 at /lib/cuBLASLt.so.13",
+            "13.0 at /lib/cuDNN.so.13",
             "H200, compute capability 9.0, 141.0 GiB",
             "`--device auto` is cuda:0, `--dtype auto` bf16",
         ];
         assert_eq!(seen, expected);
         assert!(findings.iter().all(|finding| finding.level == Level::Ok));
+    }
+
+    #[test]
+    fn a_gpu_without_cudnn_trains_slower() {
+        let missing = "`libcudnn.so` was not found, which attends: install it";
+        let mut machine = machine();
+        machine.cudnn = Library {
+            version: None,
+            path: None,
+            missing: Some(missing.to_owned()),
+            ..found("cuDNN")
+        };
+        let expected = Finding::warn(
+            "cuDNN",
+            "`libcudnn.so` was not found, which attends",
+            "for faster training: install it",
+        );
+        assert_eq!(shown(&machine)[4], expected);
     }
 
     #[test]

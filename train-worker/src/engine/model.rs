@@ -2,7 +2,7 @@
 
 use espalier_kernels::cpu::RowSource;
 use espalier_kernels::train::{
-    Backend, BufferId, ExpertWeights, Kind, Mat, MoeShape, OutOfMemory, Slice,
+    Backend, BufferId, ExpertWeights, Heads, Kind, Mat, MoeShape, OutOfMemory, Slice,
 };
 use espalier_qwen3::{
     CheckpointError, Config, LayerTensors, Matrix, MlpTensors, TensorSource, Vector,
@@ -350,6 +350,16 @@ impl<B: Backend> Loader<'_, B> {
 pub(crate) fn head_rows(config: &Config) -> usize {
     let eights = config.real_vocab_size.next_multiple_of(8);
     eights.min(config.vocab_size)
+}
+
+/// Shape of a model's attention.
+pub(crate) fn heads_of(config: &Config) -> Heads {
+    Heads {
+        q: config.heads,
+        kv: config.kv_heads,
+        dim: config.head_dim,
+        eps: f64::from(config.rms_norm_eps),
+    }
 }
 
 /// Shape of a model's experts.

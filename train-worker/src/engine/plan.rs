@@ -1,12 +1,12 @@
 //! The activation plan: what each layer keeps from forward to backward and what it computes again, chosen so that all fits
 //! into a budget with the fewest products done twice.
 
-use espalier_kernels::train::{Cuda, Kind, PACKED_MAX};
+use espalier_kernels::train::{Attention, Cuda, Kind, PACKED_MAX};
 use espalier_qwen3::{Config, MlpTensors};
 
 use super::buffers::Buffers;
 use super::layout::{Layout, Role, Roles};
-use super::model::{Flat, Model, head_rows, moe_shape};
+use super::model::{Flat, Model, head_rows, heads_of, moe_shape};
 use super::settings::{Precision, Settings};
 
 /// What a layer keeps, from the most to the least. `X · Aᵀ` of its adapters it keeps always.
@@ -73,6 +73,8 @@ impl PlannedBytes {
 pub struct Plan {
     /// What each layer keeps.
     pub keeps: Vec<Keep>,
+    /// What attention runs on.
+    pub attention: Attention,
     /// The most tokens of a micro-batch.
     pub tokens: usize,
     /// What it takes.
@@ -123,6 +125,7 @@ struct Planner<'a> {
     layout: Layout,
     roles: Roles,
     precision: Precision,
+    attention: Attention,
 }
 
 impl Plan {
@@ -137,30 +140,34 @@ impl Plan {
         tokens: usize,
         budget: Option<u64>,
     ) -> Result<Self, PlanError> {
-        let (layout, roles) = Layout::new(config, settings);
-        let planner = Planner {
-            config,
-            layout,
-            roles,
-            precision: settings.precision,
-        };
+        Self::choose_with(config, settings, tokens, budget, found(settings))
+    }
+
+    /// The same, where attention may run that way or on the own kernel.
+    pub(crate) fn choose_with(
+        config: &Config,
+        settings: &Settings,
+        tokens: usize,
+        budget: Option<u64>,
+        best: Attention,
+    ) -> Result<Self, PlanError> {
+        let planner = Planner::new(config, settings, best);
         let budget = budget.unwrap_or(u64::MAX);
-        for pair in Keep::EVERY.windows(2) {
-            let (more, less) = (pair[0], pair[1]);
-            for lean in 0..config.layers {
-                let keeps = mixed(config.layers, more, less, lean);
-                if planner.bytes(&keeps, tokens).device() <= budget {
-                    return Ok(planner.plan(keeps, tokens));
-                }
-            }
+        if let Some(keeps) = planner.fitting(tokens, budget) {
+            return Ok(planner.plan(keeps, tokens));
+        }
+        // The own kernel of attention needs next to nothing for itself.
+        let planner = Planner {
+            attention: Attention::Own,
+            ..planner
+        };
+        if let Some(keeps) = planner.fitting(tokens, budget) {
+            return Ok(planner.plan(keeps, tokens));
         }
         let least = |tokens| {
             let keeps = vec![Keep::Offloaded; config.layers];
             planner.bytes(&keeps, tokens).device()
         };
-        if least(tokens) <= budget {
-            return Ok(planner.plan(vec![Keep::Offloaded; config.layers], tokens));
-        }
         // The most tokens that fit: bytes grow with tokens.
         let (mut fits, mut not) = (0, tokens);
         while not - fits > 1 {
@@ -185,14 +192,7 @@ impl Plan {
     #[must_use]
     pub fn with(config: &Config, settings: &Settings, tokens: usize, keeps: Vec<Keep>) -> Self {
         assert_eq!(keeps.len(), config.layers);
-        let (layout, roles) = Layout::new(config, settings);
-        Planner {
-            config,
-            layout,
-            roles,
-            precision: settings.precision,
-        }
-        .plan(keeps, tokens)
+        Planner::new(config, settings, found(settings)).plan(keeps, tokens)
     }
 
     /// Floating-point operations of a forward and backward over documents.
@@ -211,13 +211,43 @@ impl Plan {
     }
 }
 
+/// What attention would run on.
+fn found(settings: &Settings) -> Attention {
+    match settings.precision {
+        Precision::F32 => Attention::Own,
+        Precision::Bf16 => Attention::found(),
+    }
+}
+
 /// The first `lean` layers keep less: what they have on the host is needed last.
 fn mixed(layers: usize, more: Keep, less: Keep, lean: usize) -> Vec<Keep> {
     let keep = |layer| if layer < lean { less } else { more };
     (0..layers).map(keep).collect()
 }
 
-impl Planner<'_> {
+impl<'a> Planner<'a> {
+    fn new(config: &'a Config, settings: &Settings, attention: Attention) -> Self {
+        let (layout, roles) = Layout::new(config, settings);
+        Self {
+            config,
+            layout,
+            roles,
+            precision: settings.precision,
+            attention,
+        }
+    }
+
+    /// The most that can be kept within `budget` bytes.
+    fn fitting(&self, tokens: usize, budget: u64) -> Option<Vec<Keep>> {
+        let layers = self.config.layers;
+        let plans = Keep::EVERY.windows(2).flat_map(|pair| {
+            let (more, less) = (pair[0], pair[1]);
+            (0..layers).map(move |lean| mixed(layers, more, less, lean))
+        });
+        let mut plans = plans.chain([vec![Keep::Offloaded; layers]]);
+        plans.find(|keeps| self.bytes(keeps, tokens).device() <= budget)
+    }
+
     fn plan(&self, keeps: Vec<Keep>, tokens: usize) -> Plan {
         let bytes = self.bytes(&keeps, tokens);
         let mut token = 0;
@@ -233,6 +263,7 @@ impl Planner<'_> {
         let passes = if self.roles.embedding.is_some() { 3 } else { 2 };
         Plan {
             keeps,
+            attention: self.attention,
             tokens,
             bytes,
             flops_per_token: 2 * token,
@@ -275,8 +306,8 @@ impl Planner<'_> {
         match self.precision {
             Precision::F32 => 4 * self.largest_operand(tokens).min(PACKED_MAX) as u64,
             Precision::Bf16 => {
-                let heads = config.heads.max(chosen);
-                Cuda::room_bytes(tokens, heads, config.head_dim, config.hidden_size)
+                let heads = heads_of(config);
+                Cuda::room_bytes(tokens, &heads, self.attention, chosen, config.hidden_size)
             }
         }
     }

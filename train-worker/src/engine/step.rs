@@ -1,15 +1,13 @@
 //! Steps: micro-batches checked, passed through the model, gradients clipped and given to the optimizer.
 
-use espalier_kernels::train::{
-    AdamStep, Backend, BufferId, Heads, MemoryUse, MoeShape, Moments8, Slice,
-};
+use espalier_kernels::train::{AdamStep, Backend, BufferId, MemoryUse, MoeShape, Moments8, Slice};
 use espalier_qwen3::{Config, TensorSource};
 
 use super::buffers::Buffers;
 use super::forward::Pass;
 use super::head::Target;
 use super::layout::{Layout, Moments, Parameter};
-use super::model::{Model, RoundAll, moe_shape};
+use super::model::{Model, RoundAll, heads_of, moe_shape};
 use super::plan::Plan;
 use super::settings::Settings;
 use super::{DocumentLoss, Documents, EngineError, Export, State, StepReport, Training};
@@ -140,7 +138,7 @@ impl<B: Backend> Trainer<B> {
         source: &dyn TensorSource,
         settings: &Settings,
         mut backend: B,
-        plan: Plan,
+        mut plan: Plan,
     ) -> Result<Self, EngineError> {
         let (layout, roles) = Layout::new(&config, settings);
         let model = Model::load(&mut backend, &config, source, &layout, &roles)?;
@@ -155,6 +153,8 @@ impl<B: Backend> Trainer<B> {
             },
         )?;
         backend.write(buffers.turns, 0, &config.turns(plan.tokens));
+        let heads = heads_of(&config);
+        plan.attention = backend.attend_by(plan.attention, &heads, plan.tokens)?;
         let mut trainer = Self {
             backend,
             config,
@@ -175,12 +175,7 @@ impl<B: Backend> Trainer<B> {
             backend: &mut self.backend,
             model: &self.model,
             buffers: &self.buffers,
-            heads: Heads {
-                q: config.heads,
-                kv: config.kv_heads,
-                dim: config.head_dim,
-                eps: f64::from(config.rms_norm_eps),
-            },
+            heads: heads_of(config),
             moe: moe_shape(config) as Option<MoeShape>,
             eps: f64::from(config.rms_norm_eps),
             classes: config.real_vocab_size,

@@ -9,6 +9,7 @@ use crate::{Sample, on_gpu, settings};
 
 pub const TESTS: &[(&str, fn())] = &[
     ("steps_repeat_bit_for_bit", repeat),
+    ("long_documents_repeat_bit_for_bit", long_documents),
     ("a_state_goes_on_bit_for_bit", restore),
     ("plans_change_no_bit", plans),
     ("memory_and_operations_are_as_predicted", predictions),
@@ -90,6 +91,23 @@ fn repeat() {
         let first = run(&mut engine(&settings), 3);
         assert!(run(&mut engine(&settings), 3) == first);
     }
+}
+
+/// Long enough for what trains long documents alone, beside short ones.
+fn long_documents() {
+    let mut settings = settings(lora());
+    settings.tokens_max = 4096;
+    let runs = [(); 2].map(|()| {
+        let mut engine = engine(&settings);
+        let reports = (0..3).map(|step| {
+            let sample = sample(step, &[1500, 200, 1100, 1296]);
+            let report = engine.step(&[sample.documents()], 1e-3).unwrap();
+            [report.loss, report.grad_norm]
+        });
+        let reports: Vec<[f64; 2]> = reports.collect();
+        (reports, engine.state())
+    });
+    assert!(runs[0] == runs[1]);
 }
 
 fn restore() {

@@ -23,6 +23,7 @@ pub trait Element: DeviceRepr + ValidAsZeroBits + Copy + Send + Sync + 'static {
 impl Element for bf16 {}
 impl Element for f32 {}
 impl Element for u32 {}
+impl Element for i64 {}
 impl Element for u8 {}
 impl Element for [u32; 2] {}
 impl Element for [u32; 4] {}

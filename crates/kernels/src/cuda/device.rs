@@ -47,6 +47,9 @@ impl Default for Options {
     }
 }
 
+/// Major compute capability of Hopper.
+pub(crate) const HOPPER: u32 = 9;
+
 /// What a graph must keep for as long as it may be replayed.
 pub(super) type Kept = Arc<dyn Any + Send + Sync>;
 
@@ -61,6 +64,7 @@ pub struct Device {
     cache: Option<Cache>,
     cache_problem: RefCell<Option<std::io::Error>>,
     architecture: String,
+    capability: (u32, u32),
     multiprocessors: u32,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
@@ -109,6 +113,7 @@ impl Device {
             cache: options.kernels.clone().map(Cache::new),
             cache_problem: RefCell::new(None),
             architecture: compile::architecture((major, minor)),
+            capability: (major, minor),
             multiprocessors: context
                 .attribute(multiprocessors)
                 .tried("count multiprocessors")? as u32,
@@ -123,6 +128,10 @@ impl Device {
     /// What kernels are compiled for, such as `sm_90a`.
     pub fn architecture(&self) -> &str {
         &self.architecture
+    }
+
+    pub(crate) fn is_hopper(&self) -> bool {
+        self.capability.0 == HOPPER
     }
 
     /// How many thread blocks run side by side at least.

@@ -1,6 +1,7 @@
 //! What can go wrong on the way to a GPU and on it.
 
 use cudarc::cublaslt::result::CublasError;
+use cudarc::cudnn::result::CudnnError;
 use cudarc::driver::DriverError;
 use cudarc::nvrtc::result::NvrtcError;
 
@@ -54,6 +55,23 @@ pub enum CudaError {
         /// Its answer.
         #[source]
         source: CublasError,
+    },
+    /// cuDNN is older than what was tried.
+    #[error("cuDNN must be of version 9.14 at least, got {major}.{minor}: install a newer one", major = version / 10_000, minor = version / 100 % 100)]
+    OldCudnn {
+        /// Its version, as it numbers itself.
+        version: usize,
+    },
+    /// cuDNN failed.
+    #[error("cuDNN refused to {tried}: {said}")]
+    Graph {
+        /// What was tried, and with which node.
+        tried: String,
+        /// What it says of it.
+        said: String,
+        /// Its answer.
+        #[source]
+        source: CudnnError,
     },
     /// NVRTC failed.
     #[error("NVRTC refused to {tried}")]

@@ -1,5 +1,5 @@
-//! Which of NVIDIA's libraries are here. Nothing else of this module may be called before `driver_present`, `nvrtc_present`
-//! or `cublaslt_present` has said yes: cudarc panics at the first call into a library that it cannot open.
+//! Which of NVIDIA's libraries are here. Nothing else of this module may be called before `driver_present`, `nvrtc_present`,
+//! `cublaslt_present` or `cudnn_version` has said yes: cudarc panics at the first call into a library that it cannot open.
 
 #![expect(unsafe_code, reason = "libraries are opened by name")]
 
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use libloading::Library;
 
+use super::cudnn::VERSION_MIN;
 use super::error::CudaError;
 
 /// Where toolkits put their libraries, besides the loader's own places.
@@ -22,7 +23,7 @@ struct Wanted {
     files: &'static [&'static str],
 }
 
-const WANTED: [Wanted; 2] = [
+const WANTED: [Wanted; 3] = [
     Wanted {
         present: nvrtc_present,
         files: &["libnvrtc-builtins.so.", "libnvrtc.so."],
@@ -31,9 +32,13 @@ const WANTED: [Wanted; 2] = [
         present: cublaslt_present,
         files: &["libcublasLt.so."],
     },
+    Wanted {
+        present: cudnn_present,
+        files: &["libcudnn.so."],
+    },
 ];
 
-/// Opens NVRTC and cuBLASLt from `folders` or a toolkit's usual place, where the loader does not find them by itself. The
+/// Opens NVRTC, cuBLASLt and cuDNN from `folders` or a toolkit's usual place, where the loader does not find them by itself. The
 /// loader gives later callers what is open under the name that they ask for, so `LD_LIBRARY_PATH` need not be set: a
 /// wheel's `nvidia/cu13/lib` can be named as it is. Returns the folders of which a library was opened.
 pub fn look_in(folders: &[PathBuf]) -> Vec<PathBuf> {
@@ -92,6 +97,32 @@ pub fn nvrtc_present() -> bool {
 pub fn cublaslt_present() -> bool {
     // SAFETY: opens and closes the library.
     unsafe { cudarc::cublaslt::sys::is_culib_present() }
+}
+
+fn cudnn_present() -> bool {
+    // SAFETY: opens and closes the library.
+    unsafe { cudarc::cudnn::sys::is_culib_present() }
+}
+
+/// Version of cuDNN as it numbers itself, such as 91400 for 9.14.0; none: it cannot be opened.
+pub fn cudnn_version() -> Option<usize> {
+    // SAFETY: the library was found; the call takes nothing and only returns a number.
+    cudnn_present().then(|| unsafe { cudarc::cudnn::sys::cudnnGetVersion() })
+}
+
+/// Refuses to go on without a cuDNN that was tried.
+pub(super) fn need_cudnn() -> Result<(), CudaError> {
+    let (library, purpose) = ("libcudnn.so", "which attends to long documents in training");
+    let remedy = "`pip install nvidia-cudnn-cu13` and name its lib folder in LD_LIBRARY_PATH";
+    match cudnn_version() {
+        None => Err(CudaError::Missing {
+            library,
+            purpose,
+            remedy,
+        }),
+        Some(version) if version < VERSION_MIN => Err(CudaError::OldCudnn { version }),
+        Some(_) => Ok(()),
+    }
 }
 
 /// Refuses to go on without the driver.

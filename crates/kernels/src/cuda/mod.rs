@@ -1,4 +1,5 @@
-//! The ops on a GPU: CUDA C++ compiled at run time, matrix products by cuBLASLt. Nothing of CUDA is needed to build this;
+//! The ops on a GPU: CUDA C++ compiled at run time, matrix products by cuBLASLt, and training's attention by cuDNN where
+//! it is found. Nothing of CUDA is needed to build this;
 //! what is there at run time is looked for ([`library`]), said ([`report`]) and opened ([`Device::open`]).
 //!
 //! # Numbers
@@ -17,6 +18,7 @@
 
 pub(crate) mod buffer;
 pub(crate) mod compile;
+pub(crate) mod cudnn;
 pub(crate) mod device;
 pub(crate) mod error;
 mod graph;

@@ -18,6 +18,8 @@ pub struct Report {
     pub nvrtc: Option<(u32, u32)>,
     /// Version of cuBLASLt, as the library numbers itself.
     pub cublaslt: Option<usize>,
+    /// Version of cuDNN, as the library numbers itself.
+    pub cudnn_version: Option<usize>,
 }
 
 /// One of NVIDIA's libraries.
@@ -69,13 +71,6 @@ impl Report {
             let (major, rest) = (version / 10_000, version % 10_000);
             format!("{major}.{}.{}", rest / 100, rest % 100)
         });
-        let opened = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-        let found = |name, file, version, need: Result<(), CudaError>| Library {
-            name,
-            version,
-            path: mapped(&opened, file),
-            missing: need.err().map(|error| error.to_string()),
-        };
         [
             found("libcuda", "libcuda.so", driver, library::need_driver()),
             found("NVRTC", "libnvrtc.so", nvrtc, library::need_nvrtc()),
@@ -86,6 +81,23 @@ impl Report {
                 library::need_cublaslt(),
             ),
         ]
+    }
+
+    /// The library that attends to long documents in training. Without it a kernel of this crate does, slower.
+    pub fn cudnn(&self) -> Library {
+        let version = self.cudnn_version.map(|version| {
+            let (major, rest) = (version / 10_000, version % 10_000);
+            format!("{major}.{}.{}", rest / 100, rest % 100)
+        });
+        found("cuDNN", "libcudnn.so", version, library::need_cudnn())
+    }
+
+    /// Whether a GPU is here on which cuDNN's attention would train.
+    pub fn attends_by_cudnn(&self) -> bool {
+        let devices = self.driver.as_ref().map(|driver| driver.devices.as_ref());
+        let devices = devices.and_then(Result::ok).into_iter().flatten();
+        let mut capabilities = devices.map(|device| device.capability.0);
+        library::need_cudnn().is_ok() && capabilities.any(|major| major == device::HOPPER)
     }
 
     /// The device of that number, if models can run on it.
@@ -112,6 +124,21 @@ impl Report {
     }
 }
 
+fn found(
+    name: &'static str,
+    file: &str,
+    version: Option<String>,
+    need: Result<(), CudaError>,
+) -> Library {
+    let opened = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    Library {
+        name,
+        version,
+        path: mapped(&opened, file),
+        missing: need.err().map(|error| error.to_string()),
+    }
+}
+
 /// The file of a library that this process has open, from the list of its mappings.
 fn mapped(mappings: &str, file: &str) -> Option<PathBuf> {
     let paths = mappings
@@ -133,6 +160,7 @@ pub fn look() -> Report {
         driver: library::driver_present().then(driver),
         nvrtc: compile::nvrtc_version().ok(),
         cublaslt,
+        cudnn_version: library::cudnn_version(),
     }
 }
 
@@ -224,5 +252,9 @@ mod tests {
             }
         }
         assert!(report.usable(1_000).is_err());
+        if let Some(missing) = report.cudnn().missing {
+            assert!(missing.contains("install"), "{missing}");
+            assert!(!report.attends_by_cudnn());
+        }
     }
 }

@@ -161,6 +161,41 @@ pub enum Store {
     Add,
 }
 
+/// What attention runs on, where a device has more than one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attention {
+    /// The kernel of this crate.
+    Own,
+    /// cuDNN, for documents of at least so many tokens, and for shorter ones the kernel of this crate.
+    Cudnn {
+        /// Tokens.
+        from: usize,
+    },
+}
+
+impl Attention {
+    /// cuDNN where it pays: planning takes it a second for each length, and short documents are little work.
+    pub const LONG_BY_CUDNN: Self = Self::Cudnn { from: 1024 };
+
+    /// What it is called.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Own => "own kernel",
+            Self::Cudnn { .. } => "cuDNN",
+        }
+    }
+
+    /// What a GPU of this machine would run.
+    #[must_use]
+    pub fn found() -> Self {
+        match crate::cuda::report::look().attends_by_cudnn() {
+            true => Self::LONG_BY_CUDNN,
+            false => Self::Own,
+        }
+    }
+}
+
 /// Shape of attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Heads {
@@ -359,6 +394,20 @@ pub trait Backend: Send {
 
     /// Memory now and at its peak.
     fn memory(&self) -> MemoryUse;
+
+    /// Lets attention run that way from here on, if the device can, and takes the room for micro-batches of so many tokens.
+    /// What it gives is the same up to rounding. Says how it runs.
+    ///
+    /// # Errors
+    /// When there is no room.
+    fn attend_by(
+        &mut self,
+        _way: Attention,
+        _heads: &Heads,
+        _tokens: usize,
+    ) -> Result<Attention, OutOfMemory> {
+        Ok(Attention::Own)
+    }
 
     /// Floating-point operations of products that were executed since the start: 2 a multiply-add.
     fn flops(&self) -> u64;

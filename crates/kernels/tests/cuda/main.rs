@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod attention;
 mod compiles;
 mod device_tests;
 mod on_device;
@@ -12,6 +13,7 @@ mod runner;
 #[path = "../train/mod.rs"]
 mod train;
 
+use espalier_kernels::train::Attention;
 use runner::{Needs, Test};
 
 fn main() -> std::process::ExitCode {
@@ -28,12 +30,18 @@ fn main() -> std::process::ExitCode {
     let training = train::TESTS.iter().map(|(name, body)| Test {
         name,
         needs: Needs::Device,
-        run: Box::new(move || body(&mut on_device::training())),
+        run: Box::new(move || body(&mut on_device::training(Attention::Own))),
+    });
+    let attention = attention::TESTS.iter().map(|(name, run)| Test {
+        name,
+        needs: Needs::Cudnn,
+        run: Box::new(run),
     });
     let own = device_tests::TESTS.iter().map(|(name, run)| Test {
         name,
         needs: Needs::Device,
         run: Box::new(run),
     });
-    runner::run(compile.chain(shared).chain(training).chain(own).collect())
+    let all = compile.chain(shared).chain(training).chain(attention);
+    runner::run(all.chain(own).collect())
 }

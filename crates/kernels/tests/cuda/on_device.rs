@@ -6,7 +6,7 @@ use espalier_kernels::cuda::{
     PrefillAttention, QkNormRopeStore, Sample, SampleRow, SiluMul, Source, SpreadTables, TOP_MAX,
     decode_splits,
 };
-use espalier_kernels::train;
+use espalier_kernels::train::{self, Backend};
 use half::bf16;
 
 use crate::ops::{AdaptersCase, AttentionCase, Drawn, ExpertsCase, How, Ops, seen};
@@ -23,14 +23,27 @@ pub fn open() -> Device {
     Device::open(&options).unwrap()
 }
 
-/// The training ops' view of a GPU.
-pub fn training() -> Bench {
+/// A GPU that trains.
+pub fn trainer() -> train::Cuda {
     let options = Options {
         libraries: runner::library_folders(),
         ..Options::default()
     };
+    train::Cuda::open(&options).unwrap()
+}
+
+/// The training ops' view of a GPU.
+pub fn training(attention: train::Attention) -> Bench {
+    let mut gpu = trainer();
+    let any = train::Heads {
+        q: 1,
+        kv: 1,
+        dim: 2,
+        eps: 0.0,
+    };
+    assert_eq!(gpu.attend_by(attention, &any, 0).unwrap(), attention);
     // bf16 keeps 8 bits: a rounding is off by 2^-9 at most, and by about 0.6 of that in the mean.
-    Bench::new(Box::new(train::Cuda::open(&options).unwrap()), 2.2e-3)
+    Bench::new(Box::new(gpu), 2.2e-3)
 }
 
 impl Cuda {

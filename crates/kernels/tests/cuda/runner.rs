@@ -14,6 +14,8 @@ pub enum Needs {
     Nvrtc,
     /// A GPU.
     Device,
+    /// A GPU on which cuDNN attends.
+    Cudnn,
 }
 
 pub struct Test {
@@ -58,6 +60,10 @@ impl Needs {
             // Where it was installed, its absence is a failure: a test that is left out shows nothing.
             Self::Nvrtc if library::nvrtc_present() || venv().join("ready").exists() => None,
             Self::Nvrtc => Some("NVRTC is not here: `make setup-test` installs it"),
+            Self::Cudnn => {
+                let attends = report::look().attends_by_cudnn();
+                (!attends).then_some("no GPU with a cuDNN that attends is here")
+            }
             Self::Device => {
                 let devices = report::look().driver.and_then(|driver| driver.devices.ok());
                 devices
@@ -110,13 +116,10 @@ impl Arguments {
 pub fn run(tests: Vec<Test>) -> ExitCode {
     library::look_in(&library_folders());
     let arguments = Arguments::parse();
-    let (no_nvrtc, no_device) = (Needs::Nvrtc.missing(), Needs::Device.missing());
+    let every = [Needs::Nvrtc, Needs::Device, Needs::Cudnn].map(|need| (need, need.missing()));
     let missing = |test: &Test| {
-        if test.needs == Needs::Nvrtc {
-            no_nvrtc
-        } else {
-            no_device
-        }
+        let own = every.iter().find(|(need, _)| *need == test.needs);
+        own.and_then(|(_, missing)| *missing)
     };
     let taken = tests.iter().filter(|test| arguments.takes(test.name));
     if arguments.list {

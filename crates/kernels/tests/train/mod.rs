@@ -4,7 +4,7 @@
 //! Tolerances are ‖got − exact‖ / ‖exact‖ in units of the device's rounding, times the roundings that an op makes on the
 //! way from rounded inputs.
 
-mod layers;
+pub mod layers;
 mod optimizer;
 mod products;
 

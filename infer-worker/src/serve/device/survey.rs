@@ -20,6 +20,8 @@ pub struct Survey {
     pub memory_bytes: u64,
     /// What a GPU needs.
     pub libraries: [Library; 3],
+    /// What trains faster on a GPU where it is.
+    pub cudnn: Library,
     /// All that the driver shows, or why it shows none. None: there is no driver.
     pub gpus: Option<Result<Vec<DeviceFound>, String>>,
     /// The GPU that `--device auto` takes, or why it takes the CPU.
@@ -37,6 +39,7 @@ pub fn survey() -> Survey {
         threads: super::threads(None),
         memory_bytes: memory::available(),
         libraries: report.libraries(),
+        cudnn: report.cudnn(),
         auto: report.usable(super::AUTO_ORDINAL as usize).cloned(),
         gpus: report.driver.map(|driver| driver.devices),
     }

@@ -1,5 +1,7 @@
 //! The plan: what it predicts is what is taken and executed, and it fits where anything does.
 
+use espalier_kernels::train::Attention;
+
 use super::*;
 
 fn config() -> Config {
@@ -53,6 +55,41 @@ fn experts_take_the_operations_that_were_predicted() {
         let planned = trainer.plan().flops(&sample.ends, supervised as u64);
         assert_eq!(report.flops, planned, "{keep:?}");
     }
+}
+
+#[test]
+fn attention_by_cudnn_gives_way_before_a_plan_is_refused() {
+    let mut settings = large(lora(8, &Projection::ALL));
+    settings.precision = Precision::Bf16;
+    let best = Attention::LONG_BY_CUDNN;
+    let choose = |tokens, budget| Plan::choose_with(&config(), &settings, tokens, budget, best);
+    let by_cudnn = choose(2048, None).unwrap();
+    assert_eq!(by_cudnn.attention, best);
+    let own = Plan::choose_with(&config(), &settings, 2048, None, Attention::Own).unwrap();
+    assert_eq!(
+        (own.attention, &own.keeps),
+        (Attention::Own, &by_cudnn.keeps)
+    );
+    let room = by_cudnn.bytes.device() - own.bytes.device();
+    // A gradient of each score, in bf16.
+    let scores = 2 * 2048 * 2048 * config().heads as u64;
+    assert!(room > scores && room < scores + scores / 4, "{room}");
+    // Layers keep less before the room is given up.
+    let (mut budget, mut least) = (by_cudnn.bytes.device(), by_cudnn);
+    loop {
+        let plan = choose(2048, Some(budget)).unwrap();
+        assert!(plan.bytes.device() <= budget);
+        match plan.attention {
+            Attention::Own => break,
+            Attention::Cudnn { .. } => least = plan,
+        }
+        budget -= 1 << 16;
+    }
+    assert_eq!(least.keeps, [Keep::Offloaded; 4]);
+    // No document is long enough.
+    let short = choose(512, None).unwrap();
+    let own = Plan::choose_with(&config(), &settings, 512, None, Attention::Own).unwrap();
+    assert_eq!(short.bytes, own.bytes);
 }
 
 #[test]

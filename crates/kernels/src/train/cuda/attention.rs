@@ -1,6 +1,8 @@
-//! Launches of attention, and the tiles that they walk through.
+//! Launches of attention, and the tiles that the own kernel walks through. cuDNN goes first, where it is for a document.
 
 #![expect(unsafe_code, reason = "kernels are launched by address")]
+
+use std::ops::Range;
 
 use super::super::{Attended, Heads, Kind, Mat};
 use super::rows::whole;
@@ -16,32 +18,30 @@ const TILE: usize = 64;
 /// Tiles of the documents that were last seen: by queries, then by keys, the longest work first.
 #[derive(Default)]
 pub(super) struct Tiles {
-    ends: Vec<usize>,
+    documents: Vec<Range<usize>>,
     buffer: Option<Buffer<[u32; 4]>>,
     count: usize,
 }
 
 /// Tiles as the kernels read them: first row, rows, first row of the document, its end.
-fn tiles(ends: &[usize]) -> Vec<[u32; 4]> {
+fn tiles(documents: &[Range<usize>]) -> Vec<[u32; 4]> {
     let mut tiles = Vec::new();
-    let mut start = 0;
-    for end in ends {
-        for first in (start..*end).step_by(TILE) {
+    for Range { start, end } in documents.iter().cloned() {
+        for first in (start..end).step_by(TILE) {
             let rows = TILE.min(end - first);
-            tiles.push([first, rows, start, *end].map(count));
+            tiles.push([first, rows, start, end].map(count));
         }
-        start = *end;
     }
     tiles
 }
 
 impl Tiles {
     /// Makes the tiles of other documents.
-    fn of(&mut self, device: &Device, ends: &[usize]) -> Result<(), CudaError> {
-        if self.ends == ends {
+    fn of(&mut self, device: &Device, documents: &[Range<usize>]) -> Result<(), CudaError> {
+        if self.documents == documents {
             return Ok(());
         }
-        let mut all = tiles(ends);
+        let mut all = tiles(documents);
         self.count = all.len();
         let mut by_keys = all.clone();
         all.sort_by_key(|tile| std::cmp::Reverse(tile[0] - tile[2]));
@@ -52,7 +52,7 @@ impl Tiles {
             buffer => buffer.insert(device.zeroed(all.len().next_power_of_two())?),
         };
         device.write(buffer, 0, &all)?;
-        self.ends = ends.to_vec();
+        self.documents = documents.to_vec();
         Ok(())
     }
 
@@ -91,13 +91,10 @@ impl Cuda {
     fn given(
         &mut self,
         heads: &Heads,
-        ends: &[usize],
+        documents: &[Range<usize>],
         with: &Attended,
     ) -> Result<Given, CudaError> {
         let tokens = with.qk.rows;
-        assert_eq!(ends.last(), Some(&tokens));
-        assert!(with.qk.cols == heads.qk_width() && with.v.cols == heads.kv * heads.dim);
-        assert!(with.out.cols == heads.q_width() && with.out.rows == tokens);
         let mut compiled = TRAIN_HEAD_DIMS.iter();
         let compiled = compiled.find(|dim| **dim as usize >= heads.dim);
         let Some(compiled) = compiled else {
@@ -111,7 +108,7 @@ impl Cuda {
                 got: heads.dim,
             });
         };
-        self.tiles.of(&self.device, ends)?;
+        self.tiles.of(&self.device, documents)?;
         let tiles = self.tiles.buffer.as_ref();
         let tiles = tiles.map_or(0, |buffer| buffer.address(&self.device));
         let blocks = count(self.tiles.count);
@@ -136,7 +133,12 @@ impl Cuda {
         ends: &[usize],
         with: &Attended,
     ) -> Result<(), CudaError> {
-        let given = self.given(heads, ends, with)?;
+        check(heads, ends, with);
+        let left = self.by_cudnn(heads, ends, with, None)?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        let given = self.given(heads, &left, with)?;
         let out = self.arena.narrow(&self.device, with.out);
         let lse = self.lse(heads, with);
         let at = [out, lse, given.qk, given.v, given.tiles[0]];
@@ -165,8 +167,13 @@ impl Cuda {
         let tokens = with.qk.rows;
         assert!(d_out.cols == heads.q_width() && d_out.rows == tokens);
         assert!(d_qkv.cols == heads.qkv_width() && d_qkv.rows == tokens);
+        check(heads, ends, with);
+        let left = self.by_cudnn(heads, ends, with, Some([d_out, d_qkv]))?;
+        if left.is_empty() {
+            return Ok(());
+        }
         let delta = self.room(4 * tokens * heads.q)?;
-        let given = self.given(heads, ends, with)?;
+        let given = self.given(heads, &left, with)?;
         let lse = self.lse(heads, with);
         let d_qkv_at = self.arena.narrow(&self.device, d_qkv);
         let d_out_at = self.arena.narrow(&self.device, d_out);
@@ -214,6 +221,14 @@ impl Cuda {
     }
 }
 
+fn check(heads: &Heads, ends: &[usize], with: &Attended) {
+    let tokens = with.qk.rows;
+    assert_eq!(ends.last(), Some(&tokens));
+    assert!(ends.is_sorted() && with.v.rows == tokens);
+    assert!(with.qk.cols == heads.qk_width() && with.v.cols == heads.kv * heads.dim);
+    assert!(with.out.cols == heads.q_width() && with.out.rows == tokens);
+}
+
 /// Addresses, sizes and strides, then the scale of scores and how elements are moved.
 fn arguments(
     heads: &Heads,
@@ -236,7 +251,7 @@ mod tests {
 
     #[test]
     fn tiles_begin_anew_with_each_document() {
-        let all = tiles(&[64, 65, 200]);
+        let all = tiles(&[0..64, 64..65, 65..200]);
         assert_eq!(
             all,
             [

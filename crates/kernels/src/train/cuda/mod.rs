@@ -9,6 +9,7 @@
 
 mod arena;
 mod attention;
+mod cudnn;
 mod gemm;
 mod moe;
 mod optimizer;
@@ -21,14 +22,16 @@ use cudarc::driver::{CudaEvent, CudaStream};
 
 use super::cpu::attention::pairs;
 use super::{
-    AdamStep, Attended, Backend, BufferId, DeviceFailed, ExpertRoom, ExpertWeights, Form, Heads,
-    Kind, Mat, MemoryUse, MoeShape, Moments8, OutOfMemory, Rotation, Routes, Slice, Store,
+    AdamStep, Attended, Attention, Backend, BufferId, DeviceFailed, ExpertRoom, ExpertWeights,
+    Form, Heads, Kind, Mat, MemoryUse, MoeShape, Moments8, OutOfMemory, Rotation, Routes, Slice,
+    Store,
 };
 use crate::cuda::buffer::Buffer;
 use crate::cuda::device::{Device, Options};
 use crate::cuda::error::{CudaError, Tried};
 use arena::Arena;
 use attention::Tiles;
+use cudnn::Fused;
 use gemm::Gemm;
 
 /// Scratch memory of matrix products.
@@ -38,6 +41,10 @@ const PRODUCTS_BYTES: usize = 32 << 20;
 pub struct Cuda {
     arena: Arena,
     tiles: Tiles,
+    attention: Attention,
+    fused: Option<Fused>,
+    /// Why cuDNN does not do what it could.
+    refused: Option<CudaError>,
     /// Maps of the 8-bit optimizer.
     maps: Option<Buffer<f32>>,
     /// What one op needs for itself.
@@ -73,7 +80,19 @@ impl Cuda {
             ..options.clone()
         })?;
         let copies = device.context().new_stream().tried("make a stream")?;
+        // The backward whose results repeat was seen on Hopper alone.
+        let fused = device.is_hopper().then(|| Fused::open(&device)).transpose();
+        let (fused, refused) = match fused {
+            Ok(fused) => (fused, None),
+            Err(error) => (None, Some(error)),
+        };
         Ok(Self {
+            attention: match fused {
+                Some(_) => Attention::LONG_BY_CUDNN,
+                None => Attention::Own,
+            },
+            fused,
+            refused,
             arena: Arena::default(),
             tiles: Tiles::default(),
             maps: None,
@@ -86,14 +105,28 @@ impl Cuda {
         })
     }
 
-    /// What ops take for themselves, at most: `heads` of q (or experts of a token, if these are more), elements of a head,
-    /// width of the residual stream.
+    /// What ops take for themselves, at most, for micro-batches of so many tokens: of attention by `way`, with experts of a
+    /// token and the width of the residual stream.
     #[must_use]
-    pub fn room_bytes(tokens: usize, heads: usize, dim: usize, hidden: usize) -> u64 {
-        let rows = rows::room_bytes(tokens, hidden, dim);
+    pub fn room_bytes(
+        tokens: usize,
+        heads: &Heads,
+        way: Attention,
+        experts: usize,
+        hidden: usize,
+    ) -> u64 {
+        let rows = rows::room_bytes(tokens, hidden, heads.dim);
         let squares = 8 * optimizer::SQUARE_BLOCKS as u64;
-        let own = rows.max(attention::room_bytes(tokens, heads)).max(squares);
+        let attention = attention::room_bytes(tokens, heads.q.max(experts));
+        let fused = cudnn::room_bytes(tokens, heads, way);
+        let own = rows.max(attention).max(fused).max(squares);
         own + PRODUCTS_BYTES as u64
+    }
+
+    /// Why cuDNN cannot be used, or which shape it has refused, if it has.
+    #[must_use]
+    pub fn cudnn_problem(&self) -> Option<&CudaError> {
+        self.refused.as_ref()
     }
 
     /// Bytes that are free on the device.
@@ -158,9 +191,30 @@ impl Backend for Cuda {
         let mut memory = self.arena.memory();
         let room = self.room.as_ref().map_or(0, Buffer::len) as u64;
         let maps = self.maps.as_ref().map_or(0, Buffer::len) as u64;
-        let own = PRODUCTS_BYTES as u64 + room + 4 * maps + self.tiles.bytes();
+        let fused = self.fused.as_ref().map_or(0, Fused::bytes);
+        let own = PRODUCTS_BYTES as u64 + room + 4 * maps + self.tiles.bytes() + fused;
         memory.device_peak += own;
         memory
+    }
+
+    fn attend_by(
+        &mut self,
+        way: Attention,
+        heads: &Heads,
+        tokens: usize,
+    ) -> Result<Attention, OutOfMemory> {
+        self.attention = match self.fused {
+            Some(_) => way,
+            None => Attention::Own,
+        };
+        let bytes = cudnn::room_bytes(tokens, heads, self.attention);
+        match self.room(bytes as usize) {
+            Ok(_) => Ok(self.attention),
+            Err(error) => Err(OutOfMemory {
+                bytes,
+                source: std::io::Error::other(error),
+            }),
+        }
     }
 
     fn flops(&self) -> u64 {
@@ -302,7 +356,7 @@ impl Backend for Cuda {
         d_out: Mat,
         d_qkv: Mat,
     ) {
-        // As planned: scores, and gradients of weights, q, k and v. Scores and gradients of weights are made twice here.
+        // As planned: scores, and gradients of weights, q, k and v. The own kernel makes the first two twice.
         self.flops += 10 * pairs(ends) * heads.q_width() as u64;
         self.issue(|cuda| cuda.attend_grad(heads, ends, with, [d_out, d_qkv]));
     }

@@ -333,3 +333,14 @@ extern "C" __global__ void cross_entropy(bf16 *logits, float *losses, const u32 
     }
     for (u32 i = cols + threadIdx.x; i < width; i += blockDim.x) row[i] = narrow(0.0f);
 }
+
+// to[cols, rows] = from[rows, cols]ᵀ. Grid: cols / 32, rows / 32. Block: 256, a tile of 32 by 32.
+extern "C" __global__ void transpose(float *to, const float *from, u32 rows, u32 cols) {
+    __shared__ float tile[32][33];
+    const u32 x = threadIdx.x % 32, y = threadIdx.x / 32, row = blockIdx.y * 32, col = blockIdx.x * 32;
+    for (u32 i = y; i < 32; i += 8)
+        if (row + i < rows && col + x < cols) tile[i][x] = from[(u64)(row + i) * cols + col + x];
+    __syncthreads();
+    for (u32 i = y; i < 32; i += 8)
+        if (col + i < cols && row + x < rows) to[(u64)(col + i) * rows + row + x] = tile[x][i];
+}
