@@ -169,6 +169,7 @@ impl<'a> Run<'a> {
             "trained": self.case.trained(),
             "tokens": self.samples.tokens(),
             "load_s": began.elapsed().as_secs_f64(),
+            "attention": plan.attention.name(),
             "keeps": keeps,
             "planned_bytes": plan.bytes.device(),
         }));
