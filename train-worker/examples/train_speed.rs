@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use espalier_kernels::cpu::Pool;
-use espalier_kernels::train::spin;
+use espalier_kernels::train::peak_flops;
 use espalier_qwen3::{Config, Seeded};
 use espalier_train_worker::engine::{
     AdamW, Device, Documents, Engine, LoraSettings, Precision, Projection, Settings, Trained,
@@ -38,15 +38,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     println!("{}", serde_json::to_string_pretty(&rows)?);
     Ok(())
-}
-
-/// The best of some rounds, in operations a second: products of what stays in the first cache, on all threads.
-fn peak(pool: &Pool) -> f64 {
-    let rates = (0..5).map(|_| {
-        let start = Instant::now();
-        spin(pool, 20_000) as f64 / start.elapsed().as_secs_f64()
-    });
-    rates.fold(0.0, f64::max)
 }
 
 fn measure(
@@ -83,13 +74,13 @@ fn measure(
         supervised: &supervised,
     };
     let first = engine.step(&[documents], 1e-3)?;
-    let (mut seconds, mut matrix_peak) = (f64::INFINITY, peak(pool));
+    let (mut seconds, mut matrix_peak) = (f64::INFINITY, peak_flops(pool));
     let mut last = first;
     for _ in 0..5 {
         let start = Instant::now();
         last = engine.step(&[documents], 1e-3)?;
         seconds = seconds.min(start.elapsed().as_secs_f64());
-        matrix_peak = matrix_peak.max(peak(pool));
+        matrix_peak = matrix_peak.max(peak_flops(pool));
     }
     let rate = last.flops as f64 / seconds;
     Ok(json!({

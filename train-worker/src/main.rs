@@ -49,7 +49,9 @@ async fn serve_until_signal(options: Options, environment: Environment) -> anyho
         .context("signals cannot be listened to")?;
     let source = options.source(&environment).await?;
     let fetcher = options.fetcher(&environment);
-    let loader = Arc::new(options.loader());
+    let opening = options.clone();
+    let loader = tasks::blocking("train.device", move || opening.loader()).await??;
+    let loader = Arc::new(loader);
     espalier_train_worker::run(source, options.permissions(), fetcher, loader, shutdown).await?;
     Ok(())
 }

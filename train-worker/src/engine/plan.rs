@@ -91,7 +91,7 @@ pub enum PlanError {
     /// Even the smallest does not fit.
     #[error(
         "`memory_budget_bytes` must be at least {least} for {tokens} tokens with {} kept, got {budget}{}",
-        Keep::Offloaded.name(),
+        keep.name(),
         fitting(*fits)
     )]
     TooLittleMemory {
@@ -101,6 +101,8 @@ pub enum PlanError {
         least: u64,
         /// For so many tokens.
         tokens: usize,
+        /// What its layers keep.
+        keep: Keep,
         /// The most tokens that would fit, if any.
         fits: Option<usize>,
     },
@@ -140,7 +142,8 @@ impl Plan {
             precision: settings.precision,
         };
         let budget = budget.unwrap_or(u64::MAX);
-        for pair in Keep::EVERY.windows(2) {
+        let every = planner.choices();
+        for pair in every.windows(2) {
             let (more, less) = (pair[0], pair[1]);
             for lean in 0..config.layers {
                 let keeps = mixed(config.layers, more, less, lean);
@@ -149,12 +152,11 @@ impl Plan {
                 }
             }
         }
-        let least = |tokens| {
-            let keeps = vec![Keep::Offloaded; config.layers];
-            planner.bytes(&keeps, tokens).device()
-        };
+        let keep = every[every.len() - 1];
+        let leanest = || vec![keep; config.layers];
+        let least = |tokens| planner.bytes(&leanest(), tokens).device();
         if least(tokens) <= budget {
-            return Ok(planner.plan(vec![Keep::Offloaded; config.layers], tokens));
+            return Ok(planner.plan(leanest(), tokens));
         }
         // The most tokens that fit: bytes grow with tokens.
         let (mut fits, mut not) = (0, tokens);
@@ -169,6 +171,7 @@ impl Plan {
             budget,
             least: least(tokens),
             tokens,
+            keep,
             fits: (fits > 0).then_some(fits),
         })
     }
@@ -213,6 +216,14 @@ fn mixed(layers: usize, more: Keep, less: Keep, lean: usize) -> Vec<Keep> {
 }
 
 impl Planner<'_> {
+    /// What layers may keep, from the most to the least. The memory of the CPU is the host's.
+    fn choices(&self) -> &'static [Keep] {
+        match self.precision {
+            Precision::F32 => &Keep::EVERY[..Keep::EVERY.len() - 1],
+            Precision::Bf16 => &Keep::EVERY,
+        }
+    }
+
     fn plan(&self, keeps: Vec<Keep>, tokens: usize) -> Plan {
         let bytes = self.bytes(&keeps, tokens);
         let mut token = 0;
