@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Parser;
@@ -13,6 +12,8 @@ use espalier_runtime::worker::serving::check_url;
 
 use crate::api::backend::AdapterSource;
 use crate::jobs::JobOptions;
+
+pub use espalier_kernels::DeviceChoice as Device;
 
 /// Serves a Qwen3 model over an OpenAI-compatible API.
 #[derive(Clone, Debug, Parser)]
@@ -106,17 +107,6 @@ pub struct Options {
     pub jobs: JobOptions,
 }
 
-/// What the model runs on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// A GPU where there is one, else the CPU.
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// The GPU of that number.
-    Cuda(u32),
-}
-
 /// How weights are held in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dtype {
@@ -138,23 +128,6 @@ impl Dtype {
             Self::Auto | Self::Bf16 => Form::bf16(),
             Self::F32 => Form::F32,
             Self::Q8 => Form::Q8,
-        }
-    }
-}
-
-impl FromStr for Device {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let number = text.strip_prefix("cuda:").unwrap_or(match text {
-            "cuda" => "0",
-            _ => "",
-        });
-        match (text, number.parse()) {
-            ("auto", _) => Ok(Self::Auto),
-            ("cpu", _) => Ok(Self::Cpu),
-            (_, Ok(number)) => Ok(Self::Cuda(number)),
-            _ => Err("must be auto, cpu or cuda:N".to_owned()),
         }
     }
 }

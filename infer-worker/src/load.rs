@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 
 use espalier_qwen3::{Config, ConfigError};
 use espalier_qwen3_text::{
-    ChatTemplate, Conversation, LoadError as TokenizerError, OtherTokenizer, TOKENIZER_SHA256,
-    TemplateError, Tokenizer, ids,
+    ChatTemplate, Conversation, LoadError as TokenizerError, OtherTokenizer, TemplateError,
+    Tokenizer, ids,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use crate::api::backend::Sampling;
 
@@ -168,13 +167,6 @@ fn check_tokenizer(folder: &Path) -> Result<(), ModelError> {
     let Some(text) = read(folder, "tokenizer.json")? else {
         return Ok(());
     };
-    let digest: String = Sha256::digest(&text)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    if digest == TOKENIZER_SHA256 {
-        return Ok(());
-    }
     Tokenizer::is_file(&text).map_err(ModelError::Tokenizer)
 }
 

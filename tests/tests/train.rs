@@ -234,14 +234,33 @@ async fn the_command_trains_on_a_file_of_rows_and_names_the_version() {
         command.arg("--config").arg(&config).args(more);
         command.output().unwrap()
     };
-    let planned = train(&["--plan", "--peak-flops", "1e12"]);
-    assert!(planned.status.success(), "{planned:?}");
-    let plan: Value = serde_json::from_slice(&planned.stdout).unwrap();
-    assert!(
-        plan["bytes"]["device"].as_u64().unwrap() > 1 << 20,
-        "{plan}"
+    let plan = |more: &[&str]| {
+        let planned = train(&[&["--plan", "--device", "cpu"], more].concat());
+        assert!(planned.status.success(), "{planned:?}");
+        serde_json::from_slice::<Value>(&planned.stdout).unwrap()
+    };
+    // Budget and peak are those of this machine, or those that are given.
+    let measured = plan(&[]);
+    let bytes = |what: &Value| what.as_u64().unwrap();
+    let device = bytes(&measured["bytes"]["device"]);
+    assert!(device > 1 << 20, "{measured}");
+    assert_eq!(measured["budget"]["is_asked"], json!(false));
+    assert!(bytes(&measured["budget"]["bytes"]) >= device, "{measured}");
+    assert!(measured["step_s_at_peak"].as_f64().unwrap() > 0.0);
+    let given = plan(&["--peak-flops", "1e12", "--set", "memory_budget_mib=64"]);
+    assert_eq!(
+        given["budget"],
+        json!({"bytes": 64 << 20, "is_asked": true})
     );
-    assert!(plan["step_s_at_peak"].as_f64().unwrap() > 0.0);
+    let flops = given["step_flops"].as_f64().unwrap();
+    assert_eq!(given["step_s_at_peak"].as_f64(), Some(flops / 1e12));
+    let little = train(&["--plan", "--set", "memory_budget_mib=1"]);
+    assert_eq!(little.status.code(), Some(2));
+    let said = String::from_utf8(little.stderr).unwrap();
+    assert!(
+        said.contains("`memory_budget_bytes` must be at least"),
+        "{said}"
+    );
 
     let refused = train(&["--set", "rnak=8"]);
     assert_eq!(refused.status.code(), Some(2));
@@ -259,4 +278,23 @@ async fn the_command_trains_on_a_file_of_rows_and_names_the_version() {
         (&json!(1), &json!(12)),
         "{text}"
     );
+}
+
+#[tokio::test]
+async fn a_worker_says_what_it_trains_on_and_refuses_a_gpu_that_is_not_there() {
+    let cluster = Cluster::start(NO_MODEL, 30_000).await;
+    let auto = cluster.train_worker_on("auto", "auto");
+    wait_for("a device in the log", DEADLINE, || {
+        let log = auto.log();
+        let told = ["no GPU is used", "trains on a GPU"];
+        let is_told = told.iter().any(|told| log.contains(told));
+        async move { is_told.then_some(()).ok_or(log) }
+    })
+    .await;
+    // No machine has so many.
+    let mut none = cluster.train_worker_on("none", "cuda:1000");
+    let status = none.wait(DEADLINE).await;
+    assert!(!status.success(), "{status:?}");
+    let said = "espalier-train-worker: cannot train on cuda:1000: ";
+    assert!(none.log().contains(said), "{}", none.log());
 }

@@ -10,9 +10,11 @@ use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::telemetry::TelemetryConfig;
 
-use crate::engine::Device;
+use crate::engine::EngineError;
 use crate::serve::{Permissions, Source};
 use crate::trainer::EngineLoader;
+
+pub use espalier_kernels::DeviceChoice;
 
 /// The token with role `worker`; never on the command line, where others of the machine can read it.
 const TOKEN: &str = "ESPALIER_TRAIN_WORKER_TOKEN";
@@ -44,7 +46,15 @@ pub struct Options {
     /// Lets jobs name folders of this machine as base models.
     #[arg(long, env = "ESPALIER_TRAIN_WORKER_ALLOW_LOCAL_MODELS")]
     pub allow_local_models: bool,
-    /// Threads that compute [one for each core that this process may use].
+    /// auto (a GPU where there is one), cpu, or cuda:N.
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        default_value = "auto",
+        env = "ESPALIER_TRAIN_WORKER_DEVICE"
+    )]
+    pub device: DeviceChoice,
+    /// Threads that compute on the CPU [one for each core that this process may use].
     #[arg(long, value_name = "COUNT", env = "ESPALIER_TRAIN_WORKER_CPU_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub cpu_threads: Option<u32>,
     /// Operations of matrix products that this machine does in a second, such as 2e12: what the share of its peak is told
@@ -107,20 +117,12 @@ impl Options {
         Fetcher::new(environment, self.download_dir.as_deref())
     }
 
-    /// What computes.
-    pub fn loader(&self) -> EngineLoader {
-        EngineLoader {
-            device: device(self.cpu_threads),
-            peak_flops: self.peak_flops,
-        }
-    }
-}
-
-/// The CPU, with so many threads, or one for each core that this process may use.
-pub fn device(threads: Option<u32>) -> Device {
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    Device::Cpu {
-        threads: threads.map_or_else(cores, |threads| threads as usize),
+    /// What computes. Blocks: the driver of a GPU may take seconds.
+    ///
+    /// # Errors
+    /// The GPU that is named cannot be used.
+    pub fn loader(&self) -> Result<EngineLoader, EngineError> {
+        EngineLoader::open(self.device, self.cpu_threads, self.peak_flops)
     }
 }
 
@@ -133,6 +135,8 @@ fn flops(text: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Device;
+    use crate::trainer::Load as _;
 
     fn read(more: &[&str]) -> Result<Options, String> {
         let needed = [
@@ -148,13 +152,17 @@ mod tests {
 
     #[test]
     fn options_have_defaults_and_rules() {
-        let options = read(&["--cpu-threads", "3", "--peak-flops", "2e12"]).unwrap();
-        assert_eq!(options.loader().device, Device::Cpu { threads: 3 });
-        assert_eq!(options.loader().peak_flops, Some(2e12));
+        let given = ["--device=cpu", "--cpu-threads=3", "--peak-flops=2e12"];
+        let options = read(&given).unwrap();
+        let loader = options.loader().unwrap();
+        assert_eq!(loader.device(), Device::Cpu { threads: 3 });
+        assert_eq!(loader.peak_flops(), Some(2e12));
+        assert_eq!(read(&[]).unwrap().device, DeviceChoice::Auto);
         assert_eq!(options.grace().as_secs(), 300);
         assert!(!options.permissions().allow_local_models);
         for (bad, said) in [
             (["--cpu-threads", "0"], "--cpu-threads"),
+            (["--device", "gpu"], "must be auto, cpu or cuda:N"),
             (["--peak-flops", "nan"], "must be a number above 0"),
             (["--peak-flops", "-1"], "must be a number above 0"),
         ] {
@@ -162,5 +170,17 @@ mod tests {
             let error = read(&[&joined]).unwrap_err();
             assert!(error.contains(said), "{error}");
         }
+    }
+
+    /// No machine has so many GPUs.
+    #[test]
+    fn a_gpu_that_is_not_there_is_refused_and_auto_is_what_there_is() {
+        let error = read(&["--device=cuda:1000"]).unwrap().loader().unwrap_err();
+        let said = error.to_string();
+        assert!(said.starts_with("cannot train on cuda:1000: "), "{said}");
+        let found = read(&["--cpu-threads=2"]).unwrap().loader().unwrap();
+        let first = read(&["--device=cuda:0"]).unwrap().loader();
+        let expected = first.map_or(Device::Cpu { threads: 2 }, |gpu| gpu.device());
+        assert_eq!(found.device(), expected);
     }
 }

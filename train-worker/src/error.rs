@@ -69,7 +69,7 @@ pub enum TrainError {
         dataset: DatasetRef,
         /// Which file and row, and why.
         #[source]
-        source: FileError,
+        source: Box<FileError>,
     },
     /// A row of a data set is no sample.
     #[error("{place} cannot be learned from")]
@@ -178,6 +178,11 @@ fn last_good(checkpoint: Option<u64>) -> String {
 }
 
 impl TrainError {
+    /// Whether the device has failed, now and ever after.
+    pub fn is_of_device(&self) -> bool {
+        matches!(self, Self::Engine(EngineError::Device(_)))
+    }
+
     /// What the queue has to know.
     pub fn class(&self) -> ErrorClass {
         match self {

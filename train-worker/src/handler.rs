@@ -1,5 +1,7 @@
 //! What a train worker does with a granted job, and what the end of an attempt is called.
 
+use std::sync::atomic::Ordering;
+
 use espalier_proto::v1;
 use espalier_runtime::publish::{PublishError, stopped_outcome};
 use espalier_runtime::telemetry::error_chain;
@@ -24,6 +26,12 @@ impl Handler for Workshop {
             Some(Err(error @ TrainError::Preempted { .. })) => JobOutcome::Released {
                 reason: error.to_string(),
             },
+            Some(Err(error)) if error.is_of_device() => {
+                // Another process may find the device well again.
+                self.device_lost.store(true, Ordering::SeqCst);
+                self.shutdown.drain();
+                JobOutcome::failed(error.class(), error_chain(&error))
+            }
             Some(Err(error)) => JobOutcome::failed(error.class(), error_chain(&error)),
         }
     }

@@ -21,4 +21,4 @@ mod schedule;
 mod serve;
 pub mod trainer;
 
-pub use serve::{Permissions, Source, run};
+pub use serve::{Permissions, RunError, Source, run};

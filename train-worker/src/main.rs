@@ -8,6 +8,7 @@ use clap::Parser;
 use espalier_runtime::config::{self, ConfigError, Environment};
 use espalier_runtime::process::{self, Told};
 use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::tasks;
 use espalier_train_worker::config::Options;
 
 /// Beyond the time for a checkpoint: results are acknowledged and tasks end.
@@ -33,7 +34,9 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let source = options.source(&environment).await?;
     let fetcher = options.fetcher(&environment);
-    let loader = Arc::new(options.loader());
+    let opening = options.clone();
+    let loader = tasks::blocking("train.device", move || opening.loader()).await??;
+    let loader = Arc::new(loader);
     espalier_train_worker::run(source, options.permissions(), fetcher, loader, shutdown).await?;
     Ok(())
 }

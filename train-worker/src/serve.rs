@@ -1,6 +1,7 @@
 //! The process: takes `train` jobs, one at a time, until it drains.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use espalier_runtime::clock::SystemClock;
@@ -42,18 +43,29 @@ pub struct Permissions {
     pub grace: Duration,
 }
 
+/// Why a process ended that was not told to.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The settings cannot work.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// The device has failed; the job was handed back.
+    #[error("the device that trains is lost: start the worker again, or look with `nvidia-smi`")]
+    DeviceLost,
+}
+
 /// Takes jobs and trains until `shutdown` drains. A training that runs then ends after its step, stores a checkpoint and
-/// goes back to the queue.
+/// goes back to the queue. A device that fails drains `shutdown`.
 ///
 /// # Errors
-/// The settings cannot work. Coordinators that are away are no error: they are tried for ever.
+/// The settings cannot work, or the device has failed. Coordinators that are away are no error: they are tried for ever.
 pub async fn run(
     source: Source,
     permissions: Permissions,
     fetcher: Fetcher,
     loader: Arc<dyn Load>,
     shutdown: Shutdown,
-) -> Result<(), WorkerError> {
+) -> Result<(), RunError> {
     let tasks = Tasks::new(shutdown.clone());
     let config = WorkerConfig {
         process: ProcessId::default(),
@@ -70,6 +82,7 @@ pub async fn run(
         store: source.store.clone(),
         tasks: tasks.clone(),
     };
+    let device_lost = Arc::<AtomicBool>::default();
     let workshop = Workshop {
         store: source.store,
         clock: Arc::new(SystemClock),
@@ -77,11 +90,16 @@ pub async fn run(
         loader,
         allow_local_models: permissions.allow_local_models,
         shutdown: shutdown.clone(),
+        device_lost: Arc::clone(&device_lost),
         machine: Arc::new(Semaphore::new(1)),
     };
     let ended = Box::pin(worker::run(Arc::new(workshop), config, deps, shutdown)).await;
     if let Err(unfinished) = tasks.join_all(TASKS_END_LIMIT).await {
         tracing::warn!(error = %unfinished, "not every job ended in time");
     }
-    ended
+    ended?;
+    match device_lost.load(Ordering::SeqCst) {
+        true => Err(RunError::DeviceLost),
+        false => Ok(()),
+    }
 }

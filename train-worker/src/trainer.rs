@@ -4,14 +4,19 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use espalier_core::error::ErrorClass;
 use espalier_core::spec::{LoraTarget, Optimizer, TrainMethod, TrainSettings};
+use espalier_kernels::DeviceChoice;
+use espalier_kernels::cpu::Pool;
+use espalier_kernels::train::peak_flops;
 use espalier_qwen3::Config;
+use espalier_runtime::memory;
 
 use crate::engine::{
     AdamW, Bits, Device, DocumentLoss, Documents, Engine, EngineError, Export, LoraSettings, Plan,
-    Precision, Projection, Settings, State, StepReport, Trained,
+    Projection, Settings, State, StepReport, Trained,
 };
 use crate::error::TrainError;
 
@@ -33,7 +38,10 @@ pub trait Trainer: Send {
     fn evaluate(&mut self, documents: Documents<'_>) -> Result<Vec<DocumentLoss>, EngineError>;
 
     /// See [`Engine::state`].
-    fn state(&mut self) -> State;
+    ///
+    /// # Errors
+    /// The device has failed, so that it means nothing.
+    fn state(&mut self) -> Result<State, EngineError>;
 
     /// See [`Engine::restore`].
     ///
@@ -42,7 +50,10 @@ pub trait Trainer: Send {
     fn restore(&mut self, state: State) -> Result<(), EngineError>;
 
     /// See [`Engine::export`].
-    fn export(&mut self) -> Export;
+    ///
+    /// # Errors
+    /// The device has failed, so that it means nothing.
+    fn export(&mut self) -> Result<Export, EngineError>;
 
     /// Memory that it holds, in bytes.
     fn memory(&self) -> u64;
@@ -57,16 +68,18 @@ impl Trainer for Engine {
         Self::evaluate(self, documents)
     }
 
-    fn state(&mut self) -> State {
-        Self::state(self)
+    fn state(&mut self) -> Result<State, EngineError> {
+        let state = Self::state(self);
+        self.check_device().map(|()| state)
     }
 
     fn restore(&mut self, state: State) -> Result<(), EngineError> {
         Self::restore(self, state)
     }
 
-    fn export(&mut self) -> Export {
-        Self::export(self)
+    fn export(&mut self) -> Result<Export, EngineError> {
+        let export = Self::export(self);
+        self.check_device().map(|()| export)
     }
 
     fn memory(&self) -> u64 {
@@ -94,12 +107,52 @@ pub trait Load: Send + Sync + 'static {
 }
 
 /// The engine of this crate, on a device.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct EngineLoader {
+    device: Device,
+    /// See [`Load::peak_flops`]: measured by the first load where nobody says.
+    peak_flops: OnceLock<f64>,
+}
+
+impl EngineLoader {
+    /// On the device that is asked for, which is said in the log. Blocks: the driver of a GPU may take seconds.
+    ///
+    /// # Errors
+    /// The GPU that is named cannot be used.
+    pub fn open(
+        choice: DeviceChoice,
+        threads: Option<u32>,
+        peak_flops: Option<f64>,
+    ) -> Result<Self, EngineError> {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = threads.map_or_else(cores, |threads| threads as usize);
+        let (device, no_gpu) = Device::choose(choice, threads)?;
+        match (device, no_gpu) {
+            (Device::Cuda { .. }, _) => tracing::info!(%device, "trains on a GPU"),
+            (Device::Cpu { .. }, Some(why)) => {
+                tracing::info!(%device, threads, why, "no GPU is used");
+            }
+            (Device::Cpu { .. }, None) => tracing::info!(%device, threads, "trains on the CPU"),
+        }
+        Ok(Self {
+            device,
+            peak_flops: peak_flops.map_or_else(OnceLock::new, OnceLock::from),
+        })
+    }
+
     /// Where it computes.
-    pub device: Device,
-    /// See [`Load::peak_flops`].
-    pub peak_flops: Option<f64>,
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// See [`Load::peak_flops`]. Measures the CPU, which takes some tenths of a second, unless it is known.
+    pub fn measure(&self) -> Option<f64> {
+        if let Device::Cpu { threads } = self.device {
+            let measure = || peak_flops(&Pool::new(threads));
+            self.peak_flops.get_or_init(measure);
+        }
+        self.peak_flops()
+    }
 }
 
 impl Load for EngineLoader {
@@ -110,20 +163,38 @@ impl Load for EngineLoader {
         settings: &TrainSettings,
         tokens: usize,
     ) -> Result<Box<dyn Trainer>, EngineError> {
-        let settings = engine_settings(settings, config, tokens);
-        let engine = Engine::load(folder, &settings, self.device)?;
-        let attention = engine.plan().attention.name();
-        tracing::info!(device = %self.device, attention, "the model is loaded");
+        let mut told = engine_settings(settings, config, tokens, self.device);
+        if matches!(self.device, Device::Cpu { .. }) {
+            told.memory_budget_bytes = Some(budget(config, settings, tokens, self.device)?.bytes);
+        }
+        self.measure();
+        let loaded = Engine::load(folder, &told, self.device);
+        let engine = loaded.map_err(|error| unasked(error, settings, self.device))?;
+        let plan = engine.plan();
+        tracing::info!(
+            device = %self.device,
+            attention = plan.attention.name(),
+            budget_bytes = told.memory_budget_bytes,
+            memory_bytes = plan.bytes.device(),
+            host_bytes = plan.bytes.host,
+            micro_batch_tokens = tokens,
+            "the model is loaded"
+        );
         Ok(Box::new(engine))
     }
 
     fn peak_flops(&self) -> Option<f64> {
-        self.peak_flops
+        self.peak_flops.get().copied()
     }
 }
 
 /// The settings of a job as the engine has them, for micro-batches of at most `tokens` tokens.
-pub fn engine_settings(settings: &TrainSettings, config: &Config, tokens: usize) -> Settings {
+fn engine_settings(
+    settings: &TrainSettings,
+    config: &Config,
+    tokens: usize,
+    device: Device,
+) -> Settings {
     Settings {
         trained: trained(&settings.method, config),
         optimizer: AdamW {
@@ -138,7 +209,7 @@ pub fn engine_settings(settings: &TrainSettings, config: &Config, tokens: usize)
         },
         clip_norm: settings.clip_norm.map(|norm| norm as f32),
         seed: settings.seed,
-        precision: Precision::F32,
+        precision: device.precision(),
         memory_budget_bytes: settings.memory_budget_bytes,
         tokens_max: tokens,
     }
@@ -191,25 +262,85 @@ pub fn config(folder: &Path) -> Result<Config, TrainError> {
     Ok(Config::parse(&text)?)
 }
 
-/// The plan of a training whose micro-batches have at most `tokens` tokens. Loads nothing.
+/// Memory that a training may take of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// How much.
+    pub bytes: u64,
+    /// Whether its settings say so; else it is what is free now.
+    pub is_asked: bool,
+}
+
+/// What a training on `device` may take. Where its settings say nothing, it is what is free: on a GPU all but a twentieth, on
+/// the CPU all but a tenth, and but for a copy of what is trained, which a checkpoint is on its way to the store.
+///
+/// # Errors
+/// The settings do not fit the model, or the GPU does not answer.
+pub fn budget(
+    config: &Config,
+    settings: &TrainSettings,
+    tokens: usize,
+    device: Device,
+) -> Result<Budget, EngineError> {
+    if let Some(bytes) = settings.memory_budget_bytes {
+        return Ok(Budget {
+            bytes,
+            is_asked: true,
+        });
+    }
+    let bytes = match device {
+        Device::Cuda { ordinal } => Engine::free_bytes(ordinal)?,
+        Device::Cpu { .. } => {
+            let told = engine_settings(settings, config, tokens, device);
+            told.check(config)?;
+            let copy = Plan::choose(config, &told, tokens, None)?.bytes.trained;
+            let free = memory::available();
+            (free - free / 10).saturating_sub(copy)
+        }
+    };
+    Ok(Budget {
+        bytes,
+        is_asked: false,
+    })
+}
+
+/// The plan of a training on `device` whose micro-batches have at most `tokens` tokens, within that budget. Loads nothing.
 ///
 /// # Errors
 /// The settings do not fit the model, or no plan fits the budget.
-pub fn plan(config: &Config, settings: &TrainSettings, tokens: usize) -> Result<Plan, EngineError> {
-    let settings = engine_settings(settings, config, tokens);
-    settings.check(config)?;
-    let budget = settings.memory_budget_bytes;
-    Ok(Plan::choose(config, &settings, tokens, budget)?)
+pub fn plan(
+    config: &Config,
+    settings: &TrainSettings,
+    tokens: usize,
+    device: Device,
+    budget: Budget,
+) -> Result<Plan, EngineError> {
+    let told = engine_settings(settings, config, tokens, device);
+    told.check(config)?;
+    let plan = Plan::choose(config, &told, tokens, Some(budget.bytes));
+    plan.map_err(|error| unasked(error.into(), settings, device))
+}
+
+/// Where nobody asked for a budget, a plan that does not fit is for a device with more memory.
+fn unasked(error: EngineError, settings: &TrainSettings, device: Device) -> EngineError {
+    match error {
+        EngineError::Plan(source) if settings.memory_budget_bytes.is_none() => EngineError::Free {
+            device: device.to_string(),
+            source,
+        },
+        other => other,
+    }
 }
 
 /// What an error of the engine means for the attempt.
 pub fn class_of(error: &EngineError) -> ErrorClass {
     match error {
-        EngineError::Read { .. } | EngineError::Open { .. } | EngineError::Device(_) => {
-            ErrorClass::Infra
-        }
+        EngineError::Read { .. }
+        | EngineError::NoGpu { .. }
+        | EngineError::Open { .. }
+        | EngineError::Device(_) => ErrorClass::Infra,
         // Another worker may have more.
-        EngineError::Memory(_) => ErrorClass::Handler,
+        EngineError::Memory(_) | EngineError::Free { .. } => ErrorClass::Handler,
         EngineError::State { .. } => ErrorClass::Handler,
         EngineError::Setting { .. }
         | EngineError::Config(_)
@@ -220,5 +351,47 @@ pub fn class_of(error: &EngineError) -> ErrorClass {
         | EngineError::NothingSupervised { .. }
         | EngineError::LossNotFinite { .. }
         | EngineError::GradientNotFinite { .. } => ErrorClass::Invalid,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use espalier_core::spec::TrainSettingsDraft;
+
+    use super::*;
+
+    /// A model that no machine has the memory for.
+    fn giant() -> Config {
+        let json = r#"{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 65536, "intermediate_size": 262144,
+            "num_hidden_layers": 1000, "num_attention_heads": 512, "num_key_value_heads": 64, "head_dim": 128,
+            "rope_theta": 1000000, "max_position_embeddings": 4096, "tie_word_embeddings": true}"#;
+        Config::parse(json).unwrap()
+    }
+
+    #[test]
+    fn what_does_not_fit_is_the_settings_fault_only_where_they_say_how_much_there_is() {
+        let device = Device::Cpu { threads: 1 };
+        let planned = |mib: Option<i64>| {
+            let draft = TrainSettingsDraft {
+                memory_budget_mib: mib,
+                ..TrainSettingsDraft::default()
+            };
+            let settings = draft.check().unwrap();
+            let budget = budget(&giant(), &settings, 512, device).unwrap();
+            assert_eq!(budget.is_asked, mib.is_some());
+            plan(&giant(), &settings, 512, device, budget).unwrap_err()
+        };
+        let asked = planned(Some(64));
+        assert!(asked.to_string().contains("got 67108864"), "{asked}");
+        assert_eq!(class_of(&asked), ErrorClass::Invalid);
+        let free = planned(None);
+        assert_eq!(
+            free.to_string(),
+            "training needs more memory than is free on cpu"
+        );
+        let source = std::error::Error::source(&free).unwrap().to_string();
+        assert!(source.contains("must be at least"), "{source}");
+        // Another worker may have more.
+        assert_eq!(class_of(&free), ErrorClass::Handler);
     }
 }

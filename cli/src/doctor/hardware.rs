@@ -1,5 +1,5 @@
 //! What models can run on here: the CPU, NVIDIA's libraries, and GPUs. A machine without a GPU lacks nothing: its CPU
-//! serves.
+//! serves and trains.
 
 use std::time::Duration;
 
@@ -38,6 +38,7 @@ fn shown(found: &Survey) -> Vec<Finding> {
         None => {}
     }
     findings.push(serving(found));
+    findings.push(training(found));
     findings
 }
 
@@ -124,6 +125,18 @@ fn serving(found: &Survey) -> Finding {
     Finding::ok("model serving", seen)
 }
 
+/// What a train worker would run on that is started without being told.
+fn training(found: &Survey) -> Finding {
+    let seen = match &found.auto {
+        Ok(gpu) => format!("`--device auto` is cuda:{}, in bf16", gpu.ordinal),
+        Err(error) => format!(
+            "`--device auto` is the CPU ({}), in f32",
+            reason_and_remedy(error).0
+        ),
+    };
+    Finding::ok("training", seen)
+}
+
 fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1_u64 << 30) as f64
 }
@@ -176,6 +189,7 @@ mod tests {
             "13.0 at /lib/cuDNN.so.13",
             "H200, compute capability 9.0, 141.0 GiB",
             "`--device auto` is cuda:0, `--dtype auto` bf16",
+            "`--device auto` is cuda:0, in bf16",
         ];
         assert_eq!(seen, expected);
         assert!(findings.iter().all(|finding| finding.level == Level::Ok));
@@ -228,6 +242,9 @@ mod tests {
                         bf16; q8 is faster, with other numbers";
         assert_eq!(findings[5].seen, expected);
         assert_eq!(findings[5].level, Level::Ok, "the CPU serves");
+        let expected = "`--device auto` is the CPU (`libnvrtc.so` was not found, which compiles the kernels), in f32";
+        assert_eq!(findings[6].seen, expected);
+        assert_eq!(findings[6].level, Level::Ok, "the CPU trains");
     }
 
     /// Whatever this machine has: something serves, and nothing is a fault.
@@ -238,7 +255,8 @@ mod tests {
             findings.iter().all(|finding| finding.level != Level::Fail),
             "{findings:?}"
         );
-        assert_eq!(findings.last().unwrap().what, "model serving");
+        let does: Vec<&str> = findings.iter().map(|finding| &*finding.what).collect();
+        assert!(does.ends_with(&["model serving", "training"]), "{does:?}");
         for finding in &findings {
             assert_eq!(
                 finding.level == Level::Ok,

@@ -20,6 +20,7 @@ use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::datasets::Datasets;
 use espalier_runtime::store::{LIST_MAX, Store};
+use espalier_train_worker::config::DeviceChoice;
 use serde_json::{Value, json};
 
 use crate::client::Client;
@@ -69,7 +70,11 @@ pub struct Train {
     /// Shows what would be kept in memory and what a step would take, and trains nothing
     #[arg(long)]
     pub plan: bool,
+    /// With --plan: what it is for: auto (a GPU where this machine has one), cpu, or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto", requires = "plan")]
+    pub device: DeviceChoice,
     /// With --plan: operations of matrix products that the machine does in a second, such as 2e12, to tell the time of a step
+    /// [default: this machine's CPU is measured]
     #[arg(long, value_name = "FLOPS", requires = "plan")]
     pub peak_flops: Option<f64>,
     /// Submits the job and does not wait for it

@@ -3,9 +3,11 @@
 
 use espalier_core::spec::{TrainLength, TrainSettings};
 use espalier_runtime::fetch::{Fetcher, Source, Wanted};
+use espalier_runtime::tasks::blocking;
 use espalier_runtime::telemetry::error_chain;
-use espalier_train_worker::engine::{Keep, Plan};
-use espalier_train_worker::trainer;
+use espalier_train_worker::config::DeviceChoice;
+use espalier_train_worker::engine::{Device, EngineError, Keep, Plan};
+use espalier_train_worker::trainer::{self, Budget, EngineLoader};
 use serde_json::{Value, json};
 
 use super::{Learned, Train};
@@ -29,15 +31,28 @@ pub(super) async fn show(
     let longest = learned.map_or(usize::MAX, Learned::longest);
     let tokens = settings.batch * settings.max_length.min(config.max_positions).min(longest);
     let tokens = tokens.min(config.max_positions);
-    let plan = trainer::plan(&config, settings, tokens).map_err(|error| refused(&error))?;
+    let (choice, cores) = (args.device, args.peak_flops.is_none());
+    let found = blocking("train.device", move || machine(choice, cores)).await;
+    let (device, measured) = found
+        .map_err(|error| refused(&error))?
+        .map_err(|error| refused(&error))?;
+    let budget = trainer::budget(&config, settings, tokens, device);
+    let budget = budget.map_err(|error| refused(&error))?;
+    let plan = trainer::plan(&config, settings, tokens, device, budget);
+    let plan = plan.map_err(|error| refused(&error))?;
     let steps = learned.and_then(|learned| learned.steps(settings));
     let step_flops = plan.flops(&[tokens], tokens as u64) * settings.accumulation as u64;
-    let step_s = args.peak_flops.map(|peak| step_flops as f64 / peak);
+    let step_s = args
+        .peak_flops
+        .or(measured)
+        .map(|peak| step_flops as f64 / peak);
     context.out.show(
         || {
             json!({
                 "tokens": tokens,
                 "layers": kept(&plan).iter().map(|(keep, n)| json!({"keeps": keep, "layers": n})).collect::<Vec<_>>(),
+                "device": device.to_string(),
+                "budget": {"bytes": budget.bytes, "is_asked": budget.is_asked},
                 "bytes": {
                     "frozen": plan.bytes.frozen, "trained": plan.bytes.trained,
                     "activations": plan.bytes.activations, "host": plan.bytes.host,
@@ -59,6 +74,8 @@ pub(super) async fn show(
                 rows.push(("layers", format!("{layers} keep {keep}")));
             }
             rows.extend([
+                ("device", device.to_string()),
+                ("budget", format!("{}, {}", mib(budget.bytes), from(budget))),
                 ("memory", mib(plan.bytes.device())),
                 ("  frozen weights", mib(plan.bytes.frozen)),
                 ("  what is trained", mib(plan.bytes.trained)),
@@ -117,6 +134,21 @@ impl Learned {
 
 fn refused(error: &(dyn std::error::Error + 'static)) -> Problem {
     Problem::refused(error_chain(error))
+}
+
+/// The device of this machine, and what its CPU is measured to do in a second where `is_measured`.
+fn machine(choice: DeviceChoice, is_measured: bool) -> Result<(Device, Option<f64>), EngineError> {
+    let loader = EngineLoader::open(choice, None, None)?;
+    let device = loader.device();
+    Ok((device, is_measured.then(|| loader.measure()).flatten()))
+}
+
+/// What a budget is.
+fn from(budget: Budget) -> &'static str {
+    match budget.is_asked {
+        true => "as `memory_budget_mib` says",
+        false => "of what is free on this machine; `memory_budget_mib` sets another",
+    }
 }
 
 /// How many layers keep what.

@@ -164,8 +164,9 @@ async fn start(
         environment,
     };
     let coordinator = coordinator(settings, &parts, listener, last.clone()).await?;
+    let serves_here = here.is_some();
     let rollouts = worker(settings, &parts, here, shutdown.clone())?;
-    let trainings = train::worker(&parts, settings.grace, shutdown.clone())?;
+    let trainings = train::worker(&parts, settings.grace, serves_here, shutdown.clone())?;
     let worker: Ending = Box::pin(async { tokio::try_join!(rollouts, trainings).map(drop) });
     run_in_order(tasks, shutdown, last, coordinator, worker);
     unless_started.disarm();

@@ -6,7 +6,9 @@
 pub mod buffer;
 pub mod cpu;
 pub mod cuda;
+mod device;
 pub mod sampling;
 pub mod train;
 
+pub use device::{AUTO_ORDINAL, DeviceChoice};
 pub use half::bf16;

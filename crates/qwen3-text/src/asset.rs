@@ -5,6 +5,7 @@
 //! and its normaliser are used, and the parts of the file are read here. Its added tokens are `ids::CONTROL`.
 
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::utils::SysRegex;
 
@@ -164,6 +165,9 @@ impl Merge {
 
 /// Whether `json` gives every text the ids that the embedded file gives it.
 pub(crate) fn compare(json: &str) -> Result<(), OtherTokenizer> {
+    if hex(json.as_bytes()) == TOKENIZER_SHA256 {
+        return Ok(());
+    }
     let other: Meaning = serde_json::from_str(json).map_err(OtherTokenizer::Parse)?;
     let own = decompress().map_err(|error| OtherTokenizer::Own(Box::new(error)))?;
     let own: Meaning = serde_json::from_slice(&own)
@@ -184,20 +188,22 @@ pub(crate) fn compare(json: &str) -> Result<(), OtherTokenizer> {
     Ok(())
 }
 
+fn hex(bytes: &[u8]) -> String {
+    let digest = Sha256::digest(bytes);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn decompress() -> Result<Vec<u8>, LoadError> {
     zstd::decode_all(TOKENIZER_ZST).map_err(LoadError::Decompress)
 }
 
 #[cfg(test)]
 mod tests {
-    use sha2::{Digest, Sha256};
-
     use crate::ids::{CONTROL, SPECIAL, VOCABULARY};
 
     #[test]
     fn the_asset_is_the_file_its_readme_names() {
-        let digest = Sha256::digest(super::decompress().unwrap());
-        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex = super::hex(&super::decompress().unwrap());
         assert_eq!(hex, super::TOKENIZER_SHA256);
         let readme = include_str!("../assets/README.md");
         assert!(

@@ -11,6 +11,7 @@ pub mod datasets;
 pub mod fetch;
 pub mod hub;
 pub mod ids;
+pub mod memory;
 pub mod model;
 pub mod net;
 pub mod process;

@@ -280,8 +280,13 @@ impl Cluster {
         (options.map(str::to_owned).into(), vec![token])
     }
 
-    /// A train worker of this cluster, which reads base models from folders of the test.
+    /// A train worker of this cluster on the CPU, which reads base models from folders of the test.
     pub fn train_worker(&self, name: &str) -> Process {
+        self.train_worker_on(name, "cpu")
+    }
+
+    /// The same on another device, or on what it finds.
+    pub fn train_worker_on(&self, name: &str, device: &str) -> Process {
         let urls: Vec<String> = self
             .addresses()
             .iter()
@@ -291,6 +296,7 @@ impl Cluster {
         command.args(["--coordinator-url", &urls.join(",")]);
         command.args(["--store-url", &self.store_url()]);
         command.args(["--allow-local-models", "--cpu-threads", "2"]);
+        command.args(["--device", device]);
         command.env("ESPALIER_TRAIN_WORKER_TOKEN", WORKER_TOKEN);
         command.env("HOME", self.folder.path());
         command.envs(self.setup.environment.iter().cloned());

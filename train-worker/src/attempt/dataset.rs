@@ -205,7 +205,7 @@ impl File {
     fn add(&self, bytes: Bytes, samples: &mut Samples) -> Result<(), TrainError> {
         let failed = |source| TrainError::DatasetFile {
             dataset: self.of.clone(),
-            source,
+            source: Box::new(source),
         };
         let tokenizer = Tokenizer::shared().map_err(TrainError::OwnTokenizer)?;
         let records = parquet_records(self.name.as_str(), bytes).map_err(failed)?;

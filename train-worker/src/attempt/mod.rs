@@ -12,6 +12,7 @@ mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use espalier_core::adapter::BaseModel;
 use espalier_core::spec::{SpecDigest, TrainSpec};
@@ -39,6 +40,8 @@ pub(crate) struct Workshop {
     pub(crate) allow_local_models: bool,
     /// Draining it ends trainings after the step that they are at.
     pub(crate) shutdown: Shutdown,
+    /// Whether the device has failed, so that this process can train no more.
+    pub(crate) device_lost: Arc<AtomicBool>,
     /// One training has the machine: the next waits until the memory of the one before is free.
     pub(crate) machine: Arc<Semaphore>,
 }

@@ -289,7 +289,7 @@ impl Training {
         };
         let (base, folder) = (self.base.name.clone(), self.folder.clone());
         let export = blocking("train.export", move || {
-            let export = bench.trainer.export();
+            let export = bench.trainer.export()?;
             drop(bench);
             match &export.adapter_config {
                 Some(_) => adapter_files(export, &base),

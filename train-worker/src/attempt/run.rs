@@ -155,7 +155,7 @@ impl Training {
             return Ok(());
         }
         let state = self
-            .compute(saving, |bench| Ok(bench.trainer.state()))
+            .compute(saving, |bench| Ok(bench.trainer.state()?))
             .await?;
         let snapshot = Snapshot {
             spec: self.digest.clone(),

@@ -13,6 +13,7 @@ use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::spec::{JobDraft, SpecDigest, TrainSettings, parse_line};
 use espalier_core::trace::Manifest;
+use espalier_kernels::train::DeviceFailed;
 use espalier_qwen3::Config;
 use espalier_runtime::clock::SystemClock;
 use espalier_runtime::config::Environment;
@@ -20,9 +21,10 @@ use espalier_runtime::publish::NoLease;
 use serde_json::Value;
 
 use super::*;
+use crate::config::DeviceChoice;
 use crate::engine::{
-    Device, DocumentLoss, Documents, EngineError, Export, ExportTensor, State, StateTensor,
-    StateValues, StepReport,
+    DocumentLoss, Documents, EngineError, Export, ExportTensor, State, StateTensor, StateValues,
+    StepReport,
 };
 use crate::trainer::EngineLoader;
 
@@ -32,12 +34,16 @@ struct Fake {
     moments: Vec<f32>,
     step: u64,
     fail_at: u64,
+    /// The step after which the device is gone; 0: none.
+    lose_at: u64,
     drain_at: Option<(u64, Shutdown)>,
 }
 
 struct FakeLoader {
     /// The step whose loss is no number; 0: none.
     fail_at: AtomicU64,
+    /// The step after which the device is gone; 0: none.
+    lose_at: AtomicU64,
     /// The step during which the process is told to end.
     drain_at: Mutex<Option<(u64, Shutdown)>>,
 }
@@ -55,6 +61,7 @@ impl Load for FakeLoader {
             moments: vec![0.0; 4],
             step: 0,
             fail_at: self.fail_at.load(Ordering::SeqCst),
+            lose_at: self.lose_at.load(Ordering::SeqCst),
             drain_at: self.drain_at.lock().unwrap().clone(),
         }))
     }
@@ -115,16 +122,19 @@ impl Trainer for Fake {
         Ok(vec![loss; documents.ends.len()])
     }
 
-    fn state(&mut self) -> State {
+    fn state(&mut self) -> Result<State, EngineError> {
+        if self.step == self.lose_at {
+            return Err(EngineError::Device(DeviceFailed("it is gone".into())));
+        }
         let tensor = |name: &str, values: &Vec<f32>| StateTensor {
             name: name.to_owned(),
             shape: vec![4],
             values: StateValues::F32(values.clone()),
         };
-        State {
+        Ok(State {
             step: self.step,
             tensors: vec![tensor("w", &self.weights), tensor("w.m", &self.moments)],
-        }
+        })
     }
 
     fn restore(&mut self, state: State) -> Result<(), EngineError> {
@@ -136,15 +146,15 @@ impl Trainer for Fake {
         Ok(())
     }
 
-    fn export(&mut self) -> Export {
-        Export {
+    fn export(&mut self) -> Result<Export, EngineError> {
+        Ok(Export {
             tensors: vec![ExportTensor {
                 name: "w".to_owned(),
                 shape: vec![4],
                 values: self.weights.clone(),
             }],
             adapter_config: Some(serde_json::json!({"r": 4, "base_model_name_or_path": null})),
-        }
+        })
     }
 
     fn memory(&self) -> u64 {
@@ -190,6 +200,7 @@ async fn store() -> Store {
 fn fake() -> Arc<FakeLoader> {
     Arc::new(FakeLoader {
         fail_at: AtomicU64::new(0),
+        lose_at: AtomicU64::new(0),
         drain_at: Mutex::new(None),
     })
 }
@@ -202,6 +213,7 @@ fn workshop(store: &Store, loader: Arc<dyn Load>) -> Workshop {
         loader,
         allow_local_models: true,
         shutdown: Shutdown::new(),
+        device_lost: Arc::default(),
         machine: Arc::new(Semaphore::new(1)),
     }
 }
@@ -396,6 +408,27 @@ async fn a_process_that_ends_stores_the_step_that_it_is_at() {
 }
 
 #[tokio::test]
+async fn a_device_that_is_lost_leaves_what_was_stored_before_and_ends_the_worker() {
+    let whole = store().await;
+    attempt(&workshop(&whole, fake()), &job(""), 1)
+        .await
+        .unwrap();
+    let store = store().await;
+    let loader = fake();
+    loader.lose_at.store(6, Ordering::SeqCst);
+    let lost = workshop(&store, loader);
+    let error = attempt(&lost, &job(""), 1).await.unwrap_err();
+    assert_eq!(error.class(), ErrorClass::Infra);
+    assert!(error.is_of_device(), "{error}");
+    let of = checkpoints(&store).await;
+    assert!(of.contains(&(1, 4)) && !of.contains(&(1, 6)), "{of:?}");
+    attempt(&workshop(&store, fake()), &job(""), 2)
+        .await
+        .unwrap();
+    assert_eq!(steps(&store, 2).await, steps(&whole, 1).await);
+}
+
+#[tokio::test]
 async fn checkpoints_of_other_settings_are_no_beginning() {
     let store = store().await;
     let loader = fake();
@@ -464,10 +497,8 @@ async fn what_cannot_be_trained_is_said_before_the_first_step() {
 }
 
 fn engine() -> Arc<EngineLoader> {
-    Arc::new(EngineLoader {
-        device: Device::Cpu { threads: 2 },
-        peak_flops: None,
-    })
+    let loader = EngineLoader::open(DeviceChoice::Cpu, Some(2), Some(1e12));
+    Arc::new(loader.unwrap())
 }
 
 #[tokio::test]

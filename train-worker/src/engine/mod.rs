@@ -98,9 +98,26 @@ pub enum EngineError {
     /// No plan fits.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// No plan fits what is free, and no other budget was set.
+    #[error("training needs more memory than is free on {device}")]
+    Free {
+        /// Where.
+        device: String,
+        /// What is free, and what would fit.
+        #[source]
+        source: PlanError,
+    },
     /// The device has not the room that the plan counted on.
     #[error(transparent)]
     Memory(#[from] OutOfMemory),
+    /// There is no such GPU here, or it cannot be used.
+    #[error("cannot train on cuda:{ordinal}: {reason}")]
+    NoGpu {
+        /// Its number.
+        ordinal: usize,
+        /// Why.
+        reason: String,
+    },
     /// The GPU cannot be opened.
     #[error("cannot train on cuda:{ordinal}")]
     Open {
@@ -176,6 +193,19 @@ trait Training: Send {
     fn check_device(&mut self) -> Result<(), EngineError>;
 }
 
+fn open(ordinal: usize) -> Result<Cuda, EngineError> {
+    let options = Options {
+        ordinal,
+        ..Options::default()
+    };
+    Cuda::open(&options).map_err(|source| EngineError::Open { ordinal, source })
+}
+
+/// What kernels take beside buffers is not known before they run.
+fn left_by_kernels(free: u64) -> u64 {
+    free - free / 20
+}
+
 /// A model that is trained.
 pub struct Engine {
     run: Box<dyn Training>,
@@ -217,16 +247,16 @@ impl Engine {
                 let run = Box::new(Trainer::new(config, source, settings, backend)?);
                 Ok(Self { run })
             }
-            Device::Cuda { ordinal } => {
-                let options = Options {
-                    ordinal,
-                    ..Options::default()
-                };
-                let gpu =
-                    Cuda::open(&options).map_err(|source| EngineError::Open { ordinal, source })?;
-                Self::on_gpu(config, source, settings, gpu)
-            }
+            Device::Cuda { ordinal } => Self::on_gpu(config, source, settings, open(ordinal)?),
         }
+    }
+
+    /// What training may take of a GPU where no budget is set. Opens it.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn free_bytes(ordinal: usize) -> Result<u64, EngineError> {
+        Ok(left_by_kernels(open(ordinal)?.free_bytes()?))
     }
 
     /// The same on a GPU that was opened. Where no budget is set, the plan may take what is free there.
@@ -241,9 +271,8 @@ impl Engine {
     ) -> Result<Self, EngineError> {
         settings.check(&config)?;
         Precision::Bf16.only(settings, "a GPU")?;
-        let free = gpu.free_bytes()?;
-        // What kernels take beside buffers is not known before they run.
-        let budget = settings.memory_budget_bytes.unwrap_or(free - free / 20);
+        let free = left_by_kernels(gpu.free_bytes()?);
+        let budget = settings.memory_budget_bytes.unwrap_or(free);
         let settings = Settings {
             memory_budget_bytes: Some(budget),
             ..settings.clone()

@@ -97,7 +97,7 @@ pub enum PlanError {
     #[error(
         "`memory_budget_mib` must be at least {} for {tokens} tokens with {} kept, got {}{}",
         least.div_ceil(MIB),
-        Keep::Offloaded.name(),
+        keep.name(),
         budget / MIB,
         fitting(*fits)
     )]
@@ -108,6 +108,8 @@ pub enum PlanError {
         least: u64,
         /// For so many tokens.
         tokens: usize,
+        /// What its layers keep.
+        keep: Keep,
         /// The most tokens that would fit, if any.
         fits: Option<usize>,
     },
@@ -164,8 +166,9 @@ impl Plan {
         if let Some(keeps) = planner.fitting(tokens, budget) {
             return Ok(planner.plan(keeps, tokens));
         }
+        let keep = planner.leanest();
         let least = |tokens| {
-            let keeps = vec![Keep::Offloaded; config.layers];
+            let keeps = vec![keep; config.layers];
             planner.bytes(&keeps, tokens).device()
         };
         // The most tokens that fit: bytes grow with tokens.
@@ -181,6 +184,7 @@ impl Plan {
             budget,
             least: least(tokens),
             tokens,
+            keep,
             fits: (fits > 0).then_some(fits),
         })
     }
@@ -237,14 +241,28 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// What layers may keep, from the most to the least. The memory of the CPU is the host's.
+    fn choices(&self) -> &'static [Keep] {
+        match self.precision {
+            Precision::F32 => &Keep::EVERY[..Keep::EVERY.len() - 1],
+            Precision::Bf16 => &Keep::EVERY,
+        }
+    }
+
+    /// The least that layers may keep.
+    fn leanest(&self) -> Keep {
+        let choices = self.choices();
+        choices[choices.len() - 1]
+    }
+
     /// The most that can be kept within `budget` bytes.
     fn fitting(&self, tokens: usize, budget: u64) -> Option<Vec<Keep>> {
         let layers = self.config.layers;
-        let plans = Keep::EVERY.windows(2).flat_map(|pair| {
+        let plans = self.choices().windows(2).flat_map(|pair| {
             let (more, less) = (pair[0], pair[1]);
             (0..layers).map(move |lean| mixed(layers, more, less, lean))
         });
-        let mut plans = plans.chain([vec![Keep::Offloaded; layers]]);
+        let mut plans = plans.chain([vec![self.leanest(); layers]]);
         plans.find(|keeps| self.bytes(keeps, tokens).device() <= budget)
     }
 

@@ -1,6 +1,7 @@
 //! What an engine is told: what is trained, by which optimizer, on which device, within how much memory.
 
-use espalier_kernels::cuda::report;
+use espalier_kernels::cuda::{library, report};
+use espalier_kernels::{AUTO_ORDINAL, DeviceChoice};
 use espalier_qwen3::Config;
 
 use super::EngineError;
@@ -195,13 +196,32 @@ impl Device {
     /// # Errors
     /// When it is something else.
     pub fn parse(text: &str, threads: usize) -> Result<Self, EngineError> {
-        let ordinal = text.strip_prefix("cuda:").map(str::parse);
-        match (text, ordinal) {
-            ("cpu", _) => Ok(Self::Cpu { threads }),
-            ("auto", _) if report::look().usable(0).is_ok() => Ok(Self::Cuda { ordinal: 0 }),
-            ("auto", _) => Ok(Self::Cpu { threads }),
-            (_, Some(Ok(ordinal))) => Ok(Self::Cuda { ordinal }),
-            _ => refuse("device", text, "must be auto, cpu or cuda:N"),
+        match text.parse() {
+            Ok(choice) => Ok(Self::choose(choice, threads)?.0),
+            Err(rule) => refuse("device", text, rule),
+        }
+    }
+
+    /// The device that is asked for, on the CPU with so many threads; and where `auto` is the CPU, what is in the way of a
+    /// GPU. The driver may take seconds.
+    ///
+    /// # Errors
+    /// The GPU that is named cannot be used.
+    pub fn choose(
+        choice: DeviceChoice,
+        threads: usize,
+    ) -> Result<(Self, Option<String>), EngineError> {
+        let cpu = Self::Cpu { threads };
+        let ordinal = match choice {
+            DeviceChoice::Cpu => return Ok((cpu, None)),
+            DeviceChoice::Auto => AUTO_ORDINAL as usize,
+            DeviceChoice::Cuda(ordinal) => ordinal as usize,
+        };
+        library::look_in(&[]);
+        match (report::look().usable(ordinal), choice) {
+            (Ok(_), _) => Ok((Self::Cuda { ordinal }, None)),
+            (Err(reason), DeviceChoice::Auto) => Ok((cpu, Some(reason))),
+            (Err(reason), _) => Err(EngineError::NoGpu { ordinal, reason }),
         }
     }
 

@@ -19,7 +19,7 @@ pub mod cpu;
 pub mod cuda;
 mod real;
 
-pub use cpu::{Cpu, PACKED_MAX, spin};
+pub use cpu::{Cpu, PACKED_MAX, peak_flops, spin};
 pub use cuda::Cuda;
 pub use real::Real;
 

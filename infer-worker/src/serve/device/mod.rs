@@ -7,8 +7,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use espalier_kernels::AUTO_ORDINAL;
 use espalier_kernels::cpu::{Form, KvForm, Pool};
 use espalier_qwen3::{CheckpointError, Config, Lora};
+use espalier_runtime::memory::available;
 use espalier_runtime::tasks::{BlockingFailed, blocking};
 use espalier_runtime::telemetry::error_chain;
 use futures::FutureExt as _;
@@ -31,8 +33,6 @@ const CPU_STEP_TOKENS: u32 = 512;
 /// How long a step may take on the CPU: a large model, few cores, and all tokens that a step may have.
 const CPU_STEP_LIMIT: Duration = Duration::from_secs(600);
 
-/// The GPU that `--device auto` takes, where there is one.
-const AUTO_ORDINAL: u32 = 0;
 /// What `--dtype auto` means, on every device.
 pub const DTYPE_AUTO: &str = "bf16";
 
@@ -83,7 +83,7 @@ pub(super) async fn start(options: &Options, files: &ModelFiles) -> Result<Runni
 
 async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, DeviceError> {
     let form = options.dtype.on_cpu();
-    memory::check_weights(&files.config, form, memory::available())?;
+    memory::check_weights(&files.config, form, available())?;
     let threads = threads(options.cpu_threads);
     let folder = files.folder.clone();
     let load = move || espalier_qwen3::Model::load(&folder, form, Arc::new(Pool::new(threads)));
@@ -99,7 +99,7 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
     };
     let kv = model.kv_shape(1);
     let block_bytes = kv.block_bytes() as u64;
-    let plan = memory::plan(&files.config, block_bytes, wish, memory::available())?;
+    let plan = memory::plan(&files.config, block_bytes, wish, available())?;
     tracing::info!(
         device = "cpu",
         kernels = model.pool().isa().name(),

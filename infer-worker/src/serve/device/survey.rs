@@ -1,11 +1,12 @@
 //! What models can run on here, for whoever wants to know before one is loaded.
 
+use espalier_kernels::AUTO_ORDINAL;
 use espalier_kernels::cpu::Isa;
 use espalier_kernels::cuda::{library, report};
 
 pub use espalier_kernels::cuda::report::{DeviceFound, Library};
 
-use super::super::memory;
+use espalier_runtime::memory::available;
 
 /// What was found.
 #[derive(Clone, Debug)]
@@ -37,10 +38,10 @@ pub fn survey() -> Survey {
         instructions: isa.name(),
         has_vectors: isa != Isa::Portable,
         threads: super::threads(None),
-        memory_bytes: memory::available(),
+        memory_bytes: available(),
         libraries: report.libraries(),
         cudnn: report.cudnn(),
-        auto: report.usable(super::AUTO_ORDINAL as usize).cloned(),
+        auto: report.usable(AUTO_ORDINAL as usize).cloned(),
         gpus: report.driver.map(|driver| driver.devices),
     }
 }

@@ -94,8 +94,22 @@ fn attention_by_cudnn_gives_way_before_a_plan_is_refused() {
 
 #[test]
 fn less_memory_keeps_less_until_nothing_fits() {
-    let (config, settings) = (config(), large(lora(8, &Projection::ALL)));
-    let choose = |budget| Plan::choose(&config, &settings, 512, budget);
+    // The host has no memory beside that of the CPU.
+    for (precision, least) in [
+        (Precision::F32, Keep::Input),
+        (Precision::Bf16, Keep::Offloaded),
+    ] {
+        let settings = Settings {
+            precision,
+            ..large(lora(8, &Projection::ALL))
+        };
+        keeps_less_until(&settings, least);
+    }
+}
+
+fn keeps_less_until(settings: &Settings, leanest: Keep) {
+    let config = config();
+    let choose = |budget| Plan::choose(&config, settings, 512, budget);
     let most = choose(None).unwrap();
     assert_eq!(most.keeps, [Keep::All; 4]);
     let mut budget = most.bytes.device();
@@ -114,14 +128,14 @@ fn less_memory_keeps_less_until_nothing_fits() {
             Err(error) => break error,
         }
     };
-    // Mixed plans too; the smallest is all on the host.
+    // Mixed plans too.
     assert!(seen.len() > 8, "{seen:?}");
-    assert_eq!(seen.last().unwrap(), &[Keep::Offloaded; 4]);
+    assert_eq!(seen.last().unwrap(), &[leanest; 4]);
     let PlanError::TooLittleMemory { least, fits, .. } = error;
     assert!(least > budget && least <= budget + (1 << 14));
     let fits = fits.unwrap();
-    assert!(fits < 512 && Plan::choose(&config, &settings, fits, Some(budget)).is_ok());
-    assert!(Plan::choose(&config, &settings, fits + 1, Some(budget)).is_err());
+    assert!(fits < 512 && Plan::choose(&config, settings, fits, Some(budget)).is_ok());
+    assert!(Plan::choose(&config, settings, fits + 1, Some(budget)).is_err());
     let text = choose(Some(budget)).unwrap_err().to_string();
     assert!(
         text.contains(&format!("micro-batches of {fits} tokens would fit")),

@@ -23,7 +23,7 @@ use super::{
 use crate::cpu::Pool;
 use arena::Arena;
 pub use gemm::PACKED_MAX;
-pub use peak::spin;
+pub use peak::{peak_flops, spin};
 use rows::{Table, TableMut, Turning};
 
 /// The CPU, computing in `T`.

@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "tiles read through pointers")]
 
+use std::time::Instant;
+
 use super::super::real::{Real, TILE_COLS, TILE_ROWS_MAX, tile_rows};
 use super::gemm::{Panels, Rows, sweep};
 use crate::cpu::Pool;
@@ -38,6 +40,20 @@ impl Kernel for Spin {
             }
         }
     }
+}
+
+/// Rounds of a measurement: some hundredths of a second.
+const ROUNDS: u64 = 20_000;
+
+/// The f32 matrix peak of this machine on the threads of `pool`, in floating-point operations a second: the best of a few
+/// measurements, which take some tenths of a second in all.
+#[must_use]
+pub fn peak_flops(pool: &Pool) -> f64 {
+    let rates = (0..5).map(|_| {
+        let began = Instant::now();
+        spin(pool, ROUNDS) as f64 / began.elapsed().as_secs_f64()
+    });
+    rates.fold(0.0, f64::max)
 }
 
 /// Multiplies on all threads for `rounds` rounds, and gives the floating-point operations that it did. Their number over
