@@ -60,14 +60,17 @@ where
         bar.set_message(now.message);
         let is_news = now.line != told && !now.line.is_empty();
         match (&now.event, context.out.json) {
-            (Some(event), true) if is_news => context.out.event(event)?,
+            (Some(event), true) if is_news => {
+                context.out.event(event)?;
+                told = now.line;
+            }
             (_, false) if is_news && bar.is_hidden() && said.elapsed() >= LINE_EVERY => {
                 said = Instant::now();
                 note(&now.line);
+                told = now.line;
             }
             _ => {}
         }
-        told = now.line;
         tokio::time::sleep(LOOK_EVERY).await;
     }
 }

@@ -258,7 +258,7 @@ async fn the_command_trains_on_a_file_of_rows_and_names_the_version() {
     assert_eq!(little.status.code(), Some(2));
     let said = String::from_utf8(little.stderr).unwrap();
     assert!(
-        said.contains("`memory_budget_bytes` must be at least"),
+        said.contains("`memory_budget_mib` must be at least"),
         "{said}"
     );
 

@@ -95,6 +95,12 @@ pub async fn run(context: &Context, args: &Push) -> Outcome {
     let count = files.len() as u64;
     let client = Hub::new(settings)?;
     let state = client.create_repo(&repo, !args.public).await?;
+    if !state.is_private && !args.public {
+        return Err(Problem::refused(format!(
+            "`--public` must be given for {}, which everybody can read, and rows are conversations",
+            args.repo
+        )));
+    }
     let change = Change {
         files,
         folder: Some(FOLDER),

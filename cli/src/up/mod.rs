@@ -167,7 +167,11 @@ async fn start(
     let serves_here = here.is_some();
     let rollouts = worker(settings, &parts, here, shutdown.clone())?;
     let trainings = train::worker(&parts, settings.grace, serves_here, shutdown.clone())?;
-    let worker: Ending = Box::pin(async { tokio::try_join!(rollouts, trainings).map(drop) });
+    // A half that fails drains all; the other one ends what it does first.
+    let worker: Ending = Box::pin(async {
+        let (rollouts, trainings) = tokio::join!(rollouts, trainings);
+        rollouts.and(trainings)
+    });
     run_in_order(tasks, shutdown, last, coordinator, worker);
     unless_started.disarm();
     let target = Target {

@@ -48,9 +48,14 @@ impl Secrets {
         let own = own
             .into_iter()
             .filter(|secret| secret.len() >= OWN_BYTES_MIN);
+        // Rows hold JSON in strings, in which quotes and backslashes are escaped, and strings of JSON in that.
+        let forms = own.flat_map(|secret| {
+            let once = escaped(&secret);
+            [escaped(&once), once, secret]
+        });
         Ok(Self {
             forms: RegexSet::new(FORMS.map(|(_, form)| format!("{START}{form}")))?,
-            own: own.collect(),
+            own: forms.collect(),
         })
     }
 
@@ -62,6 +67,12 @@ impl Secrets {
         let found = self.forms.matches(text).iter().next()?;
         FORMS.get(found).map(|(name, _)| *name)
     }
+}
+
+/// As a string of JSON has it, without its quotes.
+fn escaped(text: &str) -> String {
+    let quoted = serde_json::Value::from(text).to_string();
+    quoted[1..quoted.len() - 1].to_owned()
 }
 
 #[cfg(test)]

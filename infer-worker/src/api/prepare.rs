@@ -28,8 +28,14 @@ const NEVER: f32 = -1e9;
 
 /// Text of so many bytes is encoded within some hundreds of microseconds.
 const QUICK_BYTES_MAX: usize = 2 << 10;
-/// What fields begin with whose grammars are compiled.
-const COMPILED: [&str; 4] = ["response_format", "structured_outputs", "guided_", "tool"];
+/// What fields begin with whose grammars are compiled, and what hides letters of a name.
+const COMPILED: [&str; 5] = [
+    "response_format",
+    "structured_outputs",
+    "guided_",
+    "tool",
+    "\\u",
+];
 
 /// A request that is ready for the engine.
 pub(super) struct Prepared {

@@ -271,6 +271,14 @@ impl Engine {
     ) -> Result<Self, EngineError> {
         settings.check(&config)?;
         Precision::Bf16.only(settings, "a GPU")?;
+        let most = Cuda::HEAD_DIM_MAX;
+        if config.head_dim > most {
+            return Err(EngineError::Setting {
+                field: "head_dim",
+                value: config.head_dim.to_string(),
+                rule: format!("must be at most {most} on a GPU"),
+            });
+        }
         let free = left_by_kernels(gpu.free_bytes()?);
         let budget = settings.memory_budget_bytes.unwrap_or(free);
         let settings = Settings {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use espalier_train_worker::bench::{CPU, GPU};
+use espalier_train_worker::config::DeviceChoice;
 use espalier_train_worker::engine::Device;
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -74,9 +75,12 @@ impl TrainArgs {
 
     /// Names of what is to be measured, all of which the device has.
     fn chosen(&self) -> Result<Vec<&str>, Problem> {
-        let known: Vec<&str> = match self.device()? {
-            Device::Cpu { .. } => CPU.iter().map(|case| case.name).chain([DATA]).collect(),
-            Device::Cuda { .. } => GPU.iter().map(|case| case.name).collect(),
+        let known: Vec<&str> = match self.device.parse().map_err(Problem::refused)? {
+            DeviceChoice::Cuda(_) => GPU.iter().map(|case| case.name).collect(),
+            DeviceChoice::Cpu => CPU.iter().map(|case| case.name).chain([DATA]).collect(),
+            DeviceChoice::Auto => {
+                return Err(Problem::refused("`device` must be cpu or cuda:N, got auto"));
+            }
         };
         if self.cases.is_empty() {
             return Ok(known);

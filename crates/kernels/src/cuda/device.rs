@@ -66,6 +66,7 @@ pub struct Device {
     architecture: String,
     capability: (u32, u32),
     multiprocessors: u32,
+    shared_bytes_max: u32,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
 }
@@ -105,6 +106,8 @@ impl Device {
         let stream = context.new_stream().tried("make a stream")?;
         let multiprocessors =
             sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let shared_bytes =
+            sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let device = Self {
             linears: RefCell::new(None),
             functions: RefCell::default(),
@@ -117,6 +120,9 @@ impl Device {
             multiprocessors: context
                 .attribute(multiprocessors)
                 .tried("count multiprocessors")? as u32,
+            shared_bytes_max: context
+                .attribute(shared_bytes)
+                .tried("ask for shared memory")? as u32,
             stream,
             context,
         };
@@ -137,6 +143,11 @@ impl Device {
     /// How many thread blocks run side by side at least.
     pub fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    /// Memory that the threads of a block may share, in bytes.
+    pub fn shared_bytes_max(&self) -> u32 {
+        self.shared_bytes_max
     }
 
     /// Free and total memory in bytes. What this process has freed and keeps for later counts as free.

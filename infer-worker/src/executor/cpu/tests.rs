@@ -37,7 +37,7 @@ fn cases(folder: &str) -> Vec<(Vec<u32>, Vec<u32>)> {
 }
 
 fn start(folder: &str, steps_in_flight: u32) -> CpuExecutor {
-    let model = Model::load(&golden(folder), Form::Bf16, Arc::new(Pool::new(2))).unwrap();
+    let model = Model::load(&golden(folder), Form::F32, Arc::new(Pool::new(2))).unwrap();
     let config = CpuConfig {
         kv_blocks: 64 * 4,
         tokens: 64 * 40,

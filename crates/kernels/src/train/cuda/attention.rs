@@ -196,9 +196,12 @@ impl Cuda {
         );
         // Two tiles of 64 sums and of 64 deltas, beside those of rows.
         let sums = 4 * 4 * count(TILE);
+        // Where a block may have less, the next tiles are not brought meanwhile.
+        let ahead = given.shared_tiles(6) + sums <= self.device.shared_bytes_max();
+        let d_kv = given.shared_tiles(if ahead { 6 } else { 4 }) + sums;
         let kernels = [
             ("attention_d_q", given.shared_tiles(4)),
-            ("attention_d_kv", given.shared_tiles(6) + sums),
+            ("attention_d_kv", d_kv),
         ];
         for (i, (name, shared)) in kernels.into_iter().enumerate() {
             let at = [
@@ -210,7 +213,10 @@ impl Cuda {
                 delta,
                 given.tiles[i],
             ];
-            let args = arguments(heads, &at, &given.sizes, &strides, moved);
+            let mut args = arguments(heads, &at, &given.sizes, &strides, moved);
+            if name == "attention_d_kv" {
+                args.push(Arg::U32(u32::from(ahead)));
+            }
             // SAFETY: as above.
             unsafe {
                 self.device

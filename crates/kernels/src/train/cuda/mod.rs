@@ -27,6 +27,7 @@ use super::{
     Store,
 };
 use crate::cuda::buffer::Buffer;
+use crate::cuda::compile::TRAIN_HEAD_DIMS;
 use crate::cuda::device::{Device, Options};
 use crate::cuda::error::{CudaError, Tried};
 use arena::Arena;
@@ -70,6 +71,9 @@ fn count(n: usize) -> u32 {
 }
 
 impl Cuda {
+    /// The most elements of a head that attention takes.
+    pub const HEAD_DIM_MAX: usize = TRAIN_HEAD_DIMS[TRAIN_HEAD_DIMS.len() - 1] as usize;
+
     /// Opens a GPU; scratch memory of matrix products is as training wants it.
     ///
     /// # Errors

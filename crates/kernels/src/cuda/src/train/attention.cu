@@ -301,15 +301,16 @@ extern "C" __global__ void __launch_bounds__(128) attention_d_q(
 }
 
 // d_qkv's heads of k, then of v: each over all query heads that read it, ascending. Products are transposed: a warp has 16
-// keys, queries are columns. Grid: kv_heads, tiles (of keys). Block: 128. Shared: 6 tiles and 4 · 64 floats.
+// keys, queries are columns. Grid: kv_heads, tiles (of keys). Block: 128. Shared: 6 tiles and 4 · 64 floats; or 4 tiles if
+// nothing is brought `ahead`, where a block has less.
 extern "C" __global__ void __launch_bounds__(128) attention_d_kv(
     bf16 *d_qkv, const bf16 *qk, const bf16 *v, const bf16 *d_out, const float *lse, const float *delta, const uint4 *tiles,
-    u32 tokens, u32 q_heads, u32 kv_heads, u32 dim, u32 d_stride, u32 qk_stride, u32 v_stride, u32 d_out_stride, float scale, u32 whole) {
+    u32 tokens, u32 q_heads, u32 kv_heads, u32 dim, u32 d_stride, u32 qk_stride, u32 v_stride, u32 d_out_stride, float scale, u32 whole, u32 ahead) {
     extern __shared__ __align__(16) bf16 shared[];
     bf16 *keys = shared, *values = keys + TILE * STRIDE;
     bf16 *queries = values + TILE * STRIDE, *d_mix = queries + TILE * STRIDE;
-    bf16 *next_queries = d_mix + TILE * STRIDE, *next_d_mix = next_queries + TILE * STRIDE;
-    float *sums = (float *)(next_d_mix + TILE * STRIDE), *next_sums = sums + 2 * TILE;
+    bf16 *next_queries = ahead ? d_mix + TILE * STRIDE : queries, *next_d_mix = ahead ? next_queries + TILE * STRIDE : d_mix;
+    float *sums = (float *)(next_d_mix + TILE * STRIDE), *next_sums = ahead ? sums + 2 * TILE : sums;
     const uint4 tile = tiles[blockIdx.y];
     const u32 kv = blockIdx.x, group = q_heads / kv_heads;
     const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane / 4, c = lane % 4 * 2;
@@ -337,11 +338,13 @@ extern "C" __global__ void __launch_bounds__(128) attention_d_kv(
     for (u32 head = kv * group; head < (kv + 1) * group; head++) {
         for (u32 start = tile.x; start < tile.w; start += TILE) {
             __syncthreads();
-            const bool is_last = start + TILE >= tile.w;
+            const bool is_last = start + TILE >= tile.w, is_first = head == kv * group && start == tile.x;
             const u32 next_head = is_last ? head + 1 : head;
-            if (next_head < (kv + 1) * group) bring(next_queries, next_d_mix, next_sums, next_head, is_last ? tile.x : start + TILE);
+            if (!ahead && !is_first) bring(queries, d_mix, sums, head, start);
+            if (ahead && next_head < (kv + 1) * group) bring(next_queries, next_d_mix, next_sums, next_head, is_last ? tile.x : start + TILE);
             end_group();
-            await_tiles<1>();
+            if (ahead) await_tiles<1>();
+            else await_tiles<0>();
             __syncthreads();
             const float *log_sums = sums, *deltas = sums + TILE;
 #pragma unroll 1
