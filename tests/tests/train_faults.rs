@@ -154,7 +154,7 @@ async fn a_checkpoint_that_finds_no_room_waits_for_it_and_the_training_goes_on()
         &rows(40, 500),
     );
     let mut client = up.client().await;
-    let train = job("j", "tiny-dense", "rows.jsonl", &settings(16, 2));
+    let train = job("j", "tiny-dense", "rows.jsonl", &settings(600, 10));
     assert_eq!(client.submit("b", &[train]).await.accepted, 1);
     logged(&up.process, &["checkpoint stored"], 1).await;
     stay_full(&up, "checkpoint").await;
@@ -169,7 +169,7 @@ async fn a_checkpoint_that_finds_no_room_waits_for_it_and_the_training_goes_on()
     );
     let store = up.store_folder();
     let manifest = check_files(&store, &key("b", "j"));
-    assert_eq!(steps(&store, &manifest), (1..=16).collect::<Vec<_>>());
+    assert_eq!(steps(&store, &manifest), (1..=600).collect::<Vec<_>>());
 }
 
 /// So many conversations that differ, and take a while to compare.
