@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::process::Output;
 use std::time::Duration;
 
 use espalier_core::dataset::DatasetVersion;
@@ -46,16 +45,8 @@ fn echo(n: usize, is_right: bool) -> Value {
     job
 }
 
-/// Runs `espalier` as a user of the cluster.
-async fn espalier(cluster: &Cluster, words: &[&str]) -> Output {
-    let mut command = cluster.user();
-    command.args(words).args(["--store", &cluster.store_url()]);
-    let run = tokio::task::spawn_blocking(move || command.output().unwrap());
-    run.await.unwrap()
-}
-
 async fn told(cluster: &Cluster, words: &[&str]) -> String {
-    let output = espalier(cluster, words).await;
+    let output = cluster.espalier(words).await;
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{words:?}: {said}");
     String::from_utf8(output.stdout).unwrap()
@@ -209,7 +200,7 @@ async fn a_batch_and_files_become_a_data_set_that_is_shown_and_pulled() {
         "--where",
         "reward > 1",
     ];
-    let output = espalier(&cluster, &empty).await;
+    let output = cluster.espalier(&empty).await;
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(

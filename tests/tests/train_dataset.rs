@@ -4,7 +4,6 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::path::{Path, PathBuf};
-use std::process::Output;
 use std::time::Duration;
 
 use espalier_core::adapter::AdapterVersion;
@@ -33,17 +32,9 @@ fn echo(subject: &str) -> Value {
     job
 }
 
-/// Runs `espalier` as a user of the cluster.
-async fn espalier(cluster: &Cluster, words: &[&str]) -> Output {
-    let mut command = cluster.user();
-    command.args(words).args(["--store", &cluster.store_url()]);
-    let run = tokio::task::spawn_blocking(move || command.output().unwrap());
-    run.await.unwrap()
-}
-
 /// The last JSON document that it prints; lines of progress come before it.
 async fn result(cluster: &Cluster, words: &[&str]) -> Value {
-    let output = espalier(cluster, words).await;
+    let output = cluster.espalier(words).await;
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{words:?}: {said}");
     let text = String::from_utf8(output.stdout).unwrap();
@@ -173,7 +164,7 @@ async fn traces_become_a_data_set_and_that_an_adapter() {
     assert!(0 < learned && learned < all, "{learned} of {all}");
     assert_eq!(learned + measured(&trainer.log()), all);
 
-    let refused = espalier(&cluster, &trainings.words("none", &[])).await;
+    let refused = cluster.espalier(&trainings.words("none", &[])).await;
     assert_eq!(refused.status.code(), Some(2));
     let said = String::from_utf8(refused.stderr).unwrap();
     assert!(

@@ -3,7 +3,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use espalier_core::id::{Fence, JobKey};
@@ -301,6 +301,18 @@ impl Cluster {
         command.env("HOME", self.folder.path());
         command.envs(self.setup.environment.iter().cloned());
         Process::start(name, command, self.folder.path())
+    }
+
+    /// Runs `espalier` as such a user, on the store of the cluster.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub async fn espalier(&self, words: &[&str]) -> Output {
+        let mut command = self.user();
+        command.args(words).args(["--store", &self.store_url()]);
+        let run = tokio::task::spawn_blocking(move || command.output());
+        let run = run.await.expect("the command is awaited");
+        run.expect("the command was built with the tests")
     }
 
     /// The command `espalier`, for a user of the first of [`PROJECTS`].
