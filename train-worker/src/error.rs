@@ -178,9 +178,9 @@ fn last_good(checkpoint: Option<u64>) -> String {
 }
 
 impl TrainError {
-    /// Whether the device has failed, now and ever after.
+    /// Whether the device is lost to this process.
     pub fn is_of_device(&self) -> bool {
-        matches!(self, Self::Engine(EngineError::Device(_)))
+        matches!(self, Self::Engine(EngineError::Device(failed)) if failed.is_lost)
     }
 
     /// What the queue has to know.

@@ -335,10 +335,12 @@ fn unasked(error: EngineError, settings: &TrainSettings, device: Device) -> Engi
 /// What an error of the engine means for the attempt.
 pub fn class_of(error: &EngineError) -> ErrorClass {
     match error {
-        EngineError::Read { .. }
-        | EngineError::NoGpu { .. }
-        | EngineError::Open { .. }
-        | EngineError::Device(_) => ErrorClass::Infra,
+        EngineError::Read { .. } | EngineError::NoGpu { .. } | EngineError::Open { .. } => {
+            ErrorClass::Infra
+        }
+        EngineError::Device(failed) if failed.is_lost => ErrorClass::Infra,
+        // What an op refuses is refused again.
+        EngineError::Device(_) => ErrorClass::Handler,
         // Another worker may have more.
         EngineError::Memory(_) | EngineError::Free { .. } => ErrorClass::Handler,
         EngineError::State { .. } => ErrorClass::Handler,

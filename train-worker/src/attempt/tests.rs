@@ -34,16 +34,18 @@ struct Fake {
     moments: Vec<f32>,
     step: u64,
     fail_at: u64,
-    /// The step after which the device is gone; 0: none.
+    /// The step after which the device does not go on; 0: none.
     lose_at: u64,
+    is_lost: bool,
     drain_at: Option<(u64, Shutdown)>,
 }
 
 struct FakeLoader {
     /// The step whose loss is no number; 0: none.
     fail_at: AtomicU64,
-    /// The step after which the device is gone; 0: none.
+    /// The step after which the device does not go on; 0: none.
     lose_at: AtomicU64,
+    is_lost: AtomicBool,
     /// The step during which the process is told to end.
     drain_at: Mutex<Option<(u64, Shutdown)>>,
 }
@@ -62,6 +64,7 @@ impl Load for FakeLoader {
             step: 0,
             fail_at: self.fail_at.load(Ordering::SeqCst),
             lose_at: self.lose_at.load(Ordering::SeqCst),
+            is_lost: self.is_lost.load(Ordering::SeqCst),
             drain_at: self.drain_at.lock().unwrap().clone(),
         }))
     }
@@ -124,7 +127,10 @@ impl Trainer for Fake {
 
     fn state(&mut self) -> Result<State, EngineError> {
         if self.step == self.lose_at {
-            return Err(EngineError::Device(DeviceFailed("it is gone".into())));
+            return Err(EngineError::Device(DeviceFailed {
+                source: "it does not go on".into(),
+                is_lost: self.is_lost,
+            }));
         }
         let tensor = |name: &str, values: &Vec<f32>| StateTensor {
             name: name.to_owned(),
@@ -201,6 +207,7 @@ fn fake() -> Arc<FakeLoader> {
     Arc::new(FakeLoader {
         fail_at: AtomicU64::new(0),
         lose_at: AtomicU64::new(0),
+        is_lost: AtomicBool::new(true),
         drain_at: Mutex::new(None),
     })
 }
@@ -426,6 +433,17 @@ async fn a_device_that_is_lost_leaves_what_was_stored_before_and_ends_the_worker
         .await
         .unwrap();
     assert_eq!(steps(&store, 2).await, steps(&whole, 1).await);
+}
+
+#[tokio::test]
+async fn what_an_op_refuses_is_for_another_worker_and_does_not_end_this_one() {
+    let loader = fake();
+    loader.lose_at.store(6, Ordering::SeqCst);
+    loader.is_lost.store(false, Ordering::SeqCst);
+    let refused = workshop(&store().await, loader);
+    let error = attempt(&refused, &job(""), 1).await.unwrap_err();
+    assert_eq!(error.class(), ErrorClass::Handler);
+    assert!(!error.is_of_device(), "{error}");
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ use espalier_qwen3::{Config, Cut};
 use serde_json::{Value, json};
 
 use crate::data::{DataError, Packed, Samples};
-use crate::engine::{Device, Engine, EngineError, Precision, StepReport};
+use crate::engine::{Device, Engine, EngineError, Precision, Settings, StepReport};
 use resident::Resident;
 
 const LR: f64 = 1e-4;
@@ -228,15 +228,23 @@ pub fn on_cpu(
     Ok(())
 }
 
-/// Measures a case on a GPU, which does `peak` operations of bf16 products in a second. `memory_bytes` is what the engine
-/// counts, `device_bytes` what the driver does.
+/// What a GPU gives.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Operations of bf16 products that it does in a second.
+    pub peak_flop_per_s: f64,
+    /// Memory that training may take of it; none: all that is free.
+    pub memory_bytes: Option<u64>,
+}
+
+/// Measures a case on a GPU. `memory_bytes` is what the engine counts, `device_bytes` what the driver does.
 ///
 /// # Errors
 /// As [`on_cpu`].
 pub fn on_gpu(
     case: &Case,
     options: &DeviceOptions,
-    peak: f64,
+    limits: Limits,
     rounds: usize,
     tell: &mut Tell<'_>,
 ) -> Result<(), BenchError> {
@@ -251,12 +259,20 @@ pub fn on_gpu(
     let gpu = Cuda::open(options)?;
     tell(json!({"open_s": began.elapsed().as_secs_f64()}));
     let began = Instant::now();
-    let settings = case.settings(Precision::Bf16);
+    let settings = Settings {
+        memory_budget_bytes: limits.memory_bytes,
+        ..case.settings(Precision::Bf16)
+    };
     let mut engine = Engine::on_gpu(run.config.clone(), &source, &settings, gpu)?;
     drop(source);
     run.begin(&engine, began, tell);
     let mut memory = |engine: &Engine| Ok(engine.memory().device_peak);
-    let measured = run.steps(&mut engine, &mut || peak, &mut memory, tell);
+    let measured = run.steps(
+        &mut engine,
+        &mut || limits.peak_flop_per_s,
+        &mut memory,
+        tell,
+    );
     let (left, _) = witness.memory()?;
     tell(json!({"device_bytes": free.saturating_sub(left)}));
     let first = measured?;

@@ -127,7 +127,7 @@ pub enum EngineError {
         #[source]
         source: CudaError,
     },
-    /// The device failed; the engine is of no more use.
+    /// An op failed; the engine is of no more use.
     #[error(transparent)]
     Device(#[from] DeviceFailed),
     /// A micro-batch cannot be trained on.

@@ -11,6 +11,7 @@ mod overhead;
 mod server;
 mod summary;
 mod visit;
+mod wire;
 
 use std::path::PathBuf;
 

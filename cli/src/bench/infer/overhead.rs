@@ -1,7 +1,7 @@
 //! What serving costs beyond the executor: HTTP, template, tokenizer, scheduler and stream. Measured on a model so small
 //! that it shows: the same prompts and answers over HTTP and by the executor alone, in turns.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use espalier_infer_worker::bench::Alone;
 use espalier_runtime::tasks::blocking;
@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::super::figures::{Bound, Figures, Headline};
 use super::super::percentile_ms;
 use super::server::{Kind, Server, Setup};
+use super::wire::Wire;
 use crate::exit::Problem;
 
 /// The bounds of the issue.
@@ -40,8 +41,8 @@ impl Times {
 
 /// Measures with the small model of `setup`.
 pub async fn measure(setup: &Setup) -> Result<Figures, Problem> {
-    let mut server = Server::start(setup, Kind::Espalier).await?;
-    server.keep_connection()?;
+    let server = Server::start(setup, Kind::Espalier).await?;
+    let mut wire = server.wire()?;
     let (folder, threads) = (setup.model.join("espalier"), setup.threads);
     let load = blocking("bench.load", move || Alone::load(&folder, threads)).await;
     let failed = |error: &dyn std::error::Error| Problem::failed(error.to_string());
@@ -56,7 +57,14 @@ pub async fn measure(setup: &Setup) -> Result<Figures, Problem> {
     let mut prompt_tokens = 0;
     for round in 0..ROUNDS {
         for tokens in [1, ANSWER_TOKENS] {
-            let (took, prompt) = chat(&server, &question(round, tokens), tokens).await?;
+            let asked = move || {
+                let answered = chat(&mut wire, &question(round, tokens), tokens);
+                (wire, answered)
+            };
+            let asked = blocking("bench.ask", asked).await;
+            let (back, answered) = asked.map_err(|error| failed(&error))?;
+            wire = back;
+            let (took, prompt) = answered?;
             prompt_tokens = prompt;
             let run = blocking("bench.alone", move || {
                 let took = alone.answer(prompt, tokens);
@@ -114,15 +122,13 @@ fn question(round: usize, tokens: u32) -> String {
 }
 
 /// A streamed answer: how long it took, and how many tokens its prompt had.
-async fn chat(server: &Server, question: &str, tokens: u32) -> Result<(Duration, u32), Problem> {
+fn chat(wire: &mut Wire, question: &str, tokens: u32) -> Result<(Duration, u32), Problem> {
     let body = json!({
         "messages": [{"role": "user", "content": question}],
         "max_tokens": tokens, "temperature": 0, "ignore_eos": true,
         "stream": true, "stream_options": {"include_usage": true},
     });
-    let began = Instant::now();
-    let text = server.chat(&body).await?;
-    let took = began.elapsed();
+    let (took, text) = wire.post("/v1/chat/completions", &body)?;
     let events = text.lines().filter_map(|line| line.strip_prefix("data: "));
     let usage = events
         .filter_map(|event| serde_json::from_str::<Value>(event).ok())

@@ -12,6 +12,7 @@ use tokio::process::Command;
 
 use super::super::memory;
 use super::super::process::{Process, free_port};
+use super::wire::Wire;
 use crate::exit::Problem;
 
 /// Tokens that all sequences together may have: what the workloads need.
@@ -22,7 +23,7 @@ pub const SEQUENCES: u32 = 8;
 const KV_NUMBERS: usize = 28 * 8 * 128 * 2;
 /// How long a server may take to be ready, and to answer.
 const READY_LIMIT: Duration = Duration::from_secs(120);
-const ANSWER_LIMIT: Duration = Duration::from_secs(300);
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(300);
 
 /// Whose server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +148,8 @@ impl Server {
         let began = Instant::now();
         let process = Process::start(name, setup.command(kind, port), setup.folder.join(log))?;
         // A connection for each request: llama.cpp closes them without a word after a stream.
-        let client = client(0)?;
+        let builder = reqwest::Client::builder().no_proxy();
+        let client = builder.pool_max_idle_per_host(0).build().map_err(failed)?;
         let url = format!("http://127.0.0.1:{port}");
         let mut server = Self {
             kind,
@@ -165,10 +167,10 @@ impl Server {
         Ok(server)
     }
 
-    /// Asks over a connection that stays open from now on, as the API's clients do.
-    pub fn keep_connection(&mut self) -> Result<(), Problem> {
-        self.client = client(1)?;
-        Ok(())
+    /// A connection of its own, that stays open.
+    pub fn wire(&self) -> Result<Wire, Problem> {
+        let host = self.url.trim_start_matches("http://").to_owned();
+        Ok(Wire::open(host)?)
     }
 
     /// When its process was started.
@@ -252,17 +254,6 @@ impl Server {
         .await
     }
 
-    /// All events of a streamed chat, as text. Ours only.
-    pub async fn chat(&self, body: &Value) -> Result<String, Problem> {
-        limited(async {
-            let url = format!("{}/v1/chat/completions", self.url);
-            let response = self.client.post(url).json(body).send().await;
-            let response = response.and_then(reqwest::Response::error_for_status);
-            response.map_err(failed)?.text().await.map_err(failed)
-        })
-        .await
-    }
-
     async fn ask(
         &self,
         prompt: &[u32],
@@ -288,13 +279,6 @@ impl Server {
             .and_then(reqwest::Response::error_for_status)
             .map_err(failed)
     }
-}
-
-/// A client with at most so many connections that wait for the next request.
-fn client(idle: usize) -> Result<reqwest::Client, Problem> {
-    let builder = reqwest::Client::builder().no_proxy();
-    let client = builder.pool_max_idle_per_host(idle).build();
-    client.map_err(failed)
 }
 
 /// Within the time that an answer may take.

@@ -3,7 +3,7 @@
 use espalier_infer_worker::bench::{DeviceOptions, ceilings};
 use espalier_runtime::tasks::blocking;
 use espalier_runtime::telemetry::error_chain;
-use espalier_train_worker::bench::{CPU, GPU, on_cpu, on_gpu};
+use espalier_train_worker::bench::{CPU, GPU, Limits, on_cpu, on_gpu};
 use espalier_train_worker::engine::Device;
 use serde_json::{Value, json};
 
@@ -42,7 +42,11 @@ fn measure(out: Out, args: &TrainArgs) -> Result<(), Problem> {
             );
             let case = GPU.iter().find(|case| case.name == name);
             let case = case.ok_or_else(|| Problem::refused(format!("there is no case {name}")))?;
-            on_gpu(case, &options, reached.flop_per_s, rounds, &mut tell).map_err(failed)
+            let limits = Limits {
+                peak_flop_per_s: reached.flop_per_s,
+                memory_bytes: args.memory.map(|gib| u64::from(gib) << 30),
+            };
+            on_gpu(case, &options, limits, rounds, &mut tell).map_err(failed)
         }
     }
 }

@@ -55,6 +55,9 @@ pub struct TrainArgs {
     /// On a GPU: folder that keeps compiled kernels [default: for this run]
     #[arg(long, value_name = "FOLDER")]
     pub kernels: Option<PathBuf>,
+    /// On a GPU: memory that training may take, in GiB [default: all that is free]
+    #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub memory: Option<u32>,
     /// Measures the one case in this process
     #[arg(long, hide = true)]
     pub alone: bool,
@@ -75,6 +78,10 @@ impl TrainArgs {
 
     /// Names of what is to be measured, all of which the device has.
     fn chosen(&self) -> Result<Vec<&str>, Problem> {
+        if let (Some(memory), Ok(DeviceChoice::Cpu)) = (self.memory, self.device.parse()) {
+            let rule = format!("`memory` must be left out on cpu, got {memory}");
+            return Err(Problem::refused(rule));
+        }
         let known: Vec<&str> = match self.device.parse().map_err(Problem::refused)? {
             DeviceChoice::Cuda(_) => GPU.iter().map(|case| case.name).collect(),
             DeviceChoice::Cpu => CPU.iter().map(|case| case.name).chain([DATA]).collect(),
@@ -106,6 +113,7 @@ pub async fn measure(args: &TrainArgs) -> Result<Figures, Problem> {
     let mut values = Map::new();
     let mut headlines = Vec::new();
     values.insert("device".to_owned(), json!(args.device));
+    values.insert("memory_gib".to_owned(), json!(args.memory));
     for case in cases {
         note(format!("measuring: {case}"));
         let mut command = Command::new(std::env::current_exe()?);
@@ -115,6 +123,9 @@ pub async fn measure(args: &TrainArgs) -> Result<Figures, Problem> {
         command.arg("--kernels").arg(&kernels);
         for folder in &args.libraries {
             command.arg("--libraries").arg(folder);
+        }
+        if let Some(memory) = args.memory {
+            command.args(["--memory", &memory.to_string()]);
         }
         let facts = facts_of(case, command, Duration::from_secs(args.limit_s)).await?;
         headlines.extend(summary::headlines(case, &facts));
@@ -210,6 +221,8 @@ mod tests {
         let problem = args(&["--cases", "4b-2048"]).chosen().unwrap_err();
         assert!(problem.message.contains("got \"4b-2048\""), "{problem}");
         assert!(args(&["--device", "gpu"]).chosen().is_err());
+        let problem = args(&["--memory", "72"]).chosen().unwrap_err();
+        assert!(problem.message.contains("`memory`"), "{problem}");
     }
 
     fn shell(script: &str) -> Command {

@@ -1,8 +1,10 @@
 //! What can go wrong on the way to a GPU and on it.
 
 use cudarc::cublaslt::result::CublasError;
+use cudarc::cublaslt::sys::cublasStatus_t;
 use cudarc::cudnn::result::CudnnError;
 use cudarc::driver::DriverError;
+use cudarc::driver::sys::CUresult;
 use cudarc::nvrtc::result::NvrtcError;
 
 /// Why the GPU cannot do what was asked.
@@ -110,6 +112,35 @@ pub enum CudaError {
     },
 }
 
+impl CudaError {
+    /// Whether everything that this process tries on the device from now on will fail as well. What is not known to leave
+    /// it well counts as such.
+    #[must_use]
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Self::Missing { .. }
+            | Self::NoDevice { .. }
+            | Self::TooOld { .. }
+            | Self::OldCudnn { .. }
+            | Self::Compiler { .. }
+            | Self::Compile { .. }
+            | Self::Shape { .. }
+            | Self::Recording { .. } => false,
+            Self::Driver { source, .. } => !matches!(
+                source.0,
+                CUresult::CUDA_ERROR_OUT_OF_MEMORY | CUresult::CUDA_ERROR_INVALID_VALUE
+            ),
+            Self::Linear { source, .. } => !matches!(
+                source.0,
+                cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED
+                    | cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE
+                    | cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED
+            ),
+            Self::Graph { .. } => true,
+        }
+    }
+}
+
 /// Names what a call of the driver was to do.
 pub(crate) trait Tried<T> {
     fn tried(self, tried: impl Into<String>) -> Result<T, CudaError>;
@@ -139,5 +170,42 @@ impl<T> Tried<T> for Result<T, NvrtcError> {
             tried: tried.into(),
             source,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_lost_to_faults_and_not_to_what_was_too_much() {
+        let driver = |code| CudaError::Driver {
+            tried: "launch `norm`".to_owned(),
+            source: DriverError(code),
+        };
+        let linear = |code| CudaError::Linear {
+            tried: "multiply".to_owned(),
+            source: CublasError(code),
+        };
+        let shape = CudaError::Shape {
+            operation: "norm",
+            name: "x",
+            rule: "must have 8 elements".to_owned(),
+            got: 7,
+        };
+        for well in [
+            shape,
+            driver(CUresult::CUDA_ERROR_OUT_OF_MEMORY),
+            linear(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED),
+        ] {
+            assert!(!well.is_lasting(), "{well}");
+        }
+        for lost in [
+            driver(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS),
+            driver(CUresult::CUDA_ERROR_ECC_UNCORRECTABLE),
+            linear(cublasStatus_t::CUBLAS_STATUS_EXECUTION_FAILED),
+        ] {
+            assert!(lost.is_lasting(), "{lost}");
+        }
     }
 }

@@ -360,10 +360,16 @@ pub struct OutOfMemory {
     pub source: std::io::Error,
 }
 
-/// The device failed: what its buffers hold, and what was read since, means nothing.
+/// An op failed: what the device's buffers hold, and what was read since, means nothing.
 #[derive(Debug, thiserror::Error)]
 #[error("the device that trains has failed")]
-pub struct DeviceFailed(#[source] pub Box<dyn std::error::Error + Send + Sync>);
+pub struct DeviceFailed {
+    /// How.
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+    /// Whether this process can do nothing more on the device.
+    pub is_lost: bool,
+}
 
 /// A device that trains. See the module for what kinds of numbers mean.
 ///

@@ -7,11 +7,12 @@
 #![expect(unsafe_code, reason = "plans run on memory by address")]
 
 use std::collections::HashMap;
+use std::error::Error;
 use std::ops::Range;
 
 use super::super::{Attended, Attention, Heads, Kind, Mat};
 use super::rows::whole;
-use super::{Cuda, count};
+use super::{BY_OWN_KERNEL, Cuda, count};
 use crate::cuda::buffer::{Buffer, Element};
 use crate::cuda::compile::{File, Module};
 use crate::cuda::cudnn::Cudnn;
@@ -355,6 +356,7 @@ impl Cuda {
                 Ok(true) => {}
                 Ok(false) => return Ok(false),
                 Err(error) => {
+                    tracing::warn!(error = &error as &dyn Error, tokens, "{BY_OWN_KERNEL}");
                     self.refused.get_or_insert(error);
                     return Ok(false);
                 }

@@ -16,6 +16,7 @@ mod optimizer;
 mod rows;
 mod transfer;
 
+use std::error::Error;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaStream};
@@ -38,13 +39,22 @@ use gemm::Gemm;
 /// Scratch memory of matrix products.
 const PRODUCTS_BYTES: usize = 32 << 20;
 
+const BY_OWN_KERNEL: &str = "attention runs by the own kernel, which is slower than cuDNN's";
+
+fn failed(error: Arc<CudaError>) -> DeviceFailed {
+    DeviceFailed {
+        is_lost: error.is_lasting(),
+        source: Box::new(error),
+    }
+}
+
 /// A GPU that trains.
 pub struct Cuda {
     arena: Arena,
     tiles: Tiles,
     attention: Attention,
     fused: Option<Fused>,
-    /// Why cuDNN does not do what it could.
+    /// Why cuDNN does not do all that it could, the first reason.
     refused: Option<CudaError>,
     /// Maps of the 8-bit optimizer.
     maps: Option<Buffer<f32>>,
@@ -88,7 +98,10 @@ impl Cuda {
         let fused = device.is_hopper().then(|| Fused::open(&device)).transpose();
         let (fused, refused) = match fused {
             Ok(fused) => (fused, None),
-            Err(error) => (None, Some(error)),
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn Error, "{BY_OWN_KERNEL}");
+                (None, Some(error))
+            }
         };
         Ok(Self {
             attention: match fused {
@@ -141,7 +154,7 @@ impl Cuda {
         let (free, _) = self
             .device
             .memory()
-            .map_err(|e| DeviceFailed(Box::new(e)))?;
+            .map_err(|error| failed(Arc::new(error)))?;
         Ok(free as u64)
     }
 
@@ -228,7 +241,7 @@ impl Backend for Cuda {
     fn check(&mut self) -> Result<(), DeviceFailed> {
         match &self.failed {
             None => Ok(()),
-            Some(error) => Err(DeviceFailed(Box::new(Arc::clone(error)))),
+            Some(error) => Err(failed(Arc::clone(error))),
         }
     }
 
