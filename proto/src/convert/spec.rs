@@ -53,6 +53,7 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
         observation: rollout.observation.map(|o| ObservationDraft {
             max_tokens: o.max_tokens,
             compat_chars: o.compat_chars,
+            compact_tokens: o.compact_tokens,
         }),
         verify,
         generate: spec.generate.map(|generate| GenerateDraft {
@@ -106,6 +107,7 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
             observation: draft.observation.map(|o| v1::Observation {
                 max_tokens: o.max_tokens,
                 compat_chars: o.compat_chars,
+                compact_tokens: o.compact_tokens,
             }),
             verify: draft.verify.as_ref().map(verify::to_wire),
         }),
@@ -261,6 +263,16 @@ mod tests {
         let draft = parse_line(FULL.as_bytes()).unwrap();
         assert!(draft.check().is_ok());
         assert_eq!(decode_draft(&[], &encode_draft(&draft)).unwrap(), draft);
+    }
+
+    #[test]
+    fn every_rule_of_observation_survives_the_wire() {
+        for rule in ["max_tokens", "compat_chars", "compact_tokens"] {
+            let line = format!(r#"{{"prompt":"x","observation":{{"{rule}":99}}}}"#);
+            let draft = parse_line(line.as_bytes()).unwrap();
+            let granted = decode_draft(&[], &encode_draft(&draft)).unwrap();
+            assert_eq!(granted, draft);
+        }
     }
 
     #[test]
