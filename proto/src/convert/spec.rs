@@ -48,6 +48,8 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
             allow: t.allow,
             ask: t.ask,
             deny: t.deny,
+            brief: t.brief,
+            snapshots: t.snapshots,
         }),
         limits: rollout.limits.map(limits_from_wire),
         observation: rollout.observation.map(|o| ObservationDraft {
@@ -102,6 +104,8 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
                 allow: t.allow,
                 ask: t.ask,
                 deny: t.deny,
+                brief: t.brief,
+                snapshots: t.snapshots,
             }),
             limits: draft.limits.map(limits_to_wire),
             observation: draft.observation.map(|o| v1::Observation {
@@ -248,7 +252,7 @@ mod tests {
         "presence_penalty":1.0,"seed":-3,"completion_tokens":100},
         "mcp":["browser",{"name":"files","server":{"command":"c","args":["a"],"env":{"A":"b"},"cwd":"/"}},
         {"name":"web","server":{"url":"http://localhost/mcp","headers":{"h":"v"}}}],
-        "tools":{"allow":["a*"],"ask":["b"],"deny":["c"]},
+        "tools":{"allow":["a*"],"ask":["b"],"deny":["c"],"brief":true,"snapshots":"inline"},
         "limits":{"turns":1,"tokens":2,"wall_s":3,"tool_calls_per_turn":4,"tool_call_s":5,"ask_s":6},
         "observation":{"max_tokens":99},
         "verify":{"all":[{"answer":{"equals":"5"}},{"answer":{"json_path":"$.a","equals":{"b":[1,2.5,null,true]}}},

@@ -515,9 +515,7 @@ fn check_observation(faults: &mut Faults, draft: Option<&ObservationDraft>) -> O
         return Observation::MaxTokens(0);
     }
     match name {
-        "compat_chars" => {
-            Observation::CompatChars(faults.number(&field, value, 1..=10_000_000, 0))
-        }
+        "compat_chars" => Observation::CompatChars(faults.number(&field, value, 1..=10_000_000, 0)),
         "compact_tokens" => {
             Observation::CompactTokens(faults.number(&field, value, OBSERVATION_TOKENS, 0))
         }
@@ -603,10 +601,7 @@ mod tests {
                 .observation
         };
         assert_eq!(observed("{}"), Observation::MaxTokens(4096));
-        assert_eq!(
-            observed(r#"{"max_tokens":64}"#),
-            Observation::MaxTokens(64)
-        );
+        assert_eq!(observed(r#"{"max_tokens":64}"#), Observation::MaxTokens(64));
         assert_eq!(
             observed(r#"{"compat_chars":1}"#),
             Observation::CompatChars(1)
