@@ -14,11 +14,13 @@ use rmcp::model::Tool;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use super::brief::brief;
 use super::browser;
 use super::child::find_program;
 use super::config::{McpConfig, ServerConfig, ServerKind};
 use super::convert::{RawTool, convert};
 use super::error::McpError;
+use super::inline::SNAPSHOT_TOOL;
 use super::launcher::Launcher;
 use super::policy::{CompiledPolicy, DeniedByServer, Verdict};
 use super::shared::SharedServers;
@@ -213,7 +215,16 @@ impl Inner {
             tool.needs_approval = verdict == Verdict::Ask;
             verdict != Verdict::Deny
         });
+        if policy.is_brief() {
+            tools
+                .iter_mut()
+                .for_each(|tool| brief(&mut tool.def.function));
+        }
         Ok(Toolbox {
+            inlined: match policy.has_inline_snapshots() {
+                true => listed.browsers,
+                false => BTreeSet::new(),
+            },
             warnings: [listed.unwatched, warnings(&tools, listed.named_in_vain)].concat(),
             links,
             tools,
@@ -229,6 +240,8 @@ struct Listed {
     /// Tools that the policy names and that are never offered.
     named_in_vain: Vec<String>,
     unwatched: Vec<Warning>,
+    /// Servers that tell of pages as Playwright MCP does.
+    browsers: BTreeSet<String>,
 }
 
 fn sort_out(links: &[Link], lists: Vec<Vec<Tool>>, policy: &ToolPolicy) -> Listed {
@@ -236,6 +249,7 @@ fn sort_out(links: &[Link], lists: Vec<Vec<Tool>>, policy: &ToolPolicy) -> Liste
         raw: Vec::new(),
         named_in_vain: Vec::new(),
         unwatched: Vec::new(),
+        browsers: BTreeSet::new(),
     };
     for (link, list) in links.iter().zip(lists) {
         let server = link.connection.server();
@@ -245,6 +259,9 @@ fn sort_out(links: &[Link], lists: Vec<Vec<Tool>>, policy: &ToolPolicy) -> Liste
         if is_browser && !is_ours {
             let server = server.to_owned();
             listed.unwatched.push(Warning::UnwatchedBrowser { server });
+        }
+        if is_browser && list.iter().any(|tool| tool.name == SNAPSHOT_TOOL) {
+            listed.browsers.insert(server.to_owned());
         }
         for tool in list {
             let name = tool.name.into_owned();

@@ -15,6 +15,7 @@
 //! - Whatever kills this process, no server stays behind (`guardian`).
 //! - Every wait has a name and a deadline; every answer a largest size.
 
+mod brief;
 mod browser;
 mod child;
 mod config;
@@ -23,6 +24,7 @@ mod convert;
 mod error;
 mod guardian;
 mod host;
+mod inline;
 mod launcher;
 mod open;
 mod outcome;

@@ -9,6 +9,7 @@ use espalier_runtime::tasks::{BlockingFailed, blocking};
 use rmcp::model::{CallToolResult, ContentBlock, ReadResourceResult, ResourceContents};
 use serde_json::{Value, json};
 
+use super::inline::put_snapshot;
 use crate::observe::strip;
 
 /// Up to this size an answer is converted where it is. Cleaning, decoding and writing it take one to two nanoseconds a
@@ -46,6 +47,25 @@ impl ToolOutcome {
     ) -> Result<Self, BlockingFailed> {
         let bytes = call_bytes(&result);
         convert(bytes, move || Self::new(&result, latency)).await
+    }
+
+    /// As [`ToolOutcome::of_call`], with the snapshot that `page` has in place of the link to it.
+    pub(super) async fn of_call_with_page(
+        mut result: CallToolResult,
+        page: CallToolResult,
+        latency: Duration,
+    ) -> Result<Self, BlockingFailed> {
+        let bytes = call_bytes(&result).saturating_add(call_bytes(&page));
+        let work = move || {
+            put_snapshot(&mut result, &page);
+            Self::new(&result, latency)
+        };
+        convert(bytes, work).await
+    }
+
+    /// Whether the answer is small enough to be looked into where it is.
+    pub(super) fn is_small(result: &CallToolResult) -> bool {
+        call_bytes(result) <= INLINE_BYTES_MAX
     }
 
     /// From what the server answered when it was asked for a resource.
@@ -262,6 +282,25 @@ mod tests {
         let inline = ToolOutcome::new(&result, latency);
         assert_eq!(inline.images[0].1.len(), 4 << 20);
         assert_eq!(ToolOutcome::of_call(result, latency).await.unwrap(), inline);
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_is_in_the_text_and_in_what_is_kept() {
+        let text = |text: &str| {
+            let result = json!({"content": [{"type": "text", "text": text}], "isError": true});
+            serde_json::from_value::<CallToolResult>(result).unwrap()
+        };
+        let block = "```yaml\n- text: a\n```";
+        let got = ToolOutcome::of_call_with_page(
+            text("### Error\nx\n### Snapshot\n- [Snapshot](a.yml)"),
+            text(&format!("### Snapshot\n{block}")),
+            Duration::ZERO,
+        );
+        let got = got.await.unwrap();
+        assert_eq!(got.text, format!("### Error\nx\n### Snapshot\n{block}"));
+        let raw: Value = serde_json::from_slice(&got.raw).unwrap();
+        assert_eq!(raw["content"][0]["text"], got.text);
+        assert!(got.is_error);
     }
 
     #[tokio::test]

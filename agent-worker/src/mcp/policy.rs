@@ -132,6 +132,7 @@ mod tests {
             allow: own(allow),
             ask: own(ask),
             deny: own(deny),
+            ..ToolPolicy::default()
         };
         let policy = CompiledPolicy::new(&policy).unwrap();
         let denied = DeniedByServer::new(&[]).unwrap();

@@ -1,5 +1,6 @@
 //! The tools of one rollout: its connections, what they offer, and calls on them.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use espalier_core::chat::ToolDef;
@@ -16,6 +17,7 @@ use super::child::ServerProcess;
 use super::connection::Connection;
 use super::convert::OfferedTool;
 use super::error::McpError;
+use super::inline::{SNAPSHOT_TOOL, has_link};
 use super::launcher::PrivateDir;
 use super::outcome::ToolOutcome;
 use super::shared::Lease;
@@ -111,6 +113,8 @@ pub struct Toolbox {
     pub(super) links: Vec<Link>,
     pub(super) tools: Vec<OfferedTool>,
     pub(super) warnings: Vec<Warning>,
+    /// Servers whose links to a page's snapshot are replaced by the snapshot.
+    pub(super) inlined: BTreeSet<String>,
     pub(super) cancel: CancellationToken,
     pub(super) closing: CancellationToken,
 }
@@ -166,7 +170,44 @@ impl Toolbox {
         {
             return Ok(ToolOutcome::failure(refusal, Duration::ZERO));
         }
-        self.run(link, &tool.raw_name, arguments, deadline).await
+        if !self.inlined.contains(&tool.server) || tool.raw_name == SNAPSHOT_TOOL {
+            return self.run(link, &tool.raw_name, arguments, deadline).await;
+        }
+        self.run_with_page(link, &tool.raw_name, arguments, deadline)
+            .await
+    }
+
+    /// As [`Toolbox::run`], with the page's snapshot in place of a link to it. Both calls have one deadline; where the
+    /// second one fails, the result of the first stands, and whatever is behind that shows in the next call.
+    async fn run_with_page(
+        &self,
+        link: &Link,
+        tool: &str,
+        arguments: Map<String, Value>,
+        deadline: Duration,
+    ) -> Result<ToolOutcome, McpError> {
+        let started = Instant::now();
+        let answer = self.ask(link, tool, arguments, deadline).await?;
+        let result = match answer {
+            Ok(result) if ToolOutcome::is_small(&result) && has_link(&result) => result,
+            answer => return outcome(answer, started.elapsed()).await,
+        };
+        let deadline = deadline.min(link.call_timeout);
+        let time_left = deadline.saturating_sub(started.elapsed());
+        let page = match time_left.is_zero() {
+            true => None,
+            false => self
+                .ask(link, SNAPSHOT_TOOL, Map::new(), time_left)
+                .await
+                .ok(),
+        };
+        let latency = started.elapsed();
+        match page {
+            Some(Ok(page)) if page.is_error != Some(true) => {
+                Ok(ToolOutcome::of_call_with_page(result, page, latency).await?)
+            }
+            _ => outcome(Ok(result), latency).await,
+        }
     }
 
     /// Calls any tool of a server by its own name, for a verifier. The policy is about the model and does not apply.
@@ -256,17 +297,24 @@ impl Toolbox {
         deadline: Duration,
     ) -> Result<ToolOutcome, McpError> {
         let started = Instant::now();
+        let answer = self.ask(link, tool, arguments, deadline).await?;
+        outcome(answer, started.elapsed()).await
+    }
+
+    /// What the server answers to a call.
+    async fn ask(
+        &self,
+        link: &Link,
+        tool: &str,
+        arguments: Map<String, Value>,
+        deadline: Duration,
+    ) -> Result<Result<CallToolResult, ErrorData>, McpError> {
         let timeout = deadline.min(link.call_timeout);
         // Boxed: the futures of rmcp are large.
         let call = Box::pin(link.connection.call(tool, arguments, timeout));
-        let answer: Result<CallToolResult, ErrorData> = self
-            .unless_stopped(call)
+        self.unless_stopped(call)
             .await
-            .inspect_err(|error| link.note(error))?;
-        Ok(match answer {
-            Ok(result) => ToolOutcome::of_call(result, started.elapsed()).await?,
-            Err(error) => ToolOutcome::failure(error.message.to_string(), started.elapsed()),
-        })
+            .inspect_err(|error| link.note(error))
     }
 
     async fn unless_stopped<T>(
@@ -291,6 +339,16 @@ impl Toolbox {
             FieldError::new("server", server, rule).into()
         })
     }
+}
+
+async fn outcome(
+    answer: Result<CallToolResult, ErrorData>,
+    latency: Duration,
+) -> Result<ToolOutcome, McpError> {
+    Ok(match answer {
+        Ok(result) => ToolOutcome::of_call(result, latency).await?,
+        Err(error) => ToolOutcome::failure(error.message.to_string(), latency),
+    })
 }
 
 /// What is worth a warning about a finished list.

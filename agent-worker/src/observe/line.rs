@@ -5,7 +5,7 @@
 pub(super) const TEXT_CHARS_MAX: usize = 160;
 
 /// Roles that take a choice, a click or text.
-const CONTROLS: [&str; 15] = [
+pub(super) const CONTROLS: [&str; 15] = [
     "button",
     "checkbox",
     "combobox",
@@ -66,6 +66,13 @@ pub(super) fn rank(line: &str) -> Rank {
 /// Whether the page shows a pointer over the node.
 pub(super) fn has_pointer(line: &str) -> bool {
     line[..value_start(line).unwrap_or(line.len())].contains("[cursor=pointer]")
+}
+
+/// Whether the node has a reference.
+pub(super) fn has_ref(line: &str) -> bool {
+    let key = &line[..value_start(line).unwrap_or(line.len())];
+    // A name may spell one, and stands before the attributes.
+    key[key.rfind('"').map_or(0, |at| at + 1)..].contains(" [ref=")
 }
 
 /// The line with its name and its value each shortened to [`TEXT_CHARS_MAX`]; role and attributes are kept whole.
@@ -168,6 +175,14 @@ mod tests {
     fn a_pointer_is_an_attribute_and_not_a_text() {
         assert!(has_pointer("- generic [ref=e4] [cursor=pointer]: Buy\n"));
         assert!(!has_pointer("- generic [ref=e4]: Buy [cursor=pointer]\n"));
+    }
+
+    #[test]
+    fn a_reference_is_an_attribute_and_not_a_text() {
+        assert!(has_ref("  - generic [ref=e4]: Buy\n"));
+        assert!(has_ref("- 'row \"a: [x]\" [selected] [ref=e4]':\n"));
+        assert!(!has_ref("- generic: Buy [ref=e4]\n"));
+        assert!(!has_ref("- row \"Buy [ref=e4]\"\n"));
     }
 
     fn first_chars(text: &str, n: usize) -> String {

@@ -9,6 +9,7 @@
 //! encode it as ordinary text too.
 
 mod ansi;
+mod compact;
 mod line;
 mod snapshot;
 
@@ -18,7 +19,7 @@ use espalier_core::spec::Observation;
 use espalier_qwen3_text::Tokenizer;
 
 pub(crate) use ansi::strip;
-use snapshot::Snapshot;
+use snapshot::{References, Snapshot};
 
 /// What stands for a result without text.
 pub const EMPTY_RESULT: &str = "(empty tool result)";
@@ -30,11 +31,11 @@ pub struct Shaped {
     pub text: String,
     /// Tokens of `text`, as Qwen3 counts ordinary text.
     pub tokens: usize,
-    /// Whether anything but terminal colours was left out.
+    /// Whether anything was left out beside terminal colours and what compaction leaves out.
     pub truncated: bool,
     /// Nodes of the accessibility tree that are not shown; 0 for text that is no snapshot.
     pub dropped_nodes: usize,
-    /// Bytes of the result that are not shown.
+    /// Bytes of the result, or of what compaction left of it, that are not shown.
     pub dropped_bytes: usize,
 }
 
@@ -44,12 +45,22 @@ pub struct Shaped {
 /// fits stays as it is. A Playwright snapshot loses whole nodes (the rule is in `observe/snapshot.rs`), any other text its end, at a line
 /// where that costs less than half. The last line then says what is missing and how to see it.
 ///
+/// Under [`Observation::CompactTokens`] the same is done to what compaction leaves of a result of Playwright (the rule is
+/// in `observe/compact`).
+///
 /// Under [`Observation::CompatChars`] it is the workshop's: the first so many characters and a sentence, exactly.
 pub fn shape(raw: &str, rule: Observation, tokenizer: &Tokenizer) -> Shaped {
     match rule {
         Observation::MaxTokens(max_tokens) => within_tokens(
-            raw,
+            ansi::strip(raw),
             usize::try_from(max_tokens).unwrap_or(usize::MAX),
+            References::All,
+            tokenizer,
+        ),
+        Observation::CompactTokens(max_tokens) => within_tokens(
+            compact::compact(&ansi::strip(raw)).into(),
+            usize::try_from(max_tokens).unwrap_or(usize::MAX),
+            References::Operable,
             tokenizer,
         ),
         Observation::CompatChars(max_chars) => compat(
@@ -79,8 +90,12 @@ fn compat(raw: &str, max_chars: usize, tokenizer: &Tokenizer) -> Shaped {
     }
 }
 
-fn within_tokens(raw: &str, max_tokens: usize, tokenizer: &Tokenizer) -> Shaped {
-    let mut text = ansi::strip(raw);
+fn within_tokens(
+    mut text: Cow<'_, str>,
+    max_tokens: usize,
+    references: References,
+    tokenizer: &Tokenizer,
+) -> Shaped {
     if text.is_empty() {
         text = Cow::Borrowed(EMPTY_RESULT);
     }
@@ -93,7 +108,7 @@ fn within_tokens(raw: &str, max_tokens: usize, tokenizer: &Tokenizer) -> Shaped 
             dropped_bytes: 0,
         };
     }
-    let snapshot = Snapshot::parse(&text);
+    let snapshot = Snapshot::parse(&text, references);
     let shaped = snapshot.and_then(|snapshot| snapshot.fit(text.len(), max_tokens, tokenizer));
     shaped.unwrap_or_else(|| cut_text(&text, max_tokens, tokenizer))
 }

@@ -19,7 +19,8 @@ use espalier_qwen3_text::Tokenizer;
 use super::Shaped;
 use super::line::{self, Rank};
 
-const FENCE_OPEN: &str = "```yaml\n";
+/// What opens the block of a snapshot.
+pub(super) const FENCE_OPEN: &str = "```yaml\n";
 const FENCE_CLOSE: &str = "```";
 
 /// A result in three parts that together are its text.
@@ -32,30 +33,43 @@ pub(super) struct Snapshot<'t> {
     tail: &'t str,
 }
 
-struct Node<'t> {
+/// A node of a block.
+pub(super) struct Node<'t> {
     /// The node's line with its line break, and lines that continue it.
-    line: &'t str,
-    parent: Option<usize>,
+    pub line: &'t str,
+    /// Its place in the block.
+    pub parent: Option<usize>,
     rank: Rank,
+}
+
+/// What has a reference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum References {
+    /// Whatever can be seen: as Playwright gives them.
+    All,
+    /// What can be operated: as compaction leaves them.
+    Operable,
 }
 
 impl<'t> Snapshot<'t> {
     /// `None` for text without a fenced block of nodes.
-    pub(super) fn parse(text: &'t str) -> Option<Self> {
+    pub(super) fn parse(text: &'t str, references: References) -> Option<Self> {
         let fence_at = if text.starts_with(FENCE_OPEN) {
             0
         } else {
             text.find(&format!("\n{FENCE_OPEN}"))? + 1
         };
         let (head, rest) = text.split_at(fence_at + FENCE_OPEN.len());
-        // Playwright writes values on one line, so that no page can write a line of its own into the block.
-        let block_len = if rest.starts_with(FENCE_CLOSE) {
-            0
-        } else {
-            rest.find("\n```").map_or(rest.len(), |at| at + 1)
-        };
-        let (block, tail) = rest.split_at(block_len);
-        let nodes = parse_nodes(block)?;
+        let (block, tail) = rest.split_at(block_len(rest));
+        let mut nodes = parse_nodes(block)?;
+        for node in &mut nodes {
+            if references == References::Operable
+                && node.rank == Rank::Content
+                && line::has_ref(node.line)
+            {
+                node.rank = Rank::Control;
+            }
+        }
         Some(Self { head, nodes, tail })
     }
 
@@ -137,8 +151,17 @@ impl<'t> Snapshot<'t> {
     }
 }
 
+/// The length of the block at the start of `text`, which is all up to its closing fence. Playwright writes values on one
+/// line, so that no page can write a line of its own into the block.
+pub(super) fn block_len(text: &str) -> usize {
+    if text.starts_with(FENCE_CLOSE) {
+        return 0;
+    }
+    text.find("\n```").map_or(text.len(), |at| at + 1)
+}
+
 /// The nodes of a block; `None` where it does not start with one.
-fn parse_nodes(block: &str) -> Option<Vec<Node<'_>>> {
+pub(super) fn parse_nodes(block: &str) -> Option<Vec<Node<'_>>> {
     let mut nodes: Vec<Node<'_>> = Vec::new();
     // The path from the root to the last node: its columns and its place.
     let mut path: Vec<(usize, usize)> = Vec::new();

@@ -12,6 +12,7 @@ mod isolation;
 mod loss;
 mod pages;
 mod processes;
+mod shown;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -58,16 +59,14 @@ fn host_of(browser: Value) -> McpHost {
 }
 
 async fn connect(host: &McpHost) -> Result<Toolbox, McpError> {
+    connect_as(host, &ToolPolicy::default()).await
+}
+
+async fn connect_as(host: &McpHost, policy: &ToolPolicy) -> Result<Toolbox, McpError> {
     let uses = [McpUse::Named("browser".into())];
     let project = ProjectId::new("p").unwrap();
-    host.connect(
-        &project,
-        "r",
-        &uses,
-        &ToolPolicy::default(),
-        CancellationToken::new(),
-    )
-    .await
+    host.connect(&project, "r", &uses, policy, CancellationToken::new())
+        .await
 }
 
 async fn call(toolbox: &Toolbox, name: &str, arguments: Value) -> Result<ToolOutcome, McpError> {

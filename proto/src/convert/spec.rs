@@ -48,11 +48,14 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
             allow: t.allow,
             ask: t.ask,
             deny: t.deny,
+            brief: t.brief,
+            snapshots: t.snapshots,
         }),
         limits: rollout.limits.map(limits_from_wire),
         observation: rollout.observation.map(|o| ObservationDraft {
             max_tokens: o.max_tokens,
             compat_chars: o.compat_chars,
+            compact_tokens: o.compact_tokens,
         }),
         verify,
         generate: spec.generate.map(|generate| GenerateDraft {
@@ -101,11 +104,14 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
                 allow: t.allow,
                 ask: t.ask,
                 deny: t.deny,
+                brief: t.brief,
+                snapshots: t.snapshots,
             }),
             limits: draft.limits.map(limits_to_wire),
             observation: draft.observation.map(|o| v1::Observation {
                 max_tokens: o.max_tokens,
                 compat_chars: o.compat_chars,
+                compact_tokens: o.compact_tokens,
             }),
             verify: draft.verify.as_ref().map(verify::to_wire),
         }),
@@ -246,7 +252,7 @@ mod tests {
         "presence_penalty":1.0,"seed":-3,"completion_tokens":100},
         "mcp":["browser",{"name":"files","server":{"command":"c","args":["a"],"env":{"A":"b"},"cwd":"/"}},
         {"name":"web","server":{"url":"http://localhost/mcp","headers":{"h":"v"}}}],
-        "tools":{"allow":["a*"],"ask":["b"],"deny":["c"]},
+        "tools":{"allow":["a*"],"ask":["b"],"deny":["c"],"brief":true,"snapshots":"inline"},
         "limits":{"turns":1,"tokens":2,"wall_s":3,"tool_calls_per_turn":4,"tool_call_s":5,"ask_s":6},
         "observation":{"max_tokens":99},
         "verify":{"all":[{"answer":{"equals":"5"}},{"answer":{"json_path":"$.a","equals":{"b":[1,2.5,null,true]}}},
@@ -261,6 +267,16 @@ mod tests {
         let draft = parse_line(FULL.as_bytes()).unwrap();
         assert!(draft.check().is_ok());
         assert_eq!(decode_draft(&[], &encode_draft(&draft)).unwrap(), draft);
+    }
+
+    #[test]
+    fn every_rule_of_observation_survives_the_wire() {
+        for rule in ["max_tokens", "compat_chars", "compact_tokens"] {
+            let line = format!(r#"{{"prompt":"x","observation":{{"{rule}":99}}}}"#);
+            let draft = parse_line(line.as_bytes()).unwrap();
+            let granted = decode_draft(&[], &encode_draft(&draft)).unwrap();
+            assert_eq!(granted, draft);
+        }
     }
 
     #[test]

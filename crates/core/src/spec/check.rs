@@ -491,29 +491,35 @@ fn check_sampling(faults: &mut Faults, draft: &SamplingDraft) -> Sampling {
     }
 }
 
+/// Tokens of a result that a rule may ask for: room for a note that something is missing, and any model's context.
+const OBSERVATION_TOKENS: Range<i64> = 64..=1_000_000;
+
 fn check_observation(faults: &mut Faults, draft: Option<&ObservationDraft>) -> Observation {
     let draft = draft.cloned().unwrap_or_default();
-    match (draft.max_tokens, draft.compat_chars) {
-        (Some(tokens), Some(_)) => {
-            faults.add(
-                "observation.max_tokens",
-                tokens,
-                "must be absent where `compat_chars` is given",
-            );
-            Observation::MaxTokens(0)
+    let rules = [
+        ("max_tokens", draft.max_tokens),
+        ("compat_chars", draft.compat_chars),
+        ("compact_tokens", draft.compact_tokens),
+    ];
+    let mut given = rules
+        .iter()
+        .filter_map(|&(name, value)| Some((name, value?)));
+    let (name, value) = match given.next() {
+        Some((name, value)) => (name, Some(value)),
+        None => ("max_tokens", None),
+    };
+    let field = format!("observation.{name}");
+    if let (Some(value), Some((other, _))) = (value, given.next()) {
+        let rule = format!("must be absent where `{other}` is given");
+        faults.add(&field, value, rule);
+        return Observation::MaxTokens(0);
+    }
+    match name {
+        "compat_chars" => Observation::CompatChars(faults.number(&field, value, 1..=10_000_000, 0)),
+        "compact_tokens" => {
+            Observation::CompactTokens(faults.number(&field, value, OBSERVATION_TOKENS, 0))
         }
-        (None, Some(chars)) => Observation::CompatChars(faults.number(
-            "observation.compat_chars",
-            Some(chars),
-            1..=10_000_000,
-            0,
-        )),
-        (tokens, None) => Observation::MaxTokens(faults.number(
-            "observation.max_tokens",
-            tokens,
-            64..=1_000_000,
-            4096,
-        )),
+        _ => Observation::MaxTokens(faults.number(&field, value, OBSERVATION_TOKENS, 4096)),
     }
 }
 
@@ -584,6 +590,43 @@ mod tests {
         has("`observation.max_tokens` must be in 64..=1000000, got `5`");
         has("`traceparent` must be a W3C traceparent");
         assert_eq!(found.len(), 9);
+    }
+
+    #[test]
+    fn an_observation_has_one_rule() {
+        let observed = |rule: &str| {
+            spec(&format!(r#"{{"prompt":"x","observation":{rule}}}"#))
+                .rollout()
+                .unwrap()
+                .observation
+        };
+        assert_eq!(observed("{}"), Observation::MaxTokens(4096));
+        assert_eq!(observed(r#"{"max_tokens":64}"#), Observation::MaxTokens(64));
+        assert_eq!(
+            observed(r#"{"compat_chars":1}"#),
+            Observation::CompatChars(1)
+        );
+        assert_eq!(
+            observed(r#"{"compact_tokens":2000}"#),
+            Observation::CompactTokens(2000)
+        );
+        let refused = |rule: &str| {
+            let found = faults(&format!(r#"{{"prompt":"x","observation":{rule}}}"#));
+            assert_eq!(found.len(), 1, "{found:?}");
+            found[0].clone()
+        };
+        assert_eq!(
+            refused(r#"{"max_tokens":100,"compat_chars":5}"#),
+            "`observation.max_tokens` must be absent where `compat_chars` is given, got `100`"
+        );
+        assert_eq!(
+            refused(r#"{"compat_chars":5,"compact_tokens":100}"#),
+            "`observation.compat_chars` must be absent where `compact_tokens` is given, got `5`"
+        );
+        assert_eq!(
+            refused(r#"{"compact_tokens":63}"#),
+            "`observation.compact_tokens` must be in 64..=1000000, got `63`"
+        );
     }
 
     #[test]

@@ -210,7 +210,7 @@ pub struct LimitsDraft {
     pub ask_s: Option<i64>,
 }
 
-/// See [`super::Observation`]; at most one of the two.
+/// See [`super::Observation`]; at most one of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 #[allow(missing_docs, reason = "the fields are documented at `Observation`")]
@@ -219,6 +219,8 @@ pub struct ObservationDraft {
     pub max_tokens: Option<i64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compat_chars: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compact_tokens: Option<i64>,
 }
 
 /// A configured server's name, or a server of the job's own.

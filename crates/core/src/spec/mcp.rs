@@ -108,8 +108,9 @@ impl McpUse {
     }
 }
 
-/// Which tools are offered, and which need a yes first. Each entry is a glob over offered names. `deny` wins over
-/// `ask`, `ask` over `allow`; an empty `allow` stands for everything but the dangerous ones, which have to be named.
+/// Which tools are offered, which need a yes first, and how they are told. Each entry of the lists is a glob over offered
+/// names. `deny` wins over `ask`, `ask` over `allow`; an empty `allow` stands for everything but the dangerous ones, which
+/// have to be named.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ToolPolicy {
@@ -122,10 +123,31 @@ pub struct ToolPolicy {
     /// Not offered.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub deny: Vec<String>,
+    /// Whether tools are offered in brief: a sentence each, and arguments without descriptions; default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub brief: Option<bool>,
+    /// What the answers of browsers have of the page after an action: `linked` (the default), a link to a file, or
+    /// `inline`, the snapshot itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshots: Option<String>,
 }
 
+/// The values of [`ToolPolicy::snapshots`].
+const SNAPSHOTS: [&str; 2] = ["linked", INLINE];
+const INLINE: &str = "inline";
+
 impl ToolPolicy {
-    /// Every list that is too long and every glob that breaks a rule.
+    /// Whether tools are offered in brief.
+    pub fn is_brief(&self) -> bool {
+        self.brief == Some(true)
+    }
+
+    /// Whether a page's snapshot stands in place of a link to it.
+    pub fn has_inline_snapshots(&self) -> bool {
+        self.snapshots.as_deref() == Some(INLINE)
+    }
+
+    /// Every list that is too long, every glob that breaks a rule, and an unknown way to show snapshots.
     pub fn check(&self) -> Vec<FieldError> {
         let lists = [
             ("allow", &self.allow),
@@ -145,6 +167,12 @@ impl ToolPolicy {
                 Some(FieldError::new(format!("{name}[{i}]"), glob, rule))
             });
             errors.extend(refused);
+        }
+        if let Some(snapshots) = &self.snapshots
+            && !SNAPSHOTS.contains(&snapshots.as_str())
+        {
+            let rule = format!("must be {}", SNAPSHOTS.join(" or "));
+            errors.push(FieldError::new("snapshots", snapshots, rule));
         }
         errors
     }
@@ -204,11 +232,31 @@ mod tests {
     }
 
     #[test]
+    fn tools_are_told_as_ever_unless_the_job_says_otherwise() {
+        let policy = |text: &str| serde_json::from_str::<ToolPolicy>(text).unwrap();
+        let told = |text: &str| (policy(text).is_brief(), policy(text).has_inline_snapshots());
+        assert_eq!(told("{}"), (false, false));
+        assert_eq!(
+            told(r#"{"brief":false,"snapshots":"linked"}"#),
+            (false, false)
+        );
+        assert_eq!(told(r#"{"brief":true,"snapshots":"inline"}"#), (true, true));
+        assert_eq!(policy(r#"{"snapshots":"linked"}"#).check(), []);
+        let errors = policy(r#"{"snapshots":"inlined"}"#).check();
+        assert_eq!(errors.len(), 1);
+        assert_eq!(
+            errors[0].to_string(),
+            "`snapshots` must be linked or inline, got `inlined`"
+        );
+    }
+
+    #[test]
     fn lists_are_short_and_globs_are_bounded() {
         let policy = ToolPolicy {
             allow: vec!["a".into(); limits::LIST_MAX + 1],
             ask: vec!["a".into(); limits::LIST_MAX],
             deny: vec!["{".repeat(20_000) + "a" + &"}".repeat(20_000)],
+            ..ToolPolicy::default()
         };
         let errors = policy.check();
         let errors: Vec<String> = errors.iter().map(ToString::to_string).collect();

@@ -265,4 +265,6 @@ pub enum Observation {
     MaxTokens(u32),
     /// The workshop's way: the first so many characters, and a sentence.
     CompatChars(u32),
+    /// As `MaxTokens`, of what is left of a page without what does not help to operate it.
+    CompactTokens(u32),
 }
