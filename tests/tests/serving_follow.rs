@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use espalier_tests::harness::process::binary;
-use espalier_tests::harness::serving::{Serving, fingerprint};
+use espalier_tests::harness::serving::{Serving, chat, fingerprint};
 use espalier_tests::harness::tiny;
 use espalier_tests::harness::wait_for;
 use serde_json::{Value, json};
@@ -108,7 +108,7 @@ async fn what_becomes_latest_is_served_and_what_does_not_load_changes_nothing() 
             .serving
             .ask(
                 "/v1/chat/completions",
-                &json!({"model": "shop", "messages": []})
+                &chat("Hello", json!({"model": "shop"}))
             )
             .await
             .0,

@@ -67,7 +67,7 @@ pub(super) fn html(report: &Report, talks: &[Both<Talk>]) -> String {
     }
     for loss in &report.losses {
         let _ = write!(out, "<h2>Training {}</h2>", escaped(&loss.job));
-        out.push_str(&plot::svg(&loss.job, &loss.train, &loss.eval));
+        out.push_str(&plot::svg("Loss by step", &loss.train, &loss.eval));
     }
     out.push_str("<h2>Traces side by side</h2>");
     for (pair, talk) in report.shown.iter().zip(talks) {

@@ -25,7 +25,7 @@ pub struct Promote {
     pub adapter: Wanted,
     /// The version, in place of @vN
     #[arg(value_name = "vN", value_parser = version)]
-    pub version: Option<u32>,
+    pub number: Option<u32>,
     /// The comparison that speaks for it, as BATCH/JOB or the BATCH of `espalier evaluate`: its gate must pass
     #[arg(long, value_name = "BATCH[/JOB]", value_parser = comparison)]
     pub comparison: Option<(BatchId, JobId)>,
@@ -60,7 +60,7 @@ fn comparison(text: &str) -> Result<(BatchId, JobId), FieldError> {
 pub async fn promote(context: &Context, args: &Promote) -> Outcome {
     let wanted = Wanted {
         name: args.adapter.name.clone(),
-        version: match (args.adapter.version, args.version) {
+        version: match (args.adapter.version, args.number) {
             (Some(_), Some(_)) => {
                 return Err(Problem::refused(
                     "the version must be named once: as NAME@vN or as NAME vN",
