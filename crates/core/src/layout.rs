@@ -550,7 +550,10 @@ mod tests {
         let name: AdapterName = "v2".parse().unwrap();
         let path = adapter_version(&project, &name, 12);
         assert_eq!(path, "shop/adapters/v2/v12.json");
-        assert_eq!(adapter_version_of(&project, &path), Some((name, 12)));
+        assert_eq!(
+            adapter_version_of(&project, &path),
+            Some((name.clone(), 12))
+        );
         for other in ["v0.json", "v012.json", "v1", "latest/1.json", "v-1.json"] {
             let path = format!("shop/adapters/v2/{other}");
             assert_eq!(adapter_version_of(&project, &path), None, "{path}");

@@ -168,7 +168,7 @@ mod tests {
         );
         assert!(judged(10, 5, 4, lenient).passed);
         let strict = GateSettings {
-            min_difference: 0.25,
+            min_difference: 0.4,
             min_tasks: 1,
         };
         assert!(!judged(60, 20, 45, strict).passed);
