@@ -159,9 +159,11 @@ mod tests {
     use super::super::{GateReason, GateSettings, Used, judge};
     use super::*;
 
-    /// Tasks with the verdicts of their samples, in each arm.
-    fn pairs(tasks: &[(&str, &[bool], &[bool])]) -> Pairs {
-        let side = |arm: &str, pick: &dyn Fn(&(&str, &[bool], &[bool])) -> Vec<bool>| {
+    /// A task with the verdicts of its samples, in each arm.
+    type Task<'a> = (&'a str, &'a [bool], &'a [bool]);
+
+    fn pairs(tasks: &[Task<'_>]) -> Pairs {
+        let side = |arm: &str, pick: &dyn Fn(&Task<'_>) -> Vec<bool>| {
             let each = tasks.iter().flat_map(|task| {
                 let verdicts = pick(task).into_iter().zip(0u32..);
                 let of = task.0.to_owned();
