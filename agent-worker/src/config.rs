@@ -83,7 +83,7 @@ pub struct AgentWorkerConfig {
     /// Rollouts at once.
     #[serde(default = "default_slots")]
     pub slots: u32,
-    /// Jobs of each kind that takes cores, data sets and exports, at once beside the rollouts; 0: none are taken.
+    /// Jobs of each kind that takes cores, data sets, comparisons and exports, at once beside the rollouts; 0: none are taken.
     #[serde(default = "default_cpu_slots")]
     pub cpu_slots: u32,
     /// How exports reach the Hugging Face hub, where that differs from what the environment says.

@@ -30,7 +30,8 @@ Keys of the configuration (each also as a variable: `model_name` is ESPALIER_AGE
   mcp_config         file with mcpServers; mcp_servers: the same entries here, by name
   allow_inline_mcp   whether jobs may bring commands of their own [false]
   playwright_dir     folder that holds node_modules/@playwright/mcp
-  slots              rollouts at once [8]; cpu_slots: data sets, and exports, at once, 0 for none [1]
+  slots              rollouts at once [8]; cpu_slots: data sets, comparisons and exports, of each at
+                     once, 0 for none [1]
   hub                endpoint, token and ca for exports to the Hugging Face hub [as HF_TOKEN, … say]
   allow_base_folders whether exports may read base models from folders of this machine [false]
   tags               what the worker offers beyond its MCP servers
@@ -38,7 +39,7 @@ Keys of the configuration (each also as a variable: `model_name` is ESPALIER_AGE
   grace_s            time for running rollouts when the process drains [30]
   telemetry          otlp_endpoint, log_format, log_filter, resource, metric_interval_s";
 
-/// Runs rollouts, and exports beside them.
+/// Runs rollouts, and makes data sets, comparisons and exports beside them.
 #[derive(Parser)]
 #[command(name = "espalier-agent-worker", version, after_help = KEYS)]
 struct Arguments {

@@ -18,6 +18,7 @@ use espalier_runtime::tasks::{self, BlockingFailed, OnFailure, Tasks};
 use espalier_runtime::worker::{self, Handler, ProcessId, WorkerConfig, WorkerDeps, WorkerError};
 use tokio_util::sync::CancellationToken;
 
+use crate::compare::CompareHandler;
 use crate::config::{AgentWorkerConfig, McpSettingsError};
 use crate::curate::CurateHandler;
 use crate::export::ExportHandler;
@@ -266,11 +267,18 @@ pub async fn run(
     };
     let curate = CurateHandler::new(deps.store.clone(), Arc::clone(&deps.clock));
     let curating = in_slots(curate, cpu.clone(), loop_deps.clone(), shutdown.clone());
+    let compare = CompareHandler::new(deps.store.clone(), Arc::clone(&deps.clock));
+    let comparing = in_slots(compare, cpu.clone(), loop_deps.clone(), shutdown.clone());
     let export = ExportHandler::new(&config, &deps).await;
     let exporting = in_slots(export, cpu, loop_deps.clone(), shutdown.clone());
     let rollouts = in_slots(handler, worker, loop_deps, shutdown);
-    let ended =
-        tokio::try_join!(Box::pin(rollouts), Box::pin(curating), Box::pin(exporting)).map(drop);
+    let ended = tokio::try_join!(
+        Box::pin(rollouts),
+        Box::pin(curating),
+        Box::pin(comparing),
+        Box::pin(exporting)
+    );
+    let ended = ended.map(drop);
     agent.end().await;
     Ok(ended?)
 }

@@ -9,7 +9,9 @@ use crate::dataset::DatasetCommand;
 use crate::jobs::JobCommand;
 use crate::practice::Practice;
 use crate::traces::TracesCommand;
-use crate::{admin, chat, doctor, generate, jobs, questions, submit, train, up, watch};
+use crate::{
+    admin, chat, doctor, evaluate, generate, jobs, lineage, questions, submit, train, up, watch,
+};
 
 const ABOUT: &str = "Run tool-using agents in real browsers, many at once, and keep verified traces of what they do";
 
@@ -67,6 +69,9 @@ pub enum Command {
     /// Train a model on a data set, and publish the adapter
     #[command(after_help = TRAIN_HELP)]
     Train(Box<train::Train>),
+    /// Let two models try the same tasks, and report what differs
+    #[command(after_help = EVALUATE_HELP)]
+    Evaluate(Box<evaluate::Evaluate>),
     /// Follow a batch to its end, then what was solved, what failed, and why; without one, watch the whole system
     Watch(watch::Watch),
     /// List the jobs of a batch
@@ -96,9 +101,11 @@ pub enum Command {
     /// Build data sets of traces and files, look at them, push them to the Hugging Face hub
     #[command(subcommand)]
     Dataset(DatasetCommand),
-    /// List what was trained, pull it as a folder, push it to the Hugging Face hub
+    /// List what was trained, pull it as a folder, push it to the Hugging Face hub, choose the version that is served
     #[command(subcommand)]
     Adapters(AdaptersCommand),
+    /// Walk from an adapter to its data set, traces, jobs and model, and verify each digest
+    Lineage(lineage::Lineage),
     /// The practice site, and tasks on it with known answers
     #[command(subcommand)]
     Practice(Practice),
@@ -132,6 +139,14 @@ lora.toml, of which every key is optional:
   checkpoint_every = 50
 
 Ctrl-C leaves the training running; `espalier train` with the same --batch goes on watching it.";
+
+const EVALUATE_HELP: &str = "\
+  espalier evaluate --model Qwen/Qwen3-0.6B --model shop --tasks tasks.jsonl --split eval --samples 3 --out report
+
+Each task becomes rollouts of both models, alike but for the model, and a comparison that waits for them, in one batch. Hints
+are left out. A task that breaks a rule is refused with its line, and the others go on. Ctrl-C leaves the batch running;
+the same command with the same --batch goes on watching it.
+Exit code 2: some tasks were refused. 1: jobs are dead, or, with --gate, the gate does not pass.";
 
 const UP_HELP: &str = "\
   espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B --mcp mcp.json

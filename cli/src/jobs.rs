@@ -200,7 +200,11 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
     let rows = jobs.iter().map(|job| {
         let summary = job.summary.as_ref();
         let is_rollout = |s: &&v1::RolloutSummary| {
-            s.generate.is_none() && s.export.is_none() && s.train.is_none() && s.curate.is_none()
+            s.generate.is_none()
+                && s.export.is_none()
+                && s.train.is_none()
+                && s.curate.is_none()
+                && s.compare.is_none()
         };
         let rollout = summary.filter(is_rollout);
         let reward = summary
@@ -241,8 +245,8 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
     )
 }
 
-/// Why a rollout is not solved, how many requests were answered, how a training ended, where an export is, or how large a
-/// data set.
+/// Why a rollout is not solved, how many requests were answered, how a training ended, where an export is, how large a data
+/// set, or what a comparison shows.
 fn what_came_of(summary: &v1::RolloutSummary) -> String {
     if let Some(train) = &summary.train {
         let held_out = train.eval_loss.map(|loss| format!(", held-out {loss:.4}"));
@@ -258,6 +262,13 @@ fn what_came_of(summary: &v1::RolloutSummary) -> String {
             "{} rows, {} held out",
             count(curate.train_rows + curate.eval_rows),
             count(curate.eval_rows)
+        );
+    }
+    if let Some(compare) = &summary.compare {
+        let [before, after, low, high] =
+            [compare.before, compare.after, compare.low, compare.high].map(|share| share * 100.0);
+        return format!(
+            "{before:.1} % before, {after:.1} % after, by {low:+.1} to {high:+.1} points"
         );
     }
     if let Some(export) = &summary.export {
@@ -380,6 +391,21 @@ fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
             ("export", what_came_of(summary)),
             ("commit", export.commit.clone()),
             ("bytes", count(export.bytes)),
+        ];
+    }
+    if let Some(compare) = &summary.compare {
+        let passed = if compare.passed {
+            "passed"
+        } else {
+            "not passed"
+        };
+        return vec![
+            ("comparison", what_came_of(summary)),
+            (
+                "pairs",
+                format!("{} of {} tasks", count(compare.pairs), count(compare.tasks)),
+            ),
+            ("gate", format!("{passed}: {}", compare.verdict)),
         ];
     }
     if let Some(curate) = &summary.curate {

@@ -89,6 +89,19 @@ pub fn summary(summary: &v1::RolloutSummary) -> Value {
             "bytes": export.bytes,
         });
     }
+    if let Some(compare) = &summary.compare {
+        return json!({
+            "tasks": compare.tasks,
+            "pairs": compare.pairs,
+            "before": compare.before,
+            "after": compare.after,
+            "difference": compare.difference,
+            "low": compare.low,
+            "high": compare.high,
+            "passed": compare.passed,
+            "verdict": compare.verdict,
+        });
+    }
     if let Some(curate) = &summary.curate {
         return json!({
             "sources": curate.sources,
@@ -140,6 +153,7 @@ pub fn kind(kind: v1::JobKind) -> &'static str {
         v1::JobKind::Generate => "generate",
         v1::JobKind::Train => "train",
         v1::JobKind::Curate => "curate",
+        v1::JobKind::Compare => "compare",
         v1::JobKind::Export => "export",
     }
 }

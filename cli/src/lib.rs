@@ -13,11 +13,13 @@ mod client;
 mod context;
 mod dataset;
 mod doctor;
+mod evaluate;
 mod exit;
 mod generate;
 mod hub;
 mod jobs;
 mod json;
+mod lineage;
 mod names;
 mod output;
 mod practice;
@@ -83,6 +85,7 @@ async fn run(context: &Context, command: &Command) -> Outcome {
         Command::Submit(args) => submit::run(context, args).await,
         Command::Generate(args) => generate::run(context, args).await,
         Command::Train(args) => train::run(context, args).await,
+        Command::Evaluate(args) => evaluate::run(context, args).await,
         Command::Watch(args) => watch::run(context, args).await,
         Command::Jobs(args) => jobs::list(context, args).await,
         Command::Job(command) => jobs::one(context, command).await,
@@ -97,6 +100,7 @@ async fn run(context: &Context, command: &Command) -> Outcome {
         Command::Traces(command) => traces::run(context, command).await,
         Command::Dataset(command) => dataset::run(context, command).await,
         Command::Adapters(command) => adapters::run(context, command).await,
+        Command::Lineage(args) => lineage::run(context, args).await,
         Command::Practice(command) => practice::run(context, command).await,
         Command::Chat(args) => chat::run(context, args).await,
         Command::Bench(command) => bench::run(context, command).await,

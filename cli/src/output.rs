@@ -80,6 +80,30 @@ pub fn table<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> Strin
     lines.join("\n")
 }
 
+/// The same of any number of columns.
+pub fn rows_table(header: &[String], rows: &[Vec<String>]) -> String {
+    let mut table = Table::new();
+    table.load_style(NOTHING);
+    let arrangement = match io::stdout().is_terminal() {
+        true => ContentArrangement::Dynamic,
+        false => ContentArrangement::Disabled,
+    };
+    table.set_content_arrangement(arrangement);
+    table.set_header(
+        header
+            .iter()
+            .map(|name| Cell::new(plain(&name.to_uppercase()))),
+    );
+    for row in rows {
+        table.add_row(row.iter().map(|text| plain(text)));
+    }
+    let lines: Vec<String> = table
+        .lines()
+        .map(|line| line.trim_end().to_owned())
+        .collect();
+    lines.join("\n")
+}
+
 /// Two columns, names and values, without a header.
 pub fn facts(rows: &[(&str, String)]) -> String {
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);

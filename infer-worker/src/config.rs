@@ -12,6 +12,7 @@ use espalier_runtime::worker::serving::check_url;
 
 use crate::api::backend::AdapterSource;
 use crate::jobs::JobOptions;
+use crate::serve::Followed;
 
 pub use espalier_kernels::DeviceChoice as Device;
 
@@ -76,6 +77,13 @@ pub struct Options {
     /// An adapter to load at the start, by the name that requests give. May be repeated.
     #[arg(long = "adapter", value_name = "NAME=PATH", value_parser = adapter)]
     pub adapters: Vec<AdapterSource>,
+    /// An adapter that is served in the version that is `latest`, under its name, also when that changes: NAME, or
+    /// PROJECT/NAME [project default]. Takes `--store-url`. May be repeated.
+    #[arg(long = "follow", value_name = "[PROJECT/]NAME")]
+    pub follow: Vec<Followed>,
+    /// Seconds between two looks at what is latest.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub follow_every: u32,
     /// Adapters that may be loaded at once. A GPU keeps room for as many.
     #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_loras: u32,
@@ -178,6 +186,7 @@ impl Options {
             ));
         }
         self.check_registration()?;
+        self.check_followed()?;
         let base = self.base_name();
         for (i, adapter) in self.adapters.iter().enumerate() {
             let before = self.adapters[..i]
@@ -195,6 +204,37 @@ impl Options {
 }
 
 impl Options {
+    /// What is followed needs a store, and a name that nothing else has.
+    fn check_followed(&self) -> Result<(), String> {
+        let is_used = self.jobs.coordinator_url.is_some() || !self.follow.is_empty();
+        match (&self.jobs.store_url, is_used) {
+            (Some(_), false) => {
+                return Err(
+                    "`--store-url` must be given with `--coordinator-url` or `--follow` alone"
+                        .to_owned(),
+                );
+            }
+            (None, _) if !self.follow.is_empty() => {
+                return Err(
+                    "`--store-url` must be given with `--follow`: it says which version is latest"
+                        .to_owned(),
+                );
+            }
+            _ => {}
+        }
+        for (i, followed) in self.follow.iter().enumerate() {
+            let name = followed.name.as_str();
+            let others = self.follow[..i].iter().map(|other| other.name.as_str());
+            let adapters = self.adapters.iter().map(|adapter| adapter.name.as_str());
+            if others.chain(adapters).any(|other| other == name) || name == self.base_name() {
+                return Err(format!(
+                    "`--follow` must have a name of its own, got `{name}` again"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Others are told of this worker: they have to reach it, and to be let in.
     fn check_registration(&self) -> Result<(), String> {
         if self.jobs.coordinator_url.is_none() {
@@ -348,6 +388,40 @@ mod tests {
             let error = read(&arguments).unwrap_err();
             assert!(error.contains(rule), "{arguments:?}: {error}");
         }
+    }
+
+    #[test]
+    fn what_is_followed_needs_a_store_and_a_name() {
+        let store = ["--store-url", "file:///s"];
+        let follow = |more: &[&str]| read(&[&store[..], more].concat());
+        let options = follow(&["--follow", "shop", "--follow", "p/clicks"]).unwrap();
+        let named: Vec<String> = options.follow.iter().map(ToString::to_string).collect();
+        assert_eq!(named, ["default/shop", "p/clicks"]);
+        for (more, rule) in [
+            (&[][..], "`--store-url` must be given with"),
+            (&["--follow", "a/b/c"], "must be NAME or PROJECT/NAME"),
+            (&["--follow", "m"], "`--follow` must have a name of its own"),
+            (
+                &["--follow", "p/a", "--follow", "q/a"],
+                "`--follow` must have a name of its own",
+            ),
+            (
+                &["--follow", "a", "--adapter", "a=/x"],
+                "`--follow` must have a name of its own",
+            ),
+            (
+                &["--follow", "a", "--follow-every", "0"],
+                "0 is not in 1..=3600",
+            ),
+        ] {
+            let error = follow(more).unwrap_err();
+            assert!(error.contains(rule), "{more:?}: {error}");
+        }
+        let error = read(&["--follow", "a"]).unwrap_err();
+        assert!(
+            error.contains("`--store-url` must be given with `--follow`"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -32,6 +32,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
     (
         "espalier-infer-worker",
         &[
+            "espalier-adapters",
             "espalier-core",
             "espalier-kernels",
             "espalier-proto",

@@ -164,6 +164,7 @@ async fn traces_become_a_data_set_and_that_an_adapter() {
     assert!(0 < learned && learned < all, "{learned} of {all}");
     assert_eq!(learned + measured(&trainer.log()), all);
 
+    lineage(&cluster).await;
     let refused = cluster.espalier(&trainings.words("none", &[])).await;
     assert_eq!(refused.status.code(), Some(2));
     let said = String::from_utf8(refused.stderr).unwrap();
@@ -172,6 +173,47 @@ async fn traces_become_a_data_set_and_that_an_adapter() {
         "{said}"
     );
     worker.terminate(DEADLINE).await;
+}
+
+/// From the adapter to the traces, all as it was written down; and one trace that was changed since.
+async fn lineage(cluster: &Cluster) {
+    let walk = async || {
+        let output = cluster.espalier(&["lineage", "shop@v2", "--json"]).await;
+        let tree: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code(), tree)
+    };
+    let (code, tree) = walk().await;
+    assert_eq!(
+        (code, &tree["counts"]["broken"]),
+        (Some(0), &json!(0)),
+        "{tree}"
+    );
+    let text = tree.to_string();
+    for part in [
+        "default/adapters/shop/v2.json",
+        "default/batches/t2/jobs/train/manifest.json",
+        "default/datasets/shop/v2.json",
+        "6 traces by scripted",
+        "default/b/a-red-bicycle-with-a-bent-wheel",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert_eq!(
+        tree["counts"]["unverified"], 1,
+        "only the base model is elsewhere: {text}"
+    );
+    let key = cluster.key("b", "a-red-bicycle-with-a-bent-wheel");
+    let trace = cluster.manifest(&key).trace_file().unwrap().path.clone();
+    let path = cluster.object(&trace);
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, [&bytes[..], b"x"].concat()).unwrap();
+    let (code, tree) = walk().await;
+    std::fs::write(&path, bytes).unwrap();
+    assert_eq!(
+        (code, &tree["counts"]["broken"]),
+        (Some(1), &json!(1)),
+        "{tree}"
+    );
 }
 
 /// Supervised tokens of what was held out, as the worker told last.

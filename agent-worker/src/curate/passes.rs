@@ -8,7 +8,7 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::JobKey;
 use espalier_core::trace::edits::Judgement;
-use espalier_core::trace::{FileEntry, Trace};
+use espalier_core::trace::{FileEntry, Trace, sha256_hex};
 use espalier_dataset::files::{FileError, Format, Records, jsonl_records, parquet_records};
 use espalier_dataset::{
     BuildSpec, Builder, Chosen, Renderer, Source, Tally, import, json_records, samples,
@@ -111,9 +111,16 @@ pub(super) fn write(
         let Some(fed) = from.blocking_recv() else {
             return Err(CurateError::Stopped);
         };
+        let digest = digest(&fed);
         for ((_, source), n) in sources(fed).zip(numbers.by_ref()) {
             if stop.is_cancelled() {
                 return Err(CurateError::Stopped);
+            }
+            if let Some(sha256) = digest
+                .as_deref()
+                .filter(|_| writing.chosen.split(n).is_some())
+            {
+                writing.chosen.read_from(n, sha256);
             }
             writing.take(n, source)?;
         }
@@ -192,6 +199,15 @@ impl Writing {
             tally: self.tally,
             models: self.models,
         })
+    }
+}
+
+/// SHA-256 of the object that conversations come out of; none where it cannot be read.
+fn digest(fed: &Fed) -> Option<String> {
+    match fed {
+        Fed::Trace(_, Ok(loaded)) => loaded.manifest.trace_file().map(|file| file.sha256.clone()),
+        Fed::File(_, Ok(bytes)) => Some(sha256_hex(bytes)),
+        Fed::Trace(_, Err(_)) | Fed::File(_, Err(_)) | Fed::Skipped => None,
     }
 }
 

@@ -1,5 +1,6 @@
-//! `espalier adapters`: what was trained, listed, pulled as a folder, added, and pushed.
+//! `espalier adapters`: what was trained, listed, pulled as a folder, added, pushed, and which version is `latest`.
 
+mod latest;
 mod push;
 
 use std::path::PathBuf;
@@ -8,7 +9,7 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use espalier_adapters::{AdaptersError, Watch};
-use espalier_core::adapter::{AdapterKind, AdapterVersion};
+use espalier_core::adapter::{AdapterKind, AdapterVersion, LatestEntry};
 use espalier_core::error::FieldError;
 use espalier_core::id::{AdapterName, ProjectId};
 use espalier_core::spec::AdapterRef;
@@ -38,11 +39,20 @@ pub enum AdaptersCommand {
     Push(push::Push),
     /// Publish a PEFT folder that was made elsewhere as a new version
     Add(Add),
+    /// Make a version the one that inference workers serve who follow the adapter
+    #[command(after_help = PROMOTE_HELP)]
+    Promote(latest::Promote),
+    /// Go back to the version that was served before
+    Rollback(latest::Rollback),
 }
 
 const PULL_HELP: &str = "\
   espalier adapters pull shop            the newest version, into ./shop-v3
   espalier adapters pull shop@v2 -o old  another one, into ./old";
+
+const PROMOTE_HELP: &str = "\
+  espalier adapters promote shop                     the newest version, by hand
+  espalier adapters promote shop v3 --comparison B   version 3, because the gate of the evaluation B passes";
 
 /// Where adapters are.
 #[derive(Args, Clone, Debug)]
@@ -119,13 +129,16 @@ pub struct Add {
 }
 
 /// The store and the project.
-struct Opened {
-    store: Store,
-    project: ProjectId,
+pub struct Opened {
+    /// The store.
+    pub store: Store,
+    /// The project.
+    pub project: ProjectId,
 }
 
 impl Place {
-    async fn open(&self, context: &Context) -> Result<Opened, Problem> {
+    /// Opens it.
+    pub async fn open(&self, context: &Context) -> Result<Opened, Problem> {
         Ok(Opened {
             store: uploads::open_store(context, self.store.as_deref()).await?,
             project: match &self.project {
@@ -158,7 +171,8 @@ impl Opened {
         }
     }
 
-    async fn find(&self, wanted: &Wanted) -> Result<AdapterVersion, Problem> {
+    /// The version that is wanted.
+    pub async fn find(&self, wanted: &Wanted) -> Result<AdapterVersion, Problem> {
         let Wanted { name, version } = wanted;
         Ok(espalier_adapters::find(&self.store, &self.project, name, *version).await?)
     }
@@ -168,6 +182,7 @@ impl From<AdaptersError> for Problem {
     fn from(error: AdaptersError) -> Self {
         let message = error_chain(&error);
         match error {
+            AdaptersError::NothingBefore(_) => Self::refused(message),
             AdaptersError::NoAdapter { .. } | AdaptersError::NoVersion(_) => {
                 Self::refused(message).fix("see what there is with `espalier adapters list`")
             }
@@ -176,6 +191,7 @@ impl From<AdaptersError> for Problem {
             | AdaptersError::Store(_)
             | AdaptersError::File { .. }
             | AdaptersError::Damaged { .. }
+            | AdaptersError::Contended(_)
             | AdaptersError::Blocking(_) => Self::failed(message),
             _ => Self::refused(message),
         }
@@ -190,8 +206,17 @@ pub async fn run(context: &Context, command: &AdaptersCommand) -> Outcome {
         AdaptersCommand::Pull(args) => pull(context, args).await,
         AdaptersCommand::Push(args) => push::run(context, args).await,
         AdaptersCommand::Add(args) => add(context, args).await,
+        AdaptersCommand::Promote(args) => latest::promote(context, args).await,
+        AdaptersCommand::Rollback(args) => latest::rollback(context, args).await,
     }
 }
+
+/// An adapter with its newest version, and what says which version is `latest`.
+type InList = (
+    espalier_adapters::Listed,
+    AdapterVersion,
+    Option<LatestEntry>,
+);
 
 async fn list(context: &Context, place: &Place) -> Outcome {
     let opened = place.open(context).await?;
@@ -199,12 +224,21 @@ async fn list(context: &Context, place: &Place) -> Outcome {
     for listed in espalier_adapters::list(&opened.store, &opened.project).await? {
         let version = listed.versions.last().copied();
         let name = listed.name.clone();
-        newest.push((listed, opened.find(&Wanted { name, version }).await?));
+        let latest = latest::latest(&opened, &name).current().await?;
+        newest.push((
+            listed,
+            opened.find(&Wanted { name, version }).await?,
+            latest,
+        ));
     }
-    let row = |(listed, newest): &(espalier_adapters::Listed, AdapterVersion)| {
+    let row = |(listed, newest, latest): &InList| {
         [
             listed.name.to_string(),
             format!("v{}", newest.n),
+            latest
+                .as_ref()
+                .map(|entry| format!("v{}", entry.version))
+                .unwrap_or_default(),
             listed.versions.len().to_string(),
             kind(newest.kind).to_owned(),
             newest.base.name.clone(),
@@ -212,9 +246,18 @@ async fn list(context: &Context, place: &Place) -> Outcome {
         ]
     };
     context.out.show(
-        || json!({"adapters": newest.iter().map(|(_, version)| version).collect::<Vec<_>>()}),
         || {
-            let header = ["adapter", "newest", "versions", "kind", "base", "loss"];
+            let one = |(_, version, latest): &InList| {
+                let mut value = json!(version);
+                value["latest"] = latest::to_json(latest.as_ref());
+                value
+            };
+            json!({"adapters": newest.iter().map(one).collect::<Vec<_>>()})
+        },
+        || {
+            let header = [
+                "adapter", "newest", "latest", "versions", "kind", "base", "loss",
+            ];
             table(header, newest.iter().map(row).collect())
         },
     )?;
@@ -238,10 +281,21 @@ fn loss(version: &AdapterVersion) -> String {
 }
 
 async fn show(context: &Context, args: &Show) -> Outcome {
-    let version = args.place.open(context).await?.find(&args.adapter).await?;
-    context
-        .out
-        .show(|| json!(version), || facts(&rows(&version)))?;
+    let opened = args.place.open(context).await?;
+    let version = opened.find(&args.adapter).await?;
+    let latest = latest::latest(&opened, &version.name).current().await?;
+    context.out.show(
+        || {
+            let mut value = json!(version);
+            value["latest"] = latest::to_json(latest.as_ref());
+            value
+        },
+        || {
+            let mut rows = rows(&version);
+            rows.extend(latest.as_ref().map(latest::rows).unwrap_or_default());
+            facts(&rows)
+        },
+    )?;
     Ok(Exit::Ok)
 }
 

@@ -253,8 +253,8 @@ fn implied_needs(work: &Work) -> Vec<String> {
         Work::Generate(generate) => generate.model.iter().map(|name| model_tag(name)).collect(),
         // Any worker that trains fetches what it needs.
         Work::Train(_) => Vec::new(),
-        // Its sources are in the store.
-        Work::Curate(_) => Vec::new(),
+        // Their sources are in the store.
+        Work::Curate(_) | Work::Compare(_) => Vec::new(),
         // What it takes out is in the store, and what it needs besides it fetches.
         Work::Export(_) => Vec::new(),
     }

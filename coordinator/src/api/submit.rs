@@ -7,7 +7,7 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey, ProjectId};
 use espalier_core::queue::{ItemResult, JobKind, NewBatch};
-use espalier_core::spec::{JobDraft, PromptDraft, limits};
+use espalier_core::spec::{CompareArmDraft, JobDraft, PromptDraft, limits};
 use espalier_proto::convert::{draft_from_wire, field_error_to_wire};
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
@@ -96,6 +96,16 @@ fn complete(draft: &mut JobDraft) {
         curate.dataset.get_or_insert_with(name);
         if curate.batches.is_empty() && curate.uploads.is_empty() {
             curate.extends.get_or_insert_with(version);
+        }
+    } else if let Some(compare) = &mut draft.compare {
+        for label in ["before", "after"].iter().skip(compare.arms.len()) {
+            let label = Some((*label).to_owned());
+            let batches = vec![name()];
+            compare.arms.push(CompareArmDraft {
+                label,
+                batches,
+                ..CompareArmDraft::default()
+            });
         }
     } else if let Some(generate) = &mut draft.generate {
         generate.requests.get_or_insert_with(name);
@@ -362,6 +372,8 @@ mod tests {
             r#"{"train":{"rows":"rows.jsonl","adapter":"shop"}}"#,
             r#"{"curate":{"where":"reward > 0"}}"#,
             r#"{"curate":{"batches":["b"]}}"#,
+            r#"{"compare":{"min_tasks":5}}"#,
+            r#"{"compare":{"arms":[{"batches":["b"],"model":"m"}]}}"#,
         ] {
             assert_eq!(verdict(partial), Ok(()), "{partial}");
         }
@@ -374,6 +386,7 @@ mod tests {
             (r#"{"train":{},"prompt":"x"}"#, "prompt"),
             (r#"{"curate":{"near":2}}"#, "curate.near"),
             (r#"{"export":{"adapter":"shop"}}"#, "export.adapter"),
+            (r#"{"compare":{"traces":-1}}"#, "compare.traces"),
         ] {
             assert_eq!(verdict(wrong), Err(field.to_owned()), "{wrong}");
         }

@@ -100,15 +100,15 @@ pub fn states_from_wire(states: &[i32]) -> Result<Vec<StateName>, FieldError> {
     states.iter().enumerate().map(one).collect()
 }
 
-/// The kind of a job. Only rollouts, batches of requests, trainings, exports and data sets come in through the API.
+/// The kind of a job.
 pub fn kind(kind: JobKind) -> v1::JobKind {
     match kind {
         JobKind::Rollout => v1::JobKind::Rollout,
         JobKind::Generate => v1::JobKind::Generate,
         JobKind::Train => v1::JobKind::Train,
         JobKind::Curate => v1::JobKind::Curate,
+        JobKind::Compare => v1::JobKind::Compare,
         JobKind::Export => v1::JobKind::Export,
-        _ => v1::JobKind::Unspecified,
     }
 }
 
@@ -119,6 +119,7 @@ pub fn kind_from_wire(kind: i32) -> Result<JobKind, FieldError> {
         Ok(v1::JobKind::Generate) => Ok(JobKind::Generate),
         Ok(v1::JobKind::Train) => Ok(JobKind::Train),
         Ok(v1::JobKind::Curate) => Ok(JobKind::Curate),
+        Ok(v1::JobKind::Compare) => Ok(JobKind::Compare),
         Ok(v1::JobKind::Export) => Ok(JobKind::Export),
         _ => Err(FieldError::new("kind", kind, "must be a known kind of job")),
     }

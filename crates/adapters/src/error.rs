@@ -25,6 +25,12 @@ pub enum AdaptersError {
     /// The adapter has no such version.
     #[error("there is no version {0}")]
     NoVersion(AdapterRef),
+    /// There is no version to go back to.
+    #[error("no version of `{0}` was latest before the one that is now")]
+    NothingBefore(String),
+    /// Somebody else took every number that was tried.
+    #[error("no free entry of `{0}` was found: others move it at the same time")]
+    Contended(String),
     /// The record of a version is broken.
     #[error("the record of the version cannot be used")]
     Record(#[from] FieldError),
@@ -126,12 +132,13 @@ impl AdaptersError {
             Self::Fetch(error) => error.class(),
             Self::Store(error) => error.class(),
             Self::Hub(error) => error.class(),
-            Self::File { .. } | Self::Blocking(_) => ErrorClass::Infra,
+            Self::File { .. } | Self::Blocking(_) | Self::Contended(_) => ErrorClass::Infra,
             Self::Merge(MergeError::File { .. }) => ErrorClass::Infra,
             Self::Merge(MergeError::Stopped) => ErrorClass::Preempted,
             Self::Damaged { .. } | Self::Encode(_) => ErrorClass::Handler,
             Self::NoAdapter { .. }
             | Self::NoVersion(_)
+            | Self::NothingBefore(_)
             | Self::Record(_)
             | Self::Exists(_)
             | Self::Missing { .. }

@@ -5,17 +5,19 @@
 //! versions   what there is, and the record of one
 //! pull       its files into a folder, verified
 //! add        a folder that was made elsewhere becomes a version
+//! latest     which version is served to those who name none
 //! merged     base and adapter become one model
 //! export     any of these to the hub or to the store; done again it changes nothing
 //! card       the page that goes with it
 //! ```
-//! The CLI and the workers' `export` jobs do the same by these functions. What this is not: it trains nothing, and knows
+//! The CLI, the workers' `export` jobs and inference workers that follow an adapter do the same by these functions. What this is not: it trains nothing, and knows
 //! no queue.
 
 mod add;
 mod card;
 mod error;
 mod export;
+mod latest;
 mod merged;
 mod pull;
 mod versions;
@@ -25,6 +27,7 @@ pub use add::{Added, add};
 pub use card::{Form, card};
 pub use error::AdaptersError;
 pub use export::{Exported, Exporter, Order};
+pub use latest::Latest;
 pub use merged::{BaseCheck, base_digest};
 pub use pull::pull;
 pub use versions::{Listed, find, list};

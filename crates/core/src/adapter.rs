@@ -5,6 +5,8 @@
 //! finds its number by its manifest, so that a repetition takes none. Whoever pulls, serves or pushes an adapter reads
 //! this record alone; the files that it names are verified by size and digest.
 
+mod latest;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::FieldError;
@@ -12,6 +14,8 @@ use crate::id::{AdapterName, Fence, JobKey};
 use crate::layout;
 use crate::time::Timestamp;
 use crate::trace::FileEntry;
+
+pub use latest::{LATEST_RECORD_VERSION, LatestEntry, Why, rollback_to};
 
 /// The version of [`AdapterVersion`] that this code writes, and the only one that it reads.
 pub const ADAPTER_RECORD_VERSION: u32 = 1;

@@ -6,6 +6,7 @@
 //! {project}/batches/{batch}/jobs/{job}/patches/{n}.json  corrections, append-only
 //! {project}/datasets/{name}/v{n}.json                 a version of a data set: created once, points at an attempt's files
 //! {project}/adapters/{name}/v{n}.json                 a version of an adapter, likewise
+//! {project}/adapters/{name}/latest/{seq}.json         which version is `latest`: append-only, the highest number counts
 //! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
 //! {project}/uploads/…                                 what users bring: requests of `generate` jobs
 //! {project}/uploads/batches/{batch}/…                 the same for one batch alone: garbage after retention
@@ -142,6 +143,11 @@ pub fn export_record(key: &JobKey, fence: Fence) -> String {
     format!("{}export.json", attempt(key, fence))
 }
 
+/// What one attempt of a `compare` job made: numbers, text and page beside each other.
+pub fn report_files(key: &JobKey, fence: Fence) -> String {
+    format!("{}report/", attempt(key, fence))
+}
+
 /// All adapters of a project.
 pub fn adapters(project: &ProjectId) -> String {
     format!("{project}/adapters/")
@@ -167,6 +173,23 @@ pub fn adapter_version_of(project: &ProjectId, path: &str) -> Option<(AdapterNam
         .parse()
         .ok()?;
     (n > 0 && adapter_version(project, &name, n) == path).then_some((name, n))
+}
+
+/// All entries that say which version of an adapter is `latest`.
+pub fn adapter_latest_entries(project: &ProjectId, name: &AdapterName) -> String {
+    format!("{}latest/", adapter_versions(project, name))
+}
+
+/// The `seq`th of them, from 1: created if absent. Numbers have as many digits as fit, so that listings are in order.
+pub fn adapter_latest(project: &ProjectId, name: &AdapterName, seq: u64) -> String {
+    format!("{}{seq:020}.json", adapter_latest_entries(project, name))
+}
+
+/// The number of the entry that lies at `path`; none where it is another object.
+pub fn adapter_latest_of(project: &ProjectId, name: &AdapterName, path: &str) -> Option<u64> {
+    let file = path.strip_prefix(&adapter_latest_entries(project, name))?;
+    let seq = file.strip_suffix(".json")?.parse().ok()?;
+    (seq > 0 && adapter_latest(project, name, seq) == path).then_some(seq)
 }
 
 /// What one attempt of a `curate` job made: rows, manifest and card beside each other.
@@ -527,12 +550,31 @@ mod tests {
         let name: AdapterName = "v2".parse().unwrap();
         let path = adapter_version(&project, &name, 12);
         assert_eq!(path, "shop/adapters/v2/v12.json");
-        assert_eq!(adapter_version_of(&project, &path), Some((name, 12)));
+        assert_eq!(
+            adapter_version_of(&project, &path),
+            Some((name.clone(), 12))
+        );
         for other in ["v0.json", "v012.json", "v1", "latest/1.json", "v-1.json"] {
             let path = format!("shop/adapters/v2/{other}");
             assert_eq!(adapter_version_of(&project, &path), None, "{path}");
         }
         assert_eq!(adapter_version_of(&"shop2".parse().unwrap(), &path), None);
+        let latest = adapter_latest(&project, &name, 12);
+        assert_eq!(latest, "shop/adapters/v2/latest/00000000000000000012.json");
+        assert_eq!(adapter_latest_of(&project, &name, &latest), Some(12));
+        assert_eq!(adapter_version_of(&project, &latest), None);
+        assert!(
+            adapter_latest(&project, &name, 9) < latest,
+            "listings are in order"
+        );
+        for other in [
+            "latest/12.json",
+            "latest/00000000000000000000.json",
+            "v12.json",
+        ] {
+            let path = format!("shop/adapters/v2/{other}");
+            assert_eq!(adapter_latest_of(&project, &name, &path), None, "{path}");
+        }
         let data: DatasetName = "clicks".parse().unwrap();
         assert_eq!(
             dataset_version(&project, &data, 3),

@@ -6,10 +6,12 @@
 pub mod adapter;
 pub mod answers;
 pub mod chat;
+pub mod compare;
 pub mod dataset;
 pub mod error;
 pub mod id;
 pub mod layout;
+pub mod plot;
 pub mod queue;
 pub mod spec;
 pub mod time;

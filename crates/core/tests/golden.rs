@@ -5,8 +5,9 @@
 
 use std::collections::BTreeSet;
 
-use espalier_core::adapter::{AdapterKind, AdapterVersion};
+use espalier_core::adapter::{AdapterKind, AdapterVersion, LatestEntry};
 use espalier_core::answers::Piece;
+use espalier_core::compare::{REPORT_FILE, Report};
 use espalier_core::dataset::DatasetVersion;
 use espalier_core::id::{AdapterName, DatasetName, JobKey};
 use espalier_core::layout;
@@ -19,6 +20,9 @@ const TRACE: &str = include_str!("golden/trace-v1.json");
 const STEPS: &str = include_str!("golden/steps-v1.jsonl");
 const MANIFEST_OF_ANSWERS: &str = include_str!("golden/manifest-generate-v1.json");
 const MANIFEST_OF_AN_EXPORT: &str = include_str!("golden/manifest-export-v1.json");
+const MANIFEST_OF_A_COMPARISON: &str = include_str!("golden/manifest-compare-v1.json");
+const REPORT: &str = include_str!("golden/report-v1.json");
+const LATEST: &str = include_str!("golden/latest-v1.json");
 const PIECE: &str = include_str!("golden/piece-v1.json");
 const PATCHES: &str = include_str!("golden/patches-v1.jsonl");
 const DATASET: &str = include_str!("golden/dataset-v1.json");
@@ -105,6 +109,33 @@ fn an_export_of_version_1() {
         layout::export_record(&job, manifest.fence)
     );
     assert_eq!(manifest.summary.export().unwrap().exported_to, "me/shop");
+}
+
+#[test]
+fn a_comparison_of_version_1() {
+    let manifest: Manifest = reads_and_writes(MANIFEST_OF_A_COMPARISON);
+    let job: JobKey = "shop/eval/compare".parse().unwrap();
+    let path = format!(
+        "{}{REPORT_FILE}",
+        layout::report_files(&job, manifest.fence)
+    );
+    assert_eq!(manifest.files[0].path, path);
+    let report: Report = reads_and_writes(REPORT);
+    assert_eq!(Report::parse(REPORT.as_bytes()).unwrap(), report);
+    assert_eq!(manifest.summary.compare(), Some(&report.summary()));
+    let newer = REPORT.replacen("\"report_version\": 1", "\"report_version\": 2", 1);
+    let error = Report::parse(newer.as_bytes()).unwrap_err();
+    assert_eq!(error.field, "report.report_version");
+}
+
+#[test]
+fn an_entry_of_version_1_says_what_is_latest() {
+    let entry: LatestEntry = reads_and_writes(LATEST);
+    let name: AdapterName = "shop".parse().unwrap();
+    assert_eq!(
+        LatestEntry::parse(LATEST.as_bytes(), &name, 2).unwrap(),
+        entry
+    );
 }
 
 #[test]

@@ -258,6 +258,13 @@ pub struct Chosen {
 }
 
 impl Chosen {
+    /// Writes down what source `n` was read from: the SHA-256 of the object, in hex.
+    pub fn read_from(&mut self, n: usize, sha256: &str) {
+        if let Some(entry) = self.entries.get_mut(n) {
+            entry.sha256 = Some(sha256.to_owned());
+        }
+    }
+
     /// The side of the `n`th source; none where it is dropped and need not be read again.
     pub fn split(&self, n: usize) -> Option<Split> {
         self.entries.get(n)?.split

@@ -68,6 +68,10 @@ pub struct Counts {
 pub struct SourceEntry {
     /// Its name: the object of a trace, or file and row.
     pub source: String,
+    /// SHA-256, in hex, of the object that its rows were made from: the file of a trace, or a whole upload. Absent where
+    /// it was dropped, and in manifests of builds that did not write it down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
     /// Its side; absent where it was dropped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub split: Option<Split>,
@@ -131,6 +135,7 @@ impl SourceEntry {
     pub(crate) fn new(source: &str) -> Self {
         Self {
             source: source.to_owned(),
+            sha256: None,
             split: None,
             rows: 0,
             dropped: None,

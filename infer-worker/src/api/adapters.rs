@@ -5,7 +5,7 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 
-use super::backend::{AdapterError, AdapterSource, Model};
+use super::backend::{AdapterError, AdapterSource, Following, Model};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::{App, limits};
@@ -38,7 +38,19 @@ pub(super) async fn models(State(app): State<App>) -> Json<Value> {
 pub(super) async fn list(State(app): State<App>) -> Json<Value> {
     let served = app.backend.models();
     let data: Vec<Value> = served.iter().filter_map(shown).collect();
-    Json(json!({"object": "list", "data": data}))
+    let following = app.backend.following();
+    let following: Vec<Value> = following.iter().map(followed).collect();
+    Json(json!({"object": "list", "data": data, "following": following}))
+}
+
+fn followed(following: &Following) -> Value {
+    json!({
+        "id": following.name,
+        "project": following.project,
+        "served": following.served,
+        "latest": following.latest,
+        "error": following.error,
+    })
 }
 
 /// Loads one, or a new version of one. What is sent twice is loaded twice: its content may have changed.

@@ -65,6 +65,11 @@ pub trait Backend: Send + Sync + 'static {
     /// Takes an adapter out: requests that run on it go on to their end.
     fn unload_adapter(&self, name: &str) -> BoxFuture<'_, Result<(), AdapterError>>;
 
+    /// The adapters that follow their `latest`.
+    fn following(&self) -> Vec<Following> {
+        Vec::new()
+    }
+
     /// How busy the engine is.
     fn load(&self) -> Load;
 }
@@ -96,6 +101,21 @@ pub struct AdapterInfo {
     pub version: u64,
     /// Why it may be another model's, though it fits.
     pub doubt: Option<String>,
+}
+
+/// An adapter that follows its `latest`, and how far it does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Following {
+    /// What requests call it.
+    pub name: String,
+    /// The project whose adapter it is.
+    pub project: String,
+    /// The version that is served.
+    pub served: Option<u32>,
+    /// The version that is latest, as far as it is known.
+    pub latest: Option<u32>,
+    /// Why that is not the one that is served.
+    pub error: Option<String>,
 }
 
 /// A version of a model. Holding it keeps the version loaded.

@@ -62,13 +62,9 @@ pub struct JobOptions {
         requires = "coordinator_url"
     )]
     pub coordinator_ca: Option<PathBuf>,
-    /// The object store of the coordinators, which holds the requests and gets the answers, such as s3://bucket/prefix.
-    #[arg(
-        long,
-        value_name = "URL",
-        env = "ESPALIER_INFER_WORKER_STORE_URL",
-        requires = "coordinator_url"
-    )]
+    /// The object store of the coordinators, which holds the requests and gets the answers, and the adapters that are followed,
+    /// such as s3://bucket/prefix.
+    #[arg(long, value_name = "URL", env = "ESPALIER_INFER_WORKER_STORE_URL")]
     pub store_url: Option<String>,
 }
 

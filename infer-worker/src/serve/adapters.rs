@@ -199,8 +199,26 @@ impl Adapters {
         let fetched = with_deadline("infer.adapter_fetch", FETCH_LIMIT, fetched).await;
         let fetched = fetched.map_err(FetchError::from).flatten();
         let (folder, _turn) = fetched.map_err(|error| refused(error_chain(&error)))?;
+        self.load_folder(&name, source.path, folder).await
+    }
+
+    /// Loads what lies in a folder, which nobody else changes meanwhile, and says that it came from `path`.
+    pub(super) async fn load_folder(
+        &self,
+        name: &str,
+        path: String,
+        folder: PathBuf,
+    ) -> Result<Model, AdapterError> {
+        if name == self.base.name {
+            let name = name.to_owned();
+            return Err(AdapterError::NameTaken { name });
+        }
+        let refused = |reason: String| AdapterError::Refused {
+            name: name.to_owned(),
+            reason,
+        };
         let _one = self.loading.lock().await;
-        self.check_room(&name).map_err(refused)?;
+        self.check_room(name).map_err(refused)?;
         let loaded = (self.load_weights)(folder);
         let loaded = match with_deadline("infer.adapter_weights", WEIGHTS_LIMIT, loaded).await {
             Ok(Ok(loaded)) => loaded,
@@ -210,7 +228,7 @@ impl Adapters {
             Ok(Err(error)) => return Err(refused(error_chain(&error))),
             Err(late) => return Err(refused(error_chain(&late))),
         };
-        let model = self.name(&name, source.path, loaded);
+        let model = self.name(name, path, loaded);
         let info = model.adapter.as_ref();
         tracing::info!(
             adapter = name,

@@ -10,10 +10,11 @@ use futures::{FutureExt as _, StreamExt as _, stream};
 use tokio::sync::mpsc;
 
 use super::adapters::Adapters;
+use super::follow::Follower;
 use super::text::{self, Text};
 use crate::api::backend::{
-    AdapterError, AdapterSource, Backend, Condition, Conversation, Ended, Event, Events, Form,
-    Generation, Load, Model, Parser, Priority, RenderError, Rendered, Sampling, SubmitError,
+    AdapterError, AdapterSource, Backend, Condition, Conversation, Ended, Event, Events, Following,
+    Form, Generation, Load, Model, Parser, Priority, RenderError, Rendered, Sampling, SubmitError,
     Target, Token,
 };
 use crate::engine::{self, Engine, EngineError, FinishReason, Health, Prompt, Request};
@@ -28,6 +29,8 @@ pub(super) struct Served {
     pub(super) engine: Engine,
     pub(super) text: Text,
     pub(super) adapters: Adapters,
+    /// What keeps adapters at their `latest`.
+    pub(super) follower: Option<Arc<Follower>>,
     pub(super) base: Model,
     pub(super) context_tokens: usize,
     pub(super) shutdown: Shutdown,
@@ -258,6 +261,11 @@ impl Backend for Served {
             false => self.adapters.unload(name),
         };
         std::future::ready(unloaded).boxed()
+    }
+
+    fn following(&self) -> Vec<Following> {
+        let told = self.follower.as_ref().map(|follower| follower.told());
+        told.unwrap_or_default()
     }
 
     fn load(&self) -> Load {

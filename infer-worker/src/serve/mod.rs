@@ -3,6 +3,7 @@
 mod adapters;
 mod backend;
 mod device;
+mod follow;
 mod gauges;
 mod memory;
 #[cfg(test)]
@@ -20,7 +21,7 @@ use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::fetch::{FetchError, Fetcher, Source, Wanted};
 use espalier_runtime::ids::UuidIds;
 use espalier_runtime::shutdown::Shutdown;
-use espalier_runtime::store::StoreError;
+use espalier_runtime::store::{Store, StoreError};
 use espalier_runtime::tasks::{BlockingFailed, OnFailure, Tasks, Unfinished, blocking};
 use espalier_runtime::worker::WorkerError;
 use tokio::net::TcpListener;
@@ -34,10 +35,13 @@ use crate::grammar::GrammarError;
 use crate::jobs::{self, Answering};
 use crate::load::{ModelError, ModelFiles};
 
+pub use follow::Followed;
+
 pub use device::{DTYPE_AUTO, DeviceFound, Library, Survey, survey};
 
 use adapters::{Adapters, Base};
 use backend::Served;
+use follow::Follower;
 use text::Text;
 
 /// How long gauges may take to end: they wait for nothing.
@@ -153,6 +157,10 @@ impl Worker {
         let tasks = Tasks::new(ends.clone());
         let gauges = gauges::run(Arc::clone(&served), ends.clone());
         tasks.spawn("infer.gauges", OnFailure::Log, gauges);
+        if let Some(follower) = &served.follower {
+            let follow = follow::run(Arc::clone(follower), Arc::clone(&served), ends.clone());
+            tasks.spawn("infer.follow", OnFailure::Log, follow);
+        }
         tracing::info!(
             address,
             model = served.base.name,
@@ -282,6 +290,7 @@ async fn start(
         engine: running.engine,
         text: blocking("text.load", move || Text::new(files)).await??,
         adapters,
+        follower: follower(options).await?,
         base,
         context_tokens: running.context_tokens,
         shutdown: shutdown.clone(),
@@ -290,7 +299,31 @@ async fn start(
     for source in &options.adapters {
         served.adapters.load(source.clone()).await?;
     }
+    if let Some(follower) = &served.follower {
+        // What does not load now is tried again beside the serving.
+        follower.look(&served.adapters).await;
+    }
     Ok(served)
+}
+
+/// What keeps adapters at their `latest`; none where none is named.
+async fn follower(options: &Options) -> Result<Option<Arc<Follower>>, StoreError> {
+    let Some(url) = options
+        .jobs
+        .store_url
+        .as_ref()
+        .filter(|_| !options.follow.is_empty())
+    else {
+        return Ok(None);
+    };
+    let store = Store::open(url).await?;
+    let scratch = match &options.download_dir {
+        Some(folder) => folder.join("following"),
+        None => std::env::temp_dir().join(format!("espalier-following-{}", std::process::id())),
+    };
+    let every = Duration::from_secs(options.follow_every.into());
+    let follower = Follower::new(store, every, scratch, options.follow.clone());
+    Ok(Some(Arc::new(follower)))
 }
 
 /// Says every now and then that weights are still being loaded: large ones take minutes.

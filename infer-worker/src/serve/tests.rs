@@ -116,6 +116,7 @@ fn worker(folder: &Path) -> (Worker, mpsc::Sender<()>) {
         engine,
         text: Text::new(files(folder)).unwrap(),
         adapters: Adapters::new(known, 1, fetcher, Box::new(none), clock),
+        follower: None,
         base: Model {
             name: "m".to_owned(),
             created_s: 0,

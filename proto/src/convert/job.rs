@@ -2,6 +2,7 @@
 
 use espalier_core::adapter::TrainSummary;
 use espalier_core::answers::GenerateSummary;
+use espalier_core::compare::{CompareSummary, Estimate};
 use espalier_core::dataset::CurateSummary;
 use espalier_core::error::{ErrorClass, FieldError};
 use espalier_core::spec::ExportSummary;
@@ -95,6 +96,20 @@ pub fn summary_to_wire(summary: &Summary) -> v1::RolloutSummary {
             }),
             ..v1::RolloutSummary::default()
         },
+        Summary::Compare(summary) => v1::RolloutSummary {
+            compare: Some(v1::CompareSummary {
+                tasks: summary.tasks,
+                pairs: summary.pairs,
+                before: summary.before,
+                after: summary.after,
+                difference: summary.difference.value,
+                low: summary.difference.low,
+                high: summary.difference.high,
+                passed: summary.passed,
+                verdict: summary.verdict.clone(),
+            }),
+            ..v1::RolloutSummary::default()
+        },
     }
 }
 
@@ -115,6 +130,7 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
         train: None,
         export: None,
         curate: None,
+        compare: None,
     }
 }
 
@@ -123,6 +139,21 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
 /// # Errors
 /// Names a stop reason that this build does not know.
 pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<Summary, FieldError> {
+    if let Some(compare) = summary.compare {
+        return Ok(Summary::Compare(CompareSummary {
+            tasks: compare.tasks,
+            pairs: compare.pairs,
+            before: compare.before,
+            after: compare.after,
+            difference: Estimate {
+                value: compare.difference,
+                low: compare.low,
+                high: compare.high,
+            },
+            passed: compare.passed,
+            verdict: compare.verdict,
+        }));
+    }
     if let Some(curate) = summary.curate {
         return Ok(Summary::Curate(CurateSummary {
             sources: curate.sources,

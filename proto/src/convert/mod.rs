@@ -1,5 +1,6 @@
 //! From wire to domain and back. A conversion checks form only; the rules of fields are `core::spec`'s.
 
+mod compare;
 mod curate;
 mod job;
 mod json;

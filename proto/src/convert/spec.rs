@@ -8,7 +8,7 @@ use espalier_core::spec::{
 };
 use prost::Message;
 
-use super::{curate, train, verify};
+use super::{compare, curate, train, verify};
 use crate::v1;
 
 /// The draft that `spec` stands for.
@@ -64,6 +64,7 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
         }),
         train: spec.train.map(train::from_wire),
         curate: spec.curate.map(curate::from_wire),
+        compare: spec.compare.map(compare::from_wire),
         export: spec.export.map(|export| ExportDraft {
             adapter: export.adapter,
             merged: export.merged,
@@ -121,6 +122,7 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
         }),
         train: draft.train.map(train::to_wire),
         curate: draft.curate.map(curate::to_wire),
+        compare: draft.compare.map(compare::to_wire),
         export: draft.export.map(|export| v1::ExportSpec {
             adapter: export.adapter,
             merged: export.merged,
@@ -309,6 +311,18 @@ mod tests {
         let granted = decode_draft(&[], &encode_draft(&own)).unwrap();
         assert_eq!(granted, own);
         assert!(granted.check().unwrap().curate().is_some());
+        assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&own));
+    }
+
+    #[test]
+    fn a_comparison_survives_the_wire() {
+        let own = r#"{"compare":{"arms":[{"label":"old","model":"m","batches":["a","b"],"labels":{"x":"y"},"where":"solved",
+            "prompt_price":0.5,"completion_price":1.5},{"adapter":"shop@v2","batches":["a"]}],"trainings":["t/train"],
+            "traces":3,"currency":"EUR","min_difference":-0.5,"min_tasks":7}}"#;
+        let own = parse_line(own.as_bytes()).unwrap();
+        let granted = decode_draft(&[], &encode_draft(&own)).unwrap();
+        assert_eq!(granted, own);
+        assert!(granted.check().unwrap().compare().is_some());
         assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&own));
     }
 

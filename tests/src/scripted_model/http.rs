@@ -117,10 +117,11 @@ async fn chat_completions(State(shared): App, Json(body): Json<Value>) -> Respon
         }
     }
     let right = decide(&request);
-    // A script says exactly what to do, so nothing else goes wrong in one.
+    // A script says exactly what to do, so nothing else goes wrong in one, unless a model is asked for that errs.
+    let errs = mistakes::named_share(&request.model).is_some();
     let reply = match script::play(&request) {
-        Some(_) => right.clone(),
-        None => mistakes::spoil(&config, &request, right.clone()),
+        Some(_) if !errs => right.clone(),
+        _ => mistakes::spoil(&config, &request, right.clone()),
     };
     {
         let mut counters = lock(&shared.counters);

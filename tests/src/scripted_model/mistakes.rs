@@ -2,6 +2,9 @@
 //!
 //! A pure function of the model's seed, the prompt, the turn and the sampling seed, so a rerun errs in the same place
 //! and another sample elsewhere. Nothing here breaks the protocol; that is the faults' business.
+//!
+//! One server plays models of different skill: a model that is asked for as `scripted:0.6` errs in that share of its
+//! turns, also in those of a script.
 
 use espalier_practice::draw::Draw;
 use serde_json::json;
@@ -20,7 +23,7 @@ pub(super) fn spoil(config: &Config, request: &Request, reply: Reply) -> Reply {
     );
     let mut draw = Draw::new(config.seed, &label);
     let share = draw.between(0, 999_999) as f64 / 1_000_000.0;
-    if share >= config.mistakes {
+    if share >= named_share(&request.model).unwrap_or(config.mistakes) {
         return reply;
     }
     if reply.calls.is_empty() {
@@ -33,6 +36,13 @@ pub(super) fn spoil(config: &Config, request: &Request, reply: Reply) -> Reply {
         3 => look_at_once(request, reply),
         _ => ramble(reply),
     }
+}
+
+/// The share of mistakes in a model's name.
+pub(super) fn named_share(model: &str) -> Option<f64> {
+    let (_, share) = model.rsplit_once(':')?;
+    let share = share.parse().ok();
+    share.filter(|share| (0.0..=1.0).contains(share))
 }
 
 fn spoil_answer(draw: &mut Draw, request: &Request, reply: Reply) -> Reply {
@@ -171,6 +181,14 @@ mod tests {
         };
         assert_eq!(pattern(4310, 0), pattern(9999, 0));
         assert_ne!(pattern(4310, 0), pattern(4310, 64));
+    }
+
+    #[test]
+    fn a_name_may_hold_a_skill() {
+        assert_eq!(named_share("scripted:0.6"), Some(0.6));
+        for plain in ["scripted", "scripted:", "a:b", "a:2", "a:NaN"] {
+            assert_eq!(named_share(plain), None, "{plain}");
+        }
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::io::Write;
 use espalier_core::adapter::AdapterKind;
 use serde::{Deserialize, Serialize};
 
-use super::plot::{self, Point};
 use super::tensorboard::EventFile;
+use espalier_core::plot::{self, Point};
 
 /// One optimizer step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

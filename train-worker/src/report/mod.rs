@@ -2,7 +2,6 @@
 //! event files. Pure: bytes are made here and stored elsewhere.
 
 mod history;
-mod plot;
 mod tensorboard;
 
 pub use history::{History, Step};

@@ -25,8 +25,11 @@ pub mod limits {
     pub const SPEC_BYTES_MAX: usize = 1024 * 1024;
     /// Most user turns of a rollout.
     pub const PROMPTS_MAX: usize = 64;
-    /// Most labels, dependencies or tags of a job.
+    /// Most labels or tags of a job, and most jobs that it waits for.
     pub const LIST_MAX: usize = 64;
+    /// Most jobs that a data set or a comparison waits for: it is made of what they leave. Far below what the queue takes
+    /// for one job, and their names fit into a spec.
+    pub const AFTER_MANY_MAX: usize = 4096;
     /// Longest label, tag, task name or model name, in bytes.
     pub const NAME_BYTES_MAX: usize = 256;
     /// Longest name of the model of a batch of requests, in bytes: it becomes a part of a tag.
@@ -37,7 +40,7 @@ pub mod limits {
 
 /// How long an attempt may take where nobody says.
 const MAX_RUNTIME_DEFAULT_S: i64 = 3600;
-/// The same of a batch of requests, for which other APIs promise a day, of an export, and of a data set.
+/// The same of a batch of requests, for which other APIs promise a day, of an export, a data set and a comparison.
 const DAY_S: i64 = 86_400;
 /// Longest attempt, and what training is given: it goes on where it was stopped, but an attempt that takes too long counts
 /// as a failure.
@@ -127,7 +130,7 @@ impl Faults {
         }
     }
 
-    fn name(&mut self, field: &str, value: Option<&str>) {
+    pub(super) fn name(&mut self, field: &str, value: Option<&str>) {
         let Some(value) = value else { return };
         if value.trim().is_empty()
             || value.len() > limits::NAME_BYTES_MAX
@@ -141,7 +144,7 @@ impl Faults {
         }
     }
 
-    fn count(&mut self, field: &str, count: usize, max: usize) {
+    pub(super) fn count(&mut self, field: &str, count: usize, max: usize) {
         if count > max {
             self.add(
                 field,
@@ -161,7 +164,13 @@ impl JobDraft {
             .as_ref()
             .and_then(|id| JobId::new(id).map_err(|e| faults.0.push(e)).ok());
         let priority = faults.number("priority", self.priority, 0..=9, 5);
-        let after = check_after(&mut faults, &self.after);
+        let gathers = self.curate.is_some() || self.compare.is_some();
+        let after_max = if gathers {
+            limits::AFTER_MANY_MAX
+        } else {
+            limits::LIST_MAX
+        };
+        let after = check_after(&mut faults, &self.after, after_max);
         let delay_ms = faults.number("delay_ms", self.delay_ms, 0..=30 * 86_400_000, 0);
         let max_attempts = faults.number("max_attempts", self.max_attempts, 1..=100, 3);
         let max_infra = faults.number("max_infra", self.max_infra, 1..=1000, 20);
@@ -226,6 +235,11 @@ impl JobDraft {
             let curate = faults.take("curate", curate.check());
             return curate.map(|curate| Work::Curate(Box::new(curate)));
         }
+        if let Some(compare) = &self.compare {
+            alone(faults, "compare");
+            let compare = faults.take("compare", compare.check());
+            return compare.map(|compare| Work::Compare(Box::new(compare)));
+        }
         if let Some(generate) = &self.generate {
             alone(faults, "generate");
             return check_generate(faults, generate).map(Work::Generate);
@@ -246,7 +260,10 @@ impl JobDraft {
     /// Who asks for a long rollout without a word about the attempt expects it to run that long.
     fn check_max_runtime(&self, faults: &mut Faults) -> Duration {
         let wall_s = self.limits.as_ref().and_then(|limits| limits.wall_s);
-        let takes_long = self.generate.is_some() || self.export.is_some() || self.curate.is_some();
+        let takes_long = self.generate.is_some()
+            || self.export.is_some()
+            || self.curate.is_some()
+            || self.compare.is_some();
         let default = match takes_long {
             _ if self.train.is_some() => RUNTIME_S_MAX,
             // A large model takes hours to fetch and to send, a million traces hours to read.
@@ -377,8 +394,8 @@ fn check_generate(faults: &mut Faults, draft: &GenerateDraft) -> Option<Generate
     }
 }
 
-fn check_after(faults: &mut Faults, after: &[String]) -> Vec<Dependency> {
-    faults.count("after", after.len(), limits::LIST_MAX);
+fn check_after(faults: &mut Faults, after: &[String], max: usize) -> Vec<Dependency> {
+    faults.count("after", after.len(), max);
     let parse = |text: &String| match text.split_once('/') {
         None => JobId::new(text).map(Dependency::SameBatch),
         Some((batch, job)) => Ok(Dependency::Elsewhere(

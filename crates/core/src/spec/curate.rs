@@ -143,7 +143,7 @@ impl CurateDraft {
 }
 
 /// Every name of a list, those that break a rule named by their place.
-fn each<T: PartialEq>(
+pub(super) fn each<T: PartialEq>(
     faults: &mut Faults,
     field: &str,
     names: &[String],
@@ -180,7 +180,7 @@ fn check_upload(name: &str) -> Result<UploadName, FieldError> {
     }
 }
 
-fn check_filter(faults: &mut Faults, filter: Option<&str>) {
+pub(super) fn check_filter(faults: &mut Faults, filter: Option<&str>) {
     let Some(text) = filter else { return };
     if text.trim().is_empty() || text.len() > FILTER_BYTES_MAX || text.contains(char::is_control) {
         let rule = format!("must be 1 to {FILTER_BYTES_MAX} bytes of printable text");

@@ -37,7 +37,8 @@ impl SpecDigest {
         let is_rollout = draft.generate.is_none()
             && draft.train.is_none()
             && draft.export.is_none()
-            && draft.curate.is_none();
+            && draft.curate.is_none()
+            && draft.compare.is_none();
         if is_rollout {
             asked.prompt = PromptDraft::Turns(draft.prompt.turns().to_vec());
         }

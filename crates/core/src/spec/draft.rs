@@ -8,6 +8,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
+use super::compare::CompareDraft;
 use super::curate::CurateDraft;
 use super::export::ExportDraft;
 use super::mcp::{McpServer, ToolPolicy};
@@ -111,6 +112,10 @@ pub struct JobDraft {
     /// A data set to be built, likewise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub curate: Option<CurateDraft>,
+
+    /// Rollouts to be compared, likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compare: Option<CompareDraft>,
 }
 
 /// See [`super::GenerateSpec`].

@@ -5,6 +5,7 @@
 //! field that does not. Only a `JobSpec` goes further in.
 
 mod check;
+mod compare;
 pub mod curate;
 mod digest;
 mod draft;
@@ -24,6 +25,7 @@ use crate::layout::UploadName;
 use crate::queue::JobKind;
 
 pub use check::{Range, limits};
+pub use compare::{CompareArm, CompareArmDraft, CompareDraft, CompareSpec};
 pub use curate::{CurateDraft, CurateSpec};
 pub use digest::SpecDigest;
 pub use draft::{
@@ -81,6 +83,8 @@ pub enum Work {
     Export(ExportSpec),
     /// A data set is built.
     Curate(Box<CurateSpec>),
+    /// Rollouts are compared.
+    Compare(Box<CompareSpec>),
 }
 
 impl Work {
@@ -92,6 +96,7 @@ impl Work {
             Self::Train(_) => JobKind::Train,
             Self::Export(_) => JobKind::Export,
             Self::Curate(_) => JobKind::Curate,
+            Self::Compare(_) => JobKind::Compare,
         }
     }
 }
@@ -101,7 +106,7 @@ impl JobSpec {
     pub fn rollout(&self) -> Option<&RolloutSpec> {
         match &self.work {
             Work::Rollout(rollout) => Some(rollout),
-            Work::Generate(_) | Work::Train(_) | Work::Export(_) | Work::Curate(_) => None,
+            _ => None,
         }
     }
 
@@ -109,7 +114,7 @@ impl JobSpec {
     pub fn generate(&self) -> Option<&GenerateSpec> {
         match &self.work {
             Work::Generate(generate) => Some(generate),
-            Work::Rollout(_) | Work::Train(_) | Work::Export(_) | Work::Curate(_) => None,
+            _ => None,
         }
     }
 
@@ -117,7 +122,7 @@ impl JobSpec {
     pub fn train(&self) -> Option<&TrainSpec> {
         match &self.work {
             Work::Train(train) => Some(train),
-            Work::Rollout(_) | Work::Generate(_) | Work::Export(_) | Work::Curate(_) => None,
+            _ => None,
         }
     }
 
@@ -125,7 +130,7 @@ impl JobSpec {
     pub fn export(&self) -> Option<&ExportSpec> {
         match &self.work {
             Work::Export(export) => Some(export),
-            Work::Rollout(_) | Work::Generate(_) | Work::Train(_) | Work::Curate(_) => None,
+            _ => None,
         }
     }
 
@@ -133,7 +138,15 @@ impl JobSpec {
     pub fn curate(&self) -> Option<&CurateSpec> {
         match &self.work {
             Work::Curate(curate) => Some(curate),
-            Work::Rollout(_) | Work::Generate(_) | Work::Train(_) | Work::Export(_) => None,
+            _ => None,
+        }
+    }
+
+    /// The comparison, if it is one.
+    pub fn compare(&self) -> Option<&CompareSpec> {
+        match &self.work {
+            Work::Compare(compare) => Some(compare),
+            _ => None,
         }
     }
 }

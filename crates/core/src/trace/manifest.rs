@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use super::{SCHEMA_VERSION, StopReason, Totals};
 use crate::adapter::TrainSummary;
 use crate::answers::GenerateSummary;
+use crate::compare::CompareSummary;
 use crate::dataset::CurateSummary;
 use crate::error::FieldError;
 use crate::id::{Fence, JobKey};
@@ -55,6 +56,8 @@ pub enum Summary {
     Export(ExportSummary),
     /// A data set: the files are its rows, its own manifest and its card.
     Curate(CurateSummary),
+    /// A comparison: the files are its report.
+    Compare(CompareSummary),
 }
 
 impl Summary {
@@ -62,7 +65,7 @@ impl Summary {
     pub fn rollout(&self) -> Option<&RolloutSummary> {
         match self {
             Self::Rollout(summary) => Some(summary),
-            Self::Generate(_) | Self::Train(_) | Self::Export(_) | Self::Curate(_) => None,
+            _ => None,
         }
     }
 
@@ -70,7 +73,7 @@ impl Summary {
     pub fn generate(&self) -> Option<&GenerateSummary> {
         match self {
             Self::Generate(summary) => Some(summary),
-            Self::Rollout(_) | Self::Train(_) | Self::Export(_) | Self::Curate(_) => None,
+            _ => None,
         }
     }
 
@@ -78,7 +81,7 @@ impl Summary {
     pub fn train(&self) -> Option<&TrainSummary> {
         match self {
             Self::Train(summary) => Some(summary),
-            Self::Rollout(_) | Self::Generate(_) | Self::Export(_) | Self::Curate(_) => None,
+            _ => None,
         }
     }
 
@@ -86,7 +89,7 @@ impl Summary {
     pub fn export(&self) -> Option<&ExportSummary> {
         match self {
             Self::Export(summary) => Some(summary),
-            Self::Rollout(_) | Self::Generate(_) | Self::Train(_) | Self::Curate(_) => None,
+            _ => None,
         }
     }
 
@@ -94,7 +97,15 @@ impl Summary {
     pub fn curate(&self) -> Option<&CurateSummary> {
         match self {
             Self::Curate(summary) => Some(summary),
-            Self::Rollout(_) | Self::Generate(_) | Self::Train(_) | Self::Export(_) => None,
+            _ => None,
+        }
+    }
+
+    /// That of a comparison.
+    pub fn compare(&self) -> Option<&CompareSummary> {
+        match self {
+            Self::Compare(summary) => Some(summary),
+            _ => None,
         }
     }
 }
@@ -205,9 +216,7 @@ impl Manifest {
                 "must name the trace",
             )),
             Summary::Generate(_) => manifest.check_answers().map(|()| manifest),
-            Summary::Rollout(_) | Summary::Train(_) | Summary::Export(_) | Summary::Curate(_) => {
-                Ok(manifest)
-            }
+            _ => Ok(manifest),
         }
     }
 

@@ -1,4 +1,4 @@
-//! The loss over steps as an SVG picture: the steps' own losses, their running mean, and the held-out samples'.
+//! The loss of a training over its steps as an SVG picture: the steps' own losses, their running mean, and the held-out samples'.
 
 use std::fmt::Write;
 

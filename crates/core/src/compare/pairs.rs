@@ -1,0 +1,173 @@
+//! Which rollout of one arm stands beside which of the other: the same sample of the same task.
+
+use std::collections::BTreeMap;
+
+use super::{Both, LeftOut, Side, Tried};
+
+/// One sample of one task, tried and judged in both arms.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pair {
+    /// By the first arm.
+    pub before: Tried,
+    /// By the second arm.
+    pub after: Tried,
+}
+
+impl Pair {
+    /// The rollout of an arm.
+    pub fn at(&self, side: Side) -> &Tried {
+        match side {
+            Side::Before => &self.before,
+            Side::After => &self.after,
+        }
+    }
+
+    /// Whether an arm solved it.
+    pub fn solved(&self, side: Side) -> bool {
+        self.at(side).solved == Some(true)
+    }
+
+    /// 1 where only the second arm solved it, -1 where only the first did, 0 where they agree.
+    pub fn difference(&self) -> i32 {
+        i32::from(self.solved(Side::After)) - i32::from(self.solved(Side::Before))
+    }
+}
+
+/// All pairs, by task and sample, and what is in none.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Pairs {
+    /// In the order of tasks and samples.
+    pub pairs: Vec<Pair>,
+    /// How many rollouts are in none, and why.
+    pub left_out: LeftOut,
+}
+
+/// Puts the rollouts of two arms into pairs. Of several rollouts of one sample the first by its job's name counts, so that
+/// the order in which they come changes nothing.
+pub fn pair(before: Vec<Tried>, after: Vec<Tried>) -> Pairs {
+    let mut left_out = LeftOut::default();
+    let before = by_sample(before, Side::Before, &mut left_out);
+    let mut after = by_sample(after, Side::After, &mut left_out);
+    let mut pairs = Vec::new();
+    for (sample, before) in before {
+        let Some(after) = after.remove(&sample) else {
+            left_out.unpaired.before += 1;
+            continue;
+        };
+        // Without a verdict of the one, that of the other says nothing.
+        match (before.solved, after.solved) {
+            (Some(_), Some(_)) => pairs.push(Pair { before, after }),
+            (before, after) => {
+                left_out.unjudged.before += u64::from(before.is_none());
+                left_out.unjudged.after += u64::from(after.is_none());
+                left_out.unpaired.before += u64::from(before.is_some());
+                left_out.unpaired.after += u64::from(after.is_some());
+            }
+        }
+    }
+    left_out.unpaired.after += after.len() as u64;
+    Pairs { pairs, left_out }
+}
+
+fn by_sample(
+    mut rollouts: Vec<Tried>,
+    side: Side,
+    left_out: &mut LeftOut,
+) -> BTreeMap<(String, u32), Tried> {
+    rollouts.sort_by(|a, b| a.job.cmp(&b.job));
+    let mut found = BTreeMap::new();
+    for tried in rollouts {
+        let sample = (tried.task.clone(), tried.sample);
+        if tried.task.is_empty() {
+            *at(&mut left_out.without_task, side) += 1;
+        } else if let std::collections::btree_map::Entry::Vacant(free) = found.entry(sample) {
+            free.insert(tried);
+        } else {
+            *at(&mut left_out.repeated, side) += 1;
+        }
+    }
+    found
+}
+
+fn at(both: &mut Both<u64>, side: Side) -> &mut u64 {
+    match side {
+        Side::Before => &mut both.before,
+        Side::After => &mut both.after,
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::super::Used;
+    use super::*;
+
+    /// `task/sample` of an arm, whose job is named after it.
+    pub fn tried(arm: &str, task: &str, sample: u32, solved: Option<bool>) -> Tried {
+        Tried {
+            job: format!("p/{arm}/{arm}-{task}.s{sample}").parse().unwrap(),
+            task: task.to_owned(),
+            kind: "toy".to_owned(),
+            sample,
+            solved,
+            stop: "answered".to_owned(),
+            reason: String::new(),
+            used: Used::default(),
+        }
+    }
+
+    #[test]
+    fn what_is_in_no_pair_is_counted_with_the_reason() {
+        let of = |arm: &str, list: &[(&str, u32, Option<bool>)]| -> Vec<Tried> {
+            let one = |(task, sample, solved): &(&str, u32, Option<bool>)| {
+                tried(arm, task, *sample, *solved)
+            };
+            list.iter().map(one).collect()
+        };
+        let mut before = of(
+            "a",
+            &[
+                ("t", 1, Some(true)),
+                ("t", 0, Some(false)),
+                ("u", 0, None),
+                ("v", 0, Some(true)),
+            ],
+        );
+        let nameless = Tried {
+            task: String::new(),
+            ..before[0].clone()
+        };
+        let again = Tried {
+            job: "p/z/z".parse().unwrap(),
+            solved: Some(false),
+            ..before[0].clone()
+        };
+        before.extend([nameless, again]);
+        let after = of(
+            "b",
+            &[
+                ("t", 0, Some(true)),
+                ("t", 1, Some(true)),
+                ("u", 0, Some(true)),
+                ("w", 0, Some(true)),
+            ],
+        );
+        let found = pair(before.clone(), after.clone());
+        let named: Vec<(u32, i32)> = found
+            .pairs
+            .iter()
+            .map(|p| (p.before.sample, p.difference()))
+            .collect();
+        assert_eq!(named, [(0, 1), (1, 0)]);
+        let both = |before, after| Both { before, after };
+        let expected = LeftOut {
+            without_task: both(1, 0),
+            unjudged: both(1, 0),
+            repeated: both(1, 0),
+            unpaired: both(1, 2),
+            unreadable: both(0, 0),
+        };
+        assert_eq!(found.left_out, expected);
+        before.reverse();
+        assert_eq!(pair(before, after), found, "order changes nothing");
+    }
+}
