@@ -13,6 +13,7 @@ mod loss;
 mod pages;
 mod processes;
 mod shown;
+mod twin;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -6,12 +6,16 @@
 //! knowing only the one before: [`world`] (what is true), [`pages`] (what a page says, as a [`page::Page`]) and
 //! [`html`] (how it is written); [`site`] puts them behind HTTP and [`tasks`] asks the world for the right answers.
 
+pub mod depot;
 pub mod draw;
 pub mod html;
 pub mod page;
 pub mod pages;
+pub mod route;
 pub mod sessions;
 pub mod site;
 pub mod tasks;
+pub mod teacher;
+pub mod twin;
 mod words;
 pub mod world;

@@ -2,6 +2,7 @@
 //!
 //! Pure data and rules; it renders nothing. The pages show it and the task generator asks it for the right answers.
 
+use crate::depot::Depot;
 use crate::draw::{Draw, hash};
 use crate::words::{
     ANIMALS, CATEGORIES, COLOURS, DAYS, FIRST_NAMES, LAST_NAMES, PLACES, PLANS, TIMES, TREES,
@@ -173,6 +174,8 @@ pub struct World {
     pub accounts: Vec<Account>,
     /// Boards of notices, by name.
     pub boards: Vec<Board>,
+    /// The depot.
+    pub depot: Depot,
 }
 
 impl World {
@@ -184,6 +187,7 @@ impl World {
             teams: TREES.iter().map(|name| team(seed, name)).collect(),
             accounts: accounts(seed),
             boards: PLACES.iter().map(|name| board(seed, name)).collect(),
+            depot: Depot::new(seed),
         }
     }
 

@@ -216,7 +216,7 @@ async fn every_known_answer_is_what_the_pages_show() {
 async fn every_link_on_the_way_leads_to_a_page() {
     with_site(async |visitor| {
         let mut paths = captures("<a href=\"(/[^\"]*)\"", &visitor.get("/").await);
-        assert_eq!(paths.len(), 8);
+        assert_eq!(paths.len(), 9);
         for path in ["/crew", "/notices", "/shop"] {
             paths.extend(captures(
                 "<li><a href=\"(/[^\"]*)\"",

@@ -6,6 +6,7 @@ pub mod account;
 pub mod boards;
 pub mod booking;
 pub mod crew;
+pub mod depot;
 pub mod reports;
 pub mod shop;
 
@@ -21,6 +22,7 @@ pub fn home() -> Page {
         ("Notices", "/notices"),
         ("Reports", "/slow"),
         ("Rooms", "/late"),
+        ("Depot", "/depot"),
     ];
     let links = areas
         .iter()

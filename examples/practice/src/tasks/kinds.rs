@@ -2,8 +2,12 @@
 //!
 //! A task is a small value; its key, prompt, hints and verifier are functions of it and of the world.
 
+use std::borrow::Cow;
+
 use serde_json::{Value, json};
 
+use super::depot;
+use crate::depot::Parcel;
 use crate::words::{FIRST_NAMES, LAST_NAMES};
 use crate::world::{
     Account, Board, Booking, Column, GUESTS_MAX, Notice, Person, Product, Team, World, categories,
@@ -38,10 +42,16 @@ pub enum Kind {
     SlowPage,
     /// Wait for a page that changes.
     LatePage,
+    /// Find a parcel in the way that the depot has.
+    DepotFind,
+    /// Read the one of a parcel's codes that is needed at the depot.
+    DepotCode,
+    /// Press the button that signs at the depot, read the receipt.
+    DepotSign,
 }
 
 impl Kind {
-    /// All kinds in the order in which a task list goes through them.
+    /// The kinds that a page tells how to do, in the order in which a task list goes through them.
     pub const ALL: [Kind; 10] = [
         Kind::ShopPrice,
         Kind::ShopRank,
@@ -54,6 +64,9 @@ impl Kind {
         Kind::ShopCount,
         Kind::ShopTalk,
     ];
+
+    /// The kinds that need to know what no page tells.
+    pub const DEPOT: [Kind; 3] = [Kind::DepotFind, Kind::DepotCode, Kind::DepotSign];
 
     /// The name in a job.
     pub fn as_str(self) -> &'static str {
@@ -68,11 +81,14 @@ impl Kind {
             Kind::NewTab => "new_tab",
             Kind::SlowPage => "slow_page",
             Kind::LatePage => "late_page",
+            Kind::DepotFind => "depot_find",
+            Kind::DepotCode => "depot_code",
+            Kind::DepotSign => "depot_sign",
         }
     }
 
     /// Every task of this kind in `world`.
-    pub(super) fn tasks(self, world: &World) -> Vec<Task> {
+    pub fn tasks(self, world: &World) -> Vec<Task> {
         match self {
             Kind::ShopPrice => world
                 .products
@@ -91,22 +107,29 @@ impl Kind {
             Kind::NewTab => world.boards.iter().flat_map(notices).collect(),
             Kind::SlowPage => place_pairs().map(Task::SlowPage).collect(),
             Kind::LatePage => place_pairs().map(Task::LatePage).collect(),
+            Kind::DepotFind => depot::finds(world),
+            Kind::DepotCode => depot::codes(world),
+            Kind::DepotSign => depot::signs(world),
         }
     }
 }
 
 /// A field of an account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum AccountField {
+pub enum AccountField {
+    /// Its money.
     Balance,
+    /// Its points.
     Points,
+    /// Its plan.
     Plan,
 }
 
 impl AccountField {
     const ALL: [AccountField; 3] = [Self::Balance, Self::Points, Self::Plan];
 
-    fn label(self) -> &'static str {
+    /// Its name in a task.
+    pub fn label(self) -> &'static str {
         match self {
             Self::Balance => "balance",
             Self::Points => "points",
@@ -114,7 +137,17 @@ impl AccountField {
         }
     }
 
-    fn value(self, account: &Account) -> String {
+    /// Its name on the page.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Balance => "Balance",
+            Self::Points => "Points",
+            Self::Plan => "Plan",
+        }
+    }
+
+    /// What it is of that account.
+    pub fn value(self, account: &Account) -> String {
         match self {
             Self::Balance => money(account.balance_cents),
             Self::Points => account.points.to_string(),
@@ -125,7 +158,8 @@ impl AccountField {
 
 /// One task.
 #[derive(Clone, Debug)]
-pub(super) enum Task {
+#[expect(missing_docs, reason = "the kinds say what each asks")]
+pub enum Task {
     ShopPrice(Product),
     ShopRank {
         category: &'static str,
@@ -154,17 +188,24 @@ pub(super) enum Task {
     },
     SlowPage(String),
     LatePage(String),
+    DepotFind(Parcel),
+    DepotCode(Parcel),
+    DepotSign(Parcel),
 }
 
 /// What a job says about a task.
-pub(super) struct Text {
+pub struct Text {
+    /// What is asked: one turn as text, or several in a list. `${site}` stands for the site's address.
     pub prompt: Value,
-    pub hints: &'static str,
+    /// How it is done.
+    pub hints: Cow<'static, str>,
+    /// Who judges the answer.
     pub verify: Value,
 }
 
 impl Task {
-    pub(super) fn kind(&self) -> Kind {
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
         match self {
             Task::ShopPrice(_) => Kind::ShopPrice,
             Task::ShopRank { .. } => Kind::ShopRank,
@@ -176,11 +217,14 @@ impl Task {
             Task::NewTab { .. } => Kind::NewTab,
             Task::SlowPage(_) => Kind::SlowPage,
             Task::LatePage(_) => Kind::LatePage,
+            Task::DepotFind(_) => Kind::DepotFind,
+            Task::DepotCode(_) => Kind::DepotCode,
+            Task::DepotSign(_) => Kind::DepotSign,
         }
     }
 
     /// The words that make the task up; two tasks with one key would be the same task.
-    pub(super) fn key(&self) -> String {
+    pub fn key(&self) -> String {
         let rest = match self {
             Task::ShopPrice(product) | Task::ShopTalk(product) => product.slug(),
             Task::ShopRank {
@@ -202,11 +246,15 @@ impl Task {
             Task::Login { account, field } => format!("{}.{}", account.user, field.label()),
             Task::NewTab { board, notice } => format!("{board}.{}", slug(&notice.name)),
             Task::SlowPage(name) | Task::LatePage(name) => name.clone(),
+            Task::DepotFind(parcel) | Task::DepotCode(parcel) | Task::DepotSign(parcel) => {
+                parcel.slug()
+            }
         };
         format!("{}.{}", self.kind().as_str(), rest.to_lowercase())
     }
 
-    pub(super) fn text(&self, world: &World) -> Text {
+    /// What a job says about it.
+    pub fn text(&self, world: &World) -> Text {
         match self {
             Task::ShopPrice(product) => shop_price(product),
             Task::ShopRank {
@@ -227,6 +275,9 @@ impl Task {
             Task::NewTab { board, notice } => new_tab(board, notice),
             Task::SlowPage(name) => slow_page(world, name),
             Task::LatePage(name) => late_page(world, name),
+            Task::DepotFind(parcel) => depot::find(world, parcel),
+            Task::DepotCode(parcel) => depot::code(world, parcel),
+            Task::DepotSign(parcel) => depot::sign(world, parcel),
         }
     }
 }
@@ -316,7 +367,7 @@ fn shop_price(product: &Product) -> Text {
             "What does the \"{}\" cost in the shop at ${{site}}/shop? Answer with the price only, such as 12.50.",
             product.name
         )),
-        hints: "Open the shop, type the product's name into Search with submit, and read the price behind its link.",
+        hints: "Open the shop, type the product's name into Search with submit, and read the price behind its link.".into(),
         verify: json!({"answer": {"number": product.price_cents as f64 / 100.0, "tolerance": 0.001}}),
     }
 }
@@ -342,7 +393,7 @@ fn shop_rank(world: &World, category: &str, rank: usize, dear: bool) -> Text {
              {} of the list? Answer with its name only.",
             ordinal(rank)
         )),
-        hints: "Choose the Category, choose Sort, press Find, and count down the list.",
+        hints: "Choose the Category, choose Sort, press Find, and count down the list.".into(),
         verify: json!({"answer": {"equals": found.get(rank - 1).map_or("", |p| &p.name)}}),
     }
 }
@@ -358,7 +409,8 @@ fn shop_count(world: &World, category: &str, max: u64) -> Text {
             "How many products of the category \"{category}\" cost at most \"{max}\" in the shop at ${{site}}/shop? \
              Answer with the number only."
         )),
-        hints: "Choose the Category, type the Max price with submit, and read how many were found.",
+        hints: "Choose the Category, type the Max price with submit, and read how many were found."
+            .into(),
         verify: json!({"answer": {"number": count as f64, "tolerance": 0.0}}),
     }
 }
@@ -376,7 +428,7 @@ fn shop_talk(product: &Product) -> Text {
                 product.name
             ),
         ]),
-        hints: "Search the product by its name and read the price; for the stock, follow its link and read Stock.",
+        hints: "Search the product by its name and read the price; for the stock, follow its link and read Stock.".into(),
         verify: json!({"all": [
             {"answer": {"number": product.stock as f64, "tolerance": 0.0}},
             {"url": {"contains": format!("/shop/product/{}", product.slug())}},
@@ -398,7 +450,7 @@ fn booking_text(world: &World, booking: &Booking) -> Text {
              Answer with the code of the booking only, and leave the confirmation open."
         )),
         hints: "Step 1: type Name and Guests, press Next. Step 2: choose Day and Time, press Next. Step 3: tick the \
-                box, press Confirm, read the Code.",
+                box, press Confirm, read the Code.".into(),
         verify: json!({"weighted": [
             {"weight": 0.7, "check": {"page": {
                 "script": format!("() => document.querySelector('#code')?.textContent === '{code}'"),
@@ -427,7 +479,7 @@ fn table_rank(world: &World, team: &str, column: Column, rank: usize, largest: b
             column.label(),
             ordinal(rank)
         )),
-        hints: "Press the column's header once for smallest first and twice for largest first, then count down.",
+        hints: "Press the column's header once for smallest first and twice for largest first, then count down.".into(),
         verify: json!({"answer": {"equals": people.get(rank - 1).map_or("", |p| p.name)}}),
     }
 }
@@ -440,7 +492,8 @@ fn login(account: &Account, field: AccountField) -> Text {
              Answer with JSON such as {{\"{label}\": \"…\"}} and nothing else.",
             account.user, account.password
         )),
-        hints: "Type User, type Password with submit, and read the value on the account's page.",
+        hints: "Type User, type Password with submit, and read the value on the account's page."
+            .into(),
         verify: json!({"answer": {
             "json_path": format!("$.{label}"),
             "equals": field.value(account),
@@ -455,7 +508,7 @@ fn new_tab(board: &str, notice: &Notice) -> Text {
              only.",
             notice.name
         )),
-        hints: "Press the notice's link, select the new tab, and read Word there.",
+        hints: "Press the notice's link, select the new tab, and read Word there.".into(),
         verify: json!({"all": [
             {"answer": {"regex": format!("^{}[.]?$", notice.word)}},
             {"tool_called": {"name": "browser_navigate", "arguments": {
@@ -472,7 +525,7 @@ fn slow_page(world: &World, name: &str) -> Text {
             "What is the total in the report at ${{site}}/slow/{name}? The page takes a while to come. Answer with \
              the number only."
         )),
-        hints: "Open the address, wait for the page, and read Total.",
+        hints: "Open the address, wait for the page, and read Total.".into(),
         verify: json!({"weighted": [
             {"weight": 0.8, "check": {"answer": {"number": total as f64, "tolerance": 0.0}}},
             {"weight": 0.2, "check": {"tool_called": {"name": "browser_navigate", "arguments": {
@@ -488,7 +541,7 @@ fn late_page(world: &World, name: &str) -> Text {
         prompt: json!(format!(
             "Which word does the room at ${{site}}/late/{name} show once it is loaded? Answer with the word only."
         )),
-        hints: "Open the address, wait until the loading text is gone, take a new snapshot, and read Word.",
+        hints: "Open the address, wait until the loading text is gone, take a new snapshot, and read Word.".into(),
         verify: json!({"any": [
             {"answer": {"equals": word}},
             {"answer": {"regex": format!("^The word is {word}[.]?$")}},

@@ -4,6 +4,7 @@
 //! whatever the seed, puts it on the training side or on the held-out side, so the two can never overlap. It asks the
 //! world, never a rendered page; that both agree is a test.
 
+mod depot;
 mod kinds;
 
 use std::str::FromStr;
@@ -13,8 +14,7 @@ use serde_json::{Value, json};
 use crate::draw::{Draw, hash};
 use crate::world::World;
 
-pub use kinds::Kind;
-use kinds::Task;
+pub use kinds::{AccountField, Kind, Task, Text};
 
 /// The seed of the site that `espalier practice` serves unless told otherwise.
 pub const DEFAULT_SEED: u64 = 7;
@@ -71,8 +71,13 @@ impl FromStr for Split {
 /// tasks, and a larger `count` only adds to them. Fewer come back only once every kind is used up, which takes more
 /// than a hundred thousand.
 pub fn generate(seed: u64, count: usize, split: Split) -> Vec<Value> {
+    generate_of(&Kind::ALL, seed, count, split)
+}
+
+/// The same of some kinds alone.
+pub fn generate_of(kinds: &[Kind], seed: u64, count: usize, split: Split) -> Vec<Value> {
     let world = World::new(seed);
-    let mut sources: Vec<std::vec::IntoIter<Task>> = Kind::ALL
+    let mut sources: Vec<std::vec::IntoIter<Task>> = kinds
         .iter()
         .map(|kind| candidates(&world, *kind, split, count).into_iter())
         .collect();
