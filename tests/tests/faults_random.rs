@@ -233,7 +233,7 @@ async fn random_faults_break_no_rule() {
         let seed = seed.wrapping_add(n);
         println!("round {n}: ESPALIER_SOAK_SEED={seed} ESPALIER_SOAK_ROUNDS=1 replays it");
         let started = Instant::now();
-        round(&mut world, &format!("r{n}"), seed).await;
+        Box::pin(round(&mut world, &format!("r{n}"), seed)).await;
         println!("round {n} took {:?}", started.elapsed());
     }
     world.stop_workers().await;

@@ -77,7 +77,10 @@ mod tests {
     #[test]
     fn a_key_like_no_other_gets_the_list() {
         let rule = rule(r#"{"observation":{"something_else":5}}"#);
-        assert_eq!(rule, "is no known key; known are max_tokens, compat_chars, compact_tokens");
+        assert_eq!(
+            rule,
+            "is no known key; known are max_tokens, compat_chars, compact_tokens"
+        );
     }
 
     #[test]
