@@ -2,7 +2,7 @@
 //!
 //! Pure functions over text: nothing is fetched, stored or rendered here; the rollout loop calls [`shape`] on each
 //! result and keeps the raw one as a blob. Work is bounded by the budget, not by the result, except for one pass over
-//! the bytes; it may still take milliseconds, so it does not belong on an async thread.
+//! the bytes, or a few where pages are compacted; it may still take milliseconds, so it does not belong on an async thread.
 //!
 //! Results are untrusted. Text that spells a control token (`<|im_end|>`, `</tool_response>`) is left as it is, so
 //! that the model sees what the page says; it is counted as ordinary text, and whoever renders a prompt from it must

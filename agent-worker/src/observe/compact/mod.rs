@@ -42,6 +42,10 @@ const FIELDS: [&str; 6] = [
     "textbox",
 ];
 
+/// Longest name of a row that is compared with its cells: more than Playwright writes (900 characters), and little enough
+/// to look for each cell in it.
+const ROW_NAME_BYTES_MAX: usize = 4096;
+
 /// `text` compacted; never longer, and the same again for what is compacted already.
 pub(super) fn compact(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -335,7 +339,8 @@ impl<'t> Tree<'t> {
     fn is_repeated_by_name(&self, at: usize, kept: &[bool], unnamed: &[bool]) -> bool {
         let node = &self.nodes[at];
         let row = node.form().filter(|form| form.role == "row");
-        let Some(name) = row.and_then(Form::name_text) else {
+        let name = row.and_then(Form::name_text);
+        let Some(name) = name.filter(|name| name.len() <= ROW_NAME_BYTES_MAX) else {
             return false;
         };
         let mut has_text = false;
