@@ -305,7 +305,7 @@ async fn a_worker_of_several_kinds_of_jobs_is_one_worker_and_drains_as_one() {
     let told = wait_for("all sessions", DEADLINE, || async {
         let told = operator(&cluster, &["workers"]).await;
         let sessions = told["workers"][0]["sessions"].as_array().map(Vec::len);
-        if sessions == Some(3) {
+        if sessions == Some(4) {
             Ok(told)
         } else {
             Err(told)
@@ -316,7 +316,7 @@ async fn a_worker_of_several_kinds_of_jobs_is_one_worker_and_drains_as_one() {
     let one = &told["workers"][0];
     let kinds = one["kinds"].as_array().unwrap().iter();
     let kinds: BTreeSet<&str> = kinds.filter_map(Value::as_str).collect();
-    assert_eq!(kinds, ["curate", "export", "rollout"].into());
+    assert_eq!(kinds, ["compare", "curate", "export", "rollout"].into());
     let slots = one["sessions"].as_array().unwrap().iter();
     let slots: u64 = slots
         .filter_map(|session| session["capacity"].as_u64())
