@@ -240,7 +240,6 @@ impl Tree<'_> {
     }
 
     fn field(&mut self, field: &Field, (form, n): (usize, usize)) {
-        let depth = 3;
         let entered = self.state.values[form][n].clone();
         let (id, active) = self.part(field.label, Does::Holds(form, n));
         let name = quoted(field.label);
@@ -250,26 +249,20 @@ impl Tree<'_> {
                     true => String::new(),
                     false => format!(": {}", value(&entered)),
                 };
-                self.line(
-                    depth,
-                    &format!("textbox {name}{active} [ref={id}]{entered}"),
-                );
+                self.line(3, &format!("textbox {name}{active} [ref={id}]{entered}"));
             }
             Input::Checkbox => {
                 let checked = if entered.is_empty() { "" } else { " [checked]" };
-                self.line(
-                    depth,
-                    &format!("checkbox {name}{checked}{active} [ref={id}]"),
-                );
+                self.line(3, &format!("checkbox {name}{checked}{active} [ref={id}]"));
             }
             Input::Select { options, .. } => {
-                self.line(depth, &format!("combobox {name}{active} [ref={id}]:"));
+                self.line(3, &format!("combobox {name}{active} [ref={id}]:"));
                 for (at, (key, text)) in options.iter().enumerate() {
                     // Where no option has the value, browsers choose the first.
                     let known = options.iter().any(|(key, _)| *key == entered);
                     let is_chosen = if known { *key == entered } else { at == 0 };
                     let selected = if is_chosen { " [selected]" } else { "" };
-                    self.line(depth + 1, &format!("option {}{selected}", quoted(text)));
+                    self.line(4, &format!("option {}{selected}", quoted(text)));
                 }
             }
         }
