@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use espalier_agent_worker::mcp::McpHost;
 use espalier_agent_worker::observe::shape;
 use espalier_core::spec::Observation;
 use espalier_practice::route::SLOW_DELAY_MS;
@@ -13,7 +14,7 @@ use espalier_qwen3_text::Tokenizer;
 use serde_json::json;
 use tokio::net::TcpListener;
 
-use super::{connect, host_with, snapshot};
+use super::{LONG, connect, host_with, snapshot};
 
 /// Sites that together have every way to a parcel.
 const SEEDS: [u64; 6] = [7, 8, 9, 10, 11, 12];
@@ -26,6 +27,34 @@ fn shown(text: &str) -> String {
     shape(text, Observation::CompactTokens(4096), tokenizer).text
 }
 
+/// Does some tasks of a kind in a browser; how many pages it compared.
+async fn compare(host: &McpHost, world: &World, kind: Kind, origin: &str) -> usize {
+    // Each report takes over a second to come.
+    let tasks = if kind == Kind::SlowPage { 1 } else { TASKS };
+    let mut pages = 0;
+    for task in kind.tasks(world).iter().take(tasks) {
+        let toolbox = connect(host).await.unwrap();
+        for turn in episode(world, task, origin).unwrap().turns {
+            let Act::Call {
+                tool,
+                arguments,
+                result,
+            } = turn.act
+            else {
+                continue;
+            };
+            let limit = Duration::from_millis(SLOW_DELAY_MS) + LONG;
+            let answered = toolbox.call(tool, arguments, limit).await.unwrap();
+            assert!(!answered.is_error, "{}", answered.text);
+            let seen = shown(&snapshot(&toolbox).await);
+            assert_eq!(seen, shown(&result), "{tool} for {}", task.key());
+            pages += 1;
+        }
+        toolbox.close().await;
+    }
+    pages
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_twin_shows_what_browsers_show() {
     let host = host_with(json!({}));
@@ -35,36 +64,10 @@ async fn the_twin_shows_what_browsers_show() {
         let origin = format!("http://localhost:{}", listener.local_addr().unwrap().port());
         let serving = tokio::spawn(site::serve(listener, seed, std::future::pending()));
         let world = World::new(seed);
-        for kind in TAUGHT {
-            // Each report takes over a second to come.
-            let tasks = if kind == Kind::SlowPage { 1 } else { TASKS };
-            for task in kind.tasks(&world).iter().take(tasks) {
-                let toolbox = connect(&host).await.unwrap();
-                for turn in episode(&world, task, &origin).unwrap().turns {
-                    let Act::Call {
-                        tool,
-                        arguments,
-                        result,
-                    } = turn.act
-                    else {
-                        continue;
-                    };
-                    let limit = Duration::from_millis(SLOW_DELAY_MS) + super::LONG;
-                    let answered = toolbox.call(tool, arguments, limit).await.unwrap();
-                    assert!(!answered.is_error, "{}", answered.text);
-                    assert_eq!(
-                        shown(&snapshot(&toolbox).await),
-                        shown(&result),
-                        "{tool} for {}",
-                        task.key()
-                    );
-                    pages += 1;
-                }
-                toolbox.close().await;
-            }
-        }
+        let all = TAUGHT.map(|kind| compare(&host, &world, kind, &origin));
+        pages += futures::future::join_all(all).await.iter().sum::<usize>();
         serving.abort();
     }
     assert!(pages >= 200, "{pages}");
-    assert!(host.shutdown(super::LONG).await);
+    assert!(host.shutdown(LONG).await);
 }

@@ -53,7 +53,12 @@ impl State {
     pub fn of(page: &Page) -> Self {
         let value = |field: &Field| match &field.input {
             Input::Text(value) => value.clone(),
-            Input::Select { chosen, .. } => chosen.clone(),
+            // Where no option has the value, browsers choose the first.
+            Input::Select { options, chosen } => {
+                let mut keys = options.iter().map(|(key, _)| key);
+                let known = keys.clone().find(|key| *key == chosen);
+                known.or_else(|| keys.next()).cloned().unwrap_or_default()
+            }
             Input::Password | Input::Checkbox => String::new(),
         };
         let values = forms(page).map(|form| form.fields.iter().map(value).collect());
@@ -257,11 +262,8 @@ impl Tree<'_> {
             }
             Input::Select { options, .. } => {
                 self.line(3, &format!("combobox {name}{active} [ref={id}]:"));
-                for (at, (key, text)) in options.iter().enumerate() {
-                    // Where no option has the value, browsers choose the first.
-                    let known = options.iter().any(|(key, _)| *key == entered);
-                    let is_chosen = if known { *key == entered } else { at == 0 };
-                    let selected = if is_chosen { " [selected]" } else { "" };
+                for (key, text) in options {
+                    let selected = if *key == entered { " [selected]" } else { "" };
                     self.line(4, &format!("option {}{selected}", quoted(text)));
                 }
             }
