@@ -62,11 +62,13 @@ async fn the_twin_shows_what_browsers_show() {
     for seed in SEEDS {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let origin = format!("http://localhost:{}", listener.local_addr().unwrap().port());
-        let serving = tokio::spawn(site::serve(listener, seed, std::future::pending()));
+        let serving = site::serve(listener, seed, std::future::pending());
         let world = World::new(seed);
         let all = TAUGHT.map(|kind| compare(&host, &world, kind, &origin));
-        pages += futures::future::join_all(all).await.iter().sum::<usize>();
-        serving.abort();
+        tokio::select! {
+            ended = serving => panic!("the site ended: {ended:?}"),
+            compared = futures::future::join_all(all) => pages += compared.iter().sum::<usize>(),
+        }
     }
     assert!(pages >= 200, "{pages}");
     assert!(host.shutdown(LONG).await);
