@@ -221,11 +221,11 @@ impl Batches {
     }
 }
 
-/// A plan that finds the room it wants: another version of cuDNN may want more than was planned for.
-fn within(plan: Planned, shape: &Shape, room: usize) -> Result<Planned, CudaError> {
+/// Whether scratch memory and what is kept beside it fit: another version of cuDNN may want more than was planned for.
+fn within(scratch_bytes: usize, shape: &Shape, room: usize) -> Result<(), CudaError> {
     let deltas = (4 * shape.deltas()).next_multiple_of(ALIGNED_BYTES);
-    match deltas + plan.scratch_bytes() {
-        wanted if wanted <= room => Ok(plan),
+    match deltas + scratch_bytes {
+        wanted if wanted <= room => Ok(()),
         wanted => Err(CudaError::Shape {
             operation: "attention by cuDNN",
             name: "scratch memory",
@@ -249,22 +249,25 @@ impl Fused {
         self.batches.bytes()
     }
 
-    /// Plans a shape that has so many bytes of room; the error is told once, then it is known to be refused.
+    /// Whether a shape runs in so many bytes of room. It is planned once; that cuDNN refuses it is told then, and that the
+    /// room is too small each time.
     fn prepare(&mut self, shape: Shape, room: usize) -> Result<bool, CudaError> {
-        if let Some(plan) = self.plans.get(&shape) {
-            return Ok(plan.is_some());
+        if !self.plans.contains_key(&shape) {
+            let plan = match shape.strides.d_qkv {
+                0 => Planned::forward(&self.cudnn, &shape),
+                _ => Planned::backward(&self.cudnn, &shape),
+            };
+            let (plan, refused) = match plan {
+                Ok(plan) => (Some(plan), Ok(())),
+                Err(error) => (None, Err(error)),
+            };
+            self.plans.insert(shape, plan);
+            refused?;
         }
-        let plan = match shape.strides.d_qkv {
-            0 => Planned::forward(&self.cudnn, &shape),
-            _ => Planned::backward(&self.cudnn, &shape),
-        };
-        let plan = plan.and_then(|plan| within(plan, &shape, room));
-        let (plan, refused) = match plan {
-            Ok(plan) => (Some(plan), Ok(true)),
-            Err(error) => (None, Err(error)),
-        };
-        self.plans.insert(shape, plan);
-        refused
+        match self.plans.get(&shape) {
+            Some(Some(plan)) => within(plan.scratch_bytes(), &shape, room).map(|()| true),
+            _ => Ok(false),
+        }
     }
 }
 
@@ -375,8 +378,10 @@ impl Cuda {
                 Ok(true) => {}
                 Ok(false) => return Ok(false),
                 Err(error) => {
-                    tracing::warn!(error = &error as &dyn Error, tokens, "{BY_OWN_KERNEL}");
-                    self.refused.get_or_insert(error);
+                    if self.refused.is_none() {
+                        tracing::warn!(error = &error as &dyn Error, tokens, "{BY_OWN_KERNEL}");
+                        self.refused = Some(error);
+                    }
                     return Ok(false);
                 }
             }
@@ -530,6 +535,16 @@ mod tests {
         assert_eq!(turns(32_768), (1, 8289));
         // A share of two heads would begin its floats at 8 bytes.
         assert_eq!(shares([16, 8, 128]).collect::<Vec<_>>(), [2, 4, 8]);
+    }
+
+    #[test]
+    fn a_plan_runs_only_where_its_scratch_memory_fits() {
+        let shape = shape(1, 8192, QWEN, 4);
+        let room = backward_bytes(8192, QWEN);
+        let deltas = 4 * shape.deltas();
+        within(room - deltas, &shape, room).unwrap();
+        let error = within(room - deltas + 1, &shape, room).unwrap_err();
+        assert!(error.to_string().contains("scratch memory"), "{error}");
     }
 
     #[test]
