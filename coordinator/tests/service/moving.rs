@@ -158,7 +158,7 @@ async fn streams(coordinators: &[&Coordinator], n: usize) {
 async fn a_worker_that_moves_again_and_again_does_every_job_once() {
     let short = |config: &mut espalier_coordinator::CoordinatorConfig| {
         config.session_max_age_s = 1;
-        config.lease_ttl_ms = Some(1_500);
+        config.lease_ttl_ms = Some(3_000);
     };
     let a = Coordinator::start_with(short).await;
     let b = a.beside(short).await;
