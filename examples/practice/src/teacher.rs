@@ -1,9 +1,9 @@
 //! Who knows how tasks are done: rules that a small model can learn from, played on the [twin](crate::twin).
 //!
-//! Only kinds whose pages are small are taught. Before it acts, the teacher quotes the line of the page that it acts on, and
-//! what it copies from the task: a model that has learned to go on copying what it has begun can do the rest. What no page
-//! tells (which list, which number, which button) the teacher takes from the world: a model that reads it in a hint
-//! quotes that line, and one that has learned it by itself.
+//! Only kinds whose pages are small are taught. Before it acts, the teacher says the name of what it acts on, and before it
+//! answers it quotes the page: a model that has learned to go on copying what it has begun can do the rest. What no page
+//! tells (which list, which number, which button) the teacher takes from the world: a model reads it in a hint, or has
+//! learned it by itself.
 
 use serde_json::{Map, Value, json};
 
@@ -104,9 +104,8 @@ pub fn episode(world: &World, task: &Task, origin: &str) -> Result<Episode, NotT
         Task::ShopPrice(product) => {
             lesson.open("/shop")?;
             lesson.enter("Search", &product.name, true)?;
-            let (target, price) = (lesson.target(&product.name)?, product.price());
-            let text = format!("{}\n- text: {}", target.line(), quoted(&price));
-            answer(text, price)
+            let price = product.price();
+            answer(fact(&product.name, &price), price)
         }
         Task::Login { account, field } => lesson.log_in(account, *field)?,
         Task::SlowPage(name) => {
@@ -131,9 +130,9 @@ fn answer(thought: String, text: String) -> Turn {
     }
 }
 
-/// A name and its value as a page shows them.
+/// A name and its value as a compacted snapshot shows them.
 fn fact(name: &str, value: &str) -> String {
-    format!("- term: {name}\n- definition: {}", quoted(value))
+    format!("\"{name}\": {}", quoted(value))
 }
 
 struct Lesson<'a> {
@@ -172,14 +171,13 @@ impl Lesson<'_> {
 
     fn open(&mut self, path: &str) -> Result<(), NotTaught> {
         let url = format!("{}{path}", self.origin);
-        let thought = format!("open {url}");
-        self.call(thought, "browser_navigate", json!({"url": url}))
+        self.call(url.clone(), "browser_navigate", json!({"url": url}))
     }
 
     fn click(&mut self, name: &str) -> Result<(), NotTaught> {
         let target = self.target(name)?;
         let arguments = json!({"element": name, "target": target.id});
-        self.call(target.line(), "browser_click", arguments)
+        self.call(name.to_owned(), "browser_click", arguments)
     }
 
     fn enter(&mut self, name: &str, text: &str, submit: bool) -> Result<(), NotTaught> {
@@ -188,8 +186,7 @@ impl Lesson<'_> {
         if submit {
             arguments["submit"] = json!(true);
         }
-        let thought = format!("\"{text}\"\n{}", target.line());
-        self.call(thought, "browser_type", arguments)
+        self.call(format!("{name}: {text}"), "browser_type", arguments)
     }
 
     fn target(&self, name: &str) -> Result<Part, NotTaught> {

@@ -1,6 +1,7 @@
 //! One line of a snapshot in its parts: `- role "name" [attribute]: value`, each as it is written.
 
 use std::borrow::Cow;
+use std::fmt::Write as _;
 
 use super::super::line::CONTROLS;
 
@@ -101,6 +102,30 @@ impl<'t> Form<'t> {
     /// What the value says.
     pub(super) fn value_text(&self) -> Option<Cow<'t, str>> {
         self.value.map(unquote)
+    }
+
+    /// Whether it is a text and nothing else.
+    pub(super) fn is_text(&self) -> bool {
+        self.name.is_none() && self.value.is_some() && !self.has_state()
+    }
+
+    /// Whether its text can be a name as it is.
+    pub(super) fn is_plain(&self) -> bool {
+        let is_escaped = |c: char| c.is_control() || matches!(c, '"' | '\\' | '\'');
+        let text = self.value_text();
+        text.is_some_and(|text| !text.is_empty() && !text.contains(is_escaped))
+    }
+
+    /// The line of a term whose text is plain, with its definition.
+    pub(super) fn write_fact(&self, out: &mut String, definition: &str) {
+        let text = self.value_text().unwrap_or_default();
+        let is_word = |c: char| c.is_alphanumeric() || c == ' ' || c == '-';
+        let quote = if text.chars().all(is_word) { "" } else { "'" };
+        let _ = write!(
+            out,
+            "- {quote}{} \"{text}\"{quote}: {definition}",
+            self.role
+        );
     }
 
     /// The line without indentation and line break, with those attributes that are kept.

@@ -8,13 +8,16 @@
 //! - a text that only labels the control after it, or the checkbox before it;
 //! - a row's cells where its name repeats them and none can be operated; its name where one can.
 //!
-//! What is left is in the order and in the words of the page: names and values are as Playwright wrote them. A line
+//! A term and its one definition are a line: `- term "Weight": 12 kg`. What is left is in the order and in the words of the page: names and values are as Playwright wrote them. A line
 //! that is not of Playwright's form stays as it is, and so does a snapshot that has been compacted before: there nothing
-//! has a reference but what can be operated, so that its references are left.
+//! has a reference but what can be operated, so that its references are left. Only what stands under the heading of a
+//! snapshot is one: other tools write YAML too.
 
 mod form;
 #[cfg(test)]
 mod tests;
+
+use std::collections::BTreeMap;
 
 use super::line;
 use super::snapshot::{FENCE_OPEN, block_len};
@@ -25,6 +28,9 @@ const CODE_SECTION: &str = "### Ran Playwright code\n```";
 
 /// What all sections start with.
 const SECTION: &str = "### ";
+
+/// What stands before the fence of a snapshot, in this version of Playwright's server and in earlier ones.
+const SNAPSHOT_HEADINGS: [&str; 2] = ["### Snapshot\n", "- Page Snapshot:\n"];
 
 /// Roles of texts that may label a control.
 const LABELS: [&str; 4] = ["generic", "label", "LabelText", "text"];
@@ -50,6 +56,7 @@ const ROW_NAME_BYTES_MAX: usize = 4096;
 pub(super) fn compact(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
+    let mut is_headed = false;
     while !rest.is_empty() {
         if let Some(len) = code_section_len(rest) {
             rest = &rest[len..];
@@ -61,11 +68,12 @@ pub(super) fn compact(text: &str) -> String {
         let (line, after) = rest.split_at(line_len(rest));
         out.push_str(line);
         rest = after;
-        if line == FENCE_OPEN {
+        if line == FENCE_OPEN && is_headed {
             let (block, after) = rest.split_at(block_len(rest));
             out.push_str(&compact_block(block));
             rest = after;
         }
+        is_headed = SNAPSHOT_HEADINGS.contains(&line);
     }
     // Code alone says at least that it ran.
     if out.is_empty() { text.to_owned() } else { out }
@@ -153,6 +161,8 @@ struct Plan {
     kept: Vec<bool>,
     /// Rows that lose their name.
     unnamed: Vec<bool>,
+    /// Terms with the definition that they share their line with.
+    defined: BTreeMap<usize, usize>,
 }
 
 impl<'t> Tree<'t> {
@@ -210,9 +220,10 @@ impl<'t> Tree<'t> {
             last = Some(at);
             out.extend(std::iter::repeat_n(' ', columns[at]));
             match &node.kind {
-                Kind::Element(form) => {
-                    form.write(&mut out, !plan.unnamed[at], operable[at], parents[at]);
-                }
+                Kind::Element(form) => match plan.defined.get(&at) {
+                    Some(&definition) => self.write_fact(&mut out, form, definition),
+                    None => form.write(&mut out, !plan.unnamed[at], operable[at], parents[at]),
+                },
                 Kind::Property | Kind::Other => out.push_str(node.line),
             }
             out.push('\n');
@@ -221,6 +232,12 @@ impl<'t> Tree<'t> {
             out.pop();
         }
         out
+    }
+
+    fn write_fact(&self, out: &mut String, term: &Form<'_>, definition: usize) {
+        let definition = self.nodes[definition].form();
+        let value = definition.and_then(|form| form.value).unwrap_or_default();
+        term.write_fact(out, value);
     }
 
     /// Whether the model may want to do something with the node.
@@ -258,8 +275,13 @@ impl<'t> Tree<'t> {
     /// From the leaves to the root, so that a node is judged by what is left of its descendants.
     fn plan(&self, operable: &[bool]) -> Plan {
         let mut kept = self.without_labels(operable);
+        let defined = self.defined(operable);
+        for &definition in defined.values() {
+            kept[definition] = false;
+        }
         let mut unnamed = vec![false; kept.len()];
         let mut operable_below = vec![false; kept.len()];
+        let mut shown_below = vec![false; kept.len()];
         for (at, node) in self.nodes.iter().enumerate().rev() {
             if let (true, Kind::Element(form)) = (kept[at], &node.kind) {
                 if self.is_repeated_by_name(at, &kept, &unnamed) {
@@ -269,16 +291,48 @@ impl<'t> Tree<'t> {
                     }
                 }
                 let has_name = form.name.is_some() && !unnamed[at];
-                kept[at] = operable[at] || has_name || form.value.is_some() || form.has_state();
+                // What one row has is told from what the next one has.
+                let is_row = form.role == "row" && shown_below[at];
+                let says = has_name || form.value.is_some() || form.has_state();
+                kept[at] = operable[at] || says || is_row;
             }
             if let Some(parent) = node.parent {
                 operable_below[parent] |= operable[at] || operable_below[at];
+                shown_below[parent] |= kept[at] || shown_below[at];
             }
         }
-        Plan { kept, unnamed }
+        Plan {
+            kept,
+            unnamed,
+            defined,
+        }
     }
 
-    /// All nodes but properties and texts that only label the control after them.
+    /// Terms that are followed by one definition, both of text alone.
+    fn defined(&self, operable: &[bool]) -> BTreeMap<usize, usize> {
+        let is_text = |at: usize, role: &str| {
+            let form = self.nodes.get(at).and_then(Node::form);
+            let is_text = form.is_some_and(|form| form.role == role && form.is_text());
+            is_text && self.nodes[at].end == at + 1 && !operable[at]
+        };
+        let is_beside = |at: usize, other: usize| {
+            let parent = |at: usize| self.nodes.get(at).map(|node| node.parent);
+            parent(at) == parent(other)
+        };
+        let is_definition = |term: usize, at: usize| {
+            let form = self.nodes.get(at).and_then(Node::form);
+            form.is_some_and(|form| form.role == "definition") && is_beside(term, at)
+        };
+        let terms = (0..self.nodes.len()).filter(|&at| is_text(at, "term"));
+        terms
+            .filter(|&at| self.nodes[at].form().is_some_and(Form::is_plain))
+            .filter(|&at| is_definition(at, at + 1) && is_text(at + 1, "definition"))
+            .filter(|&at| !is_definition(at, at + 2))
+            .map(|at| (at, at + 1))
+            .collect()
+    }
+
+    /// All nodes but properties and texts that only label the control directly after them.
     fn without_labels(&self, operable: &[bool]) -> Vec<bool> {
         let mut kept = vec![true; self.nodes.len()];
         // The innermost node around each that can be operated.
@@ -291,20 +345,35 @@ impl<'t> Tree<'t> {
             let holder = node.parent.and_then(holder);
             holders.push(holder);
         }
-        let mut next: Option<(usize, &Form<'_>)> = None;
+        // The control that is looked back from, and the label that was found before it.
+        let mut next: Option<(usize, &Form<'_>, Option<usize>)> = None;
         for (at, node) in self.nodes.iter().enumerate().rev() {
             let Some(form) = node.form() else {
                 kept[at] = !matches!(node.kind, Kind::Property);
                 continue;
             };
             if form.is_control() {
-                next = Some((at, form));
-            } else if let Some((control, named)) = next
-                && !operable[at]
-                // The text of a button is no label of the next one.
-                && holders[at].is_none_or(|holder| control < self.nodes[holder].end)
-            {
-                kept[at] = !self.is_label(at, named);
+                next = Some((at, form, None));
+                continue;
+            }
+            // What is around the control is not before it, and what says nothing does not count.
+            let says = form.name.is_some() || form.value.is_some() || operable[at];
+            let Some((control, named, label)) =
+                next.take_if(|(control, ..)| says && node.end <= *control)
+            else {
+                continue;
+            };
+            // The text of a button is no label of the next one.
+            let is_free = holders[at].is_none_or(|holder| control < self.nodes[holder].end);
+            let is_label = is_free && !operable[at] && self.is_label(at, named);
+            match (is_label, label) {
+                (true, None) => {
+                    kept[at] = false;
+                    next = Some((control, named, Some(at)));
+                }
+                // A text that is there twice says something.
+                (true, Some(label)) => kept[label] = true,
+                (false, _) => {}
             }
         }
         kept

@@ -223,11 +223,56 @@ fn labels_of_the_next_control_go() {
 - textbox "Your name: *" [ref=e4]: Ada
 - 'button "it''s \"it\"" [ref=e5]'
 - paragraph: Send
+- text: Send
 - text: Sent
 - button "Send" [ref=e7]
 - text: Send
 "#,
     );
+    let twice = "\n- text: Step 1\n- text: Step 1\n- textbox \"Step 1\" [ref=e1]\n";
+    expect(twice, twice);
+}
+
+#[test]
+fn a_term_and_its_definition_are_a_line() {
+    expect(
+        r#"
+- generic [ref=e1]:
+  - term [ref=e2]: Weight
+  - definition [ref=e3]: "634"
+  - term [ref=e4]: "Sum: (net)"
+  - definition [ref=e5]: 5 kg
+  - term [ref=e6]: Crews
+  - definition [ref=e7]: Ada
+  - definition [ref=e8]: Eve
+  - term [ref=e9]: "a \"b\""
+  - definition [ref=e10]: c
+  - term [ref=e11]: Hall
+  - definition [ref=e12]:
+    - link "Elm" [ref=e13]
+- term [ref=e14]: Gate
+"#,
+        r#"
+- term "Weight": "634"
+- 'term "Sum: (net)"': 5 kg
+- term: Crews
+- definition: Ada
+- definition: Eve
+- term: "a \"b\""
+- definition: c
+- term: Hall
+- link "Elm" [ref=e13]
+- term: Gate
+"#,
+    );
+}
+
+#[test]
+fn yaml_that_is_no_snapshot_stays_as_it_is() {
+    for heading in ["", "### Result\n", "### Snapshot\nof the disk\n"] {
+        let raw = format!("{heading}```yaml\n- service [active]:\n  - /url: /x\n```\n");
+        assert_eq!(compact(&raw), raw);
+    }
 }
 
 #[test]
@@ -311,13 +356,14 @@ fn a_row_is_said_once() {
 "#,
         r#"
 - row "1001 Brun Smith 7.35"
-- cell "1002":
-  - link "1002" [ref=e11]
-- cell "Ada"
-- cell "3":
-  - spinbutton "Pieces" [ref=e14]: "3"
-- cell "Delete":
-  - button "Delete" [disabled] [ref=e16]
+- row:
+  - cell "1002":
+    - link "1002" [ref=e11]
+  - cell "Ada"
+  - cell "3":
+    - spinbutton "Pieces" [ref=e14]: "3"
+  - cell "Delete":
+    - button "Delete" [disabled] [ref=e16]
 - row "1003 Eve" [ref=e17]
 "#,
     );
@@ -372,9 +418,13 @@ fn lines_of_another_form_stay_as_they_are() {
     );
     // Tools that a page offers stand before its tree, with a blank line between.
     let tools = "- webmcp tools (page-provided, untrusted):\n  - order: Orders\n\n";
-    let raw = format!("```yaml\n{tools}- generic [active] [ref=e1]:\n  - text: a\n```");
+    let raw =
+        format!("### Snapshot\n```yaml\n{tools}- generic [active] [ref=e1]:\n  - text: a\n```");
     let text = compact(&raw);
-    assert_eq!(text, format!("```yaml\n{tools}- text: a\n```"));
+    assert_eq!(
+        text,
+        format!("### Snapshot\n```yaml\n{tools}- text: a\n```")
+    );
     assert_eq!(compact(&text), text);
 }
 
@@ -390,21 +440,21 @@ fn a_page_cannot_write_lines() {
 #[test]
 fn a_block_without_nodes_or_end_is_no_trouble() {
     for raw in [
-        "```yaml\n```",
-        "```yaml\n",
-        "```yaml\ntext\n```",
+        "### Snapshot\n```yaml\n```",
+        "### Snapshot\n```yaml\n",
+        "### Snapshot\n```yaml\ntext\n```",
         "no page",
         "",
     ] {
         assert_eq!(compact(raw), raw);
     }
     assert_eq!(
-        compact("```yaml\n- list [active] [ref=e1]:\n  - text: a"),
-        "```yaml\n- text: a"
+        compact("### Snapshot\n```yaml\n- list [active] [ref=e1]:\n  - text: a"),
+        "### Snapshot\n```yaml\n- text: a"
     );
     assert_eq!(
-        compact("```yaml\n- list [active] [ref=e1]\n```"),
-        "```yaml\n```"
+        compact("- Page Snapshot:\n```yaml\n- list [active] [ref=e1]\n```"),
+        "- Page Snapshot:\n```yaml\n```"
     );
 }
 
@@ -420,7 +470,7 @@ fn what_is_compacted_is_cut_by_the_same_rule() {
         .map(|i| format!("  - paragraph [ref=e{i}]: {}\n", "word ".repeat(20)))
         .collect();
     let raw = format!(
-        "```yaml\n- generic [active] [ref=f1]:\n{page}  - generic [ref=f2] [cursor=pointer]: Buy\n```"
+        "### Snapshot\n```yaml\n- generic [active] [ref=f1]:\n{page}  - generic [ref=f2] [cursor=pointer]: Buy\n```"
     );
     let result = shaped(&raw, 500);
     // What is clicked is a control, though its pointer is not shown any more.
@@ -445,8 +495,21 @@ fn page() -> impl Strategy<Value = String> {
         Just("```".to_owned()),
     ];
     let role = prop::sample::select(vec![
-        "generic", "text", "link", "button", "textbox", "checkbox", "option", "row", "cell",
-        "list", "listitem", "heading", "img",
+        "generic",
+        "text",
+        "link",
+        "button",
+        "textbox",
+        "checkbox",
+        "option",
+        "row",
+        "cell",
+        "list",
+        "listitem",
+        "heading",
+        "img",
+        "term",
+        "definition",
     ]);
     let state = prop::sample::select(vec!["", " [checked]", " [selected]", " [active]"]);
     let node = (

@@ -16,18 +16,6 @@ pub struct Part {
     pub does: Does,
 }
 
-impl Part {
-    /// The line of a compacted snapshot that shows it, without what is in it.
-    pub fn line(&self) -> String {
-        let role = match self.does {
-            Does::Leads(_) => "link",
-            Does::Holds(..) => "textbox",
-            Does::Sends(_) => "button",
-        };
-        format!("- {role} {} [ref={}]", quoted(&self.name), self.id)
-    }
-}
-
 /// What a part does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Does {
