@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use espalier_core::error::FieldError;
 use espalier_runtime::config::{Environment, Secret};
-use espalier_runtime::hub::HubConfig;
+use espalier_runtime::hub::{HubConfig, HubSettings};
 use espalier_runtime::model::ModelEndpoint;
 use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::telemetry::TelemetryConfig;
@@ -89,7 +89,8 @@ pub struct AgentWorkerConfig {
     /// How exports reach the Hugging Face hub, where that differs from what the environment says.
     #[serde(default)]
     pub hub: HubConfig,
-    /// Whether exports may read a base model from a folder of this machine, which is whatever whoever trained named.
+    /// Whether exports may read a base model, and data sets a tokenizer, from a folder of this machine, which is whatever
+    /// whoever trained or asks for a data set named.
     #[serde(default)]
     pub allow_base_folders: bool,
     /// What the worker offers beyond its MCP servers, for jobs that need it.
@@ -245,6 +246,14 @@ impl AgentWorkerConfig {
     /// How long running rollouts may go on when the process drains.
     pub fn grace(&self) -> Duration {
         Duration::from_secs(self.grace_s)
+    }
+
+    /// How the hub is reached. What is fetched is kept in the data folder, unless the environment names another.
+    pub fn hub_settings(&self, environment: &Environment) -> HubSettings {
+        let mut hub = self.hub.over(HubSettings::new(environment));
+        hub.cache
+            .get_or_insert_with(|| self.data_dir.join("models"));
+        hub
     }
 
     /// The MCP servers of the file and of `mcp_servers`. `environment` is what `${NAME}` stands for. Reads the file.

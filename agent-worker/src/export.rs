@@ -15,7 +15,6 @@ use espalier_core::trace::{FileEntry, Manifest, SCHEMA_VERSION, Summary};
 use espalier_proto::v1;
 use espalier_runtime::clock::Clock;
 use espalier_runtime::fetch::Fetcher;
-use espalier_runtime::hub::HubSettings;
 use espalier_runtime::publish::{
     self, ByLease, Claim, OfStore, PublishError, Published, patiently, stopped_outcome,
 };
@@ -85,9 +84,7 @@ impl ExportHandler {
         {
             tracing::warn!(path = %scratch.display(), %error, "leftovers of exports stay");
         }
-        let mut hub = config.hub.over(HubSettings::new(&deps.environment));
-        hub.cache
-            .get_or_insert_with(|| config.data_dir.join("models"));
+        let hub = config.hub_settings(&deps.environment);
         let fetcher = Fetcher::new(&deps.environment, None).with_hub(hub.clone());
         Self {
             exporter: Exporter {

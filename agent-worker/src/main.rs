@@ -33,7 +33,7 @@ Keys of the configuration (each also as a variable: `model_name` is ESPALIER_AGE
   slots              rollouts at once [8]; cpu_slots: data sets, comparisons and exports, of each at
                      once, 0 for none [1]
   hub                endpoint, token and ca for exports to the Hugging Face hub [as HF_TOKEN, … say]
-  allow_base_folders whether exports may read base models from folders of this machine [false]
+  allow_base_folders whether exports may read base models, and data sets tokenizers, from folders of this machine [false]
   tags               what the worker offers beyond its MCP servers
   http_hook_hosts    hosts whose hooks verifiers may ask
   grace_s            time for running rollouts when the process drains [30]

@@ -265,7 +265,7 @@ pub async fn run(
         grace: Duration::ZERO,
         ..worker.clone()
     };
-    let curate = CurateHandler::new(deps.store.clone(), Arc::clone(&deps.clock));
+    let curate = CurateHandler::new(&config, &deps);
     let curating = in_slots(curate, cpu.clone(), loop_deps.clone(), shutdown.clone());
     let compare = CompareHandler::new(deps.store.clone(), Arc::clone(&deps.clock));
     let comparing = in_slots(compare, cpu.clone(), loop_deps.clone(), shutdown.clone());

@@ -4,16 +4,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use espalier_qwen3::{Config, ConfigError};
-use espalier_qwen3_text::{
-    ChatTemplate, Conversation, LoadError as TokenizerError, OtherTokenizer, TemplateError,
-    Tokenizer, ids,
-};
+use espalier_qwen3_text::{ChatTemplate, Conversation, TemplateError, Tokenizer, TokenizerError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::api::backend::Sampling;
 
-/// Largest file that is read whole, in bytes: Qwen3's tokenizer.json has 11 MB.
+/// Largest file that is read whole, in bytes: far more than templates and settings have.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 
 /// Why a folder is no model that can be served.
@@ -52,12 +49,9 @@ pub enum ModelError {
         /// What it is.
         value: String,
     },
-    /// A vocabulary that is not Qwen3's.
-    #[error("tokenizer.json is not Qwen3's")]
-    Tokenizer(#[source] OtherTokenizer),
-    /// The tokenizer of this program is broken.
-    #[error("the tokenizer cannot be loaded: {0}")]
-    OwnTokenizer(&'static TokenizerError),
+    /// A tokenizer of another kind.
+    #[error("tokenizer.json cannot be used")]
+    Tokenizer(#[source] TokenizerError),
     /// A template that cannot be used.
     #[error("the chat template of the model cannot be used")]
     Template(#[source] TemplateError),
@@ -70,7 +64,7 @@ pub struct ModelFiles {
     pub folder: PathBuf,
     /// What its numbers mean.
     pub config: Config,
-    /// Its vocabulary.
+    /// Its own, or Qwen3's where it brings none.
     pub tokenizer: Tokenizer,
     /// How it reads conversations. None: as all of Qwen3 do.
     pub template: Option<ChatTemplate>,
@@ -91,29 +85,26 @@ impl ModelFiles {
         let text = read(folder, "config.json")?
             .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
             .map_err(missing)?;
-        let config = Config::parse(&text)?;
-        check_vocabulary(&config)?;
+        let mut config = Config::parse(&text)?;
+        let tokenizer = Tokenizer::of_folder(folder).map_err(ModelError::Tokenizer)?;
+        check_vocabulary(&config, &tokenizer)?;
+        config.real_vocab_size = tokenizer.vocabulary() as usize;
         let own: Eos = parse("config.json", &text)?;
         let generation = read(folder, "generation_config.json")?;
         let generation: Generation = match &generation {
             Some(text) => parse("generation_config.json", text)?,
             None => Generation::default(),
         };
-        check_tokenizer(folder)?;
+        let eos_token_id = generation
+            .eos_token_id
+            .as_ref()
+            .or(own.eos_token_id.as_ref());
         Ok(Self {
             folder: folder.to_owned(),
-            tokenizer: Tokenizer::shared()
-                .map_err(ModelError::OwnTokenizer)?
-                .clone(),
             template: template(folder)?,
-            eos: eos(
-                generation
-                    .eos_token_id
-                    .as_ref()
-                    .or(own.eos_token_id.as_ref()),
-                &config,
-            )?,
+            eos: eos(eos_token_id, &tokenizer)?,
             sampling: generation.sampling()?,
+            tokenizer,
             config,
         })
     }
@@ -149,25 +140,21 @@ fn parse<T: for<'de> Deserialize<'de>>(file: &'static str, text: &str) -> Result
 }
 
 /// Ids that the tokenizer gives must have rows in the embedding.
-fn check_vocabulary(config: &Config) -> Result<(), ModelError> {
-    let needed = ids::VOCABULARY as usize;
-    if config.real_vocab_size >= needed {
+fn check_vocabulary(config: &Config, tokenizer: &Tokenizer) -> Result<(), ModelError> {
+    let needed = tokenizer.vocabulary() as usize;
+    if config.vocab_size >= needed {
         return Ok(());
     }
+    let whose = match tokenizer.is_qwen3() {
+        true => "Qwen3's",
+        false => "the model's",
+    };
     Err(ModelError::Field {
         file: "config.json",
         field: "vocab_size",
-        rule: format!("must be at least {needed}, which is what Qwen3's tokenizer has"),
+        rule: format!("must be at least {needed}, which is what {whose} tokenizer has"),
         value: config.vocab_size.to_string(),
     })
-}
-
-/// The tokenizer of this program is Qwen3's; the one in the folder must be the same, whoever wrote it.
-fn check_tokenizer(folder: &Path) -> Result<(), ModelError> {
-    let Some(text) = read(folder, "tokenizer.json")? else {
-        return Ok(());
-    };
-    Tokenizer::is_file(&text).map_err(ModelError::Tokenizer)
 }
 
 fn template(folder: &Path) -> Result<Option<ChatTemplate>, ModelError> {
@@ -223,9 +210,9 @@ struct Generation {
 }
 
 /// One id or a list of them.
-fn eos(value: Option<&Value>, config: &Config) -> Result<Vec<u32>, ModelError> {
+fn eos(value: Option<&Value>, tokenizer: &Tokenizer) -> Result<Vec<u32>, ModelError> {
     let Some(value) = value.filter(|value| !value.is_null()) else {
-        return Ok(vec![ids::TURN_CLOSE]);
+        return Ok(vec![tokenizer.ids().turn_close]);
     };
     let list = match value {
         Value::Array(list) => list.as_slice(),
@@ -234,7 +221,7 @@ fn eos(value: Option<&Value>, config: &Config) -> Result<Vec<u32>, ModelError> {
     let id = |value: &Value| {
         value
             .as_u64()
-            .filter(|id| *id < config.real_vocab_size as u64)
+            .filter(|id| *id < tokenizer.vocabulary().into())
     };
     let known: Option<Vec<u32>> = list
         .iter()
@@ -384,7 +371,7 @@ mod tests {
             ),
             (
                 vec![("config.json", CONFIG), ("tokenizer.json", "{}")],
-                "tokenizer.json is not Qwen3's: ",
+                "tokenizer.json cannot be used: it is no tokenizer of byte pairs: ",
             ),
         ] {
             let error = refused(&files);
@@ -396,5 +383,41 @@ mod tests {
             error.contains("`vocab_size` must be at least 151669"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_model_may_bring_its_own_tokenizer() {
+        const SMALL: &str =
+            include_str!("../../crates/qwen3-text/tests/golden/small/tokenizer.json");
+        let config = |rows: &str, eos: &str| {
+            let config = CONFIG.replace("151936", rows);
+            config.replace(", \"eos_token_id\": 151645", eos)
+        };
+        let read = |config: &str| {
+            let files = [("config.json", config), ("tokenizer.json", SMALL)];
+            ModelFiles::read(folder(&files).path())
+        };
+        let files = read(&config("2112", "")).unwrap();
+        assert_eq!(files.tokenizer.vocabulary(), 2100);
+        let (rows, ids) = (files.config.vocab_size, files.config.real_vocab_size);
+        assert_eq!((rows, ids), (2112, 2100));
+        assert_eq!(files.eos, [23], "`<|im_end|>`");
+        let files = read(&config("2100", ", \"eos_token_id\": [25]")).unwrap();
+        assert_eq!(files.eos, [25]);
+        for (rows, eos, words) in [
+            (
+                "2099",
+                "",
+                "`vocab_size` must be at least 2100, which is what the model's tokenizer has, got 2099",
+            ),
+            (
+                "2112",
+                ", \"eos_token_id\": 2100",
+                "`eos_token_id` must be an id of the vocabulary",
+            ),
+        ] {
+            let error = read(&config(rows, eos)).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
     }
 }

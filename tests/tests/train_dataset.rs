@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use espalier_core::adapter::AdapterVersion;
 use espalier_core::layout;
-use espalier_tests::harness::cluster::Cluster;
+use espalier_qwen3_text::{TOKENIZER_SHA256, Tokenizer};
+use espalier_tests::harness::cluster::{Cluster, Setup};
 use espalier_tests::harness::model::{self, toy_job};
 use espalier_tests::harness::tiny;
 use serde_json::{Value, json};
@@ -214,6 +215,111 @@ async fn lineage(cluster: &Cluster) {
         (Some(1), &json!(1)),
         "{tree}"
     );
+}
+
+/// What a command says that must be refused, and its exit code.
+async fn refused(cluster: &Cluster, words: &[&str]) -> (Option<i32>, String) {
+    let output = cluster.espalier(words).await;
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{words:?}: {said}");
+    (output.status.code(), said)
+}
+
+#[tokio::test]
+async fn a_model_is_trained_on_a_data_set_of_its_own_tokenizer() {
+    let allow = "ESPALIER_AGENT_WORKER_ALLOW_BASE_FOLDERS";
+    let cluster = Cluster::start_with(Setup {
+        environment: vec![(allow.to_owned(), "true".to_owned())],
+        ..Setup::new("embedded", &model::start().await)
+    })
+    .await;
+    let mut worker = cluster.worker_with_cpu_slots("a", 4);
+    let _trainer = cluster.train_worker("trainer");
+    roll_out(&cluster).await;
+    let folder = cluster.folder.path();
+    let [base, qwen3] = ["small", "tiny"].map(|name| folder.join(name));
+    tiny::write_small_model(&base);
+    tiny::write_model(&qwen3);
+    let small = Tokenizer::from_json(tiny::SMALL_TOKENIZER).unwrap();
+    let name = base.to_str().unwrap();
+    let build = |tokenizer| {
+        let words = [
+            "dataset", "build", "--from", "b", "--name", "shop", "--json",
+        ];
+        let more = ["--eval-share", "0", "--tokenizer", tokenizer];
+        [&words[..], &more].concat()
+    };
+
+    let built = result(&cluster, &build(name)).await["summary"].clone();
+    assert_eq!(built["train_rows"], json!(ROLLOUTS));
+    // The tokenizer lies beside the rows: nothing else is needed from here on.
+    let hidden = folder.join("hidden");
+    std::fs::rename(&base, &hidden).unwrap();
+    let out = folder.join("out");
+    let pull = [
+        "dataset",
+        "pull",
+        "shop",
+        "--json",
+        "-o",
+        out.to_str().unwrap(),
+    ];
+    result(&cluster, &pull).await;
+    let file = std::fs::read_to_string(out.join("tokenizer.json")).unwrap();
+    assert_eq!(file, tiny::SMALL_TOKENIZER);
+    let manifest = std::fs::read(out.join("manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    assert_eq!(manifest["tokenizer_sha256"], small.sha256());
+    assert_eq!(manifest["settings"]["tokenizer"], name);
+    let shown = result(&cluster, &["dataset", "show", "shop", "--json"]).await;
+    assert_eq!(shown["tokenizer_sha256"], small.sha256());
+    let sample = &shown["sample"];
+    let pieces = sample["pieces"].as_array().unwrap().iter();
+    let text: String = pieces.filter_map(|piece| piece["text"].as_str()).collect();
+    assert!(
+        text.starts_with("<|im_start|>") && text.ends_with("<|im_end|>"),
+        "{text}"
+    );
+    // All of it is text of the template's and of the tools', which holds no control text.
+    assert_eq!(sample["tokens"], small.encode(&text).len());
+    std::fs::rename(&hidden, &base).unwrap();
+
+    let config = write(
+        &folder.join("lora.toml"),
+        "rank = 4\nbatch = 2\naccumulation = 1\n",
+    );
+    let trainings = |base: &Path| Trainings {
+        cluster: &cluster,
+        base: base.to_owned(),
+        config: config.clone(),
+    };
+    let (came, record) = trainings(&base).train("shop@v1", "t1").await;
+    assert_eq!(record.dataset, "default/datasets/shop/v1.json");
+    let learned = &came["summary"]["supervised_tokens"];
+    assert_eq!(learned, &built["supervised_tokens"]);
+    let loss = came["summary"]["loss"].as_f64().unwrap();
+    assert!((4.0..12.0).contains(&loss), "{came}");
+
+    // Of another tokenizer nothing is learned, either way round.
+    let other = trainings(&qwen3);
+    let (_, said) = refused(&cluster, &other.words("shop@v1", &["--batch", "t2"])).await;
+    let expected = format!(
+        "data set shop@v1 must be built for the tokenizer {TOKENIZER_SHA256}, which is the base model's, got {}",
+        small.sha256()
+    );
+    assert!(said.contains(&expected), "{said}");
+    let plain = result(&cluster, &build("qwen3")).await;
+    assert!(plain["summary"]["tokens"].as_u64() < built["tokens"].as_u64());
+    let own = trainings(&base);
+    let (_, said) = refused(&cluster, &own.words("shop@v2", &["--batch", "t3"])).await;
+    let expected = format!("--extend shop@v2 --tokenizer {name}`");
+    assert!(said.contains(&expected), "{said}");
+    let (code, said) = refused(&cluster, &build("gpt2")).await;
+    assert!(
+        code == Some(2) && said.contains("curate.tokenizer"),
+        "{said}"
+    );
+    worker.terminate(DEADLINE).await;
 }
 
 /// Supervised tokens of what was held out, as the worker told last.

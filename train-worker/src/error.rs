@@ -1,13 +1,14 @@
 //! What goes wrong with a training, and what it means for the attempt.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use espalier_core::error::{ErrorClass, FieldError};
 use espalier_core::spec::DatasetRef;
 use espalier_dataset::SampleError;
 use espalier_dataset::files::FileError;
 use espalier_qwen3::ConfigError;
-use espalier_qwen3_text::{LoadError, OtherTokenizer};
+use espalier_qwen3_text::TokenizerError;
 use espalier_runtime::datasets::DatasetsError;
 use espalier_runtime::fetch::FetchError;
 use espalier_runtime::publish::{OfStore, PublishError};
@@ -94,33 +95,28 @@ pub enum TrainError {
         /// How many its files have.
         found: u64,
     },
-    /// A data set of other tokens than the ones of this program and of Qwen3.
+    /// A data set of other tokens than the base model's, or of another chat template than this program's.
     #[error(
-        "data set {dataset} must be built for the {what} {own}, which is this worker's, got {found}: build it again with \
-         `espalier dataset build --extend {dataset}`"
+        "data set {dataset} must be built for the {what} {own}, which is {whose}, got {found}: build it again with \
+         `espalier dataset build --extend {dataset}{options}`"
     )]
     DatasetOfOther {
         /// Which.
         dataset: DatasetRef,
         /// Tokenizer or chat template.
         what: &'static str,
-        /// The digest of this program's.
-        own: &'static str,
+        /// The digest that it must have.
+        own: String,
+        /// Whose that is.
+        whose: &'static str,
         /// The digest in the manifest.
         found: String,
+        /// What the command needs beside the data set.
+        options: String,
     },
-    /// The base model has other tokens than a data set.
-    #[error("the tokenizer of the base model is not that of data set {dataset}")]
-    OtherTokenizer {
-        /// Which.
-        dataset: DatasetRef,
-        /// How it differs.
-        #[source]
-        source: OtherTokenizer,
-    },
-    /// The tokenizer of this program is broken.
-    #[error("the tokenizer cannot be loaded: {0}")]
-    OwnTokenizer(&'static LoadError),
+    /// The tokenizer that the base model brings.
+    #[error("the tokenizer of the base model cannot be used")]
+    Tokenizer(#[source] Arc<TokenizerError>),
     /// The engine refuses, or has no room.
     #[error("the engine cannot train this")]
     Engine(#[from] EngineError),
@@ -195,7 +191,6 @@ impl TrainError {
             | Self::DatasetRow { .. }
             | Self::DatasetRows { .. }
             | Self::DatasetOfOther { .. }
-            | Self::OtherTokenizer { .. }
             | Self::NotFinite { .. }
             | Self::TooLarge { .. } => ErrorClass::Invalid,
             Self::Dataset { source, .. } => match source {
@@ -208,7 +203,12 @@ impl TrainError {
             Self::Fetch(error) => error.class(),
             Self::Engine(error) => class_of(error),
             Self::Publish(error) => error.class(),
-            Self::Encode(_) | Self::OwnTokenizer(_) => ErrorClass::Handler,
+            Self::Tokenizer(error) => match **error {
+                TokenizerError::Own(_) => ErrorClass::Handler,
+                TokenizerError::Read { .. } => ErrorClass::Infra,
+                _ => ErrorClass::Invalid,
+            },
+            Self::Encode(_) => ErrorClass::Handler,
             Self::Read { .. } | Self::Store(_) | Self::Blocking(_) => ErrorClass::Infra,
             Self::Preempted { .. } | Self::Stopped => ErrorClass::Preempted,
         }

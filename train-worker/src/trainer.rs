@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use espalier_core::error::ErrorClass;
 use espalier_core::spec::{LoraTarget, Optimizer, TrainMethod, TrainSettings};
@@ -12,6 +12,7 @@ use espalier_kernels::DeviceChoice;
 use espalier_kernels::cpu::Pool;
 use espalier_kernels::train::peak_flops;
 use espalier_qwen3::Config;
+use espalier_qwen3_text::{Tokenizer, TokenizerError};
 use espalier_runtime::memory;
 
 use crate::engine::{
@@ -168,7 +169,7 @@ impl Load for EngineLoader {
             told.memory_budget_bytes = Some(budget(config, settings, tokens, self.device)?.bytes);
         }
         self.measure();
-        let loaded = Engine::load(folder, &told, self.device);
+        let loaded = Engine::load(folder, config.clone(), &told, self.device);
         let engine = loaded.map_err(|error| unasked(error, settings, self.device))?;
         let plan = engine.plan();
         tracing::info!(
@@ -249,17 +250,26 @@ fn projection(target: LoraTarget) -> Projection {
     }
 }
 
-/// The configuration of the model in `folder`.
+/// The tokenizer of a base model: its own, or Qwen3's where it brings none. Rows of token ids do without.
+pub type OfBase = Result<Tokenizer, Arc<TokenizerError>>;
+
+/// The configuration and the tokenizer of the model in `folder`.
 ///
 /// # Errors
-/// It cannot be read, or is of no model that is known here.
-pub fn config(folder: &Path) -> Result<Config, TrainError> {
+/// The configuration cannot be read, or is of no model that is known here.
+pub fn config(folder: &Path) -> Result<(Config, OfBase), TrainError> {
     let path = folder.join("config.json");
     let mut text = String::new();
     let read =
         File::open(&path).and_then(|file| file.take(CONFIG_BYTES_MAX).read_to_string(&mut text));
     read.map_err(|source| TrainError::Read { path, source })?;
-    Ok(Config::parse(&text)?)
+    let mut config = Config::parse(&text)?;
+    let tokenizer = Tokenizer::of_folder(folder).map_err(Arc::new);
+    if let Ok(tokenizer) = &tokenizer {
+        // Where it has more ids than the model, data sets are refused when they are read.
+        config.real_vocab_size = config.vocab_size.min(tokenizer.vocabulary() as usize);
+    }
+    Ok((config, tokenizer))
 }
 
 /// Memory that a training may take of a device.
@@ -335,9 +345,7 @@ fn unasked(error: EngineError, settings: &TrainSettings, device: Device) -> Engi
 /// What an error of the engine means for the attempt.
 pub fn class_of(error: &EngineError) -> ErrorClass {
     match error {
-        EngineError::Read { .. } | EngineError::NoGpu { .. } | EngineError::Open { .. } => {
-            ErrorClass::Infra
-        }
+        EngineError::NoGpu { .. } | EngineError::Open { .. } => ErrorClass::Infra,
         EngineError::Device(failed) if failed.is_lost => ErrorClass::Infra,
         // What an op refuses is refused again.
         EngineError::Device(_) => ErrorClass::Handler,
@@ -345,7 +353,6 @@ pub fn class_of(error: &EngineError) -> ErrorClass {
         EngineError::Memory(_) | EngineError::Free { .. } => ErrorClass::Handler,
         EngineError::State { .. } => ErrorClass::Handler,
         EngineError::Setting { .. }
-        | EngineError::Config(_)
         | EngineError::Weights(_)
         | EngineError::Plan(_)
         | EngineError::Document { .. }

@@ -2,7 +2,9 @@
 
 use espalier_core::error::{ErrorClass, FieldError};
 use espalier_dataset::files::FileError;
+use espalier_qwen3_text::TokenizerError;
 use espalier_runtime::datasets::DatasetsError;
+use espalier_runtime::fetch::FetchError;
 use espalier_runtime::publish::{OfStore, PublishError};
 use espalier_runtime::store::StoreError;
 use espalier_runtime::tasks::BlockingFailed;
@@ -26,8 +28,10 @@ pub(super) enum CurateError {
         bytes: u64,
         bytes_max: u64,
     },
-    #[error("the tokenizer cannot be loaded: {reason}")]
-    Tokenizer { reason: String },
+    #[error("the tokenizer cannot be had")]
+    Fetch(#[from] FetchError),
+    #[error("the tokenizer cannot be used")]
+    Tokenizer(#[from] TokenizerError),
     #[error("a file of the data set cannot be written")]
     Write(#[from] FileError),
     #[error("the record of the data set cannot be encoded")]
@@ -60,9 +64,11 @@ impl CurateError {
                 | DatasetsError::Altered { .. },
             ) => ErrorClass::Invalid,
             // A file of somebody else may bring its reader down, on every try.
-            Self::Write(_) | Self::Encode(_) | Self::Tokenizer { .. } | Self::Blocking(_) => {
-                ErrorClass::Handler
-            }
+            Self::Write(_) | Self::Encode(_) | Self::Blocking(_) => ErrorClass::Handler,
+            Self::Fetch(error) => error.class(),
+            Self::Tokenizer(TokenizerError::Own(_)) => ErrorClass::Handler,
+            Self::Tokenizer(TokenizerError::Read { .. }) => ErrorClass::Infra,
+            Self::Tokenizer(_) => ErrorClass::Invalid,
             Self::Publish(error) => error.class(),
             Self::Traces(_) | Self::Datasets(_) | Self::Store(_) => ErrorClass::Infra,
             Self::Stopped => ErrorClass::Preempted,

@@ -18,9 +18,11 @@ mod feed;
 mod passes;
 mod publish;
 mod shards;
+mod tokenizer;
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use espalier_core::dataset::DatasetSources;
 use espalier_core::error::FieldError;
 use espalier_core::layout;
@@ -28,9 +30,9 @@ use espalier_core::spec::CurateSpec;
 use espalier_core::trace::FileEntry;
 use espalier_dataset::{BuildSpec, Filter};
 use espalier_proto::v1;
-use espalier_qwen3_text::Tokenizer;
 use espalier_runtime::clock::Clock;
 use espalier_runtime::datasets::Datasets;
+use espalier_runtime::fetch::Fetcher;
 use espalier_runtime::publish::{Claim, PublishError, Published, patiently, stopped_outcome};
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::blocking;
@@ -39,9 +41,12 @@ use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::config::AgentWorkerConfig;
+use crate::serve::Deps;
 use error::CurateError;
 use feed::{Feed, Item};
 use passes::{FirstPass, SecondPass};
+use tokenizer::{Tokenizers, Tokens};
 
 /// Items that wait to be looked at.
 const ITEMS_WAITING_MAX: usize = 1;
@@ -52,6 +57,7 @@ const FILES_WAITING_MAX: usize = 1;
 pub(crate) struct CurateHandler {
     store: Store,
     clock: Arc<dyn Clock>,
+    tokenizers: Tokenizers,
 }
 
 /// What an attempt works on.
@@ -66,11 +72,22 @@ struct Order<'a> {
 struct Made {
     second: SecondPass,
     files: Vec<FileEntry>,
+    /// The file of its tokenizer, unless it is Qwen3's.
+    tokenizer: Option<Bytes>,
 }
 
 impl CurateHandler {
-    pub(crate) fn new(store: Store, clock: Arc<dyn Clock>) -> Self {
-        Self { store, clock }
+    /// With the token of the hub and the folders of the configuration.
+    pub(crate) fn new(config: &AgentWorkerConfig, deps: &Deps) -> Self {
+        let hub = config.hub_settings(&deps.environment);
+        Self {
+            store: deps.store.clone(),
+            clock: Arc::clone(&deps.clock),
+            tokenizers: Tokenizers {
+                fetcher: Fetcher::new(&deps.environment, None).with_hub(hub),
+                allow_folders: config.allow_base_folders,
+            },
+        }
     }
 
     async fn attempt(&self, grant: &Grant, context: &JobContext) -> Result<Published, CurateError> {
@@ -128,21 +145,17 @@ impl CurateHandler {
         context: &JobContext,
     ) -> Result<Made, CurateError> {
         let grant = order.grant;
-        let tokenizer = blocking("tokenizer.load", Tokenizer::shared).await?;
-        let tokenizer = tokenizer.map_err(|error| CurateError::Tokenizer {
-            reason: error.to_string(),
-        })?;
+        let tokens = self.tokenizers.of(order.curate).await?;
         let feed = Feed {
             key: &grant.key,
             store: &self.store,
             context,
         };
         let items = feed.items(&order.sources).await?;
-        let first = first_pass(&feed, &items, settings, tokenizer).await?;
+        let first = first_pass(&feed, &items, settings, &tokens).await?;
         let folder = layout::dataset_files(&grant.key, grant.fence);
         let form = (order.curate.max_length, folder);
-        self.second_pass(&feed, &items, first, form, tokenizer)
-            .await
+        self.second_pass(&feed, &items, first, form, tokens).await
     }
 
     async fn second_pass(
@@ -151,14 +164,15 @@ impl CurateHandler {
         items: &[Item],
         first: FirstPass,
         form: (usize, String),
-        tokenizer: &'static Tokenizer,
+        tokens: Tokens,
     ) -> Result<Made, CurateError> {
         let wanted = first.wanted();
         let (to, from) = mpsc::channel(ITEMS_WAITING_MAX);
         let (finished, mut files) = mpsc::channel(FILES_WAITING_MAX);
         let (stop, _ends) = stops();
+        let Tokens { tokenizer, file } = tokens;
         let write = blocking("curate.write", move || {
-            passes::write(from, finished, first, form, tokenizer, &stop)
+            passes::write(from, finished, first, form, &tokenizer, &stop)
         });
         let store = async {
             let mut entries = Vec::new();
@@ -171,7 +185,11 @@ impl CurateHandler {
         let write = async { write.await? };
         let hand_over = feed.hand_over(items, &wanted, to, "writing");
         let ((), second, files) = tokio::try_join!(hand_over, write, store)?;
-        Ok(Made { second, files })
+        Ok(Made {
+            second,
+            files,
+            tokenizer: file,
+        })
     }
 
     fn datasets(&self, grant: &Grant) -> Datasets {
@@ -183,12 +201,13 @@ async fn first_pass(
     feed: &Feed<'_>,
     items: &[Item],
     settings: BuildSpec,
-    tokenizer: &'static Tokenizer,
+    tokens: &Tokens,
 ) -> Result<FirstPass, CurateError> {
     let (to, from) = mpsc::channel(ITEMS_WAITING_MAX);
     let (stop, _ends) = stops();
+    let tokenizer = tokens.tokenizer.clone();
     let choose = blocking("curate.choose", move || {
-        passes::choose(from, settings, tokenizer, &stop)
+        passes::choose(from, settings, &tokenizer, &stop)
     });
     let choose = async { choose.await? };
     let all = vec![true; items.len()];
@@ -223,6 +242,7 @@ fn settings(curate: &CurateSpec) -> Result<BuildSpec, FieldError> {
             .and_then(|max| usize::try_from(max).ok()),
         eval_share: curate.eval_share,
         seed: curate.seed,
+        tokenizer: curate.tokenizer.clone(),
     })
 }
 

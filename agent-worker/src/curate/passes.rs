@@ -50,7 +50,7 @@ impl FirstPass {
 pub(super) fn choose(
     mut from: mpsc::Receiver<Fed>,
     spec: BuildSpec,
-    tokenizer: &'static Tokenizer,
+    tokenizer: &Tokenizer,
     stop: &CancellationToken,
 ) -> Result<FirstPass, CurateError> {
     let mut builder = Builder::new(spec, tokenizer)?;
@@ -95,7 +95,7 @@ pub(super) fn write(
     to: mpsc::Sender<Finished>,
     first: FirstPass,
     (max_length, folder): (usize, String),
-    tokenizer: &'static Tokenizer,
+    tokenizer: &Tokenizer,
     stop: &CancellationToken,
 ) -> Result<SecondPass, CurateError> {
     let mut writing = Writing {

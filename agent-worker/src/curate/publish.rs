@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use espalier_core::dataset::{
     CARD_FILE, CurateSummary, DATASET_RECORD_VERSION, DatasetVersion, MANIFEST_FILE, TALLY_FILE,
+    TOKENIZER_FILE,
 };
 use espalier_core::id::JobKey;
 use espalier_core::layout;
@@ -55,13 +56,17 @@ impl CurateHandler {
         Ok(published)
     }
 
-    /// Manifest, sums and card of the data set.
+    /// Manifest, sums and card of the data set, and its tokenizer.
     async fn beside(
         &self,
         order: &Order<'_>,
         made: Made,
     ) -> Result<Vec<(&'static str, Bytes)>, CurateError> {
-        let Made { second, files } = made;
+        let Made {
+            second,
+            files,
+            tokenizer,
+        } = made;
         let (name, sources) = (order.curate.dataset.clone(), order.sources.clone());
         let now = self.clock.now();
         let write = blocking("curate.manifest", move || {
@@ -76,11 +81,13 @@ impl CurateHandler {
             });
             let tally = serde_json::to_vec_pretty(&second.tally)?;
             let manifest = serde_json::to_vec_pretty(&manifest)?;
-            Ok::<_, serde_json::Error>(vec![
+            let mut files = vec![
                 (MANIFEST_FILE, Bytes::from(manifest)),
                 (TALLY_FILE, Bytes::from(tally)),
                 (CARD_FILE, Bytes::from(text)),
-            ])
+            ];
+            files.extend(tokenizer.map(|file| (TOKENIZER_FILE, file)));
+            Ok::<_, serde_json::Error>(files)
         });
         write.await?.map_err(CurateError::Encode)
     }

@@ -70,6 +70,10 @@ pub struct Build {
     /// Tokens of the longest sample; longer ones are cut at a whole turn [default: 32768]
     #[arg(long, value_name = "TOKENS")]
     pub max_length: Option<i64>,
+    /// The model whose tokenizer its tokens are of: a repository of the Hugging Face hub, s3://…, or the path of a folder
+    /// where the worker allows it [default: the tokenizer that all of Qwen3 have]
+    #[arg(long, value_name = "MODEL")]
+    pub tokenizer: Option<String>,
     /// Name of the batch; the same name again goes on watching it [default: the data set's name and the time]
     #[arg(long, value_name = "NAME")]
     pub batch: Option<String>,
@@ -130,7 +134,7 @@ fn draft(args: &Build) -> CurateDraft {
         eval_share: args.eval_share,
         seed: args.seed,
         max_length: args.max_length,
-        tokenizer: None,
+        tokenizer: args.tokenizer.clone(),
         dataset: Some(args.name.clone()),
     }
 }
@@ -217,7 +221,8 @@ impl Building<'_> {
             || show::summary(&version, &tally),
         )?;
         note(format!(
-            "next: espalier train --base MODEL --dataset {name}@v{n} --name {name}",
+            "next: espalier train --base {base} --dataset {name}@v{n} --name {name}",
+            base = self.spec.tokenizer.as_deref().unwrap_or("MODEL"),
             name = version.name,
             n = version.n
         ));

@@ -15,11 +15,13 @@ use std::str::FromStr;
 
 use bytes::Bytes;
 use clap::{Args, Subcommand};
-use espalier_core::dataset::{DatasetVersion, MANIFEST_FILE, TALLY_FILE};
+use espalier_core::dataset::{DatasetVersion, MANIFEST_FILE, TALLY_FILE, TOKENIZER_FILE};
 use espalier_core::id::{DatasetName, ProjectId};
 use espalier_core::spec::DatasetRef;
 use espalier_dataset::{DatasetManifest, Tally};
+use espalier_qwen3_text::{TOKENIZER_SHA256, Tokenizer, TokenizerError};
 use espalier_runtime::datasets::{Datasets, DatasetsError};
+use espalier_runtime::tasks::blocking;
 use espalier_runtime::telemetry::error_chain;
 
 use crate::context::Context;
@@ -132,6 +134,36 @@ async fn manifest(
 pub async fn tally(datasets: &Datasets, version: &DatasetVersion) -> Result<Tally, Problem> {
     let content = file(datasets, version, TALLY_FILE).await?;
     Ok(Tally::parse(&content)?)
+}
+
+/// The tokenizer of a version: Qwen3's, or the one that lies beside its rows.
+async fn tokenizer(
+    datasets: &Datasets,
+    version: &DatasetVersion,
+    manifest: &DatasetManifest,
+) -> Result<Tokenizer, Problem> {
+    let found = &manifest.tokenizer_sha256;
+    let own = match found == TOKENIZER_SHA256 {
+        true => None,
+        false => Some(file(datasets, version, TOKENIZER_FILE).await?),
+    };
+    let read = move || match own {
+        Some(file) => Tokenizer::from_json(&String::from_utf8_lossy(&file)),
+        None => Tokenizer::shared().cloned().map_err(TokenizerError::Own),
+    };
+    let read = blocking("dataset.tokenizer", read).await;
+    let read = read.map_err(|error| Problem::failed(error.to_string()))?;
+    let read = read.map_err(|error| {
+        let message = format!("{TOKENIZER_FILE} cannot be used: {}", error_chain(&error));
+        Problem::failed(message)
+    })?;
+    match read.sha256() == found {
+        true => Ok(read),
+        false => Err(Problem::failed(format!(
+            "{TOKENIZER_FILE} must be the tokenizer {found}, as the manifest says, got {}",
+            read.sha256()
+        ))),
+    }
 }
 
 async fn file(datasets: &Datasets, version: &DatasetVersion, name: &str) -> Result<Bytes, Problem> {

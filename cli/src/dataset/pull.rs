@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use espalier_core::dataset::{CARD_FILE, DatasetVersion, MANIFEST_FILE, TALLY_FILE};
+use espalier_core::dataset::{
+    CARD_FILE, DatasetVersion, MANIFEST_FILE, TALLY_FILE, TOKENIZER_FILE,
+};
 use espalier_core::trace::FileEntry;
 use espalier_dataset::Split;
 use espalier_dataset::files::{Format, file_name};
@@ -76,7 +78,7 @@ pub(super) fn files(version: &DatasetVersion) -> Vec<(String, &FileEntry)> {
             files.extend(named.map(|(n, entry)| (file_name(split, n, of, format), entry)));
         }
     }
-    for name in [CARD_FILE, MANIFEST_FILE, TALLY_FILE] {
+    for name in [CARD_FILE, MANIFEST_FILE, TALLY_FILE, TOKENIZER_FILE] {
         files.extend(version.file(name).map(|entry| (name.to_owned(), entry)));
     }
     files

@@ -37,15 +37,16 @@ pub(super) async fn find(
     datasets: &Datasets,
     version: &DatasetVersion,
     wanted: Option<String>,
-    max_length: usize,
+    (max_length, tokenizer): (usize, &Tokenizer),
 ) -> Result<Shown, Problem> {
     for split in Split::ALL {
         for entry in version.rows(split.as_str(), "parquet") {
             let (bytes, path) = (datasets.file(entry).await?, entry.path.clone());
-            let wanted = wanted.clone();
+            let (wanted, tokenizer) = (wanted.clone(), tokenizer.clone());
             let look = move || {
                 let row = row(&path, bytes, wanted.as_deref()).map_err(|e| error_chain(&e))?;
-                row.map(|row| shown(&row, max_length)).transpose()
+                row.map(|row| shown(&row, max_length, &tokenizer))
+                    .transpose()
             };
             let found = blocking("dataset.sample", look).await;
             let found = found.map_err(|error| Problem::failed(error.to_string()))?;
@@ -74,8 +75,7 @@ fn row(path: &str, bytes: Bytes, wanted: Option<&str>) -> Result<Option<Row>, Fi
     Ok(None)
 }
 
-fn shown(row: &Row, max_length: usize) -> Result<Shown, String> {
-    let tokenizer = Tokenizer::shared().map_err(ToString::to_string)?;
+fn shown(row: &Row, max_length: usize, tokenizer: &Tokenizer) -> Result<Shown, String> {
     let sample = sample(row, max_length, &mut Renderer::new(tokenizer));
     let sample = sample.map_err(|error| error_chain(&error))?;
     let pieces = pieces(&sample, |ids| {

@@ -7,7 +7,7 @@ use espalier_core::dataset::{DatasetVersion, MANIFEST_FILE, file_name};
 use espalier_dataset::{DatasetManifest, SourceEntry, Tally};
 use serde_json::{Value, json};
 
-use super::{Named, Place, manifest, sample, tally};
+use super::{Named, Place, manifest, sample, tally, tokenizer};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome};
 use crate::output::{count, cut, facts, plain, table};
@@ -43,13 +43,16 @@ pub async fn run(context: &Context, args: &Show) -> Outcome {
     let tally = tally(&datasets, &version).await?;
     let manifest = manifest(&datasets, &version).await?;
     let wanted = args.sample.clone();
-    let sample = sample::find(&datasets, &version, wanted, tally.max_length).await?;
+    let tokenizer = tokenizer(&datasets, &version, &manifest).await?;
+    let form = (tally.max_length, &tokenizer);
+    let sample = sample::find(&datasets, &version, wanted, form).await?;
     let color = context.out.color;
     context.out.show(
         || {
             let mut value = as_json(&version, &tally);
             value["settings"] = json!(manifest.settings);
             value["counts"] = json!(manifest.counts);
+            value["tokenizer_sha256"] = json!(manifest.tokenizer_sha256);
             value["sample"] = sample.to_json();
             value
         },
@@ -185,6 +188,9 @@ fn settings(manifest: &DatasetManifest) -> String {
     ];
     if let Some(max) = settings.max_per_kind {
         rows.push(("max per kind", count(max as u64)));
+    }
+    if let Some(model) = &settings.tokenizer {
+        rows.push(("tokenizer", format!("that of {}", plain(model))));
     }
     let counts = &manifest.counts;
     if counts.drift_breaks + counts.misspelt_calls > 0 {

@@ -90,6 +90,8 @@ pub struct DatasetVersion {
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// How long its rows are, among its files.
 pub const TALLY_FILE: &str = "tally.json";
+/// The tokenizer whose ids are in it, among its files unless it is Qwen3's.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// What people and loaders read first, among its files.
 pub const CARD_FILE: &str = "README.md";
 

@@ -45,6 +45,9 @@ pub struct BuildSpec {
     pub eval_share: f64,
     /// Of the choice of tasks that are held out, and of conversations where there are too many of a kind.
     pub seed: u64,
+    /// The model whose tokenizer its tokens are of; absent: Qwen3's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
 }
 
 impl Default for BuildSpec {
@@ -58,6 +61,7 @@ impl Default for BuildSpec {
             max_per_kind: None,
             eval_share: 0.1,
             seed: 3407,
+            tokenizer: None,
         }
     }
 }
@@ -89,7 +93,7 @@ impl BuildSpec {
 #[derive(Debug)]
 pub struct Builder {
     spec: BuildSpec,
-    tokenizer: &'static Tokenizer,
+    tokenizer: Tokenizer,
     entries: Vec<SourceEntry>,
     /// What is still wanted, in order.
     wanted: Vec<Wanted>,
@@ -111,11 +115,11 @@ impl Builder {
     ///
     /// # Errors
     /// A setting that breaks its rule.
-    pub fn new(spec: BuildSpec, tokenizer: &'static Tokenizer) -> Result<Self, FieldError> {
+    pub fn new(spec: BuildSpec, tokenizer: &Tokenizer) -> Result<Self, FieldError> {
         spec.check()?;
         Ok(Self {
             spec,
-            tokenizer,
+            tokenizer: tokenizer.clone(),
             entries: Vec::new(),
             wanted: Vec::new(),
             exact: HashMap::new(),
@@ -175,7 +179,7 @@ impl Builder {
         if first != entry {
             return Some((DropReason::Duplicate, self.entries[first].source.clone()));
         }
-        let signature = Signature::of(source, self.tokenizer);
+        let signature = Signature::of(source, &self.tokenizer);
         let like = self.near.like(&signature, self.spec.near);
         if let Some(&first) = like.first().filter(|_| !self.spec.keep_near) {
             let first = self.wanted[first].entry;
@@ -210,6 +214,7 @@ impl Builder {
         }
         Chosen {
             spec: self.spec,
+            tokenizer_sha256: self.tokenizer.sha256().to_owned(),
             entries: self.entries,
             tasks,
             drift: Drift::default(),
@@ -251,6 +256,7 @@ impl Builder {
 #[derive(Debug)]
 pub struct Chosen {
     pub(crate) spec: BuildSpec,
+    pub(crate) tokenizer_sha256: String,
     pub(crate) entries: Vec<SourceEntry>,
     /// Groups of tasks that are trained on, and that are held out.
     pub(crate) tasks: [usize; 2],

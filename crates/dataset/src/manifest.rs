@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use espalier_core::error::{FieldError, shorten};
 use espalier_core::time::Timestamp;
 use espalier_core::trace::FileEntry;
-use espalier_qwen3_text::{CHAT_TEMPLATE_SHA256, TOKENIZER_SHA256};
+use espalier_qwen3_text::CHAT_TEMPLATE_SHA256;
 use serde::{Deserialize, Serialize};
 
 use crate::build::{BuildSpec, Chosen};
@@ -25,7 +25,7 @@ pub struct DatasetManifest {
     pub settings: BuildSpec,
     /// SHA-256 of the chat template that renders its rows.
     pub template_sha256: String,
-    /// SHA-256 of the tokenizer whose ids are in it.
+    /// SHA-256 of the tokenizer whose ids are in it. Unless it is Qwen3's, its file is beside the rows.
     pub tokenizer_sha256: String,
     /// Sums.
     pub counts: Counts,
@@ -165,7 +165,7 @@ impl Chosen {
             created_at_us,
             settings: self.spec,
             template_sha256: CHAT_TEMPLATE_SHA256.to_owned(),
-            tokenizer_sha256: TOKENIZER_SHA256.to_owned(),
+            tokenizer_sha256: self.tokenizer_sha256,
             counts,
             models,
             files,

@@ -8,10 +8,11 @@
 //! Where hints are dropped, or something before a call was changed, no model saw the prompt either. It is rendered by
 //! the one template, and the sampled ids are spliced in: what they spell must be what the next prompt spells.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use espalier_core::chat::Message;
-use espalier_qwen3_text::ids::VOCABULARY;
+use espalier_qwen3_text::Ids;
 
 use crate::render::{RenderError, Renderer, index};
 use crate::row::{Recorded, Row, Split};
@@ -32,7 +33,7 @@ pub struct RowsOptions {
 pub struct Drift {
     /// Rows that had to begin anew because a prompt does not continue what was sampled before it.
     pub breaks: usize,
-    /// Calls whose ids do not spell their message, or that no token of Qwen3 has: rendered from text.
+    /// Calls whose ids do not spell their message, or that no token of the tokenizer has: rendered from text.
     pub misspelt: usize,
 }
 
@@ -149,6 +150,13 @@ impl Chain {
     }
 }
 
+/// A call whose ids are what its message says.
+struct Trusted<'a> {
+    call: &'a SourceCall,
+    completion: Cow<'a, [u32]>,
+    spelt: String,
+}
+
 /// Builds the pieces of a cut.
 struct Splice<'a> {
     source: &'a Source,
@@ -178,7 +186,7 @@ impl<'a> Splice<'a> {
         let turns: Vec<usize> = assistant_turns(&self.source.messages).collect();
         for &turn in &cut.trained {
             match self.trusted_call(turns[turn]) {
-                Some((call, spelt)) => self.sampled(turn, call, &spelt)?,
+                Some(trusted) => self.sampled(turn, &trusted)?,
                 None => self.unsampled(turn),
             }
         }
@@ -186,26 +194,36 @@ impl<'a> Splice<'a> {
         Ok(std::mem::take(&mut self.pieces))
     }
 
-    /// The call of a message whose ids are of Qwen3's vocabulary and spell the message, and what they spell.
-    fn trusted_call(&mut self, message: usize) -> Option<(&'a SourceCall, String)> {
+    /// The call of a message whose ids are of the tokenizer's vocabulary and spell the message, the completion to the end
+    /// of its turn, and what that spells.
+    fn trusted_call(&mut self, message: usize) -> Option<Trusted<'a>> {
         let call = self.source.call_of(message)?;
-        let prompt = call.prompt.iter().flatten();
-        let known = prompt.chain(&call.completion).all(|&id| id < VOCABULARY);
-        let spelt = self.renderer.tokenizer().decode(&call.completion).ok();
+        let tokenizer = self.renderer.tokenizer();
+        let mut prompt = call.prompt.iter().flatten();
+        // The completion's ids are looked at by decoding them.
+        let known = prompt.all(|&id| id < tokenizer.vocabulary());
+        let completion = ended(call, tokenizer.ids());
+        let spelt = tokenizer.decode(&completion).ok();
         let spelt = spelt.filter(|text| known && spells(text, &self.source.messages[message]));
         self.drift.misspelt += usize::from(spelt.is_none());
-        Some((call, spelt?))
+        let spelt = spelt?;
+        Some(Trusted {
+            call,
+            completion,
+            spelt,
+        })
     }
 
-    fn sampled(&mut self, turn: usize, call: &SourceCall, spelt: &str) -> Result<(), RenderError> {
+    fn sampled(&mut self, turn: usize, trusted: &Trusted) -> Result<(), RenderError> {
+        let call = trusted.call;
         match call.prompt.as_ref().filter(|_| self.sees_all(call.message)) {
             Some(prompt) => self.verbatim(prompt),
             None => self.spliced(call.message)?,
         }
         if let Some(chain) = &mut self.chain {
-            chain.push(turn, &call.completion);
+            chain.push(turn, &trusted.completion);
             if let Some(text) = &mut chain.text {
-                text.push_str(spelt);
+                text.push_str(&trusted.spelt);
             }
         }
         Ok(())
@@ -284,6 +302,17 @@ impl<'a> Splice<'a> {
             });
         }
     }
+}
+
+/// The completion with the end of its turn, where the model came to it.
+fn ended<'a>(call: &'a SourceCall, ids: &Ids) -> Cow<'a, [u32]> {
+    let last = call.completion.last();
+    let ends = last.is_some_and(|last| [ids.turn_close, ids.end_of_text].contains(last));
+    let mut completion = Cow::Borrowed(call.completion.as_slice());
+    if call.is_ended && !ends {
+        completion.to_mut().push(ids.turn_close);
+    }
+    completion
 }
 
 /// Whether sampled text holds what its message says: ids of another tokenizer, or of another message, do not.

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use espalier_core::chat::{Message, on_the_wire};
-use espalier_qwen3_text::{ChatTemplate, Conversation, Prompt, TemplateError, Tokenizer, ids};
+use espalier_qwen3_text::{ChatTemplate, Conversation, Prompt, TemplateError, Tokenizer};
 use serde_json::{Value, json};
 
 /// What the template writes after `<|im_start|>` where the model's own turn begins.
@@ -47,22 +47,25 @@ pub struct Rendered {
 /// Renders and tokenizes. Holds a cache: one for each thread, kept from row to row.
 #[derive(Debug)]
 pub struct Renderer {
-    tokenizer: &'static Tokenizer,
+    tokenizer: Tokenizer,
+    /// Tokens of [`TURN_HEAD`].
+    head: usize,
     cache: Segments,
 }
 
 impl Renderer {
     /// With an empty cache.
-    pub fn new(tokenizer: &'static Tokenizer) -> Self {
+    pub fn new(tokenizer: &Tokenizer) -> Self {
         Self {
-            tokenizer,
+            tokenizer: tokenizer.clone(),
+            head: tokenizer.count(TURN_HEAD),
             cache: Segments::default(),
         }
     }
 
     /// The tokenizer.
-    pub fn tokenizer(&self) -> &'static Tokenizer {
-        self.tokenizer
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
     }
 
     /// The ids of a whole conversation. `trained` are the assistant turns, counted from 0, whose ids must begin where a
@@ -121,6 +124,7 @@ impl Renderer {
         let text = prompt.text();
         let (mut ids, mut turns) = (Vec::with_capacity(text.len() / 3), Vec::new());
         let (mut done, mut opened, mut start) = (0, false, None);
+        let marks = *self.tokenizer.ids();
         let ends = prompt.controls().iter().map(|control| control.start);
         for (n, end) in ends.chain([text.len()]).enumerate() {
             let mut segment = &text[done..end];
@@ -131,8 +135,8 @@ impl Renderer {
                     self.push(TURN_HEAD, &mut ids);
                     (start, segment) = (Some(ids.len()), said);
                 } else {
-                    // Not to be trained on, so that only the order counts: the head is two tokens.
-                    start = Some(ids.len() + 2);
+                    // Not to be trained on, so that only the order counts: the head may merge with what follows.
+                    start = Some(ids.len() + self.head);
                 }
             }
             self.push(segment, &mut ids);
@@ -141,8 +145,8 @@ impl Renderer {
             };
             let id = self.control(&text[control.clone()]);
             ids.push(id);
-            opened = id == ids::TURN_OPEN;
-            if let Some(start) = start.take_if(|_| id == ids::TURN_CLOSE) {
+            opened = id == marks.turn_open;
+            if let Some(start) = start.take_if(|_| id == marks.turn_close) {
                 turns.push(index(start)..index(ids.len()));
             }
             done = control.end;
@@ -152,7 +156,8 @@ impl Renderer {
 
     fn control(&self, text: &str) -> u32 {
         let ids = self.tokenizer.encode(text);
-        ids.first().copied().unwrap_or(ids::END_OF_TEXT)
+        let end_of_text = self.tokenizer.ids().end_of_text;
+        ids.first().copied().unwrap_or(end_of_text)
     }
 
     fn push(&mut self, text: &str, ids: &mut Vec<u32>) {
@@ -160,7 +165,7 @@ impl Renderer {
             ids.extend(self.tokenizer.encode_ordinary(text));
             return;
         }
-        let tokenizer = self.tokenizer;
+        let tokenizer = &self.tokenizer;
         let known = self.cache.get(text, || tokenizer.encode_ordinary(text));
         ids.extend_from_slice(&known);
     }
@@ -298,7 +303,7 @@ mod tests {
         let from = prompt.text().find("<|im_start|>assistant").unwrap();
         let tail = renderer.encode(&prompt, from);
         assert_eq!(whole[whole.len() - tail.len()..], tail);
-        assert_eq!(tail[0], ids::TURN_OPEN);
+        assert_eq!(tail[0], renderer.tokenizer().ids().turn_open);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use espalier_qwen3_text::{Tokenizer, ids};
+use espalier_qwen3_text::Tokenizer;
 
 use crate::render::{RenderError, Renderer, index};
 use crate::row::Row;
@@ -82,13 +82,12 @@ pub enum SampleError {
         max: usize,
     },
     /// An id that no token has.
-    #[error(
-        "sample `{id}` must have token ids below {}, got {token} at {at}",
-        ids::VOCABULARY
-    )]
+    #[error("sample `{id}` must have token ids below {vocabulary}, got {token} at {at}")]
     OutsideVocabulary {
         /// The row.
         id: String,
+        /// Ids that the tokenizer has.
+        vocabulary: u32,
         /// The token id.
         token: u32,
         /// Its position.
@@ -139,7 +138,8 @@ pub fn sample(
 ) -> Result<Sample, SampleError> {
     let (ids, supervised, origin) = match &row.recorded {
         Some(recorded) => {
-            check_recorded(row, &recorded.ids, &recorded.supervised)?;
+            let vocabulary = renderer.tokenizer().vocabulary();
+            check_recorded(row, &recorded.ids, &recorded.supervised, vocabulary)?;
             let (ids, spans) = (recorded.ids.clone(), recorded.supervised.clone());
             (ids, spans, Origin::Recorded)
         }
@@ -166,7 +166,7 @@ pub fn samples(
     rows: &[Row],
     tokens_max: usize,
     threads: usize,
-    tokenizer: &'static Tokenizer,
+    tokenizer: &Tokenizer,
 ) -> Vec<Result<Sample, SampleError>> {
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::new());
@@ -222,10 +222,16 @@ fn rendered(
     Ok((rendered.ids, spans))
 }
 
-fn check_recorded(row: &Row, tokens: &[u32], spans: &[Range<u32>]) -> Result<(), SampleError> {
-    if let Some(at) = tokens.iter().position(|&token| token >= ids::VOCABULARY) {
+fn check_recorded(
+    row: &Row,
+    tokens: &[u32],
+    spans: &[Range<u32>],
+    vocabulary: u32,
+) -> Result<(), SampleError> {
+    if let Some(at) = tokens.iter().position(|&token| token >= vocabulary) {
         return Err(SampleError::OutsideVocabulary {
             id: row.id.clone(),
+            vocabulary,
             token: tokens[at],
             at,
         });

@@ -66,8 +66,10 @@ pub struct SourceCall {
     pub message: usize,
     /// The whole prompt; none where nobody knows it, or what came before the call has been changed since.
     pub prompt: Option<Vec<u32>>,
-    /// What was sampled, the end of the turn included where the model came to it.
+    /// What was sampled. Some servers count the end of the turn to it, some do not.
     pub completion: Vec<u32>,
+    /// Whether the model came to the end of its turn.
+    pub is_ended: bool,
 }
 
 impl Source {
@@ -85,7 +87,8 @@ impl Source {
                 calls.push(SourceCall {
                     message: call.message,
                     prompt: prompt.filter(|ids| !ids.is_empty()),
-                    completion: ended(completion, &call.finish_reason),
+                    completion: completion.clone(),
+                    is_ended: matches!(call.finish_reason.as_str(), "stop" | "tool_calls"),
                 });
             }
         }
@@ -139,17 +142,6 @@ fn facts(trace: &Trace) -> Facts {
             .saturating_add(totals.completion_tokens),
         wall_s: std::time::Duration::from_millis(totals.wall_ms).as_secs_f64(),
     }
-}
-
-/// The completion with the end of its turn: some servers do not count it to what was sampled.
-fn ended(completion: &[u32], finish_reason: &str) -> Vec<u32> {
-    use espalier_qwen3_text::ids::{END_OF_TEXT, TURN_CLOSE};
-    let mut ids = completion.to_vec();
-    let ends = matches!(ids.last(), Some(&(TURN_CLOSE | END_OF_TEXT)));
-    if !ends && matches!(finish_reason, "stop" | "tool_calls") {
-        ids.push(TURN_CLOSE);
-    }
-    ids
 }
 
 #[cfg(test)]

@@ -34,6 +34,11 @@ pub(crate) fn byte_of(character: char) -> Option<u8> {
     CHAR_TO_BYTE.get(character as usize).copied().flatten()
 }
 
+/// Every character of the alphabet, by its byte.
+pub(crate) fn alphabet() -> impl Iterator<Item = char> {
+    BYTE_TO_CHAR.iter().copied()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

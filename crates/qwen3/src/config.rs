@@ -3,8 +3,8 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// Ids from here on are padding: no tokenizer of Qwen3 has them, whatever a checkpoint's rows were rounded up to. They are
-/// never sampled.
+/// Ids from here on are padding: Qwen3's tokenizer does not have them, whatever a checkpoint's rows were rounded up to. They
+/// are never sampled.
 const REAL_VOCABULARY: usize = 151_669;
 
 /// What a checkpoint's numbers mean.
@@ -12,7 +12,8 @@ const REAL_VOCABULARY: usize = 151_669;
 pub struct Config {
     /// Rows of the embedding.
     pub vocab_size: usize,
-    /// Ids that a tokenizer has: others are padding.
+    /// Ids that the tokenizer has: others are padding. A configuration does not say how many; at most as many as Qwen3's,
+    /// until whoever reads the model's own tokenizer sets it.
     pub real_vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,

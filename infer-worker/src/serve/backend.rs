@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use espalier_qwen3_text::ids;
 use espalier_runtime::shutdown::Shutdown;
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, stream};
@@ -11,7 +10,7 @@ use tokio::sync::mpsc;
 
 use super::adapters::Adapters;
 use super::follow::Follower;
-use super::text::{self, Text};
+use super::text::Text;
 use crate::api::backend::{
     AdapterError, AdapterSource, Backend, Condition, Conversation, Ended, Event, Events, Following,
     Form, Generation, Load, Model, Parser, Priority, RenderError, Rendered, Sampling, SubmitError,
@@ -199,7 +198,7 @@ impl Backend for Served {
     }
 
     fn vocabulary(&self) -> u32 {
-        ids::VOCABULARY
+        self.text.tokenizer().vocabulary()
     }
 
     fn render(&self, conversation: &Conversation) -> Result<Rendered, RenderError> {
@@ -207,7 +206,7 @@ impl Backend for Served {
     }
 
     fn rendered(&self, ids: Vec<u32>) -> Rendered {
-        text::rendered(ids)
+        self.text.rendered(ids)
     }
 
     fn defaults(&self) -> Sampling {
@@ -215,7 +214,7 @@ impl Backend for Served {
     }
 
     fn call_open(&self) -> u32 {
-        ids::CALL_OPEN
+        self.text.tokenizer().ids().call_open
     }
 
     /// A prompt of a completion is the caller's own, control tokens included: that is how prompts are sent that went

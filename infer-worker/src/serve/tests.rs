@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::mpsc;
 
-use espalier_qwen3_text::ids;
+use espalier_qwen3_text::Tokenizer;
 use futures::FutureExt as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -36,7 +36,7 @@ impl Executor for LostDevice {
             kv_blocks: 10_000,
             tokens: 512,
             rows: 8,
-            vocab: ids::VOCABULARY,
+            vocab: Tokenizer::shared().unwrap().vocabulary(),
             steps_in_flight: 1,
             adapters: 1,
         }
@@ -83,7 +83,7 @@ fn files(folder: &Path) -> ModelFiles {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 64,
         "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 16, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000, "max_position_embeddings": CONTEXT,
-        "tie_word_embeddings": true, "eos_token_id": ids::TURN_CLOSE, "torch_dtype": "bfloat16",
+        "tie_word_embeddings": true, "eos_token_id": 151_645, "torch_dtype": "bfloat16",
     });
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     ModelFiles::read(folder).unwrap()

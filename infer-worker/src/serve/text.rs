@@ -1,6 +1,6 @@
 //! The text side of the served model: conversations to ids, ids to parts of an answer, grammars over its vocabulary.
 
-use espalier_qwen3_text::{Conversation as Shown, OutputParser, ParserOptions, Tokenizer, ids};
+use espalier_qwen3_text::{Conversation as Shown, OutputParser, ParserOptions, Tokenizer};
 use espalier_runtime::telemetry::error_chain;
 
 use crate::api::backend::{Conversation, Delta, Form, Parser, RenderError, Rendered};
@@ -19,14 +19,8 @@ impl Text {
     /// # Errors
     /// The vocabulary cannot be used for grammars.
     pub(super) fn new(files: ModelFiles) -> Result<Self, GrammarError> {
-        let word = |id| files.tokenizer.token_bytes(id).unwrap_or_default().to_vec();
-        let guides = Guides::new(Vocabulary {
-            words: (0..ids::VOCABULARY).map(word).collect(),
-            control: (ids::END_OF_TEXT..ids::VOCABULARY).collect(),
-            end: files.eos.first().copied().unwrap_or(ids::TURN_CLOSE),
-            call: (ids::CALL_OPEN, ids::CALL_CLOSE),
-            thought: (ids::THOUGHT_OPEN, ids::THOUGHT_CLOSE),
-        })?;
+        let end = files.eos.first().copied();
+        let guides = Guides::new(vocabulary(&files.tokenizer, end))?;
         Ok(Self { files, guides })
     }
 
@@ -56,7 +50,13 @@ impl Text {
         let prompt = prompt.map_err(|error| RenderError {
             reason: error_chain(&error),
         })?;
-        Ok(rendered(self.tokenizer().encode_prompt(&prompt)))
+        Ok(self.rendered(self.tokenizer().encode_prompt(&prompt)))
+    }
+
+    /// A prompt, and where its answer begins.
+    pub(super) fn rendered(&self, ids: Vec<u32>) -> Rendered {
+        let thoughts = thoughts(self.tokenizer(), &ids);
+        Rendered { ids, thoughts }
     }
 
     pub(super) fn parser(&self, form: Form) -> Box<dyn Parser> {
@@ -76,18 +76,28 @@ impl Text {
     }
 }
 
-/// A prompt, and where its answer begins.
-pub(super) fn rendered(ids: Vec<u32>) -> Rendered {
-    let thoughts = match ids.iter().rev().find(|id| is_border(**id)) {
-        Some(&ids::THOUGHT_OPEN) => Thoughts::Open,
-        Some(&ids::THOUGHT_CLOSE) => Thoughts::Over,
-        _ => Thoughts::Possible,
-    };
-    Rendered { ids, thoughts }
+/// What a tokenizer's ids stand for, for grammars; an answer ends with `end`, where the model has one of its own.
+fn vocabulary(tokenizer: &Tokenizer, end: Option<u32>) -> Vocabulary {
+    let word = |id| tokenizer.token_bytes(id).unwrap_or_default().to_vec();
+    let ids = tokenizer.ids();
+    Vocabulary {
+        words: (0..tokenizer.vocabulary()).map(word).collect(),
+        control: tokenizer.controls().to_vec(),
+        end: end.unwrap_or(ids.turn_close),
+        call: (ids.call_open, ids.call_close),
+        thought: (ids.thought_open, ids.thought_close),
+    }
 }
 
-fn is_border(id: u32) -> bool {
-    [ids::THOUGHT_OPEN, ids::THOUGHT_CLOSE, ids::TURN_OPEN].contains(&id)
+/// Where the answer to a prompt begins.
+fn thoughts(tokenizer: &Tokenizer, prompt: &[u32]) -> Thoughts {
+    let ids = tokenizer.ids();
+    let borders = [ids.thought_open, ids.thought_close, ids.turn_open];
+    match prompt.iter().rev().find(|id| borders.contains(id)) {
+        Some(&id) if id == ids.thought_open => Thoughts::Open,
+        Some(&id) if id == ids.thought_close => Thoughts::Over,
+        _ => Thoughts::Possible,
+    }
 }
 
 struct Answer(OutputParser);
@@ -108,16 +118,18 @@ mod tests {
 
     #[test]
     fn thoughts_follow_from_the_last_turn() {
-        let open = [ids::TURN_OPEN, 5, ids::THOUGHT_OPEN];
-        let of = |ids: &[u32]| rendered(ids.to_vec()).thoughts;
+        let tokenizer = Tokenizer::shared().unwrap();
+        let ids = tokenizer.ids();
+        let open = [ids.turn_open, 5, ids.thought_open];
+        let of = |prompt: &[u32]| thoughts(tokenizer, prompt);
         assert_eq!(of(&open), Thoughts::Open);
-        assert!(ParserOptions::after_prompt(&open).in_thought);
+        assert!(ParserOptions::after_prompt(ids, &open).in_thought);
         assert_eq!(
-            of(&[ids::TURN_OPEN, ids::THOUGHT_OPEN, 5, ids::THOUGHT_CLOSE, 6]),
+            of(&[ids.turn_open, ids.thought_open, 5, ids.thought_close, 6]),
             Thoughts::Over
         );
         assert_eq!(
-            of(&[ids::THOUGHT_OPEN, ids::TURN_OPEN, 5]),
+            of(&[ids.thought_open, ids.turn_open, 5]),
             Thoughts::Possible
         );
         assert_eq!(of(&[5]), Thoughts::Possible);

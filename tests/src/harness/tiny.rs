@@ -1,5 +1,5 @@
-//! A Qwen3 of two small layers over the whole vocabulary, and adapters for it, drawn from seeds: what it says means
-//! nothing, but it says the same each time.
+//! A Qwen3 of two small layers over the whole vocabulary or over a small one of its own, and adapters for it, drawn from
+//! seeds: what it says means nothing, but it says the same each time.
 
 use std::path::Path;
 
@@ -13,6 +13,8 @@ const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 16;
 const VOCABULARY: usize = 151_936;
+/// Twelve more than [`SMALL_TOKENIZER`] has.
+const SMALL_VOCABULARY: usize = 2112;
 const RANK: usize = 4;
 
 /// A tensor of a file, as bytes of `dtype`.
@@ -23,25 +25,39 @@ struct Tensor {
     bytes: Vec<u8>,
 }
 
+/// The tokenizer of the model with a small vocabulary, of 2,100 ids: `<|im_end|>` is 23, `<|endoftext|>` 25.
+pub const SMALL_TOKENIZER: &str =
+    include_str!("../../../crates/qwen3-text/tests/golden/small/tokenizer.json");
+
 /// Writes a model in two shards.
 pub fn write_model(folder: &Path) {
+    write_over(folder, VOCABULARY, [151_645, 151_643]);
+}
+
+/// Writes a model that brings [`SMALL_TOKENIZER`].
+pub fn write_small_model(folder: &Path) {
+    write_over(folder, SMALL_VOCABULARY, [23, 25]);
+    write(folder, "tokenizer.json", SMALL_TOKENIZER.as_bytes());
+}
+
+/// A model over so many ids, of which these end an answer.
+fn write_over(folder: &Path, vocabulary: usize, ends: [u32; 2]) {
     std::fs::create_dir_all(folder).expect("a folder of the test's");
     let config = json!({
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": VOCABULARY,
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocabulary,
         "hidden_size": HIDDEN, "intermediate_size": WIDE, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
         "rms_norm_eps": 1e-6, "rope_theta": 1_000_000, "max_position_embeddings": 4096,
-        "tie_word_embeddings": true, "eos_token_id": 151_645, "torch_dtype": "bfloat16",
+        "tie_word_embeddings": true, "eos_token_id": ends[0], "torch_dtype": "bfloat16",
     });
     write(folder, "config.json", config.to_string().as_bytes());
-    let generation =
-        json!({"eos_token_id": [151_645, 151_643], "temperature": 0.6, "top_k": 20, "top_p": 0.95});
+    let generation = json!({"eos_token_id": ends, "temperature": 0.6, "top_k": 20, "top_p": 0.95});
     write(
         folder,
         "generation_config.json",
         generation.to_string().as_bytes(),
     );
-    let mut first = vec![matrix("model.embed_tokens.weight", &[VOCABULARY, HIDDEN])];
+    let mut first = vec![matrix("model.embed_tokens.weight", &[vocabulary, HIDDEN])];
     let mut second = vec![matrix("model.norm.weight", &[HIDDEN])];
     for layer in 0..LAYERS {
         let shard = if layer == 0 { &mut first } else { &mut second };

@@ -15,17 +15,24 @@ use sha2::{Digest, Sha256};
 
 use super::Workshop;
 use crate::error::TrainError;
-use crate::trainer::config;
+use crate::trainer::{OfBase, config};
 
 /// Bytes that are hashed at once.
 const CHUNK_BYTES: usize = 1 << 20;
 
+/// The base model of a job.
+pub(super) struct Base {
+    /// Where it lies.
+    pub(super) folder: PathBuf,
+    pub(super) config: Config,
+    pub(super) tokenizer: OfBase,
+    /// Its name, and what its files hold.
+    pub(super) model: BaseModel,
+}
+
 impl Workshop {
-    /// The folder of a job's base model, its configuration, and its name.
-    pub(super) async fn base_model(
-        &self,
-        train: &TrainSpec,
-    ) -> Result<(PathBuf, Config, BaseModel), TrainError> {
+    /// Fetches the base model of a job and looks at it.
+    pub(super) async fn base_model(&self, train: &TrainSpec) -> Result<Base, TrainError> {
         let source = Source::parse(&train.base, train.revision.as_deref()).await?;
         if matches!(source, Source::Folder(_)) && !self.allow_local_models {
             let rule = "must be a repository of the hub or s3://…: this worker reads no folders \
@@ -34,18 +41,22 @@ impl Workshop {
         }
         let folder = self.fetcher.fetch(&source, Wanted::Model).await?;
         let read = folder.clone();
-        let (config, sha256) = blocking("train.base", move || examine(&read)).await??;
-        let base = BaseModel {
-            name: train.base.clone(),
-            revision: train.revision.clone(),
-            sha256,
-        };
-        Ok((folder, config, base))
+        let (config, tokenizer, sha256) = blocking("train.base", move || examine(&read)).await??;
+        Ok(Base {
+            folder,
+            config,
+            tokenizer,
+            model: BaseModel {
+                name: train.base.clone(),
+                revision: train.revision.clone(),
+                sha256,
+            },
+        })
     }
 }
 
-fn examine(folder: &Path) -> Result<(Config, String), TrainError> {
-    let config = config(folder)?;
+fn examine(folder: &Path) -> Result<(Config, OfBase, String), TrainError> {
+    let (config, tokenizer) = config(folder)?;
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| TrainError::Read { path, source }
@@ -65,7 +76,7 @@ fn examine(folder: &Path) -> Result<(Config, String), TrainError> {
         let sha256 = hash(&path).map_err(failed(&path))?;
         lines.push_str(&format!("{sha256}  {name}\n"));
     }
-    Ok((config, sha256_hex(lines.as_bytes())))
+    Ok((config, tokenizer, sha256_hex(lines.as_bytes())))
 }
 
 fn hash(path: &Path) -> std::io::Result<String> {

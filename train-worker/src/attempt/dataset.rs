@@ -1,7 +1,7 @@
 //! Samples of a version of a data set: its record and manifest say whether they are for this model, its rows are read file by
 //! file and made into samples some at a time, and what is read is verified.
 
-use std::path::Path;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use espalier_core::dataset::{DatasetVersion, MANIFEST_FILE, file_name};
@@ -11,7 +11,7 @@ use espalier_core::spec::DatasetRef;
 use espalier_core::trace::FileEntry;
 use espalier_dataset::files::{parquet_records, read_rows};
 use espalier_dataset::{DatasetManifest, Row, Split, samples};
-use espalier_qwen3_text::{CHAT_TEMPLATE_SHA256, TOKENIZER_SHA256, Tokenizer, ids};
+use espalier_qwen3_text::{CHAT_TEMPLATE_SHA256, Tokenizer};
 use espalier_runtime::datasets::{Datasets, DatasetsError};
 use espalier_runtime::publish::patiently;
 use espalier_runtime::tasks::blocking;
@@ -23,8 +23,6 @@ use crate::error::TrainError;
 
 /// Rows that are made into samples at once: work for some threads, and at most some tens of MiB.
 const ROWS_AT_ONCE: usize = 64;
-/// Largest tokenizer.json, in bytes: Qwen3's has 11 MB.
-const TOKENIZER_BYTES_MAX: u64 = 64 << 20;
 
 impl Workshop {
     /// Reads all samples of a version, those that are held out as well.
@@ -92,10 +90,21 @@ impl<'a> Version<'a> {
         let entry = self.record.file(MANIFEST_FILE).ok_or_else(missing)?;
         let manifest = DatasetManifest::parse(&self.file(entry).await?);
         let manifest = manifest.map_err(|error| refused(self.of, error.into()))?;
-        for (what, own, found) in [
-            ("tokenizer", TOKENIZER_SHA256, manifest.tokenizer_sha256),
+        let (base, tokenizer) = (self.reading.base.0, self.tokenizer()?);
+        let options = match tokenizer.is_qwen3() {
+            true => String::new(),
+            false => format!(" --tokenizer {base}"),
+        };
+        for (what, whose, own, found) in [
+            (
+                "tokenizer",
+                "the base model's",
+                tokenizer.sha256(),
+                manifest.tokenizer_sha256,
+            ),
             (
                 "chat template",
+                "this worker's",
                 CHAT_TEMPLATE_SHA256,
                 manifest.template_sha256,
             ),
@@ -104,22 +113,28 @@ impl<'a> Version<'a> {
                 return Err(TrainError::DatasetOfOther {
                     dataset: self.of.clone(),
                     what,
-                    own,
+                    own: own.to_owned(),
+                    whose,
                     found,
+                    options,
                 });
             }
         }
-        let (base, folder) = self.reading.base;
-        let (vocabulary, needed) = (self.reading.rules.vocabulary, ids::VOCABULARY as usize);
-        if vocabulary < needed {
+        let (vocabulary, needed) = (self.reading.rules.vocabulary, tokenizer.vocabulary());
+        if vocabulary < needed as usize {
             let of = self.of;
             let rule = format!(
                 "must have a vocabulary of at least {needed} tokens, which is that of data set {of}; it has {vocabulary}"
             );
             return Err(FieldError::new("train.base", base, rule).into());
         }
-        let (of, folder) = (self.of.clone(), folder.to_owned());
-        blocking("train.tokenizer", move || check_tokenizer(&folder, of)).await?
+        Ok(())
+    }
+
+    /// The base model's.
+    fn tokenizer(&self) -> Result<&'a Tokenizer, TrainError> {
+        let tokenizer = self.reading.base.1.as_ref();
+        tokenizer.map_err(|error| TrainError::Tokenizer(Arc::clone(error)))
     }
 
     /// The samples of one split.
@@ -141,6 +156,7 @@ impl<'a> Version<'a> {
                 of: self.of.clone(),
                 name: file_name(entry).to_owned(),
                 rules: self.reading.rules,
+                tokenizer: self.tokenizer()?.clone(),
             };
             let add = move || file.add(bytes, &mut read).map(|()| read);
             read = blocking("train.dataset", add).await??;
@@ -174,30 +190,12 @@ fn refused(of: &DatasetRef, source: DatasetsError) -> TrainError {
     }
 }
 
-/// A model without the file is taken to have Qwen3's: its vocabulary is as large.
-fn check_tokenizer(folder: &Path, dataset: DatasetRef) -> Result<(), TrainError> {
-    let path = folder.join("tokenizer.json");
-    let read = || {
-        let bytes = std::fs::metadata(&path)?.len();
-        if bytes > TOKENIZER_BYTES_MAX {
-            let rule = format!("must have at most {TOKENIZER_BYTES_MAX} bytes, has {bytes}");
-            return Err(std::io::Error::other(rule));
-        }
-        std::fs::read_to_string(&path)
-    };
-    match read() {
-        Ok(text) => Tokenizer::is_file(&text)
-            .map_err(|source| TrainError::OtherTokenizer { dataset, source }),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(TrainError::Read { path, source }),
-    }
-}
-
 /// A file of rows.
 struct File {
     of: DatasetRef,
     name: String,
     rules: Rules,
+    tokenizer: Tokenizer,
 }
 
 impl File {
@@ -207,7 +205,6 @@ impl File {
             dataset: self.of.clone(),
             source: Box::new(source),
         };
-        let tokenizer = Tokenizer::shared().map_err(TrainError::OwnTokenizer)?;
         let records = parquet_records(self.name.as_str(), bytes).map_err(failed)?;
         let mut rows = read_rows(self.name.as_str(), records);
         let mut first = 0;
@@ -217,22 +214,16 @@ impl File {
             if some.is_empty() {
                 return Ok(());
             }
-            self.add_rows(first, &some, tokenizer, samples)?;
+            self.add_rows(first, &some, samples)?;
             first += some.len();
         }
     }
 
     /// Adds rows of which the first is the `first` of the file, from 0.
-    fn add_rows(
-        &self,
-        first: usize,
-        rows: &[Row],
-        tokenizer: &'static Tokenizer,
-        to: &mut Samples,
-    ) -> Result<(), TrainError> {
+    fn add_rows(&self, first: usize, rows: &[Row], to: &mut Samples) -> Result<(), TrainError> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         // They are cut when they are added, as those of files of rows are.
-        let made = samples(rows, usize::MAX, threads, tokenizer);
+        let made = samples(rows, usize::MAX, threads, &self.tokenizer);
         for (n, sample) in made.into_iter().enumerate() {
             let row = first + n;
             let place = format_args!("row {row} of `{}` of data set {}", self.name, self.of);

@@ -10,6 +10,7 @@ use espalier_runtime::tasks::blocking;
 use espalier_runtime::telemetry::error_chain;
 use espalier_runtime::worker::Grant;
 
+use super::base::Base;
 use super::rows::Reading;
 use super::{Bench, Tell, Training, Workshop};
 use crate::checkpoint::{Expected, Place, Totals, newest};
@@ -27,13 +28,18 @@ impl Workshop {
         tell: Tell<'_>,
     ) -> Result<Training, TrainError> {
         tell("fetching the base model");
-        let (folder, config, base) = self.base_model(train).await?;
+        let Base {
+            folder,
+            config,
+            tokenizer,
+            model,
+        } = self.base_model(train).await?;
         let mut spec = train.clone();
         spec.settings.max_length = max_length(grant, train, &config)?;
         check_size(&spec, &config)?;
         let reading = Reading {
             key: &grant.key,
-            base: (&train.base, &folder),
+            base: (&train.base, &tokenizer),
             rules: Rules {
                 vocabulary: config.real_vocab_size,
                 max_length: spec.settings.max_length,
@@ -70,7 +76,7 @@ impl Workshop {
                 key: grant.key.clone(),
                 fence: grant.fence,
             },
-            base,
+            base: model,
             folder,
             dataset: data.path,
             data_sha256,

@@ -1,7 +1,5 @@
 //! Samples out of the object store.
 
-use std::path::Path;
-
 use espalier_core::id::JobKey;
 use espalier_core::layout::{self, UploadName};
 use espalier_core::spec::TrainData;
@@ -12,6 +10,7 @@ use espalier_runtime::tasks::blocking;
 use super::{Tell, Workshop};
 use crate::data::{RowLines, Rules, Samples};
 use crate::error::TrainError;
+use crate::trainer::OfBase;
 
 /// Bytes of one read: hides the latency of a store, and takes some tenths of a second to parse.
 const RANGE_BYTES: u64 = 4 << 20;
@@ -20,8 +19,8 @@ const RANGE_BYTES: u64 = 4 << 20;
 #[derive(Clone, Copy)]
 pub(super) struct Reading<'a> {
     pub(super) key: &'a JobKey,
-    /// The name of the base model, and the folder that it lies in.
-    pub(super) base: (&'a str, &'a Path),
+    /// The name of the base model, and its tokenizer.
+    pub(super) base: (&'a str, &'a OfBase),
     pub(super) rules: Rules,
     pub(super) tell: Tell<'a>,
 }

@@ -18,13 +18,13 @@ mod step;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use espalier_kernels::cpu::Pool;
 use espalier_kernels::cuda::{CudaError, Options};
 use espalier_kernels::train::{Cpu, Cuda, DeviceFailed, MemoryUse, OutOfMemory};
-use espalier_qwen3::{Checkpoint, CheckpointError, Config, ConfigError, TensorSource};
+use espalier_qwen3::{Checkpoint, CheckpointError, Config, TensorSource};
 
 pub use export::{Export, ExportTensor, ExportType};
 pub use plan::{Keep, Plan, PlanError, PlannedBytes};
@@ -80,18 +80,6 @@ pub enum EngineError {
         /// What it must be.
         rule: String,
     },
-    /// The checkpoint's configuration cannot be read.
-    #[error("cannot read {path}")]
-    Read {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// It is none.
-    #[error("the checkpoint's configuration")]
-    Config(#[from] ConfigError),
     /// Weights are missing or of another shape.
     #[error("the checkpoint's weights")]
     Weights(#[from] CheckpointError),
@@ -212,20 +200,17 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads a checkpoint's folder and draws an adapter, where one is trained: `A` uniformly within `1 / sqrt(inputs)`, `B`
-    /// zero, as PEFT does.
+    /// Loads the weights of a checkpoint's folder and draws an adapter, where one is trained: `A` uniformly within
+    /// `1 / sqrt(inputs)`, `B` zero, as PEFT does.
     ///
     /// # Errors
     /// When settings or weights are refused, or memory is too small.
     pub fn load(
         checkpoint: &Path,
+        config: Config,
         settings: &Settings,
         device: Device,
     ) -> Result<Self, EngineError> {
-        let path = checkpoint.join("config.json");
-        let text =
-            std::fs::read_to_string(&path).map_err(|source| EngineError::Read { path, source })?;
-        let config = Config::parse(&text)?;
         Self::new(config, &Checkpoint::open(checkpoint)?, settings, device)
     }
 

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::check::Faults;
-use super::train::DatasetRef;
+use super::train::{BASE_BYTES_MAX, DatasetRef};
 use crate::error::FieldError;
 use crate::id::{BatchId, DatasetName};
 use crate::layout::UploadName;
@@ -17,7 +17,7 @@ pub const SOURCES_EACH_MAX: usize = 1_000;
 pub const FILTER_BYTES_MAX: usize = 4_096;
 /// How conversations may be cut into rows.
 pub const UNROLLS: [&str; 3] = ["per_user_turn", "every_assistant", "compat"];
-/// The tokenizer that is in the binary.
+/// The name of the tokenizer that is in the binary.
 pub const TOKENIZER: &str = "qwen3";
 
 /// See [`CurateSpec`].
@@ -83,6 +83,9 @@ pub struct CurateSpec {
     pub seed: u64,
     /// Tokens of the longest sample; what is longer is cut at a whole turn. Default 32,768.
     pub max_length: usize,
+    /// The model whose tokenizer the tokens are of, named as the base of a training is; absent: Qwen3's, which is also
+    /// called [`TOKENIZER`].
+    pub tokenizer: Option<String>,
     /// The name of the data set whose next version this becomes.
     pub dataset: DatasetName,
 }
@@ -104,12 +107,8 @@ impl CurateDraft {
         let dataset = faults.keep("dataset", dataset);
         check_filter(&mut faults, self.filter.as_deref());
         let unroll = one_of(&mut faults, "unroll", self.unroll.as_deref(), &UNROLLS);
-        one_of(
-            &mut faults,
-            "tokenizer",
-            self.tokenizer.as_deref(),
-            &[TOKENIZER],
-        );
+        let tokenizer = self.tokenizer.clone().filter(|name| name != TOKENIZER);
+        check_tokenizer(&mut faults, tokenizer.as_deref());
         let near = |v| (0.5..=1.0).contains(&v);
         let share = |v| (0.0..1.0).contains(&v);
         let per_kind = self.max_per_kind;
@@ -133,6 +132,7 @@ impl CurateDraft {
             ),
             seed: faults.number("seed", self.seed, 0..=i64::MAX, 3407),
             max_length: faults.number("max_length", self.max_length, 2..=1 << 20, 32_768),
+            tokenizer,
             dataset: match dataset {
                 Some(dataset) => dataset,
                 None => return Err(faults.0),
@@ -188,6 +188,18 @@ pub(super) fn check_filter(faults: &mut Faults, filter: Option<&str>) {
     }
 }
 
+/// Every name of a model has a `/`.
+fn check_tokenizer(faults: &mut Faults, tokenizer: Option<&str>) {
+    let Some(name) = tokenizer else { return };
+    if name.len() > BASE_BYTES_MAX || !name.contains('/') || name.contains(char::is_control) {
+        let rule = format!(
+            "must be {TOKENIZER}, owner/name of the hub, s3://bucket/prefix or the path of a folder, of at most \
+             {BASE_BYTES_MAX} bytes"
+        );
+        faults.add("tokenizer", name, rule);
+    }
+}
+
 /// `value`, or the first of `names`.
 fn one_of(faults: &mut Faults, field: &str, value: Option<&str>, names: &[&str]) -> String {
     let value = value.unwrap_or(names[0]);
@@ -218,6 +230,14 @@ mod tests {
         );
         assert_eq!((spec.near, spec.eval_share, spec.seed), (0.9, 0.1, 3407));
         assert_eq!((spec.max_length, spec.max_per_kind), (32_768, None));
+        let of = |tokenizer: &str| {
+            let line = format!(
+                r#"{{"curate":{{"batches":["b1"],"dataset":"d","tokenizer":"{tokenizer}"}}}}"#
+            );
+            checked(&line).unwrap().tokenizer
+        };
+        assert_eq!((spec.tokenizer, of("qwen3")), (None, None));
+        assert_eq!(of("s3://b/sapling").as_deref(), Some("s3://b/sapling"));
         let spec =
             checked(r#"{"curate":{"uploads":["a.jsonl"],"extends":"old@v2","dataset":"d"}}"#);
         assert_eq!(spec.unwrap().extends.unwrap().version, 2);

@@ -11,7 +11,7 @@ use crate::id::{AdapterName, DatasetName};
 use crate::layout::UploadName;
 
 /// Longest name of a base model or of its revision, in bytes.
-const BASE_BYTES_MAX: usize = 1024;
+pub(super) const BASE_BYTES_MAX: usize = 1024;
 
 /// See [`TrainSpec`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use espalier_core::dataset::DatasetSources;
+use espalier_core::dataset::{DatasetSources, TOKENIZER_FILE};
+use espalier_qwen3_text::TOKENIZER_SHA256;
 
 use crate::manifest::{Counts, DatasetManifest};
 use crate::row::Split;
@@ -118,7 +119,7 @@ fn settings(facts: &CardFacts<'_>) -> Vec<(String, String)> {
         rows.push(("most of one task kind", max.to_string()));
     }
     rows.extend([
-        ("base tokenizer", TOKENIZER.to_owned()),
+        ("base tokenizer", tokenizer(manifest)),
         ("tokenizer's SHA-256", code(&manifest.tokenizer_sha256)),
         ("chat template's SHA-256", code(&manifest.template_sha256)),
         ("tokens", facts.tally.tokens.to_string()),
@@ -212,7 +213,13 @@ fn size_category(rows: usize) -> &'static str {
     }
 }
 
-const TOKENIZER: &str = "Qwen3's";
+fn tokenizer(manifest: &DatasetManifest) -> String {
+    let model = manifest.settings.tokenizer.as_deref();
+    match model.filter(|_| manifest.tokenizer_sha256 != TOKENIZER_SHA256) {
+        None => "Qwen3's".to_owned(),
+        Some(model) => format!("that of {}, `{TOKENIZER_FILE}`", code(model)),
+    }
+}
 
 const COLUMNS: &str = "
 | column | what it is |
@@ -305,6 +312,14 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} is not in {text}");
         }
+        let mut own = manifest.clone();
+        own.settings.tokenizer = Some("me/sapling".into());
+        let text = card(&CardFacts {
+            manifest: &own,
+            ..facts
+        });
+        let line = "| base tokenizer | that of `me/sapling`, `tokenizer.json` |";
+        assert!(text.contains(line), "{text}");
         let unsaid = card(&CardFacts {
             license: None,
             ..facts

@@ -10,6 +10,12 @@ fn renderer() -> Renderer {
     Renderer::new(Tokenizer::shared().unwrap())
 }
 
+/// A tokenizer as a model may bring it.
+fn small() -> Tokenizer {
+    let json = include_str!("../../../qwen3-text/tests/golden/small/tokenizer.json");
+    Tokenizer::from_json(json).unwrap()
+}
+
 fn user(content: &str) -> Message {
     Message::User {
         content: content.into(),
@@ -43,7 +49,11 @@ fn spelt(content: &str) -> String {
 
 /// A conversation as a server of ours would have recorded it, with these completions.
 fn served(messages: Vec<Message>, completions: &[&str]) -> Source {
-    let mut renderer = renderer();
+    served_by(&mut renderer(), messages, completions)
+}
+
+/// The same with another tokenizer.
+fn served_by(renderer: &mut Renderer, messages: Vec<Message>, completions: &[&str]) -> Source {
     let turns: Vec<usize> = assistant_turns(&messages).collect();
     let mut calls = Vec::new();
     for (&message, completion) in turns.iter().zip(completions) {
@@ -53,6 +63,7 @@ fn served(messages: Vec<Message>, completions: &[&str]) -> Source {
             message,
             prompt: Some(renderer.encode(&prompt, 0)),
             completion: renderer.tokenizer().encode(completion),
+            is_ended: completion.ends_with("<|im_end|>"),
         });
     }
     Source {
@@ -312,6 +323,44 @@ fn ids_that_do_not_spell_their_message_are_not_trusted() {
 }
 
 #[test]
+fn ids_are_of_the_tokenizer_that_rows_are_for() {
+    let tokenizers = [Tokenizer::shared().unwrap().clone(), small()];
+    let messages = shop(CALLED).messages;
+    let completions = [CALLED, &spelt("five")];
+    let sources = tokenizers.each_ref().map(|tokenizer| {
+        served_by(
+            &mut Renderer::new(tokenizer),
+            messages.clone(),
+            &completions,
+        )
+    });
+    for (to, tokenizer) in tokenizers.iter().enumerate() {
+        let mut renderer = Renderer::new(tokenizer);
+        let mut made = sources.each_ref().map(|source| {
+            let options = RowsOptions::default();
+            let (rows, drift) = rows(source, options, Split::Train, &mut renderer).unwrap();
+            let sample = sample(&rows[0], 10_000, &mut renderer).unwrap();
+            assert_eq!(rows.len(), 1);
+            (rows[0].recorded.is_some(), drift.misspelt, sample)
+        });
+        let (other, own) = (1 - to, to);
+        assert_eq!((made[own].0, made[own].1), (true, 0));
+        // What another one sampled is rendered, and gives the same.
+        assert_eq!((made[other].0, made[other].1), (false, 2));
+        made[other].2.origin = made[own].2.origin;
+        assert_eq!(made[other].2, made[own].2);
+        let [first, last] = &made[own].2.supervised[..] else {
+            panic!("{:?}", made[own].2.supervised);
+        };
+        let decode = |span: &Range<u32>| {
+            let ids = &made[own].2.ids[span.start as usize..span.end as usize];
+            tokenizer.decode(ids).unwrap()
+        };
+        assert_eq!([decode(first), decode(last)], [CALLED, &spelt("five")]);
+    }
+}
+
+#[test]
 fn without_thinking_every_step_has_its_own_row() {
     let messages = vec![
         user("?"),
@@ -349,4 +398,17 @@ fn compat_is_made_from_text() {
     );
     assert!(rows.iter().all(|row| row.recorded.is_none()));
     assert_eq!(drift, breaks(0));
+}
+
+#[test]
+fn an_end_of_turn_that_the_server_did_not_count_is_there() {
+    let made = |source: &Source| made(source, RowsOptions::default()).1;
+    let counted = made(&shop(CALLED));
+    let mut source = shop(CALLED);
+    for call in &mut source.calls {
+        call.completion.pop();
+    }
+    assert_eq!(made(&source), counted);
+    source.calls[1].is_ended = false;
+    assert_ne!(made(&source), counted);
 }

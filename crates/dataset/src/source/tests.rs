@@ -72,13 +72,15 @@ fn a_trace_gives_its_facts_and_ids() {
         prompts,
         [vec![1, 2, 3], vec![1, 2, 3, 4, 151_645, 6], vec![1, 2, 6]]
     );
-    // A server that does not count the end of the turn to what it sampled; one that was cut has none.
     let completions: Vec<_> = source
         .calls
         .iter()
-        .map(|call| call.completion.clone())
+        .map(|call| (call.completion.clone(), call.is_ended))
         .collect();
-    assert_eq!(completions, [vec![4, 151_645], vec![7, 151_645], vec![8]]);
+    assert_eq!(
+        completions,
+        [(vec![4, 151_645], true), (vec![7], true), (vec![8], false)]
+    );
 }
 
 #[test]

@@ -16,7 +16,7 @@
 mod call;
 
 use crate::detokenizer::Detokenizer;
-use crate::ids;
+use crate::ids::Ids;
 use crate::tokenizer::Tokenizer;
 
 use call::CallParser;
@@ -77,12 +77,13 @@ pub struct ParserOptions {
 }
 
 impl ParserOptions {
-    /// For the answer to `prompt`: reasoning is open if the prompt's last turn opened it and did not close it.
-    pub fn after_prompt(prompt: &[u32]) -> Self {
-        let border =
-            |&&id: &&u32| [ids::THOUGHT_OPEN, ids::THOUGHT_CLOSE, ids::TURN_OPEN].contains(&id);
+    /// For the answer to `prompt`, in which some ids have a meaning: reasoning is open if the prompt's last turn opened it
+    /// and did not close it.
+    pub fn after_prompt(ids: &Ids, prompt: &[u32]) -> Self {
+        let borders = [ids.thought_open, ids.thought_close, ids.turn_open];
+        let last = prompt.iter().rev().find(|id| borders.contains(id));
         Self {
-            in_thought: prompt.iter().rev().find(border) == Some(&ids::THOUGHT_OPEN),
+            in_thought: last == Some(&ids.thought_open),
             reasoning: true,
             tool_calls: true,
         }
@@ -166,7 +167,7 @@ impl OutputParser {
             let rest = self.detokenizer.finish();
             self.text(&rest);
             self.cross(id);
-        } else if !ids::SPECIAL.contains(&id)
+        } else if !self.tokenizer().is_special(id)
             && let Ok(text) = self.detokenizer.push(id)
         {
             self.text(&text);
@@ -180,32 +181,40 @@ impl OutputParser {
         self.text(&rest);
         self.leave(State::Content(Part::default()), true);
         let deltas = std::mem::take(&mut self.deltas);
-        *self = Self::new(self.detokenizer.tokenizer().clone(), self.options);
+        *self = Self::new(self.tokenizer().clone(), self.options);
         deltas
+    }
+
+    fn tokenizer(&self) -> &Tokenizer {
+        self.detokenizer.tokenizer()
     }
 
     /// Whether `id` means another state; see the table of this module.
     fn is_border(&self, id: u32) -> bool {
-        match (&self.state, id) {
-            (State::Reasoning(_), ids::THOUGHT_CLOSE) => true,
-            (State::Content(_), ids::THOUGHT_OPEN) => self.options.reasoning,
-            (State::Content(_), ids::CALL_OPEN) => self.options.tool_calls,
-            (State::Call(_), ids::CALL_OPEN | ids::CALL_CLOSE) => true,
-            _ => false,
+        let ids = self.tokenizer().ids();
+        match self.state {
+            State::Reasoning(_) => id == ids.thought_close,
+            State::Content(_) if id == ids.thought_open => self.options.reasoning,
+            State::Content(_) => id == ids.call_open && self.options.tool_calls,
+            State::Call(_) => id == ids.call_open || id == ids.call_close,
         }
     }
 
     fn cross(&mut self, id: u32) {
-        let next = match id {
-            ids::THOUGHT_OPEN => State::Reasoning(Part::default()),
-            ids::THOUGHT_CLOSE => State::Content(Part::default()),
-            ids::CALL_CLOSE => State::Content(Part {
+        let ids = *self.tokenizer().ids();
+        let next = if id == ids.thought_open {
+            State::Reasoning(Part::default())
+        } else if id == ids.thought_close {
+            State::Content(Part::default())
+        } else if id == ids.call_close {
+            State::Content(Part {
                 after: After::Call,
                 ..Part::default()
-            }),
-            _ => State::Call(CallParser::new(self.calls)),
+            })
+        } else {
+            State::Call(CallParser::new(self.calls))
         };
-        self.calls += usize::from(id == ids::CALL_OPEN);
+        self.calls += usize::from(id == ids.call_open);
         self.leave(next, false);
     }
 

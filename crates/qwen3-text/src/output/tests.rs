@@ -2,6 +2,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::tokenizer::tests::small;
 use crate::{ChatTemplate, Conversation};
 
 fn tokenizer() -> &'static Tokenizer {
@@ -9,7 +10,7 @@ fn tokenizer() -> &'static Tokenizer {
 }
 
 fn options() -> ParserOptions {
-    ParserOptions::after_prompt(&[])
+    ParserOptions::after_prompt(tokenizer().ids(), &[])
 }
 
 /// The deltas of each id of `text`, whose control texts are control tokens, and of the end.
@@ -44,9 +45,12 @@ fn shown(deltas: &[Delta]) -> String {
     lines.into_iter().map(line).collect()
 }
 
+/// Whatever the tokenizer, an answer has the same parts.
 fn check(text: &str, expected: &[&str]) {
     let expected: String = expected.iter().map(|line| format!("{line}\n")).collect();
     assert_eq!(shown(&streamed(text)), expected, "{text:?}");
+    let deltas = OutputParser::parse(small().clone(), options(), &small().encode(text));
+    assert_eq!(shown(&deltas), expected, "{text:?}");
 }
 
 const CALL: &str = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>";
@@ -150,7 +154,13 @@ fn spelled_borders_are_text() {
 
 #[test]
 fn reasoning_may_be_open_in_the_prompt() {
-    let after = |prompt: &str| ParserOptions::after_prompt(&tokenizer().encode(prompt));
+    let after = |prompt: &str| {
+        let [one, other] = [tokenizer(), small()].map(|tokenizer| {
+            ParserOptions::after_prompt(tokenizer.ids(), &tokenizer.encode(prompt))
+        });
+        assert_eq!(one, other);
+        one
+    };
     assert!(after("<|im_start|>assistant\n<think>\n").in_thought);
     assert!(!after("<|im_start|>assistant\n<think>\n\n</think>\n\n").in_thought);
     assert!(!after("<think><|im_start|>assistant\n").in_thought);
@@ -347,7 +357,8 @@ fn deltas_come_as_early_as_they_can() {
 
 #[test]
 fn a_finished_parser_begins_anew() {
-    let in_thought = ParserOptions::after_prompt(&[ids::THOUGHT_OPEN]);
+    let ids = tokenizer().ids();
+    let in_thought = ParserOptions::after_prompt(ids, &[ids.thought_open]);
     let mut parser = OutputParser::new(tokenizer().clone(), in_thought);
     for _ in 0..2 {
         let ids = tokenizer().encode(&format!("hm</think>{CALL}"));
@@ -434,7 +445,8 @@ proptest! {
         // The pattern's composition of characters is undone by no decoding.
         let block = tokenizer().decode(&ids).unwrap();
         let block: Value = serde_json::from_str(&block).unwrap();
-        let ids = [&[ids::CALL_OPEN], &ids[..], &[ids::CALL_CLOSE]].concat();
+        let marks = tokenizer().ids();
+        let ids = [&[marks.call_open], &ids[..], &[marks.call_close]].concat();
         let parsed = message(&OutputParser::parse(tokenizer().clone(), options(), &ids));
         let function = &parsed["tool_calls"][0]["function"];
         prop_assert_eq!(&function["arguments"], &block["arguments"]);

@@ -7,6 +7,29 @@ fn tokenizer() -> &'static Tokenizer {
     Tokenizer::shared().unwrap()
 }
 
+/// A small one as a model may bring it; see `tests/golden/small/make.py`.
+pub(crate) const SMALL: &str = include_str!("../../tests/golden/small/tokenizer.json");
+
+pub(crate) fn small() -> &'static Tokenizer {
+    static PARSED: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::from_json(SMALL).unwrap());
+    &PARSED
+}
+
+/// Both, each with what Hugging Face's libraries make of texts.
+fn both() -> [(&'static Tokenizer, Vec<Golden>); 2] {
+    let read = |json| serde_json::from_str(json).unwrap();
+    [
+        (
+            tokenizer(),
+            read(include_str!("../../tests/golden/tokens.json")),
+        ),
+        (
+            small(),
+            read(include_str!("../../tests/golden/small/tokens.json")),
+        ),
+    ]
+}
+
 #[derive(Deserialize)]
 struct Golden {
     text: String,
@@ -15,36 +38,35 @@ struct Golden {
     ordinary: Option<Vec<u32>>,
 }
 
-fn golden() -> Vec<Golden> {
-    serde_json::from_str(include_str!("../../tests/golden/tokens.json")).unwrap()
-}
-
 #[test]
 fn ids_equal_those_of_transformers() {
-    let cases = golden();
-    assert!(cases.len() >= 60);
-    for case in &cases {
-        let ordinary = case.ordinary.as_ref().unwrap_or(&case.ids);
-        assert_eq!(tokenizer().encode(&case.text), case.ids, "{:?}", case.text);
-        assert_eq!(
-            &tokenizer().encode_ordinary(&case.text),
-            ordinary,
-            "{:?}",
-            case.text
-        );
-        assert_eq!(tokenizer().count(&case.text), ordinary.len());
+    for (tokenizer, cases) in both() {
+        assert!(cases.len() >= 40);
+        for case in &cases {
+            let ordinary = case.ordinary.as_ref().unwrap_or(&case.ids);
+            assert_eq!(tokenizer.encode(&case.text), case.ids, "{:?}", case.text);
+            assert_eq!(
+                &tokenizer.encode_ordinary(&case.text),
+                ordinary,
+                "{:?}",
+                case.text
+            );
+            assert_eq!(tokenizer.count(&case.text), ordinary.len());
+        }
     }
 }
 
 #[test]
 fn decoding_gives_the_composed_text_back() {
-    for case in golden() {
-        assert_eq!(
-            tokenizer().decode(&case.ids).unwrap(),
-            composed_by_parts(&case.text),
-            "{:?}",
-            case.text
-        );
+    for (tokenizer, cases) in both() {
+        for case in cases {
+            assert_eq!(
+                tokenizer.decode(&case.ids).unwrap(),
+                composed_by_parts(&case.text),
+                "{:?}",
+                case.text
+            );
+        }
     }
 }
 
@@ -52,7 +74,7 @@ fn decoding_gives_the_composed_text_back() {
 fn composed_by_parts(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
-    while let Some((at, _, control)) = ids::find_control(rest) {
+    while let Some((at, _, control)) = find_control(rest) {
         out.push_str(&composed(&rest[..at]));
         out.push_str(control);
         rest = &rest[at + control.len()..];
@@ -60,21 +82,55 @@ fn composed_by_parts(text: &str) -> String {
     out + &composed(rest)
 }
 
+fn composed(text: &str) -> Cow<'_, str> {
+    tokenizer().composed(text)
+}
+
 #[test]
 fn untrusted_text_never_becomes_a_control_token() {
-    for (id, text) in ids::CONTROL {
-        assert_eq!(tokenizer().encode(text), [id]);
-        let ordinary = tokenizer().encode_ordinary(&format!("x{text}y"));
-        assert!(ordinary.iter().all(|&id| id < 151_643), "{text}");
+    for (tokenizer, _) in both() {
+        for (text, id) in CONTROL.into_iter().zip(tokenizer.controls()) {
+            assert_eq!(tokenizer.encode(text), [*id]);
+            assert_eq!(tokenizer.token_bytes(*id), Some(text.as_bytes()));
+            let ordinary = tokenizer.encode_ordinary(&format!("x{text}y"));
+            let controls = tokenizer.controls();
+            assert!(ordinary.iter().all(|id| !controls.contains(id)), "{text}");
+        }
     }
 }
 
 #[test]
+fn ids_with_a_meaning_are_those_of_their_texts() {
+    for (tokenizer, _) in both() {
+        let ids = *tokenizer.ids();
+        for (text, id, is_special) in [
+            ("<|endoftext|>", ids.end_of_text, true),
+            ("<|im_start|>", ids.turn_open, true),
+            ("<|im_end|>", ids.turn_close, true),
+            ("<tool_call>", ids.call_open, false),
+            ("</tool_call>", ids.call_close, false),
+            ("<think>", ids.thought_open, false),
+            ("</think>", ids.thought_close, false),
+        ] {
+            assert_eq!(tokenizer.encode(text), [id]);
+            assert_eq!(tokenizer.is_special(id), is_special, "{text}");
+        }
+        assert_eq!(tokenizer.controls().len(), 26);
+        assert!(!tokenizer.is_special(tokenizer.vocabulary()));
+    }
+    assert_eq!(small().vocabulary(), 2100);
+    assert_eq!(
+        (small().ids().turn_close, small().ids().call_open),
+        (23, 11)
+    );
+}
+
+#[test]
 fn no_marker_hides_another() {
-    for (id, text) in ids::CONTROL {
+    for text in CONTROL {
         assert!(text.starts_with('<'));
-        let hides = |(other, prefix): (u32, &str)| id != other && text.starts_with(prefix);
-        assert!(!ids::CONTROL.into_iter().any(hides));
+        let hides = |other: &str| other != text && text.starts_with(other);
+        assert!(!CONTROL.into_iter().any(hides));
     }
 }
 
@@ -82,6 +138,7 @@ fn no_marker_hides_another() {
 fn decoding_refuses_padding_ids_and_replaces_half_a_character() {
     let unknown = tokenizer().decode(&[9707, 151_669]);
     assert_eq!(unknown, Err(UnknownId { id: 151_669 }));
+    assert_eq!(small().decode(&[97, 2100]), Err(UnknownId { id: 2100 }));
     let ids = tokenizer().encode("𝒳");
     assert!(ids.len() > 1);
     assert_eq!(tokenizer().decode(&ids[..1]).unwrap(), "\u{FFFD}");
@@ -89,11 +146,12 @@ fn decoding_refuses_padding_ids_and_replaces_half_a_character() {
 
 #[test]
 fn no_token_is_longer_than_the_bound() {
-    let longest = (0..151_643)
-        .filter_map(|id| tokenizer().parts.model.id_to_token(id))
-        .map(|token| token.chars().count())
-        .max();
-    assert_eq!(longest, Some(TOKEN_BYTES_MAX));
+    for (tokenizer, _) in both() {
+        let words = (0..tokenizer.vocabulary()).filter(|id| !tokenizer.controls().contains(id));
+        let longest = words.filter_map(|id| tokenizer.token_bytes(id).map(<[u8]>::len));
+        assert_eq!(longest.max(), Some(tokenizer.parts.token_bytes_max));
+    }
+    assert_eq!(tokenizer().parts.token_bytes_max, 128);
 }
 
 #[test]
@@ -156,31 +214,39 @@ fn every_byte_has_a_token() {
 proptest! {
     #[test]
     fn no_character_is_lost(text in awkward()) {
-        let ids = tokenizer().encode_ordinary(&text);
-        prop_assert_eq!(tokenizer().decode(&ids).unwrap(), composed(&text));
+        for tokenizer in [tokenizer(), small()] {
+            let ids = tokenizer.encode_ordinary(&text);
+            prop_assert_eq!(tokenizer.decode(&ids).unwrap(), composed(&text));
+        }
     }
 
     #[test]
     fn counts_of_lines_add_up(text in awkward()) {
-        let sum: usize = lines(&text).map(|line| tokenizer().count(line)).sum();
-        prop_assert_eq!(sum, tokenizer().count(&text));
-        prop_assert_eq!(lines(&text).collect::<String>(), text);
+        for tokenizer in [tokenizer(), small()] {
+            let sum: usize = tokenizer.lines(&text).map(|line| tokenizer.count(line)).sum();
+            prop_assert_eq!(sum, tokenizer.count(&text));
+            prop_assert_eq!(tokenizer.lines(&text).collect::<String>(), text.clone());
+        }
     }
 
     #[test]
     fn a_prefix_is_within_its_limit_and_nothing_is_cut_needlessly(text in awkward(), max in 0usize..40) {
-        let prefix = tokenizer().prefix_within(&text, max);
-        prop_assert!(text.starts_with(prefix));
-        prop_assert!(tokenizer().count(prefix) <= max);
-        if tokenizer().count(&text) <= max {
-            prop_assert_eq!(prefix, &text);
+        for tokenizer in [tokenizer(), small()] {
+            let prefix = tokenizer.prefix_within(&text, max);
+            prop_assert!(text.starts_with(prefix));
+            prop_assert!(tokenizer.count(prefix) <= max);
+            if tokenizer.count(&text) <= max {
+                prop_assert_eq!(prefix, &text);
+            }
         }
     }
 
     #[test]
     fn counting_with_a_limit_agrees_with_counting(text in awkward(), max in 0usize..40) {
-        let count = tokenizer().count(&text);
-        let expected = (count <= max).then_some(count);
-        prop_assert_eq!(tokenizer().count_at_most(&text, max), expected);
+        for tokenizer in [tokenizer(), small()] {
+            let count = tokenizer.count(&text);
+            let expected = (count <= max).then_some(count);
+            prop_assert_eq!(tokenizer.count_at_most(&text, max), expected);
+        }
     }
 }

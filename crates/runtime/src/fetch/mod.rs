@@ -178,6 +178,11 @@ pub enum Wanted {
     Model,
     /// The configuration of a model alone.
     Config,
+    /// The tokenizer of a model alone, which has at most so many bytes: jobs name it.
+    Tokenizer {
+        /// Largest size.
+        bytes_max: u64,
+    },
     /// The same as a model, and what else belongs to a copy of the model.
     ModelToCopy,
     /// A PEFT adapter, whose files have at most so many bytes: adapters are named also by those who use a process.
@@ -213,7 +218,7 @@ impl Wanted {
     fn file_bytes_max(self) -> u64 {
         match self {
             Self::Model | Self::ModelToCopy | Self::Config => u64::MAX,
-            Self::Adapter { bytes_max } => bytes_max,
+            Self::Adapter { bytes_max } | Self::Tokenizer { bytes_max } => bytes_max,
         }
     }
 
@@ -223,6 +228,7 @@ impl Wanted {
             Self::Model => ("config.json", &OPTIONAL),
             Self::ModelToCopy => ("config.json", &COPIED),
             Self::Config => ("config.json", &[]),
+            Self::Tokenizer { .. } => (OPTIONAL[1], &[]),
             Self::Adapter { .. } => ("adapter_config.json", &[]),
         }
     }
@@ -331,7 +337,7 @@ async fn required(place: &dyn Place, file: &str) -> Result<PathBuf, FetchError> 
 
 async fn weights(place: &dyn Place, wanted: Wanted) -> Result<Vec<String>, FetchError> {
     let single = match wanted {
-        Wanted::Config => return Ok(Vec::new()),
+        Wanted::Config | Wanted::Tokenizer { .. } => return Ok(Vec::new()),
         Wanted::Adapter { .. } => return Ok(vec!["adapter_model.safetensors".to_owned()]),
         Wanted::Model | Wanted::ModelToCopy => "model.safetensors".to_owned(),
     };

@@ -1,4 +1,4 @@
-use espalier_qwen3_text::{Tokenizer, ids};
+use espalier_qwen3_text::Tokenizer;
 use serde_json::Value;
 
 use super::*;
@@ -296,12 +296,13 @@ fn a_pattern_that_needs_too_many_states_ends_the_answer_and_says_so() {
 fn schemas_of_many_kinds_keep_within_the_bounds() {
     let tokenizer = Tokenizer::shared().unwrap();
     let word = |id| tokenizer.token_bytes(id).unwrap_or_default().to_vec();
+    let ids = *tokenizer.ids();
     let guides = Guides::new(Vocabulary {
-        words: (0..ids::VOCABULARY).map(word).collect(),
-        control: (ids::END_OF_TEXT..ids::VOCABULARY).collect(),
-        end: ids::TURN_CLOSE,
-        call: (ids::CALL_OPEN, ids::CALL_CLOSE),
-        thought: (ids::THOUGHT_OPEN, ids::THOUGHT_CLOSE),
+        words: (0..tokenizer.vocabulary()).map(word).collect(),
+        control: tokenizer.controls().to_vec(),
+        end: ids.turn_close,
+        call: (ids.call_open, ids.call_close),
+        thought: (ids.thought_open, ids.thought_close),
     })
     .unwrap();
     let optional: serde_json::Map<String, Value> = (0..60)
@@ -341,6 +342,6 @@ fn schemas_of_many_kinds_keep_within_the_bounds() {
         .unwrap();
     // In the schema's order, which objects keep.
     let mut text = tokenizer.encode(&answer.to_string());
-    text.push(ids::TURN_CLOSE);
+    text.push(ids.turn_close);
     assert_eq!(accept(&mut *constraint, &text), Ok(()));
 }

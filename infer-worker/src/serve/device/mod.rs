@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use espalier_kernels::AUTO_ORDINAL;
 use espalier_kernels::cpu::{Form, KvForm, Pool};
-use espalier_qwen3::{CheckpointError, Config, Lora};
+use espalier_qwen3::{Checkpoint, CheckpointError, Config, Lora, Model, ModelError};
 use espalier_runtime::memory::available;
 use espalier_runtime::tasks::{BlockingFailed, blocking};
 use espalier_runtime::telemetry::error_chain;
@@ -46,7 +46,7 @@ pub(super) enum DeviceError {
     #[error("the model's files cannot be read")]
     Files(#[from] CheckpointError),
     #[error("the model cannot be loaded")]
-    Model(#[from] espalier_qwen3::ModelError),
+    Model(#[from] ModelError),
     #[error("there is not enough memory")]
     Memory(#[from] MemoryError),
     #[error("no memory for keys and values, or no thread")]
@@ -85,8 +85,11 @@ async fn start_cpu(options: &Options, files: &ModelFiles) -> Result<Running, Dev
     let form = options.dtype.on_cpu();
     memory::check_weights(&files.config, form, available())?;
     let threads = threads(options.cpu_threads);
-    let folder = files.folder.clone();
-    let load = move || espalier_qwen3::Model::load(&folder, form, Arc::new(Pool::new(threads)));
+    let (folder, config) = (files.folder.clone(), files.config.clone());
+    let load = move || -> Result<_, ModelError> {
+        let (source, pool) = (Checkpoint::open(&folder)?, Arc::new(Pool::new(threads)));
+        Ok(Model::from_source(config, &source, form, pool)?)
+    };
     let model = blocking("model.load", load).await??;
     let step_tokens = options
         .max_num_batched_tokens

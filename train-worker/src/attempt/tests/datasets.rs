@@ -9,7 +9,7 @@ use espalier_core::time::Timestamp;
 use espalier_core::trace::FileEntry;
 use espalier_dataset::files::ParquetWriter;
 use espalier_dataset::{BuildSpec, Counts, DatasetManifest, Recorded, Row, Split};
-use espalier_qwen3_text::{CHAT_TEMPLATE_SHA256, TOKENIZER_SHA256};
+use espalier_qwen3_text::{CHAT_TEMPLATE_SHA256, TOKENIZER_SHA256, Tokenizer};
 use espalier_runtime::telemetry::error_chain;
 use tempfile::TempDir;
 
@@ -134,9 +134,10 @@ async fn read(
 ) -> Result<Data, TrainError> {
     let workshop = workshop(store, fake());
     let tell = |text: &str| assert!(text.len() < 200, "{text}");
+    let tokenizer = Tokenizer::of_folder(folder).map_err(Arc::new);
     let reading = Reading {
         key: &key(),
-        base: ("base", folder),
+        base: ("base", &tokenizer),
         rules: Rules {
             vocabulary,
             max_length,
@@ -169,7 +170,7 @@ async fn both_splits_are_read_as_they_were_built() {
     .await;
     let data = read(&store, folder.path(), 151_936, 4096).await.unwrap();
     assert_eq!(data.path, "p/datasets/shop/v1.json");
-    let tokenizer = espalier_qwen3_text::Tokenizer::shared().unwrap();
+    let tokenizer = Tokenizer::shared().unwrap();
     let mut renderer = espalier_dataset::Renderer::new(tokenizer);
     let rendered = row("c", Split::Train, None);
     let rendered = espalier_dataset::sample(&rendered, 4096, &mut renderer).unwrap();
@@ -206,6 +207,59 @@ async fn without_rows_that_are_held_out_nothing_is() {
     assert_eq!((summary.supervised_tokens, summary.eval_loss), (6, None));
     let manifest = manifest(&store).await;
     assert_eq!(manifest.parents[1], "p/datasets/shop/v1.json");
+}
+
+/// A tokenizer as a base model may bring it.
+const SMALL: &str = include_str!("../../../../crates/qwen3-text/tests/golden/small/tokenizer.json");
+
+#[tokio::test]
+async fn a_base_model_learns_from_data_sets_of_its_own_tokenizer_alone() {
+    let folder = TempDir::new().unwrap();
+    let small = Tokenizer::from_json(SMALL).unwrap();
+    let of = |rows| Built {
+        tokenizer_sha256: small.sha256().to_owned(),
+        ..Built::of(rows)
+    };
+    let rows = || vec![row("a", Split::Train, None)];
+    let store = of(rows()).store().await;
+    // A folder without a tokenizer has Qwen3's.
+    let said = refused(&store, folder.path(), 151_936, 4096).await;
+    let expected = format!("for the tokenizer {TOKENIZER_SHA256}, which is the base model's, got");
+    assert!(said.contains(&expected), "{said}");
+    std::fs::write(folder.path().join("tokenizer.json"), SMALL).unwrap();
+    let data = read(&store, folder.path(), 2112, 4096).await.unwrap();
+    let mut renderer = espalier_dataset::Renderer::new(&small);
+    let expected = espalier_dataset::sample(&rows()[0], 4096, &mut renderer).unwrap();
+    assert_eq!(data.samples.pack(&[0]).documents().ids, expected.ids);
+    let said = refused(&store, folder.path(), 2099, 4096).await;
+    assert!(said.contains("at least 2100 tokens"), "{said}");
+    let said = refused(&Built::of(rows()).store().await, folder.path(), 2112, 4096).await;
+    let expected = format!("for the tokenizer {}, which is the base", small.sha256());
+    assert!(said.contains(&expected), "{said}");
+    assert!(
+        said.contains("--extend shop@v1 --tokenizer base`"),
+        "{said}"
+    );
+    let beyond = of(vec![row("a", Split::Train, recorded(&[1, 2100], 1..2))]);
+    let said = refused(&beyond.store().await, folder.path(), 2112, 4096).await;
+    assert!(said.contains("must have token ids below 2100"), "{said}");
+}
+
+#[test]
+fn padding_is_no_class_of_a_model_with_its_own_tokenizer() {
+    let folder = TempDir::new().unwrap();
+    let config = CONFIG.replace("151936", "2112");
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    let vocabulary = || {
+        let (config, tokenizer) = crate::trainer::config(folder.path()).unwrap();
+        (config.real_vocab_size, tokenizer.is_ok())
+    };
+    assert_eq!(vocabulary(), (2112, true));
+    std::fs::write(folder.path().join("tokenizer.json"), SMALL).unwrap();
+    assert_eq!(vocabulary(), (2100, true));
+    // Rows of token ids are trained on nevertheless.
+    std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+    assert_eq!(vocabulary(), (2112, false));
 }
 
 #[tokio::test]
@@ -251,7 +305,8 @@ async fn what_is_not_for_the_model_is_refused_by_name() {
 
     std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
     let said = refused(&store, folder.path(), 151_936, 9).await;
-    let expected = "the tokenizer of the base model is not that of data set shop@v1: ";
+    let expected =
+        "the tokenizer of the base model cannot be used: it is no tokenizer of byte pairs: ";
     assert!(said.starts_with(expected), "{said}");
     std::fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
 
