@@ -9,7 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The arrows of ARCHITECTURE.md: what each crate may depend on, of ours.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 17] = [
     ("espalier-core", &[]),
     ("espalier-proto", &["espalier-core"]),
     ("espalier-runtime", &["espalier-core", "espalier-proto"]),
@@ -54,6 +54,17 @@ const ARROWS: [(&str, &[&str]); 16] = [
         ],
     ),
     ("espalier-practice", &[]),
+    (
+        "espalier-sapling",
+        &[
+            "espalier-agent-worker",
+            "espalier-core",
+            "espalier-dataset",
+            "espalier-practice",
+            "espalier-qwen3",
+            "espalier-qwen3-text",
+        ],
+    ),
     // A dev-dependency of any crate, because it knows none of them.
     ("espalier-testbed", &[]),
     (
