@@ -201,7 +201,13 @@ impl Inner {
         });
         let lists = try_join_all(lists).await?;
 
-        let listed = sort_out(&links, lists, policy);
+        let mut listed = sort_out(&links, lists, policy);
+        // Nobody is asked for what the operator denies.
+        for (server, denied) in resolved.iter().zip(&denied) {
+            if denied.denies(SNAPSHOT_TOOL) {
+                listed.browsers.remove(&server.name);
+            }
+        }
         // Names are given before the policy is asked, so that they do not depend on it.
         let mut tools = convert(listed.raw);
         tools.retain_mut(|tool| {

@@ -64,6 +64,11 @@ impl DeniedByServer {
     pub(super) fn new(globs: &[String]) -> Result<Self, FieldError> {
         compile("deny_default", globs).map(Self)
     }
+
+    /// Whether it denies the tool of that name, which is the server's own.
+    pub(super) fn denies(&self, raw: &str) -> bool {
+        matches(&self.0, raw)
+    }
 }
 
 impl CompiledPolicy {
@@ -194,6 +199,7 @@ mod tests {
         assert_eq!(policy.verdict(&denied, "b__erase", "erase"), Deny);
         assert_eq!(policy.verdict(&denied, "b__send", "send"), Ask);
         assert_eq!(policy.verdict(&denied, "b__list", "list"), Allow);
+        assert!(denied.denies("erase") && !denied.denies("drop_all"));
     }
 
     #[test]
