@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use espalier_practice::site;
-use espalier_practice::tasks::{DEFAULT_SEED, Split, generate};
+use espalier_practice::tasks::{DEFAULT_SEED, Kind, Split, generate_of};
 use espalier_runtime::shutdown::Shutdown;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -52,6 +52,9 @@ pub struct TaskArgs {
     /// `train` or `eval`; the two never overlap
     #[arg(long, value_name = "SPLIT", default_value = "train")]
     pub split: Split,
+    /// Only tasks of this kind, such as shop_price or depot_find; may be given several times [default: all but the depot's]
+    #[arg(long = "kind", value_name = "KIND")]
+    pub kinds: Vec<Kind>,
     /// File to write [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
@@ -101,7 +104,11 @@ async fn serve(context: &Context, args: &Site) -> Outcome {
 }
 
 fn write_tasks(context: &Context, args: &TaskArgs) -> Outcome {
-    let tasks = generate(args.seed, args.count, args.split);
+    let kinds = match args.kinds.as_slice() {
+        [] => &Kind::ALL[..],
+        kinds => kinds,
+    };
+    let tasks = generate_of(kinds, args.seed, args.count, args.split);
     match &args.out {
         Some(path) => {
             let text: String = tasks.iter().map(|task| format!("{task}\n")).collect();

@@ -3,6 +3,7 @@
 //! A task is a small value; its key, prompt, hints and verifier are functions of it and of the world.
 
 use std::borrow::Cow;
+use std::str::FromStr;
 
 use serde_json::{Value, json};
 
@@ -50,6 +51,19 @@ pub enum Kind {
     DepotSign,
 }
 
+impl FromStr for Kind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Kind::every()
+            .find(|kind| kind.as_str() == text)
+            .ok_or_else(|| {
+                let names: Vec<_> = Kind::every().map(Kind::as_str).collect();
+                format!("`kind` must be one of {}, got {text}", names.join(", "))
+            })
+    }
+}
+
 impl Kind {
     /// The kinds that a page tells how to do, in the order in which a task list goes through them.
     pub const ALL: [Kind; 10] = [
@@ -85,6 +99,11 @@ impl Kind {
             Kind::DepotCode => "depot_code",
             Kind::DepotSign => "depot_sign",
         }
+    }
+
+    /// All of both.
+    pub fn every() -> impl Iterator<Item = Kind> {
+        Self::ALL.into_iter().chain(Self::DEPOT)
     }
 
     /// Every task of this kind in `world`.
