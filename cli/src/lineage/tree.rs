@@ -10,6 +10,8 @@ use crate::output::plain;
 pub enum State {
     /// It is.
     Verified,
+    /// It is there and is what it should be, but nobody wrote down its digest: a record, which has the digests of others.
+    Read,
     /// It cannot be told here.
     Unverified {
         /// Why not.
@@ -66,10 +68,11 @@ impl Node {
         Self::new(kind, name, State::Unverified { why: why.into() })
     }
 
-    /// How many of the whole tree are verified, cannot be, and are broken.
+    /// How many of the whole tree are verified, cannot be, and are broken. Records are none of the three.
     pub fn counts(&self) -> [u64; 3] {
         let own = match self.state {
             State::Verified => [1, 0, 0],
+            State::Read => [0, 0, 0],
             State::Unverified { .. } => [0, 1, 0],
             State::Broken { .. } => [0, 0, 1],
         };
@@ -100,7 +103,7 @@ impl Node {
         }
         if left > 0 {
             lines.push(format!(
-                "{rest}└─ … and {left} more that are verified; --json has all"
+                "{rest}└─ … and {left} more that are well; --json has all"
             ));
         }
     }
@@ -108,6 +111,7 @@ impl Node {
     fn line(&self) -> String {
         let (sign, why) = match &self.state {
             State::Verified => ("✓", ""),
+            State::Read => ("·", ""),
             State::Unverified { why } => ("?", why.as_str()),
             State::Broken { why } => ("✗", why.as_str()),
         };
@@ -147,7 +151,7 @@ mod tests {
 
     #[test]
     fn golden_tree() {
-        let mut files = Node::new("job", "p/b/train", State::Verified);
+        let mut files = Node::new("job", "p/b/train", State::Read);
         files.children = vec![
             Node {
                 sha256: Some("ab".repeat(32)),
@@ -161,12 +165,12 @@ mod tests {
         assert_eq!(
             root.to_text(),
             "✓ adapter shop@v2  lora\n\
-             ├─ ✓ job p/b/train\n\
+             ├─ · job p/b/train\n\
              │  ├─ ✓ file a.json  sha256 abababababab\n\
              │  └─ ✗ file b\u{fffd}.json  is not there\n\
              └─ ? model Qwen  it is elsewhere"
         );
-        assert_eq!(root.counts(), [3, 1, 1]);
+        assert_eq!(root.counts(), [2, 1, 1]);
     }
 
     #[test]
@@ -182,7 +186,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.ends_with("└─ … and 18 more that are verified; --json has all"),
+            text.ends_with("└─ … and 18 more that are well; --json has all"),
             "{text}"
         );
     }

@@ -7,7 +7,7 @@ use espalier_adapters::Latest;
 use espalier_core::adapter::{AdapterVersion, BaseModel, Why};
 use espalier_core::dataset::{DatasetVersion, MANIFEST_FILE};
 use espalier_core::id::{JobKey, ProjectId};
-use espalier_core::layout;
+use espalier_core::layout::{self, UploadName};
 use espalier_core::trace::{FileEntry, Manifest, sha256_hex};
 use espalier_dataset::DatasetManifest;
 use espalier_runtime::store::Store;
@@ -94,7 +94,7 @@ impl Walker<'_> {
     /// What was trained on: a version of a data set, or a file.
     async fn dataset(&self, path: &str) -> Node {
         let Some((name, n)) = layout::dataset_version_of(self.project, path) else {
-            return written_down(self.object("rows", path).await, None);
+            return written_down(self.large("rows", path).await, None);
         };
         let bytes = match self.store.get(path).await {
             Ok(bytes) => bytes,
@@ -107,7 +107,7 @@ impl Walker<'_> {
         let mut node = Node {
             sha256: Some(sha256_hex(&bytes)),
             detail: format!("{name}@v{n}"),
-            ..Node::new("data set", path, State::Verified)
+            ..Node::new("data set", path, State::Read)
         };
         node.children = self.files(&version.files).await;
         let mut job = self.job(&version.job, &version.files, &[]).await;
@@ -156,9 +156,18 @@ impl Walker<'_> {
         self.bar.inc_length(jobs.len() as u64);
         let mut nodes = self.traces(jobs).await;
         for (upload, sha256) in uploads {
-            let path = format!("{}{upload}", layout::project(self.project));
+            let named = upload.strip_prefix("uploads/").map(UploadName::new);
+            let Some(Ok(named)) = named else {
+                nodes.push(Node::broken(
+                    "upload",
+                    upload,
+                    "this is no name of an upload",
+                ));
+                continue;
+            };
+            let path = layout::upload(self.project, &named);
             nodes.push(written_down(
-                self.object("upload", &path).await,
+                self.large("upload", &path).await,
                 sha256.as_deref(),
             ));
         }
@@ -186,7 +195,7 @@ impl Walker<'_> {
             Node {
                 detail: format!("{count} traces by {}", models.join(", ")),
                 children: nodes,
-                ..Node::new("batch", path, State::Verified)
+                ..Node::new("batch", path, State::Read)
             }
         };
         batches.into_iter().map(batch).collect()
@@ -253,7 +262,7 @@ impl Walker<'_> {
                 manifest.created_at_us,
                 spec.as_deref().unwrap_or("unknown")
             ),
-            ..Node::new("job", path, State::Verified)
+            ..Node::new("job", path, State::Read)
         };
         if let Some(file) = own.iter().find(|file| !manifest.files.contains(file)) {
             let why = format!("it does not name {} as the version does", file.path);
@@ -299,10 +308,14 @@ impl Walker<'_> {
         if size != file.size {
             return Err(format!("it must have {} bytes, has {size}", file.size));
         }
+        self.digest_of(&file.path, size).await
+    }
+
+    async fn digest_of(&self, path: &str, size: u64) -> Result<String, String> {
         let (mut digest, mut start) = (Sha256::new(), 0);
         while start < size {
             let end = size.min(start + PIECE_BYTES);
-            let piece = self.store.get_range(&file.path, start..end).await;
+            let piece = self.store.get_range(path, start..end).await;
             digest.update(&piece.map_err(|error| error_chain(&error))?);
             start = end;
         }
@@ -315,9 +328,25 @@ impl Walker<'_> {
         match self.store.get(path).await {
             Ok(bytes) => Node {
                 sha256: Some(sha256_hex(&bytes)),
-                ..Node::new(kind, path, State::Verified)
+                ..Node::new(kind, path, State::Read)
             },
             Err(error) => Node::broken(kind, path, error_chain(&error)),
+        }
+    }
+
+    /// An object of any size.
+    async fn large(&self, kind: &'static str, path: &str) -> Node {
+        let read = async {
+            let there = self.store.head(path).await;
+            let size = there.map_err(|error| error_chain(&error))?.size;
+            self.digest_of(path, size).await
+        };
+        match read.await {
+            Ok(sha256) => Node {
+                sha256: Some(sha256),
+                ..Node::new(kind, path, State::Read)
+            },
+            Err(why) => Node::broken(kind, path, why),
         }
     }
 }
@@ -325,15 +354,14 @@ impl Walker<'_> {
 /// An object that was read, held against the digest that was written down for it.
 fn written_down(mut node: Node, sha256: Option<&str>) -> Node {
     node.state = match (node.state, sha256) {
-        (State::Verified, None) => State::Unverified {
+        (broken @ State::Broken { .. }, _) => broken,
+        (_, None) => State::Unverified {
             why: "no digest of it was written down".to_owned(),
         },
-        (State::Verified, Some(sha256)) if node.sha256.as_deref() != Some(sha256) => {
-            State::Broken {
-                why: format!("sha256 {sha256} was written down when it was used"),
-            }
-        }
-        (state, _) => state,
+        (_, Some(sha256)) if node.sha256.as_deref() != Some(sha256) => State::Broken {
+            why: format!("sha256 {sha256} was written down when it was used"),
+        },
+        (_, Some(_)) => State::Verified,
     };
     node
 }
