@@ -13,6 +13,7 @@ mod list;
 mod mark;
 mod merge;
 mod pick;
+mod render;
 mod reverify;
 mod show;
 mod source;
@@ -33,6 +34,8 @@ pub enum TracesCommand {
     List(list::List),
     /// One trace, to be read like a conversation
     Show(Show),
+    /// One trace as the model saw it, and whether the chat template writes the same tokens
+    Render(render::Render),
     /// Write traces as files for training, or as lines for other programs
     #[command(after_help = EXPORT_HELP)]
     Export(export::Export),
@@ -154,6 +157,7 @@ pub async fn run(context: &Context, command: &TracesCommand) -> Outcome {
     match command {
         TracesCommand::List(args) => list::run(context, args).await,
         TracesCommand::Show(args) => show::run(context, args).await,
+        TracesCommand::Render(args) => render::run(context, args).await,
         TracesCommand::Export(args) => export::run(context, args).await,
         TracesCommand::Import(args) => import::run(context, args).await,
         TracesCommand::Reverify(args) => reverify::run(context, args).await,

@@ -305,7 +305,7 @@ impl<'a> Splice<'a> {
 }
 
 /// The completion with the end of its turn, where the model came to it.
-fn ended<'a>(call: &'a SourceCall, ids: &Ids) -> Cow<'a, [u32]> {
+pub(crate) fn ended<'a>(call: &'a SourceCall, ids: &Ids) -> Cow<'a, [u32]> {
     let last = call.completion.last();
     let ends = last.is_some_and(|last| [ids.turn_close, ids.end_of_text].contains(last));
     let mut completion = Cow::Borrowed(call.completion.as_slice());
