@@ -161,6 +161,7 @@ impl Gathered {
             self.sources.insert(Source {
                 path: file.path.clone(),
                 sha256: file.sha256.clone(),
+                patches: loaded.curated.patches,
             });
         }
     }
@@ -182,9 +183,11 @@ impl Arm {
         })
     }
 
+    /// Labels and all that a filter asks for are as people corrected them.
     fn admits(&self, loaded: &Loaded) -> bool {
         let header = &loaded.trace.header;
-        let has = |(name, value): (&String, &String)| header.labels.get(name) == Some(value);
+        let labels = loaded.curated.standing.labels_over(&header.labels);
+        let has = |(name, value): (&String, &String)| labels.get(name) == Some(value);
         let spec = &self.spec;
         spec.batches.contains(&header.job.batch)
             && spec.labels.iter().all(has)
@@ -199,12 +202,14 @@ impl Arm {
         let Some(filter) = &self.filter else {
             return true;
         };
-        let source = espalier_dataset::Source::of_trace(&loaded.trace);
-        source.is_ok_and(|mut source| {
-            // What people corrected counts.
-            let summary = loaded.manifest.summary.rollout();
-            source.facts.reward = summary.and_then(|summary| summary.reward);
-            filter.admits(&source)
+        // Where a trace was split, its first conversation is that of its task.
+        let traces = loaded.curated.traces(&loaded.trace);
+        let source = traces.first().map(espalier_dataset::Source::of_trace);
+        source.is_some_and(|source| {
+            source.is_ok_and(|mut source| {
+                source.facts.rejected = !loaded.curated.standing.is_wanted();
+                filter.admits(&source)
+            })
         })
     }
 

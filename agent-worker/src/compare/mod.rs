@@ -304,20 +304,23 @@ fn curve(job: String, lines: &[u8]) -> LossCurve {
     let steps: Vec<Step> = lines
         .filter_map(|line| serde_json::from_slice(line).ok())
         .collect();
-    let each = steps.len().div_ceil(CURVE_POINTS_MAX).max(1);
-    let mean = |some: &[Step]| {
-        let last = some.last()?;
-        let sum: f64 = some.iter().map(|step| step.loss).sum();
-        Some((last.step, sum / some.len() as f64))
-    };
-    let held_out = steps
-        .iter()
-        .filter_map(|step| Some((step.step, step.eval_loss?)));
+    let held_out = |step: &Step| Some((step.step, step.eval_loss?));
     LossCurve {
         job,
-        train: steps.chunks(each).filter_map(mean).collect(),
-        eval: held_out.collect(),
+        train: thinned(steps.iter().map(|step| (step.step, step.loss)).collect()),
+        eval: thinned(steps.iter().filter_map(held_out).collect()),
     }
+}
+
+/// Means of neighbours, each at the last of their steps: at most [`CURVE_POINTS_MAX`].
+fn thinned(points: Vec<(u64, f64)>) -> Vec<(u64, f64)> {
+    let each = points.len().div_ceil(CURVE_POINTS_MAX).max(1);
+    let mean = |some: &[(u64, f64)]| {
+        let (last, _) = *some.last()?;
+        let sum: f64 = some.iter().map(|(_, loss)| loss).sum();
+        Some((last, sum / some.len() as f64))
+    };
+    points.chunks(each).filter_map(mean).collect()
 }
 
 impl Handler for CompareHandler {
@@ -357,5 +360,12 @@ mod tests {
             (CURVE_POINTS_MAX, (5, 3.0))
         );
         assert_eq!(curve(String::new(), b"").train, []);
+        let held_out = |n: u64| format!("{{\"step\":{n},\"loss\":1,\"eval_loss\":{n}}}\n");
+        let many: String = (1..=10_000).map(held_out).collect();
+        let found = curve(String::new(), many.as_bytes());
+        assert_eq!(
+            (found.eval.len(), found.eval[0]),
+            (CURVE_POINTS_MAX, (5, 3.0))
+        );
     }
 }

@@ -414,6 +414,7 @@ pub(super) mod tests {
             sources: vec![Source {
                 path: "p/x".to_owned(),
                 sha256: "ab".repeat(32),
+                patches: 0,
             }],
             sources_sha256: "cd".repeat(32),
         }

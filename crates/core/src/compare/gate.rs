@@ -7,7 +7,8 @@ use super::Comparison;
 /// What is asked of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GateSettings {
-    /// The lower end of the paired difference's interval must be above this.
+    /// The lower end of the paired difference's interval must be above this. What one arm alone has a verdict on speaks
+    /// against the second arm: a model whose rollouts die is not better for it.
     pub min_difference: f64,
     /// At least so many tasks must have been tried by both arms.
     pub min_tasks: u64,
@@ -54,7 +55,15 @@ pub struct GateVerdict {
 /// Judges a comparison.
 pub fn judge(comparison: &Comparison, settings: GateSettings) -> GateVerdict {
     let group = &comparison.pooled;
-    let (low, least) = (group.difference.low, settings.min_difference);
+    let worst = comparison.worst_difference;
+    let (low, least) = (
+        worst.unwrap_or(group.difference).low,
+        settings.min_difference,
+    );
+    let counted = match worst {
+        Some(_) => ", where samples that one model alone has a verdict on speak against the second",
+        None => "",
+    };
     let (reason, words) = if comparison.no_signal {
         let verdict = if group.success.before.value > 0.0 {
             "solved"
@@ -75,14 +84,14 @@ pub fn judge(comparison: &Comparison, settings: GateSettings) -> GateVerdict {
         (GateReason::TooFewTasks, words)
     } else if low <= least {
         let words = format!(
-            "the lower end of the paired difference is {}, which must be above {} points (`min_difference`)",
+            "the lower end of the paired difference is {}, which must be above {} points (`min_difference`){counted}",
             points(low),
             points(least)
         );
         (GateReason::NotShown, words)
     } else {
         let words = format!(
-            "the lower end of the paired difference over {} tasks is {} points, above {}",
+            "the lower end of the paired difference over {} tasks is {} points, above {}{counted}",
             group.tasks,
             points(low),
             points(least)
@@ -154,6 +163,31 @@ mod tests {
             assert_eq!(verdict.passed, reason == GateReason::GoodEnough);
             assert!(verdict.words.contains(words), "{words}: {verdict:?}");
         }
+    }
+
+    #[test]
+    fn what_one_arm_alone_has_speaks_against_the_second() {
+        let arm = |arm: &str, solved: usize, tasks: usize| {
+            let one = |task| tried(arm, &format!("t{task:03}"), 0, Some(task < solved));
+            (0..tasks).map(one).collect::<Vec<_>>()
+        };
+        let judged = |after: usize| {
+            let pairs = pair(arm("a", 20, 60), arm("b", 45, after));
+            let comparison = compare(&pairs, &Both::default()).unwrap();
+            judge(&comparison, GateSettings::default())
+        };
+        assert!(judged(60).passed && !judged(60).words.contains("alone"));
+        let some = judged(58);
+        assert!(
+            some.passed && some.words.contains("alone has a verdict"),
+            "{some:?}"
+        );
+        // The second arm has what the first did not solve, and nothing of the rest.
+        let survivors = pair(arm("a", 20, 60), arm("b", 45, 60).split_off(20));
+        let comparison = compare(&survivors, &Both::default()).unwrap();
+        assert!(comparison.pooled.difference.low > 0.3);
+        let verdict = judge(&comparison, GateSettings::default());
+        assert_eq!(verdict.reason, GateReason::NotShown, "{verdict:?}");
     }
 
     #[test]

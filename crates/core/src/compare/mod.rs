@@ -19,7 +19,7 @@ use crate::id::JobKey;
 use crate::time::Timestamp;
 
 pub use gate::{GateReason, GateSettings, GateVerdict, judge};
-pub use pairs::{Pair, Pairs, pair};
+pub use pairs::{Alone, Pair, Pairs, pair};
 pub use stats::Estimate;
 pub use tally::{compare, order_for_reading};
 
@@ -253,6 +253,10 @@ pub struct Comparison {
     pub difficulty: Difficulty,
     /// Whether every verdict of both arms is the same.
     pub no_signal: bool,
+    /// The pooled difference where samples on which one arm alone has a verdict speak against the second arm; absent where
+    /// there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worst_difference: Option<Estimate>,
     /// What is in no pair.
     pub left_out: LeftOut,
 }
@@ -301,6 +305,17 @@ pub struct Source {
     pub path: String,
     /// SHA-256 of its bytes, in hex.
     pub sha256: String,
+    /// Corrections of people that counted.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub patches: u32,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 /// The loss of a training, step by step.

@@ -33,11 +33,35 @@ impl Pair {
     }
 }
 
+/// A sample of a task on which one arm alone has a verdict: the other's rollout died, or was not judged or not asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alone {
+    /// The task.
+    pub task: String,
+    /// The arm that has the verdict.
+    pub side: Side,
+    /// Whether it was solved.
+    pub solved: bool,
+}
+
+impl Alone {
+    /// Second less first, if what is missing speaks against the second arm: the first would have solved the sample, the
+    /// second not.
+    pub fn worst_difference(&self) -> i32 {
+        match self.side {
+            Side::Before => -i32::from(self.solved),
+            Side::After => i32::from(self.solved) - 1,
+        }
+    }
+}
+
 /// All pairs, by task and sample, and what is in none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pairs {
     /// In the order of tasks and samples.
     pub pairs: Vec<Pair>,
+    /// Verdicts without their counterpart.
+    pub alone: Vec<Alone>,
     /// How many rollouts are in none, and why.
     pub left_out: LeftOut,
 }
@@ -48,25 +72,38 @@ pub fn pair(before: Vec<Tried>, after: Vec<Tried>) -> Pairs {
     let mut left_out = LeftOut::default();
     let before = by_sample(before, Side::Before, &mut left_out);
     let mut after = by_sample(after, Side::After, &mut left_out);
-    let mut pairs = Vec::new();
+    let mut found = Pairs::default();
+    let mut alone = |tried: &Tried, side| {
+        found.alone.extend(tried.solved.map(|solved| Alone {
+            task: tried.task.clone(),
+            side,
+            solved,
+        }));
+    };
     for (sample, before) in before {
         let Some(after) = after.remove(&sample) else {
             left_out.unpaired.before += 1;
+            alone(&before, Side::Before);
             continue;
         };
         // Without a verdict of the one, that of the other says nothing.
         match (before.solved, after.solved) {
-            (Some(_), Some(_)) => pairs.push(Pair { before, after }),
-            (before, after) => {
-                left_out.unjudged.before += u64::from(before.is_none());
-                left_out.unjudged.after += u64::from(after.is_none());
-                left_out.unpaired.before += u64::from(before.is_some());
-                left_out.unpaired.after += u64::from(after.is_some());
+            (Some(_), Some(_)) => found.pairs.push(Pair { before, after }),
+            (of_before, of_after) => {
+                left_out.unjudged.before += u64::from(of_before.is_none());
+                left_out.unjudged.after += u64::from(of_after.is_none());
+                left_out.unpaired.before += u64::from(of_before.is_some());
+                left_out.unpaired.after += u64::from(of_after.is_some());
+                alone(&before, Side::Before);
+                alone(&after, Side::After);
             }
         }
     }
     left_out.unpaired.after += after.len() as u64;
-    Pairs { pairs, left_out }
+    for tried in after.values() {
+        alone(tried, Side::After);
+    }
+    Pairs { left_out, ..found }
 }
 
 fn by_sample(
@@ -167,6 +204,17 @@ pub(super) mod tests {
             unreadable: both(0, 0),
         };
         assert_eq!(found.left_out, expected);
+        let alone = |one: &Alone| (one.task.clone(), one.side, one.worst_difference());
+        let alone: Vec<_> = found.alone.iter().map(alone).collect();
+        let of = |task: &str, side, worst| (task.to_owned(), side, worst);
+        assert_eq!(
+            alone,
+            [
+                of("u", Side::After, 0),
+                of("v", Side::Before, -1),
+                of("w", Side::After, 0)
+            ]
+        );
         before.reverse();
         assert_eq!(pair(before, after), found, "order changes nothing");
     }

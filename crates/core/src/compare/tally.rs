@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::pairs::{Pair, Pairs};
+use super::pairs::{Alone, Pair, Pairs};
 use super::stats::{self, Estimate};
 use super::{Both, Bucket, Comparison, Difficulty, Group, Measured, Prices, Side, Tried};
 use crate::error::FieldError;
@@ -33,8 +33,31 @@ pub fn compare(pairs: &Pairs, prices: &Both<Option<Prices>>) -> Result<Compariso
         kinds: kinds.collect(),
         difficulty: difficulty(&all),
         no_signal: verdicts.all(|verdict| Some(verdict) == first),
+        worst_difference: worst_difference(&all, &pairs.alone),
         left_out: pairs.left_out,
     })
+}
+
+/// Second less first by task, where verdicts without a counterpart speak against the second arm; none where there are none.
+fn worst_difference(pairs: &[&Pair], alone: &[Alone]) -> Option<Estimate> {
+    if alone.is_empty() {
+        return None;
+    }
+    // The sum of a task's differences, and its samples.
+    let mut tasks: BTreeMap<&str, (i32, u32)> = BTreeMap::new();
+    let of_pairs = pairs
+        .iter()
+        .map(|pair| (&*pair.before.task, pair.difference()));
+    let of_alone = alone.iter().map(|one| (&*one.task, one.worst_difference()));
+    for (task, difference) in of_pairs.chain(of_alone) {
+        let (sum, samples) = tasks.entry(task).or_default();
+        *sum += difference;
+        *samples += 1;
+    }
+    let means = tasks
+        .values()
+        .map(|(sum, samples)| f64::from(*sum) / f64::from(*samples));
+    stats::difference_of_shares(&means.collect::<Vec<_>>())
 }
 
 /// Pairs in the order in which a person wants to read them: those whose outcome changed, then those that neither arm
