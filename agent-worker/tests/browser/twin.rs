@@ -1,27 +1,43 @@
-//! The twin of the practice site shows what a real browser shows, byte for byte.
+//! The twin of the practice site shows what a real browser shows, byte for byte, and sapling's lessons list the tools that a
+//! rollout lists.
 
 use std::time::Duration;
 
 use espalier_agent_worker::mcp::McpHost;
 use espalier_agent_worker::observe::shape;
-use espalier_core::spec::Observation;
+use espalier_core::spec::{Observation, ToolPolicy};
 use espalier_practice::route::SLOW_DELAY_MS;
 use espalier_practice::site;
 use espalier_practice::tasks::Kind;
 use espalier_practice::teacher::{Act, TAUGHT, episode};
 use espalier_practice::world::World;
 use espalier_qwen3_text::Tokenizer;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use super::{LONG, connect, host_with, snapshot};
+use super::{LONG, connect_as, host_with};
 
 /// Sites that together have every way to a parcel.
 const SEEDS: [u64; 6] = [7, 8, 9, 10, 11, 12];
 /// Tasks of each kind on each site.
 const TASKS: usize = 3;
 
-/// A result as the model is shown it. What an action shows lies in a file, so that a snapshot stands for it.
+/// What the lessons list.
+const TOOLS: &str = include_str!("../../../examples/sapling/tools.json");
+
+/// As the demonstration's tasks ask for tools.
+fn policy() -> ToolPolicy {
+    ToolPolicy {
+        allow: ["browser_navigate", "browser_click", "browser_type"]
+            .map(String::from)
+            .into(),
+        brief: Some(true),
+        snapshots: Some("inline".into()),
+        ..ToolPolicy::default()
+    }
+}
+
+/// A result as the model is shown it.
 fn shown(text: &str) -> String {
     let tokenizer = Tokenizer::shared().unwrap();
     shape(text, Observation::CompactTokens(4096), tokenizer).text
@@ -33,7 +49,7 @@ async fn compare(host: &McpHost, world: &World, kind: Kind, origin: &str) -> usi
     let tasks = if kind == Kind::SlowPage { 1 } else { TASKS };
     let mut pages = 0;
     for task in kind.tasks(world).iter().take(tasks) {
-        let toolbox = connect(host).await.unwrap();
+        let toolbox = connect_as(host, &policy()).await.unwrap();
         for turn in episode(world, task, origin).unwrap().turns {
             let Act::Call {
                 tool,
@@ -46,8 +62,12 @@ async fn compare(host: &McpHost, world: &World, kind: Kind, origin: &str) -> usi
             let limit = Duration::from_millis(SLOW_DELAY_MS) + LONG;
             let answered = toolbox.call(tool, arguments, limit).await.unwrap();
             assert!(!answered.is_error, "{}", answered.text);
-            let seen = shown(&snapshot(&toolbox).await);
-            assert_eq!(seen, shown(&result), "{tool} for {}", task.key());
+            assert_eq!(
+                shown(&answered.text),
+                shown(&result),
+                "{tool} for {}",
+                task.key()
+            );
             pages += 1;
         }
         toolbox.close().await;
@@ -71,5 +91,10 @@ async fn the_twin_shows_what_browsers_show() {
         }
     }
     assert!(pages >= 200, "{pages}");
+    let toolbox = connect_as(&host, &policy()).await.unwrap();
+    let listed: Vec<Value> = toolbox.tools().iter().map(|tool| json!(tool.def)).collect();
+    let lessons: Vec<Value> = serde_json::from_str(TOOLS).unwrap();
+    assert_eq!(listed, lessons);
+    toolbox.close().await;
     assert!(host.shutdown(LONG).await);
 }

@@ -72,18 +72,36 @@ impl<'w> Twin<'w> {
     /// When the tool is not known here, or its arguments do not fit the page.
     pub fn call(&mut self, tool: &str, arguments: &Map<String, Value>) -> Result<String, Unknown> {
         let text = |name: &str| arguments.get(name).and_then(Value::as_str);
+        let unknown = || Unknown(tool.to_owned());
         let done = match tool {
             "browser_navigate" => text("url").and_then(|url| self.open(url)),
             "browser_click" => text("target").and_then(|target| self.click(target)),
             "browser_type" => {
                 let submit = arguments.get("submit").and_then(Value::as_bool) == Some(true);
-                let entered = text("target").zip(text("text"));
-                entered.and_then(|(target, text)| self.enter(target, text, submit))
+                let (target, text) = text("target").zip(text("text")).ok_or_else(unknown)?;
+                let code = self.filling(target, text);
+                let done = self.enter(target, text, submit);
+                if done.is_some() && !submit {
+                    // Of a field that was only filled Playwright shows the code that did it, and no page.
+                    return code.ok_or_else(unknown);
+                }
+                done
             }
             _ => None,
         };
-        done.ok_or_else(|| Unknown(tool.to_owned()))?;
+        done.ok_or_else(unknown)?;
         Ok(self.shown())
+    }
+
+    /// What a tool's answer shows of a field that was filled.
+    fn filling(&self, target: &str, text: &str) -> Option<String> {
+        let part = self.parts.iter().find(|part| part.id == target)?;
+        let quoted = |text: &str| format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"));
+        Some(format!(
+            "### Ran Playwright code\n```js\nawait page.getByRole('textbox', {{ name: {} }}).fill({});\n```",
+            quoted(&part.name),
+            quoted(text)
+        ))
     }
 
     /// What a tool's answer shows of the page.
