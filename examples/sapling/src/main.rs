@@ -1,7 +1,7 @@
 //! Makes sapling, the small demonstration model: its vocabulary, its first weights, what it learns from; and asks a
 //! trained one what it can do.
 //!
-//! `make sapling` runs the parts in order; training itself is `espalier train`.
+//! `make sapling` runs the parts in order (`make.sh`); training itself is `espalier train`.
 
 mod lessons;
 mod probe;
