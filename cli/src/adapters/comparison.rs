@@ -130,7 +130,10 @@ fn spoken_for(report: &Report, wanted: &Wanted) -> Result<AdapterRef, String> {
 /// The version that an arm is of: the one that its job named, or that its rollouts asked for by name.
 fn named(arm: &ReportArm) -> Result<AdapterRef, String> {
     let asked: Vec<Option<AdapterRef>> = arm.models.iter().map(|m| m.parse().ok()).collect();
-    let said = arm.adapter.as_ref().and_then(|adapter| adapter.parse().ok());
+    let said = arm
+        .adapter
+        .as_ref()
+        .and_then(|adapter| adapter.parse().ok());
     let of = match (said, &asked[..]) {
         (Some(said), _) => said,
         (None, [Some(asked)]) => asked.clone(),

@@ -42,13 +42,15 @@ pub async fn content_digest(
 
 fn file<'a>(version: &'a AdapterVersion, name: &str) -> Result<&'a FileEntry, AdaptersError> {
     let is_it = |file: &&FileEntry| file.path.rsplit('/').next() == Some(name);
-    version.files.iter().find(is_it).ok_or_else(|| {
-        AdaptersError::NoAdapterFile {
+    version
+        .files
+        .iter()
+        .find(is_it)
+        .ok_or_else(|| AdaptersError::NoAdapterFile {
             version: AdapterRef {
                 name: version.name.clone(),
                 version: version.n,
             },
             file: name.to_owned(),
-        }
-    })
+        })
 }

@@ -273,9 +273,9 @@ mod tests {
         };
         assert!((4_800..5_200).contains(&of(half, 7)), "{}", of(half, 7));
         // Another entry has other conversations.
-        let both = conversations
-            .iter()
-            .filter(|opening| half.answers(7, opening.as_bytes()) && half.answers(8, opening.as_bytes()));
+        let both = conversations.iter().filter(|opening| {
+            half.answers(7, opening.as_bytes()) && half.answers(8, opening.as_bytes())
+        });
         assert!((2_300..2_700).contains(&both.count()));
         // Workers of several versions choose alike.
         let first: Vec<usize> = (0..100)
