@@ -287,13 +287,14 @@ async fn promote(cluster: &Cluster) {
 /// What a comparison does not speak for does not become latest because of it.
 async fn refuse(cluster: &Cluster) {
     add(cluster, "clicks", "lora-plain").await;
-    for (job, adapter) in [("of-clicks", Some("clicks@v1")), ("of-none", None)] {
+    let compare = |(job, adapter): (&str, Option<&str>)| {
         let arm = |label: &str| json!({"label": label, "batches": ["e"], "labels": {"arm": label}});
         let mut after = arm("b");
         after["adapter"] = json!(adapter);
-        let job = json!({"id": job, "compare": {"arms": [arm("a"), after], "min_tasks": 10}});
-        cluster.client().await.submit("again", &[job]).await;
-    }
+        json!({"id": job, "compare": {"arms": [arm("a"), after], "min_tasks": 10}})
+    };
+    let jobs = [("of-clicks", Some("clicks@v1")), ("of-none", None)].map(compare);
+    cluster.client().await.submit("again", &jobs).await;
     let result = cluster.client().await.wait("again", DEADLINE).await;
     assert_eq!(
         result.count(JobState::Succeeded),

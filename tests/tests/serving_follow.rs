@@ -97,6 +97,16 @@ impl World {
         .await;
     }
 
+    /// Waits until version 1 is latest beside this canary.
+    async fn until_canary(&self, expected: Value) {
+        wait_for("the canary", DEADLINE, || async {
+            let following = self.listed().await["following"][0].clone();
+            let is_so = following["canary"] == expected && following["served"] == 1;
+            if is_so { Ok(()) } else { Err(following) }
+        })
+        .await;
+    }
+
     /// What answers a chat to `shop` is called.
     async fn answers(&self, content: &str) -> Value {
         let answer = self.serving.chat(content, json!({"model": "shop"})).await;
@@ -223,13 +233,9 @@ async fn a_canary_answers_whole_conversations_until_it_is_latest_or_taken_back()
     assert_eq!(world.answers("Hello").await, "shop@v1");
 
     world.done(&["promote", "shop", "v2", "--canary", "0.5"]);
-    wait_for("the canary", DEADLINE, || async {
-        let following = world.listed().await["following"][0].clone();
-        let canary = json!({"version": 2, "share": 0.5});
-        let is_so = following["canary"] == canary && following["served"] == 1;
-        if is_so { Ok(()) } else { Err(following) }
-    })
-    .await;
+    world
+        .until_canary(json!({"version": 2, "share": 0.5}))
+        .await;
     let shown = world.adapters(&["list"]);
     let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
     assert!(shown.contains("v1, v2 for 50 %"), "{shown}");
@@ -256,8 +262,7 @@ async fn a_canary_answers_whole_conversations_until_it_is_latest_or_taken_back()
     assert_eq!(models, ["shop@v1", "shop@v2"]);
 
     world.done(&["rollback", "shop"]);
-    world.until(json!(1), json!(1), false).await;
-    assert_eq!(world.listed().await["following"][0]["canary"], json!(null));
+    world.until_canary(json!(null)).await;
     world.done(&["promote", "shop", "v2", "--canary", "0.5"]);
     world.done(&["promote", "shop", "v2"]);
     world.until_named(&["shop", "shop@v2"]).await;

@@ -70,7 +70,7 @@ impl Walker<'_> {
         };
         let entry = match latest.current().await {
             Ok(entry) => {
-                entry.filter(|entry| [entry.version, entry.newest()].contains(&version.n))?
+                entry.filter(|entry| [entry.version, entry.subject()].contains(&version.n))?
             }
             Err(error) => {
                 return Some(Node::broken(
@@ -88,8 +88,8 @@ impl Walker<'_> {
         let mut node = self.object(kind, &path).await;
         match &entry.why {
             // What the entry says why is its canary.
-            _ if version.n != entry.newest() => {
-                node.detail = format!("v{} is its canary", entry.newest());
+            _ if version.n != entry.subject() => {
+                node.detail = format!("v{} is its canary", entry.subject());
             }
             Why::Hand => node.detail = "by hand".to_owned(),
             Why::Rollback { from } => node.detail = format!("rolled back from v{from}"),

@@ -124,7 +124,7 @@ impl Latest<'_> {
                 return Err(AdaptersError::NothingBefore(name));
             };
             find(self.store, self.project, self.name, Some(version)).await?;
-            let from = last.newest();
+            let from = last.subject();
             let entry = self.of(last.seq + 1, (version, None), Why::Rollback { from }, now);
             // What somebody else did meanwhile is looked at before it is taken back.
             if self.create(&entry).await? {

@@ -136,9 +136,9 @@ impl LatestEntry {
         Ok(entry)
     }
 
-    /// The version that a rollback takes back: the canary, where there is one.
+    /// The version that it says why of, and that a rollback takes back: the canary, where there is one.
     #[must_use]
-    pub fn newest(&self) -> u32 {
+    pub fn subject(&self) -> u32 {
         self.canary.map_or(self.version, |canary| canary.version)
     }
 }
@@ -197,7 +197,7 @@ mod tests {
                     (found[found.len() - 1].version, Some(canary), Why::Hand)
                 }
                 Back => {
-                    let from = found[found.len() - 1].newest();
+                    let from = found[found.len() - 1].subject();
                     (rollback_to(&found).unwrap(), None, Why::Rollback { from })
                 }
             };
