@@ -72,20 +72,23 @@ pub async fn promote(context: &Context, args: &Promote) -> Outcome {
     let opened = args.place.open(context).await?;
     let version = opened.find(&wanted).await?.n;
     let name = wanted.name;
-    let why = match &args.comparison {
-        Some(job) => {
-            let of = AdapterRef {
-                name: name.clone(),
-                version,
-            };
-            passed(&opened, job, &of).await?
-        }
+    let of = AdapterRef { name, version };
+    let entry = make_latest(&opened, &of, args.comparison.as_ref()).await?;
+    say(context, &entry)
+}
+
+/// Makes a version `latest`, by hand or because a comparison speaks for it.
+pub async fn make_latest(
+    opened: &Opened,
+    of: &AdapterRef,
+    comparison: Option<&(BatchId, JobId)>,
+) -> Result<LatestEntry, Problem> {
+    let why = match comparison {
+        Some(job) => passed(opened, job, of).await?,
         None => Why::Hand,
     };
-    let entry = latest(&opened, &name)
-        .promote(version, why, SystemClock.now())
-        .await?;
-    say(context, &entry)
+    let latest = latest(opened, &of.name);
+    Ok(latest.promote(of.version, why, SystemClock.now()).await?)
 }
 
 /// `espalier adapters rollback`.

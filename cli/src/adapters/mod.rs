@@ -1,6 +1,6 @@
 //! `espalier adapters`: what was trained, listed, pulled as a folder, added, pushed, and which version is `latest`.
 
-mod latest;
+pub mod latest;
 mod push;
 
 use std::path::PathBuf;
