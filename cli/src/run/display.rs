@@ -11,7 +11,7 @@ use crate::output::{count, duration, plain};
 
 /// Between two columns.
 const GAP: usize = 2;
-/// Columns of a row: name, how far, what came of it, tokens, cost, time, and the rest.
+/// Columns of a row: name, how far, share solved, tokens, cost, time, and the rest in words.
 const COLUMNS: usize = 7;
 
 /// A step, as it is shown.
@@ -169,19 +169,27 @@ fn cells(frame: Frame<'_>, row: &Row) -> [String; COLUMNS] {
     match &row.state {
         State::ToCome => cells[1] = to_come(frame.plan, row.at.step),
         State::Waits { what, since } => {
-            cells[2] = plain(what);
             cells[5] = took(frame.now.since(*since).as_millis());
+            cells[6] = format!("waits {}", plain(what));
         }
         State::Runs(running) => of_running(frame, running, &mut cells),
         State::Ended { record, is_earlier } => {
             of_record(frame, record, &mut cells);
             if *is_earlier {
-                cells[6] = "done before".to_owned();
+                add(&mut cells[6], "done before");
             }
         }
-        State::Past { what } | State::Stopped { why: what } => cells[2] = plain(what),
+        State::Past { what } | State::Stopped { why: what } => cells[6] = plain(what),
     }
     cells
+}
+
+/// Something more in a cell.
+fn add(cell: &mut String, more: &str) {
+    if !cell.is_empty() && !more.is_empty() {
+        cell.push_str(" · ");
+    }
+    cell.push_str(more);
 }
 
 fn mark(state: &State) -> &'static str {
@@ -215,11 +223,12 @@ fn of_running(frame: Frame<'_>, running: &Running, cells: &mut [String; COLUMNS]
         (done, 0) => count(done),
         (done, of) => format!("{} of {}", count(done), count(of)),
     };
-    cells[2] = solved(&running.counts).unwrap_or_else(|| plain(&running.words));
+    cells[2] = solved(&running.counts).unwrap_or_default();
     of_tokens(frame.plan, &running.counts, cells);
     cells[5] = took(frame.now.since(running.since).as_millis());
+    cells[6] = plain(&running.words);
     if let Some(left) = running.left(frame.now) {
-        cells[6] = format!("{} left", duration(left));
+        add(&mut cells[6], &format!("{} left", duration(left)));
     }
 }
 
@@ -228,9 +237,12 @@ fn of_record(frame: Frame<'_>, record: &StepRecord, cells: &mut [String; COLUMNS
     if record.counts.jobs > 1 || counts.judged > 0 {
         cells[1] = format!("{} of {}", count(counts.succeeded), count(counts.jobs));
     }
-    cells[2] = outcome(record);
+    cells[2] = solved(counts).unwrap_or_default();
     of_tokens(frame.plan, counts, cells);
     cells[5] = took(u128::from(record.took_ms()));
+    if record.output != StepOutput::Rollouts {
+        cells[6] = outcome(record);
+    }
 }
 
 fn took(ms: u128) -> String {
@@ -382,51 +394,70 @@ mod tests {
         });
         rows[3].state = State::ToCome;
         rows[5].state = State::Waits {
-            what: "for shop@v1 to be served".to_owned(),
+            what: "for an endpoint".to_owned(),
             since: Timestamp(121_000_000),
         };
         let expected = [
             "shop: one round of Qwen/Qwen3-4B",
-            "├─ ✓ baseline    11 of 12    solved 50 %                             1.2 M tokens  0.85 USD  1 min 00 s  done before",
-            "├─ ✓ probe       11 of 12    always 0, sometimes 0, never 0; 1 drop  …",
+            "├─ ✓ baseline    11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  done before",
+            "├─ ✓ probe       11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  always 0, sometimes 0, never 0; 1 dropped",
+            "├─ ● rollouts    130 of 480  solved 10 %  7,000 tokens  0.00 USD  3 min 00 s  5 min 50 s left",
+            "├─ ○ dataset",
+            "├─ ✓ train       11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  shop@v1, 1 steps, loss 1.0000",
+            "├─ ● serve                                                        1 min 00 s  waits for an endpoint",
+            "├─ ✓ evaluation  11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s",
+            "├─ ✓ comparison  11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  +50.0 (+50.0 to +50.0) points, the gate pass…",
+            "└─ ✓ publish     11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  shop@v1 is latest",
         ];
+        assert_eq!(tree(frame(&plan), &rows), expected);
+        rows[6].state = State::Stopped {
+            why: "gone\u{1b}".to_owned(),
+        };
+        assert_eq!(line(frame(&plan), &rows[6]), "✗ evaluation  gone\u{fffd}");
+    }
+
+    #[test]
+    fn rounds_have_a_line_of_their_own_and_narrow_terminals_are_not_overrun() {
+        let plan = tests::plan(2, false);
+        let rows = rows(&plan);
         let lines = tree(frame(&plan), &rows);
-        assert_eq!(lines[0], expected[0]);
-        for (line, parts) in lines.iter().skip(1).zip([
-            &[
-                "├─ ✓ baseline",
-                "11 of 12",
-                "solved 50 %",
-                "1.2 M tokens",
-                "0.85 USD",
-                "1 min 00 s",
-                "done before",
-            ][..],
-            &["├─ ✓ probe", "always 0, sometimes 0, never 0; 1 dropped"],
-            &[
-                "├─ ● rollouts",
-                "130 of 480",
-                "solved 10 %",
-                "7,000 tokens",
-                "3 min 00 s",
-                "5 min 50 s left",
-            ],
-            &["├─ ○ dataset"],
-            &["├─ ✓ train", "shop@v1, 1 steps, loss 1.0000"],
-            &["├─ ● serve", "for shop@v1 to be served", "1 min 00 s"],
-            &["├─ ✓ evaluation"],
-            &[
-                "├─ ✓ comparison",
-                "+50.0 (+50.0 to +50.0) points, the gate passes",
-            ],
-            &["└─ ✓ publish", "shop@v1 is latest"],
-        ]) {
-            for part in parts {
-                assert!(line.contains(part), "{part}: {line}");
-            }
-            assert!(line.chars().count() <= 120, "{line}");
+        assert_eq!((&*lines[1], &*lines[10]), ("round 1", "round 2"));
+        assert!(lines[9].starts_with("└─ ✓ publish") && lines.len() == 18);
+        assert!(line(frame(&plan), &rows[8]).starts_with("round 2 ✓ rollouts"));
+        for width in [1, 20, 40] {
+            let narrow = Frame {
+                width,
+                ..frame(&plan)
+            };
+            let fits = |line: &String| console::measure_text_width(line) <= width;
+            assert!(tree(narrow, &rows).iter().all(fits));
         }
-        assert_eq!(lines.len(), 10);
-        let _ = expected;
+    }
+
+    #[test]
+    fn time_left_is_told_by_the_pace_since_it_was_seen() {
+        let running = Running {
+            first: Some((Timestamp(0), 10)),
+            done: 20,
+            of: 50,
+            ..Running::default()
+        };
+        assert_eq!(running.left(Timestamp(10_000_000)), Some(30_000));
+        let none = Running {
+            done: 10,
+            ..running.clone()
+        };
+        assert_eq!(none.left(Timestamp(10_000_000)), None);
+        let said = Running {
+            left_ms: Some(5),
+            ..running
+        };
+        assert_eq!(said.left(Timestamp(10_000_000)), Some(5));
+    }
+
+    #[test]
+    fn numbers_read_well() {
+        let shown = [9_999, 10_000, 999_400, 1_234_567].map(short);
+        assert_eq!(shown, ["9,999", "10 k", "999 k", "1.2 M"]);
     }
 }
