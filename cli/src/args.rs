@@ -185,6 +185,7 @@ improve.toml, of which `name`, `base` and `tasks` are needed:
   min_tasks = 30
   [publish]
   enabled = true
+  canary = 0.1                # first a tenth of conversations, beside the version that is latest [default: all]
 
 Everything is checked before anything is submitted. The command may be killed at any time: given again, it goes on, and does
 nothing twice that has ended. A change of the file runs again what depends on it.

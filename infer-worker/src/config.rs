@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use espalier_core::id::AdapterName;
 use espalier_kernels::cpu::Form;
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::telemetry::TelemetryConfig;
@@ -77,11 +78,12 @@ pub struct Options {
     /// An adapter to load at the start, by the name that requests give. May be repeated.
     #[arg(long = "adapter", value_name = "NAME=PATH", value_parser = adapter)]
     pub adapters: Vec<AdapterSource>,
-    /// An adapter that is served in the version that is `latest`, under its name, also when that changes: NAME, or
-    /// PROJECT/NAME [project default]. Takes `--store-url`. May be repeated.
+    /// An adapter that is served as it comes into the store: the version that is `latest` under its name, the newest one as
+    /// NAME@vN. NAME, or PROJECT/NAME [project default]; `*` in place of NAME is every adapter that was trained on the model.
+    /// Takes `--store-url`. May be repeated.
     #[arg(long = "follow", value_name = "[PROJECT/]NAME")]
     pub follow: Vec<Followed>,
-    /// Seconds between two looks at what is latest.
+    /// Seconds between two looks at what is followed.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub follow_every: u32,
     /// Adapters that may be loaded at once. A GPU keeps room for as many.
@@ -223,12 +225,18 @@ impl Options {
             _ => {}
         }
         for (i, followed) in self.follow.iter().enumerate() {
-            let name = followed.name.as_str();
-            let others = self.follow[..i].iter().map(|other| other.name.as_str());
-            let adapters = self.adapters.iter().map(|adapter| adapter.name.as_str());
-            if others.chain(adapters).any(|other| other == name) || name == self.base_name() {
+            let name = followed.name().map(AdapterName::as_str);
+            let is_taken = |name: &str| {
+                let mut others = self.follow[..i].iter().filter_map(Followed::name);
+                let mut adapters = self.adapters.iter();
+                name == self.base_name()
+                    || others.any(|other| other.as_str() == name)
+                    || adapters.any(|adapter| adapter.name == name)
+            };
+            if self.follow[..i].contains(followed) || name.is_some_and(is_taken) {
                 return Err(format!(
-                    "`--follow` must have a name of its own, got `{name}` again"
+                    "`--follow` must have a name of its own, got `{}` again",
+                    name.map_or_else(|| followed.to_string(), str::to_owned)
                 ));
             }
         }
@@ -394,12 +402,17 @@ mod tests {
     fn what_is_followed_needs_a_store_and_a_name() {
         let store = ["--store-url", "file:///s"];
         let follow = |more: &[&str]| read(&[&store[..], more].concat());
-        let options = follow(&["--follow", "shop", "--follow", "p/clicks"]).unwrap();
+        let all = ["--follow", "shop", "--follow", "p/clicks", "--follow", "*"];
+        let options = follow(&all).unwrap();
         let named: Vec<String> = options.follow.iter().map(ToString::to_string).collect();
-        assert_eq!(named, ["default/shop", "p/clicks"]);
+        assert_eq!(named, ["default/shop", "p/clicks", "default/*"]);
         for (more, rule) in [
             (&[][..], "`--store-url` must be given with"),
-            (&["--follow", "a/b/c"], "must be NAME or PROJECT/NAME"),
+            (&["--follow", "a/b/c"], "must be NAME, PROJECT/NAME"),
+            (
+                &["--follow", "*", "--follow", "default/*"],
+                "got `default/*` again",
+            ),
             (&["--follow", "m"], "`--follow` must have a name of its own"),
             (
                 &["--follow", "p/a", "--follow", "q/a"],

@@ -9,6 +9,9 @@ use std::time::Duration;
 
 use espalier_core::compare::{Bucket, GateReason, Report, Side};
 use espalier_core::trace::sha256_hex;
+use espalier_proto::v1::JobState;
+use espalier_qwen3::ContentDigest;
+use espalier_runtime::model::ADAPTER_FINGERPRINT;
 use espalier_tests::harness::cluster::Cluster;
 use espalier_tests::harness::model::{self, sum_job};
 use serde_json::{Value, json};
@@ -22,6 +25,15 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../crates/qwen3/tests/golden")
         .join(name)
+}
+
+/// A model that errs nowhere, and answers as this adapter does.
+fn careful_as(adapter: &str) -> String {
+    let read = |file: &str| std::fs::read(golden(adapter).join(file)).unwrap();
+    let digest = ContentDigest::of_settings(&read("adapter_config.json")).unwrap();
+    let digest = digest.update(&read("adapter_model.safetensors")).finish();
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{ADAPTER_FINGERPRINT}{digest}:0")
 }
 
 /// Tasks of two kinds, each with a number of its own. Every third one is for training.
@@ -67,6 +79,7 @@ async fn the_better_model_is_told_apart_and_becomes_latest() {
     let cluster = Cluster::start(&model::start().await, 30_000).await;
     let mut worker = cluster.worker_with_cpu_slots("a", 6);
     let folder = cluster.folder.path();
+    let careful = careful_as("lora-rslora");
     let (file, out) = (folder.join("tasks.jsonl"), folder.join("report"));
     write(
         &file,
@@ -95,7 +108,7 @@ async fn the_better_model_is_told_apart_and_becomes_latest() {
         "--out",
     ];
     let more = [&more[..], &[out.to_str().unwrap()]].concat();
-    let output = evaluate(&cluster, &file, [CARELESS, CAREFUL], &more).await;
+    let output = evaluate(&cluster, &file, [CARELESS, &careful], &more).await;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2), "two lines are bad: {said}");
     let first: Value =
@@ -182,55 +195,59 @@ async fn the_better_model_is_told_apart_and_becomes_latest() {
     );
 
     // The same command looks at what is there.
-    let again = evaluate(&cluster, &file, [CARELESS, CAREFUL], &more).await;
+    let again = evaluate(&cluster, &file, [CARELESS, &careful], &more).await;
     assert_eq!(last(&again)["evaluation"], told);
     promote(&cluster).await;
+    refuse(&cluster).await;
     worker.terminate(DEADLINE).await;
+}
+
+/// Runs `espalier adapters`: its exit code, what it says to programs, and what it says to people beside that.
+async fn adapters(cluster: &Cluster, words: &[&str]) -> (Option<i32>, Value, String) {
+    let words = [&["adapters"], words, &["--json"]].concat();
+    let output = cluster.espalier(&words).await;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    (output.status.code(), value, said)
+}
+
+async fn add(cluster: &Cluster, name: &str, adapter: &str) {
+    let [base, adapter] = ["tiny-dense", adapter].map(|name| golden(name).display().to_string());
+    let (code, _, said) = adapters(cluster, &["add", name, &adapter, "--base", &base]).await;
+    assert_eq!(code, Some(0), "{said}");
 }
 
 /// Versions move on by hand and by the comparison `e`, which is of version 2.
 async fn promote(cluster: &Cluster) {
-    let base = golden("tiny-dense").display().to_string();
-    for adapter in ["lora-plain", "lora-rslora"] {
-        let adapter = golden(adapter).display().to_string();
-        let added = cluster
-            .espalier(&["adapters", "add", "shop", &adapter, "--base", &base])
-            .await;
-        assert!(
-            added.status.success(),
-            "{}",
-            String::from_utf8_lossy(&added.stderr)
-        );
-    }
-    let run = async |words: &[&str]| {
-        let output = cluster
-            .espalier(&[&["adapters"], words, &["--json"]].concat())
-            .await;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        let value: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        (output.status.code(), value, said)
-    };
-    let (code, _, said) = run(&["rollback", "shop"]).await;
+    add(cluster, "shop", "lora-plain").await;
+    add(cluster, "shop", "lora-rslora").await;
+    let (code, _, said) = adapters(cluster, &["rollback", "shop"]).await;
     assert_eq!(code, Some(2), "{said}");
     assert!(
         said.contains("no version of `shop` was latest before"),
         "{said}"
     );
-    let (_, entry, said) = run(&["promote", "shop", "v1"]).await;
+    let (_, entry, said) = adapters(cluster, &["promote", "shop", "v1"]).await;
     assert_eq!(
         (&entry["version"], &entry["why"]["by"]),
         (&json!(1), &json!("hand")),
         "{said}"
     );
-    let (code, _, said) = run(&["promote", "shop", "v1", "--comparison", "e"]).await;
-    assert!(
-        code == Some(2) && said.contains("the comparison is of shop@v2"),
+    // Newer than what the comparison is of.
+    add(cluster, "shop", "lora-patterns").await;
+    let by = ["promote", "shop", "--comparison", "e"];
+    let canary = [&by[..], &["--canary", "0.25"]].concat();
+    let (_, entry, said) = adapters(cluster, &canary).await;
+    let expected = json!({"version": 2, "share": 0.25});
+    assert_eq!(
+        (&entry["version"], &entry["canary"]),
+        (&json!(1), &expected),
         "{said}"
     );
-    let (_, entry, said) = run(&["promote", "shop", "--comparison", "e"]).await;
+    let (_, entry, said) = adapters(cluster, &by).await;
     assert_eq!(
-        (&entry["version"], &entry["why"]["by"]),
-        (&json!(2), &json!("comparison")),
+        (&entry["version"], &entry["why"]["by"], &entry["new"]),
+        (&json!(2), &json!("comparison"), &json!(true)),
         "{said}"
     );
     assert!(
@@ -240,7 +257,13 @@ async fn promote(cluster: &Cluster) {
             .ends_with("/report/report.json"),
         "{entry}"
     );
-    let (_, listed, _) = run(&["list"]).await;
+    let (code, same, said) = adapters(cluster, &by).await;
+    assert_eq!((&same["new"], &same["seq"]), (&json!(false), &entry["seq"]));
+    assert!(
+        code == Some(0) && said.contains("nothing is to be done"),
+        "{said}"
+    );
+    let (_, listed, _) = adapters(cluster, &["list"]).await;
     assert_eq!(listed["adapters"][0]["latest"]["version"], 2);
     let lineage = cluster.espalier(&["lineage", "shop@v2", "--json"]).await;
     let tree: Value = serde_json::from_slice(&lineage.stdout).unwrap();
@@ -251,14 +274,57 @@ async fn promote(cluster: &Cluster) {
         "{tree}"
     );
     assert!(lineage.status.success() && tree["counts"]["broken"] == 0);
-    let (_, entry, said) = run(&["rollback", "shop"]).await;
+    let (_, entry, said) = adapters(cluster, &["rollback", "shop"]).await;
     assert_eq!(
         (&entry["version"], &entry["why"]["from"]),
         (&json!(1), &json!(2)),
         "{said}"
     );
-    let (_, shown, _) = run(&["show", "shop@v1"]).await;
-    assert_eq!(shown["latest"]["seq"], 3);
+    let (_, shown, _) = adapters(cluster, &["show", "shop@v1"]).await;
+    assert_eq!(shown["latest"]["seq"], 4);
+}
+
+/// What a comparison does not speak for does not become latest because of it.
+async fn refuse(cluster: &Cluster) {
+    add(cluster, "clicks", "lora-plain").await;
+    for (job, adapter) in [("of-clicks", Some("clicks@v1")), ("of-none", None)] {
+        let arm = |label: &str| json!({"label": label, "batches": ["e"], "labels": {"arm": label}});
+        let mut after = arm("b");
+        after["adapter"] = json!(adapter);
+        let job = json!({"id": job, "compare": {"arms": [arm("a"), after], "min_tasks": 10}});
+        cluster.client().await.submit("again", &[job]).await;
+    }
+    let result = cluster.client().await.wait("again", DEADLINE).await;
+    assert_eq!(
+        result.count(JobState::Succeeded),
+        2,
+        "{:?}",
+        result.unsolved()
+    );
+    for (words, reason) in [
+        (
+            ["promote", "shop@v1", "--comparison", "e"],
+            "the comparison is of shop@v2, and shop@v1 is to become latest",
+        ),
+        (
+            ["promote", "clicks", "--comparison", "e"],
+            "the comparison is of shop@v2, and clicks is to become latest",
+        ),
+        (
+            ["promote", "clicks", "--comparison", "again/of-clicks"],
+            "the comparison was answered by adapter-sha256:",
+        ),
+        (
+            ["promote", "clicks", "--comparison", "again/of-none"],
+            "the comparison names no version of an adapter",
+        ),
+    ] {
+        let (code, _, said) = adapters(cluster, &words).await;
+        assert!(
+            code == Some(2) && said.contains(reason),
+            "{words:?}: {said}"
+        );
+    }
 }
 
 #[tokio::test]

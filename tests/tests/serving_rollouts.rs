@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use espalier_core::id::JobKey;
@@ -11,6 +12,7 @@ use espalier_core::layout;
 use espalier_core::trace::{StopReason, Trace};
 use espalier_proto::v1::JobState;
 use espalier_tests::harness::client::Client;
+use espalier_tests::harness::process::binary;
 use espalier_tests::harness::serving::Serving;
 use espalier_tests::harness::tiny;
 use espalier_tests::harness::up::{Up, toy_servers};
@@ -113,6 +115,7 @@ async fn up_serves_the_model_itself() {
         let ids = trace.model_calls[0].completion_ids.as_ref();
         assert_eq!(ids.map(Vec::len), Some(8), "the ids that training needs");
     }
+    follows(&up, &mut client).await;
     // A rollout that runs when it is told to end: the model stays until the rollout is published.
     let store = up.store_folder();
     client.submit("last", &[cut_after(200, "j")]).await;
@@ -132,6 +135,38 @@ async fn up_serves_the_model_itself() {
     let manifest = store.join(layout::manifest(&key));
     assert!(manifest.exists(), "{} is not there", manifest.display());
     up.wait_until_gone(DEADLINE).await;
+}
+
+/// What is added to the store is served, without a word.
+async fn follows(up: &Up, client: &mut Client) {
+    let folder = up.folder.path();
+    let adapter = folder.join("adapter");
+    tiny::write_adapter(&adapter, 5);
+    let mut command = Command::new(binary("espalier"));
+    command.args(["adapters", "add", "shop"]).arg(&adapter);
+    command.arg("--base").arg(folder.join("model"));
+    command.env("ESPALIER_DATA_DIR", folder.join("data"));
+    let added = command.output().unwrap();
+    assert!(added.status.success(), "{added:?}");
+    wait_for("the adapter to be served", DEADLINE, || {
+        let log = up.process.log();
+        let is_served = log.contains("what is served has changed");
+        async move { is_served.then_some(()).ok_or(log) }
+    })
+    .await;
+    let mut job = cut_after(8, "j");
+    job["model"] = json!("shop@v1");
+    client.submit("shop", &[job]).await;
+    let result = client.wait("shop", DEADLINE).await;
+    assert_eq!(
+        result.count(JobState::Succeeded),
+        1,
+        "{:?}",
+        result.unsolved()
+    );
+    let trace = client.trace("shop", "j").await;
+    let adapter = trace.model_calls[0].adapter.as_ref();
+    assert_eq!(adapter.map(|adapter| &*adapter.name), Some("shop@v1"));
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! `espalier adapters`: what was trained, listed, pulled as a folder, added, pushed, and which version is `latest`.
 
+pub mod comparison;
 pub mod latest;
 mod push;
 
@@ -39,10 +40,10 @@ pub enum AdaptersCommand {
     Push(push::Push),
     /// Publish a PEFT folder that was made elsewhere as a new version
     Add(Add),
-    /// Make a version the one that inference workers serve who follow the adapter
+    /// Make a version the one that inference workers answer with who follow the adapter, or let it answer a share
     #[command(after_help = PROMOTE_HELP)]
     Promote(latest::Promote),
-    /// Go back to the version that was served before
+    /// End the canary, or go back to the version that was latest before
     Rollback(latest::Rollback),
 }
 
@@ -51,8 +52,9 @@ const PULL_HELP: &str = "\
   espalier adapters pull shop@v2 -o old  another one, into ./old";
 
 const PROMOTE_HELP: &str = "\
-  espalier adapters promote shop                     the newest version, by hand
-  espalier adapters promote shop v3 --comparison B   version 3, because the gate of the evaluation B passes";
+  espalier adapters promote shop                  the newest version, by hand
+  espalier adapters promote shop --comparison B   the version that the evaluation B is of, because its gate passes
+  espalier adapters promote shop v4 --canary 0.1  version 4 for a tenth of all conversations";
 
 /// Where adapters are.
 #[derive(Args, Clone, Debug)]
@@ -68,9 +70,10 @@ pub struct Place {
 /// An adapter, and which of its versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
-    name: AdapterName,
+    /// The adapter.
+    pub name: AdapterName,
     /// None: the newest.
-    version: Option<u32>,
+    pub version: Option<u32>,
 }
 
 impl FromStr for Wanted {
@@ -183,6 +186,9 @@ impl From<AdaptersError> for Problem {
         let message = error_chain(&error);
         match error {
             AdaptersError::NothingBefore(_) => Self::refused(message),
+            AdaptersError::NothingLatest(_) => {
+                Self::refused(message).fix("promote a version without --canary first")
+            }
             AdaptersError::NoAdapter { .. } | AdaptersError::NoVersion(_) => {
                 Self::refused(message).fix("see what there is with `espalier adapters list`")
             }
@@ -235,10 +241,7 @@ async fn list(context: &Context, place: &Place) -> Outcome {
         [
             listed.name.to_string(),
             format!("v{}", newest.n),
-            latest
-                .as_ref()
-                .map(|entry| format!("v{}", entry.version))
-                .unwrap_or_default(),
+            latest.as_ref().map(latest::word).unwrap_or_default(),
             listed.versions.len().to_string(),
             kind(newest.kind).to_owned(),
             newest.base.name.clone(),

@@ -61,7 +61,7 @@ impl Walker<'_> {
         node
     }
 
-    /// Why the version is `latest`, where it is.
+    /// Why the version is `latest` or its canary, where it is.
     async fn latest(&self, version: &AdapterVersion) -> Option<Node> {
         let latest = Latest {
             store: self.store,
@@ -69,7 +69,9 @@ impl Walker<'_> {
             name: &version.name,
         };
         let entry = match latest.current().await {
-            Ok(entry) => entry.filter(|entry| entry.version == version.n)?,
+            Ok(entry) => {
+                entry.filter(|entry| [entry.version, entry.newest()].contains(&version.n))?
+            }
             Err(error) => {
                 return Some(Node::broken(
                     "latest",
@@ -79,8 +81,16 @@ impl Walker<'_> {
             }
         };
         let path = layout::adapter_latest(self.project, &version.name, entry.seq);
-        let mut node = self.object("latest", &path).await;
+        let kind = match entry.version == version.n {
+            true => "latest",
+            false => "canary",
+        };
+        let mut node = self.object(kind, &path).await;
         match &entry.why {
+            // What the entry says why is its canary.
+            _ if version.n != entry.newest() => {
+                node.detail = format!("v{} is its canary", entry.newest());
+            }
             Why::Hand => node.detail = "by hand".to_owned(),
             Why::Rollback { from } => node.detail = format!("rolled back from v{from}"),
             Why::Comparison { report, sha256 } => {

@@ -8,7 +8,7 @@ use espalier_core::error::FieldError;
 use espalier_core::id::PipelineName;
 use espalier_core::pipeline::PIPELINE_NAME_BYTES_MAX;
 use espalier_core::spec::{CurateDraft, SamplingDraft, TrainSettingsDraft};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::read::{Faults, Section, section};
@@ -58,8 +58,17 @@ pub struct Config {
     pub evaluate: Evaluate,
     /// What is asked of the comparison.
     pub gate: Gate,
-    /// Whether a version whose gate passes becomes `latest`.
-    pub publish: bool,
+    /// What becomes of a version whose gate passes.
+    pub publish: Publish,
+}
+
+/// What becomes of a version whose gate passes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Publish {
+    /// Whether it becomes `latest`.
+    pub enabled: bool,
+    /// The share of conversations that it has first, beside the version that is `latest`; none: all.
+    pub canary: Option<f64>,
 }
 
 /// Where tasks are.
@@ -184,6 +193,7 @@ struct PricesSection {
 #[serde(deny_unknown_fields, default)]
 struct PublishSection {
     enabled: Option<bool>,
+    canary: Option<f64>,
 }
 
 /// What the command line says over the file.
@@ -201,7 +211,6 @@ impl Config {
         let file: File = section("", table(text, faults), faults);
         let base = needed("base", file.base, faults);
         let rounds = over.rounds.map(i64::from).or(file.rounds);
-        let publish: PublishSection = section("publish", file.publish, faults);
         Self {
             name: name(file.name, faults),
             model: file.model.unwrap_or_else(|| base.clone()),
@@ -216,7 +225,7 @@ impl Config {
             serve_deadline: serve(file.serve, faults),
             evaluate: evaluate(file.evaluate, faults),
             gate: section("gate", file.gate, faults),
-            publish: publish.enabled.unwrap_or(true),
+            publish: publish(file.publish, faults),
         }
     }
 }
@@ -343,6 +352,18 @@ fn serve(found: Section, faults: &mut Faults) -> Duration {
     Duration::from_secs(seconds.into())
 }
 
+fn publish(found: Section, faults: &mut Faults) -> Publish {
+    let found: PublishSection = section("publish", found, faults);
+    if let Some(share) = found.canary.filter(|share| !(*share > 0.0 && *share < 1.0)) {
+        let rule = "must be in (0, 1), such as 0.1";
+        faults.add(FieldError::new("publish.canary", share, rule));
+    }
+    Publish {
+        enabled: found.enabled.unwrap_or(true),
+        canary: found.canary,
+    }
+}
+
 fn evaluate(found: Section, faults: &mut Faults) -> Evaluate {
     let found: EvaluateSection = section("evaluate", found, faults);
     let prices = found.prices.map(|prices| {
@@ -392,7 +413,11 @@ mod tests {
         assert_eq!((&*config.model, config.rounds), ("Qwen/Qwen3-4B", 1));
         assert_eq!(config.tasks.train, Path::new("/p/a.jsonl"));
         assert_eq!(config.tasks.eval, Path::new("/e.jsonl"));
-        assert_eq!((config.probe, config.publish), (None, true));
+        let publish = Publish {
+            enabled: true,
+            canary: None,
+        };
+        assert_eq!((config.probe, config.publish), (None, publish));
         assert_eq!((config.rollouts.samples, config.rollouts.hints), (4, true));
         assert_eq!(config.dataset.filter.as_deref(), Some("solved"));
         assert_eq!(config.serve_deadline.as_secs(), 1_800);
@@ -421,7 +446,7 @@ mod tests {
         let (_, faults) = read(
             "nmae = \"shop\"\nrounds = 0\n[tasks]\ntrian = \"a\"\neval = 5\n[rollouts]\nsamples = 0\nhints = \"no\"\n\
              sampling = { temperatur = 1, top_k = \"x\" }\n[dataset]\nbatches = [\"b\"]\n[train]\nrnak = 8\n[evaluate]\n\
-             labels = [\"a\"]\nprices = { promt = 1 }\n[gate]\nmin_task = 1\n[publish]\nenabeld = true\n",
+             labels = [\"a\"]\nprices = { promt = 1 }\n[gate]\nmin_task = 1\n[publish]\nenabeld = true\ncanary = 1\n",
         );
         let fields: Vec<&str> = faults
             .iter()
@@ -437,6 +462,7 @@ mod tests {
                 "gate.min_task",
                 "name",
                 "nmae",
+                "publish.canary",
                 "publish.enabeld",
                 "rollouts.hints",
                 "rollouts.samples",

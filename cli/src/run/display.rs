@@ -4,6 +4,7 @@
 use console::truncate_str;
 use espalier_core::compare::{Prices, words};
 use espalier_core::pipeline::{PipelinePlan, Step, StepCounts, StepOutput, StepRecord};
+use espalier_core::spec::AdapterRef;
 use espalier_core::time::Timestamp;
 
 use super::plan::At;
@@ -296,8 +297,18 @@ pub fn outcome(record: &StepRecord) -> String {
             words::points(difference),
             if *passed { "passes" } else { "stays shut" }
         ),
-        StepOutput::Published { adapter, .. } => format!("{adapter} is latest"),
+        StepOutput::Published {
+            adapter, canary, ..
+        } => published(adapter, *canary),
         StepOutput::Unpublished { why } => plain(why),
+    }
+}
+
+/// What a published version is.
+pub fn published(adapter: &AdapterRef, canary: Option<f64>) -> String {
+    match canary {
+        None => format!("{adapter} is latest"),
+        Some(share) => format!("{adapter} has {} % of conversations", share * 100.0),
     }
 }
 

@@ -16,7 +16,7 @@ use espalier_proto::v1;
 use serde::Serialize;
 use serde_json::json;
 
-use super::config::Config;
+use super::config::{Config, Publish};
 
 /// The label of all jobs of a pipeline; its value is the pipeline's name.
 pub const LABEL: &str = "pipeline";
@@ -35,7 +35,8 @@ pub struct Drafts {
     dataset: CurateDraft,
     train: TrainDraft,
     compare: CompareDraft,
-    publish: bool,
+    /// What becomes of a version whose gate passes.
+    pub publish: Publish,
 }
 
 /// One model of a comparison.
@@ -77,11 +78,6 @@ impl Drafts {
             compare: compare(config),
             publish: config.publish,
         }
-    }
-
-    /// Whether a version whose gate passes becomes `latest`.
-    pub fn publishes(&self) -> bool {
-        self.publish
     }
 
     /// The rollouts of a step, by `model`, without the tasks that are dropped.
@@ -191,7 +187,7 @@ impl Drafts {
             one(Step::Train, work(&self.train)),
             rollouts(Step::Evaluation, &self.evaluation, evaluation),
             one(Step::Comparison, work(&self.compare)),
-            one(Step::Publish, work(&json!({"enabled": self.publish}))),
+            one(Step::Publish, work(&self.publish)),
         ]);
         Ok(PipelinePlan {
             plan_version: PIPELINE_PLAN_VERSION,

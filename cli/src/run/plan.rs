@@ -443,6 +443,7 @@ pub mod tests {
                 ..
             } => StepOutput::Published {
                 adapter: adapter.clone(),
+                canary: None,
                 seq: 1,
             },
             Work::Publish { verdict, .. } => StepOutput::Unpublished {

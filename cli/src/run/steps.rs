@@ -17,8 +17,9 @@ use super::engine::{Engine, LOOK_EVERY, Stop};
 use super::plan::{Known, Order, Work};
 use super::screen::Begun;
 use super::tally::Tally;
-use crate::adapters::Opened;
-use crate::adapters::latest::make_latest;
+use crate::adapters::comparison::Comparison;
+use crate::adapters::latest::{latest, make_latest};
+use crate::adapters::{Opened, Wanted};
 use crate::evaluate::show::Read;
 use crate::exit::Problem;
 use crate::output::plain;
@@ -125,38 +126,49 @@ impl Engine<'_> {
             .await
     }
 
-    /// The version becomes `latest` where its gate passes and the pipeline publishes.
+    /// The version becomes `latest`, because of its comparison. Repeating it changes nothing.
     pub(super) async fn publish(
         &self,
         order: &Order,
         adapter: &AdapterRef,
         comparison: &BatchId,
-        (passed, publishes): (bool, bool),
-        verdict: &str,
+        share: Option<f64>,
     ) -> Result<Known, Stop> {
         let started = SystemClock.now();
-        let output = match (passed, publishes) {
-            (false, _) => StepOutput::Unpublished {
-                why: verdict.to_owned(),
-            },
-            (true, false) => StepOutput::Unpublished {
-                why: "`publish.enabled` is false".to_owned(),
-            },
-            (true, true) => {
-                let opened = Opened {
-                    store: self.desk.store.clone(),
-                    project: self.desk.project.clone(),
-                };
-                let job = (comparison.clone(), JobId::new(evaluate::JOB)?);
-                let entry = make_latest(&opened, adapter, Some(&job)).await?;
-                StepOutput::Published {
-                    adapter: adapter.clone(),
-                    seq: entry.seq,
-                }
-            }
+        let opened = Opened {
+            store: self.desk.store.clone(),
+            project: self.desk.project.clone(),
+        };
+        let current = latest(&opened, &adapter.name).current().await?;
+        // The first version has none to stand beside.
+        let is_beside = current.is_some_and(|current| current.version != adapter.version);
+        let canary = share.filter(|_| is_beside);
+        let wanted = Wanted {
+            name: adapter.name.clone(),
+            version: Some(adapter.version),
+        };
+        let comparison = Comparison {
+            batch: comparison.clone(),
+            job: JobId::new(evaluate::JOB)?,
+        };
+        let (entry, _) = make_latest(&opened, &wanted, Some(&comparison), canary).await?;
+        let output = StepOutput::Published {
+            adapter: adapter.clone(),
+            canary,
+            seq: entry.seq,
         };
         let times = (started, SystemClock.now());
         self.note(order, None, times, StepCounts::default(), output)
+            .await
+    }
+
+    /// The version stays what it is.
+    pub(super) async fn leave(&self, order: &Order, why: &str) -> Result<Known, Stop> {
+        let output = StepOutput::Unpublished {
+            why: why.to_owned(),
+        };
+        let now = SystemClock.now();
+        self.note(order, None, (now, now), StepCounts::default(), output)
             .await
     }
 

@@ -139,7 +139,10 @@ async fn start(
     let listener = listen(settings).await?;
     let here = match &settings.endpoint {
         Some(_) => None,
-        None => Some(Box::pin(model::start(settings, environment, tasks, &last)).await?),
+        None => {
+            let starting = model::start(settings, environment, &store, tasks, &last);
+            Some(Box::pin(starting).await?)
+        }
     };
     let tokens = Tokens {
         client: place.token(fresh_token)?,

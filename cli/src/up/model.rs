@@ -3,16 +3,19 @@
 
 use std::net::Ipv4Addr;
 
+use espalier_core::id::ProjectId;
 use espalier_infer_worker::config::Options;
 use espalier_infer_worker::jobs::Answering;
-use espalier_infer_worker::serve::Worker;
+use espalier_infer_worker::serve::{Followed, Which, Worker};
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::shutdown::Shutdown;
+use espalier_runtime::store::Store;
 use espalier_runtime::tasks::{OnFailure, Tasks};
 use espalier_runtime::telemetry::error_chain;
 use tokio::net::TcpListener;
 
 use super::{Settings, fresh_token};
+use crate::context::PROJECT_DEFAULT;
 use crate::exit::Problem;
 use crate::output::note;
 
@@ -27,10 +30,11 @@ pub(super) struct Here {
 /// The name of the key among the worker's own.
 pub(super) const KEY_NAME: &str = "up";
 
-/// Loads the model and serves it until `ends` drains.
+/// Loads the model and serves it until `ends` drains, with the adapters that `store` has for it.
 pub(super) async fn start(
     settings: &Settings,
     environment: &Environment,
+    store: &Store,
     tasks: &Tasks,
     ends: &Shutdown,
 ) -> Result<Here, Problem> {
@@ -42,7 +46,11 @@ pub(super) async fn start(
     let key = Secret::new(fresh_token());
     let mut options = Options::of(&settings.model).map_err(Problem::refused)?;
     options.api_key = Some(key.clone());
-    let worker = Worker::start(&options, environment, ends).await;
+    options.follow = vec![Followed {
+        project: ProjectId::new(PROJECT_DEFAULT)?,
+        which: Which::All,
+    }];
+    let worker = Worker::start(&options, environment, Some(store), ends).await;
     let worker = worker.map_err(|error| Problem::failed(error_chain(&error)))?;
     let url = format!("http://{}/v1", listener.local_addr()?);
     let answering = worker.answering(url, Some(KEY_NAME.to_owned()));

@@ -25,7 +25,7 @@ use crate::versions;
 /// The batch that such versions are counted to, which no queue knows.
 const BATCH: &str = "added";
 /// The files of an adapter; the last one need not be there.
-const FILES: [&str; 3] = ["adapter_model.safetensors", "adapter_config.json", CARD];
+pub(crate) const FILES: [&str; 3] = ["adapter_model.safetensors", "adapter_config.json", CARD];
 
 /// What came of adding.
 #[derive(Clone, Debug, PartialEq)]

@@ -28,9 +28,15 @@ pub enum AdaptersError {
     /// There is no version to go back to.
     #[error("no version of `{0}` was latest before the one that is now")]
     NothingBefore(String),
+    /// There is nothing that a canary could stand beside.
+    #[error("no version of `{0}` is latest, beside which another one could have a share")]
+    NothingLatest(String),
     /// Somebody else took every number that was tried.
     #[error("no free entry of `{0}` was found: others move it at the same time")]
     Contended(String),
+    /// What is asked for breaks a rule.
+    #[error(transparent)]
+    Refused(FieldError),
     /// The record of a version is broken.
     #[error("the record of the version cannot be used")]
     Record(#[from] FieldError),
@@ -54,6 +60,14 @@ pub enum AdaptersError {
     Missing {
         /// The folder.
         folder: PathBuf,
+        /// The file.
+        file: String,
+    },
+    /// A version has no such file: it is no adapter.
+    #[error("{version} has no {file}")]
+    NoAdapterFile {
+        /// The version.
+        version: AdapterRef,
         /// The file.
         file: String,
     },
@@ -139,9 +153,12 @@ impl AdaptersError {
             Self::NoAdapter { .. }
             | Self::NoVersion(_)
             | Self::NothingBefore(_)
+            | Self::NothingLatest(_)
+            | Self::Refused(_)
             | Self::Record(_)
             | Self::Exists(_)
             | Self::Missing { .. }
+            | Self::NoAdapterFile { .. }
             | Self::NoBase
             | Self::BaseFolder(_)
             | Self::OtherBase { .. }

@@ -1,6 +1,6 @@
 //! Which version is `latest`: read, moved on, and taken back. Every move is an entry that is created once.
 
-use espalier_core::adapter::{LATEST_RECORD_VERSION, LatestEntry, Why, rollback_to};
+use espalier_core::adapter::{Canary, LATEST_RECORD_VERSION, LatestEntry, Why, rollback_to};
 use espalier_core::id::{AdapterName, ProjectId};
 use espalier_core::layout;
 use espalier_core::time::Timestamp;
@@ -65,7 +65,8 @@ impl Latest<'_> {
         Ok(log)
     }
 
-    /// Makes `version` the one that is `latest`.
+    /// Makes `version` the one that is `latest`. A canary ends with that. Where several do it at once for one comparison, one
+    /// of them makes the entry, and the others find it.
     ///
     /// # Errors
     /// There is no such version, or the entry cannot be made.
@@ -77,8 +78,15 @@ impl Latest<'_> {
     ) -> Result<LatestEntry, AdaptersError> {
         find(self.store, self.project, self.name, Some(version)).await?;
         for _ in 0..NUMBER_TRIES_MAX {
-            let seq = self.newest_after(0).await?.unwrap_or(0) + 1;
-            let entry = self.of(seq, version, why.clone(), now);
+            let newest = self.newest_after(0).await?;
+            let entry = self.of(newest.unwrap_or(0) + 1, (version, None), why.clone(), now);
+            // One that cannot be read is passed over: a version by hand must always be possible.
+            if let Some(newest) = newest
+                && let Ok(current) = self.entry(newest).await
+                && current.is_for(&entry)
+            {
+                return Ok(current);
+            }
             if self.create(&entry).await? {
                 return Ok(entry);
             }
@@ -86,7 +94,36 @@ impl Latest<'_> {
         Err(self.contended())
     }
 
-    /// Goes back to the version that was `latest` before.
+    /// Puts `canary` beside the version that is `latest`, in the place of a canary that is there.
+    ///
+    /// # Errors
+    /// There is no such version, no version or this one is `latest`, or the entry cannot be made.
+    pub async fn canary(
+        &self,
+        canary: Canary,
+        why: Why,
+        now: Timestamp,
+    ) -> Result<LatestEntry, AdaptersError> {
+        find(self.store, self.project, self.name, Some(canary.version)).await?;
+        for _ in 0..NUMBER_TRIES_MAX {
+            let Some(current) = self.current().await? else {
+                return Err(AdaptersError::NothingLatest(self.name.to_string()));
+            };
+            let checked = canary.check(current.version);
+            checked.map_err(AdaptersError::Refused)?;
+            let served = (current.version, Some(canary));
+            let entry = self.of(current.seq + 1, served, why.clone(), now);
+            if current.is_for(&entry) {
+                return Ok(current);
+            }
+            if self.create(&entry).await? {
+                return Ok(entry);
+            }
+        }
+        Err(self.contended())
+    }
+
+    /// Ends the canary; where there is none, goes back to the version that was `latest` before.
     ///
     /// # Errors
     /// There is none, or the entry cannot be made.
@@ -98,8 +135,8 @@ impl Latest<'_> {
                 return Err(AdaptersError::NothingBefore(name));
             };
             find(self.store, self.project, self.name, Some(version)).await?;
-            let from = last.version;
-            let entry = self.of(last.seq + 1, version, Why::Rollback { from }, now);
+            let from = last.newest();
+            let entry = self.of(last.seq + 1, (version, None), Why::Rollback { from }, now);
             // What somebody else did meanwhile is looked at before it is taken back.
             if self.create(&entry).await? {
                 return Ok(entry);
@@ -108,12 +145,19 @@ impl Latest<'_> {
         Err(self.contended())
     }
 
-    fn of(&self, seq: u64, version: u32, why: Why, created_at_us: Timestamp) -> LatestEntry {
+    fn of(
+        &self,
+        seq: u64,
+        (version, canary): (u32, Option<Canary>),
+        why: Why,
+        created_at_us: Timestamp,
+    ) -> LatestEntry {
         LatestEntry {
             record_version: LATEST_RECORD_VERSION,
             name: self.name.clone(),
             seq,
             version,
+            canary,
             why,
             created_at_us,
         }
@@ -138,10 +182,10 @@ impl Latest<'_> {
         loop {
             let prefix = folder.trim_end_matches('/');
             let page = self.store.list(prefix, after.as_deref(), LIST_MAX).await?;
-            let found = page.iter().filter_map(|object| {
-                layout::adapter_latest_of(self.project, self.name, &object.path)
-            });
-            numbers.extend(found);
+            let entries = page
+                .iter()
+                .filter_map(|object| layout::adapter_latest_of(self.project, &object.path));
+            numbers.extend(entries.map(|(_, seq)| seq));
             match page.last() {
                 Some(last) if page.len() == LIST_MAX => after = Some(last.path.clone()),
                 _ => break,

@@ -6,15 +6,17 @@
 //! pull       its files into a folder, verified
 //! add        a folder that was made elsewhere becomes a version
 //! latest     which version is served to those who name none
+//! content    the digest by which servers name a version
 //! merged     base and adapter become one model
 //! export     any of these to the hub or to the store; done again it changes nothing
 //! card       the page that goes with it
 //! ```
-//! The CLI, the workers' `export` jobs and inference workers that follow an adapter do the same by these functions. What this is not: it trains nothing, and knows
-//! no queue.
+//! The CLI, the workers' `export` jobs and inference workers that follow adapters do the same by these functions. What this
+//! is not: it trains nothing, and knows no queue.
 
 mod add;
 mod card;
+mod content;
 mod error;
 mod export;
 mod latest;
@@ -25,10 +27,11 @@ mod watch;
 
 pub use add::{Added, add};
 pub use card::{Form, card};
+pub use content::content_digest;
 pub use error::AdaptersError;
 pub use export::{Exported, Exporter, Order};
 pub use latest::Latest;
 pub use merged::{BaseCheck, base_digest};
-pub use pull::pull;
-pub use versions::{Listed, find, list};
+pub use pull::{Scratch, pull, pull_within};
+pub use versions::{Listed, find, list, list_one};
 pub use watch::Watch;

@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use espalier_core::adapter::{AdapterKind, AdapterVersion};
 use espalier_core::trace::FileEntry;
 use espalier_runtime::hub::Meter;
 use espalier_runtime::ids::{IdSource as _, UuidIds};
 use espalier_runtime::store::Store;
+use espalier_runtime::tasks::blocking;
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt as _;
 
@@ -20,7 +22,8 @@ const PIECE_BYTES: u64 = 32 << 20;
 pub(crate) const CARD: &str = "README.md";
 
 /// A folder that goes away with its owner, unless it is kept.
-pub(crate) struct Scratch(Option<PathBuf>);
+#[derive(Debug)]
+pub struct Scratch(Option<PathBuf>);
 
 impl Scratch {
     /// A new folder beside `path`.
@@ -38,7 +41,8 @@ impl Scratch {
         Ok(Self(Some(path)))
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
         self.0.as_deref().unwrap_or(Path::new(""))
     }
 
@@ -92,6 +96,21 @@ pub async fn pull(
     scratch.keep_as(to)
 }
 
+/// The files of a version in a new folder of `parent`, which goes away with what is given.
+///
+/// # Errors
+/// A file is damaged or cannot be had.
+pub async fn pull_within(
+    store: &Store,
+    version: &AdapterVersion,
+    parent: &Path,
+    watch: &Watch,
+) -> Result<Scratch, AdaptersError> {
+    let scratch = Scratch::within(parent)?;
+    pull_into(store, version, scratch.path(), watch).await?;
+    Ok(scratch)
+}
+
 /// The files of a version, into a folder that is there.
 pub(crate) async fn pull_into(
     store: &Store,
@@ -117,28 +136,58 @@ async fn get(
 ) -> Result<(), AdaptersError> {
     let at_file = AdaptersError::file(to);
     let mut out = tokio::fs::File::create(to).await.map_err(&at_file)?;
-    let (mut digest, mut start) = (Sha256::new(), 0);
-    while start < file.size {
-        let end = file.size.min(start + PIECE_BYTES);
-        let piece = store.get_range(&file.path, start..end).await?;
-        // A shorter object gives a shorter piece, and so another digest.
-        digest.update(&piece);
+    let mut pieces = Verified::new(store, file);
+    while let Some(piece) = pieces.next().await? {
         out.write_all(&piece).await.map_err(&at_file)?;
         meter.add(piece.len() as u64);
-        start = end;
     }
-    out.sync_all().await.map_err(&at_file)?;
-    let found: String = digest
-        .finalize()
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect();
-    match found == file.sha256 {
-        true => Ok(()),
-        false => Err(AdaptersError::Damaged {
-            path: file.path.clone(),
-            expected: file.sha256.clone(),
-            found,
-        }),
+    out.sync_all().await.map_err(&at_file)
+}
+
+/// The bytes of a file of a version, piece by piece, held at their end against what the record says of them.
+pub(crate) struct Verified<'a> {
+    store: &'a Store,
+    file: &'a FileEntry,
+    digest: Sha256,
+    start: u64,
+}
+
+impl<'a> Verified<'a> {
+    pub(crate) fn new(store: &'a Store, file: &'a FileEntry) -> Self {
+        Self {
+            store,
+            file,
+            digest: Sha256::new(),
+            start: 0,
+        }
+    }
+
+    /// The next piece; none: that was all, and it is what the record says.
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, AdaptersError> {
+        let (file, start) = (self.file, self.start);
+        if start >= file.size {
+            return self.check().map(|()| None);
+        }
+        let end = file.size.min(start + PIECE_BYTES);
+        let piece = self.store.get_range(&file.path, start..end).await?;
+        // A shorter object gives a shorter piece, and so another digest.
+        let (digest, hashed) = (std::mem::take(&mut self.digest), piece.clone());
+        let hash = move || digest.chain_update(&hashed);
+        self.digest = blocking("adapters.digest", hash).await?;
+        self.start = end;
+        Ok(Some(piece))
+    }
+
+    fn check(&mut self) -> Result<(), AdaptersError> {
+        let digest = std::mem::take(&mut self.digest).finalize();
+        let found: String = digest.iter().map(|b| format!("{b:02x}")).collect();
+        match found == self.file.sha256 {
+            true => Ok(()),
+            false => Err(AdaptersError::Damaged {
+                path: self.file.path.clone(),
+                expected: self.file.sha256.clone(),
+                found,
+            }),
+        }
     }
 }

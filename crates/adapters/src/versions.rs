@@ -18,6 +18,8 @@ pub struct Listed {
     pub name: AdapterName,
     /// The numbers of its versions, ascending; at least one.
     pub versions: Vec<u32>,
+    /// The number of the newest entry that says which of them is `latest`; 0: there is none.
+    pub latest_seq: u64,
 }
 
 /// The adapters of a project, by name.
@@ -25,7 +27,20 @@ pub struct Listed {
 /// # Errors
 /// The store does not answer.
 pub async fn list(store: &Store, project: &ProjectId) -> Result<Vec<Listed>, AdaptersError> {
-    numbers(store, project, &layout::adapters(project)).await
+    listed(store, project, &layout::adapters(project)).await
+}
+
+/// One adapter of a project; none where it has no version.
+///
+/// # Errors
+/// The store does not answer.
+pub async fn list_one(
+    store: &Store,
+    project: &ProjectId,
+    name: &AdapterName,
+) -> Result<Option<Listed>, AdaptersError> {
+    let prefix = layout::adapter_versions(project, name);
+    Ok(listed(store, project, &prefix).await?.pop())
 }
 
 /// The record of a version; without a number, of the newest.
@@ -71,24 +86,27 @@ pub(crate) async fn newest(
     project: &ProjectId,
     name: &AdapterName,
 ) -> Result<Option<u32>, AdaptersError> {
-    let prefix = layout::adapter_versions(project, name);
-    let found = numbers(store, project, &prefix).await?;
-    Ok(found.first().and_then(|one| one.versions.last().copied()))
+    let found = list_one(store, project, name).await?;
+    Ok(found.and_then(|one| one.versions.last().copied()))
 }
 
-async fn numbers(
+/// What lies below `prefix`, in as many listings as it takes.
+async fn listed(
     store: &Store,
     project: &ProjectId,
     prefix: &str,
 ) -> Result<Vec<Listed>, AdaptersError> {
-    let mut found: BTreeMap<AdapterName, Vec<u32>> = BTreeMap::new();
+    let mut found: BTreeMap<AdapterName, (Vec<u32>, u64)> = BTreeMap::new();
     let mut after: Option<String> = None;
     loop {
         let prefix = prefix.trim_end_matches('/');
         let page = store.list(prefix, after.as_deref(), LIST_MAX).await?;
         for object in &page {
             if let Some((name, n)) = layout::adapter_version_of(project, &object.path) {
-                found.entry(name).or_default().push(n);
+                found.entry(name).or_default().0.push(n);
+            } else if let Some((name, seq)) = layout::adapter_latest_of(project, &object.path) {
+                let newest = &mut found.entry(name).or_default().1;
+                *newest = seq.max(*newest);
             }
         }
         if page.len() < LIST_MAX {
@@ -96,9 +114,14 @@ async fn numbers(
         }
         after = page.last().map(|last| last.path.clone());
     }
-    let sorted = |(name, mut versions): (AdapterName, Vec<u32>)| {
+    let sorted = |(name, (mut versions, latest_seq)): (AdapterName, (Vec<u32>, u64))| {
         versions.sort_unstable();
-        Listed { name, versions }
+        let has_versions = !versions.is_empty();
+        has_versions.then_some(Listed {
+            name,
+            versions,
+            latest_seq,
+        })
     };
-    Ok(found.into_iter().map(sorted).collect())
+    Ok(found.into_iter().filter_map(sorted).collect())
 }

@@ -15,7 +15,7 @@ use crate::layout;
 use crate::time::Timestamp;
 use crate::trace::FileEntry;
 
-pub use latest::{LATEST_RECORD_VERSION, LatestEntry, Why, rollback_to};
+pub use latest::{Canary, LATEST_RECORD_VERSION, LatestEntry, Why, rollback_to};
 
 /// The version of [`AdapterVersion`] that this code writes, and the only one that it reads.
 pub const ADAPTER_RECORD_VERSION: u32 = 1;

@@ -189,11 +189,14 @@ pub fn adapter_latest(project: &ProjectId, name: &AdapterName, seq: u64) -> Stri
     format!("{}{seq:020}.json", adapter_latest_entries(project, name))
 }
 
-/// The number of the entry that lies at `path`; none where it is another object.
-pub fn adapter_latest_of(project: &ProjectId, name: &AdapterName, path: &str) -> Option<u64> {
-    let file = path.strip_prefix(&adapter_latest_entries(project, name))?;
+/// The name of the adapter and the number of the entry that lies at `path`; none where it is another object.
+pub fn adapter_latest_of(project: &ProjectId, path: &str) -> Option<(AdapterName, u64)> {
+    let (name, file) = path
+        .strip_prefix(&adapters(project))?
+        .split_once("/latest/")?;
+    let name = name.parse().ok()?;
     let seq = file.strip_suffix(".json")?.parse().ok()?;
-    (seq > 0 && adapter_latest(project, name, seq) == path).then_some(seq)
+    (seq > 0 && adapter_latest(project, &name, seq) == path).then_some((name, seq))
 }
 
 /// What one attempt of a `curate` job made: rows, manifest and card beside each other.
@@ -607,7 +610,10 @@ mod tests {
         assert_eq!(adapter_version_of(&"shop2".parse().unwrap(), &path), None);
         let latest = adapter_latest(&project, &name, 12);
         assert_eq!(latest, "shop/adapters/v2/latest/00000000000000000012.json");
-        assert_eq!(adapter_latest_of(&project, &name, &latest), Some(12));
+        assert_eq!(
+            adapter_latest_of(&project, &latest),
+            Some((name.clone(), 12))
+        );
         assert_eq!(adapter_version_of(&project, &latest), None);
         assert!(
             adapter_latest(&project, &name, 9) < latest,
@@ -619,7 +625,7 @@ mod tests {
             "v12.json",
         ] {
             let path = format!("shop/adapters/v2/{other}");
-            assert_eq!(adapter_latest_of(&project, &name, &path), None, "{path}");
+            assert_eq!(adapter_latest_of(&project, &path), None, "{path}");
         }
         let data: DatasetName = "clicks".parse().unwrap();
         assert_eq!(

@@ -35,7 +35,7 @@ mod tensors;
 pub use checkpoint::{Checkpoint, CheckpointError, Tensor, TensorSource};
 pub use config::{Config, ConfigError, Moe, Rope, Yarn};
 pub use espalier_kernels::cpu::Form;
-pub use lora::{Lora, LoraError, Site};
+pub use lora::{ContentDigest, Lora, LoraError, Site};
 pub use merge::{Merge, MergeError, Merged};
 pub use model::{Logits, Model, ModelError, Part, Want};
 pub use seeded::{Cut, Draw, Seeded, hashed};

@@ -245,6 +245,38 @@ fn unknown(weights: &Checkpoint, base: &Config) -> String {
         .map_or_else(String::new, |name| (*name).to_owned())
 }
 
+/// The digest of an adapter's content while it is made: of its settings, then of the bytes of its weights.
+pub struct ContentDigest(Sha256);
+
+impl ContentDigest {
+    /// Largest `adapter_config.json`, in bytes.
+    pub const SETTINGS_BYTES_MAX: u64 = CONFIG_BYTES_MAX;
+
+    /// Begins with what `adapter_config.json` says.
+    ///
+    /// # Errors
+    /// It is not JSON, or not of plain LoRA.
+    pub fn of_settings(config: &[u8]) -> Result<Self, LoraError> {
+        Ok(Self::begin(&Settings::parse(config)?))
+    }
+
+    fn begin(settings: &Settings) -> Self {
+        Self(Sha256::new().chain_update(settings.digest_text()))
+    }
+
+    /// Goes on with bytes of `adapter_model.safetensors`.
+    #[must_use]
+    pub fn update(self, bytes: &[u8]) -> Self {
+        Self(self.0.chain_update(bytes))
+    }
+
+    /// What [`Lora::digest`] says of the same files.
+    #[must_use]
+    pub fn finish(self) -> [u8; 32] {
+        self.0.finalize().into()
+    }
+}
+
 struct Settings {
     base: Option<String>,
     r: f64,
@@ -391,12 +423,10 @@ impl LoraFile {
         if read(&config, CONFIG_BYTES_MAX)? != text {
             return Err(LoraError::Replaced(config));
         }
-        let digest = Sha256::new()
-            .chain_update(settings.digest_text())
-            .chain_update(&bytes);
+        let digest = ContentDigest::begin(&settings).update(&bytes).finish();
         Ok(Self {
             settings,
-            digest: digest.finalize().into(),
+            digest,
             weights: Checkpoint::read(&path, bytes)?,
         })
     }

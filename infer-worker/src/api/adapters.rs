@@ -44,11 +44,14 @@ pub(super) async fn list(State(app): State<App>) -> Json<Value> {
 }
 
 fn followed(following: &Following) -> Value {
+    let candidate = following.candidate.as_ref();
     json!({
         "id": following.name,
         "project": following.project,
         "served": following.served,
         "latest": following.latest,
+        "canary": following.canary,
+        "candidate": candidate.map(|it| json!({"version": it.version, "error": it.error})),
         "error": following.error,
     })
 }
@@ -163,7 +166,9 @@ fn shown(model: &Model) -> Option<Value> {
 fn refusal(error: AdapterError) -> ApiError {
     match error {
         AdapterError::Refused { .. } => ApiError::about("path", error.to_string()),
-        AdapterError::NameTaken { .. } => ApiError::conflict("name", error.to_string()),
+        AdapterError::NameTaken { .. } | AdapterError::Followed { .. } => {
+            ApiError::conflict("name", error.to_string())
+        }
         AdapterError::Unknown { name } => ApiError::unknown_model(&name),
         AdapterError::Open => ApiError::forbidden(error.to_string()),
         AdapterError::Stopped => ApiError::stopped(),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use espalier_core::adapter::Canary;
 pub use espalier_qwen3_text::{CallError, Delta};
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
@@ -16,8 +17,9 @@ pub trait Backend: Send + Sync + 'static {
     /// What is served now: the base model first, then adapters in the order of their names.
     fn models(&self) -> Vec<Model>;
 
-    /// The version that a request for `name` is to run on from its first token to its last.
-    fn target(&self, name: &str) -> Option<Target>;
+    /// The version that a request for `name` is to run on from its first token to its last. `opening` gives what the
+    /// conversation begins with, the same in each of its turns, where that decides.
+    fn target(&self, name: &str, opening: &dyn Fn() -> Vec<u8>) -> Option<Target>;
 
     /// Longest prompt and answer together, in tokens.
     fn context_tokens(&self) -> usize;
@@ -30,6 +32,9 @@ pub trait Backend: Send + Sync + 'static {
 
     /// A prompt that came as ids.
     fn rendered(&self, ids: Vec<u32>) -> Rendered;
+
+    /// The ids up to the end of the first turn of a user; all of them where there is none.
+    fn opening<'a>(&self, ids: &'a [u32]) -> &'a [u32];
 
     /// How ids are drawn where a request leaves it open.
     fn defaults(&self) -> Sampling;
@@ -65,7 +70,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Takes an adapter out: requests that run on it go on to their end.
     fn unload_adapter(&self, name: &str) -> BoxFuture<'_, Result<(), AdapterError>>;
 
-    /// The adapters that follow their `latest`.
+    /// The adapters that are followed.
     fn following(&self) -> Vec<Following> {
         Vec::new()
     }
@@ -97,24 +102,37 @@ pub struct AdapterInfo {
     pub path: String,
     /// Its rank.
     pub rank: u32,
-    /// Counts the loads under this name, from 1.
+    /// Of an adapter that is followed, its version; of others the number of loads under this name, from 1.
     pub version: u64,
     /// Why it may be another model's, though it fits.
     pub doubt: Option<String>,
 }
 
-/// An adapter that follows its `latest`, and how far it does.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An adapter that is followed, and how far.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Following {
     /// What requests call it.
     pub name: String,
     /// The project whose adapter it is.
     pub project: String,
-    /// The version that is served.
+    /// The version that answers to its name.
     pub served: Option<u32>,
     /// The version that is latest, as far as it is known.
     pub latest: Option<u32>,
-    /// Why that is not the one that is served.
+    /// The version that answers to its name for a share of conversations.
+    pub canary: Option<Canary>,
+    /// The newest version, where it is not the one that is latest.
+    pub candidate: Option<Candidate>,
+    /// Why latest, or its canary, is not what is served.
+    pub error: Option<String>,
+}
+
+/// A version that can be evaluated before it becomes latest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Which one.
+    pub version: u32,
+    /// Why it is not served.
     pub error: Option<String>,
 }
 
@@ -123,6 +141,8 @@ pub struct Following {
 pub struct Target {
     /// What requests call it.
     pub name: String,
+    /// What answers call it: the same, or `NAME@vN` of an adapter that is followed.
+    pub called: String,
     /// The loaded adapter version, or the base model.
     pub adapter: Option<Arc<Adapter>>,
     /// SHA-256 of the adapter's content.
@@ -342,6 +362,16 @@ pub enum AdapterError {
     NameTaken {
         /// The name.
         name: String,
+    },
+    /// The name is that of an adapter that is followed.
+    #[error(
+        "`{name}` is followed as {of}: what is served under it changes with `espalier adapters promote` and `rollback`"
+    )]
+    Followed {
+        /// The name.
+        name: String,
+        /// The adapter, with its project.
+        of: String,
     },
     /// No adapter of that name.
     #[error("no adapter is called `{name}`")]

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::backend::{Conversation, Sampling};
+use super::backend::{Backend, Conversation, Sampling};
+use super::completion::bytes_of;
 use super::conversation::{self, Tool};
 use super::error::ApiError;
 use super::fields::Fields;
@@ -32,6 +33,25 @@ pub(super) enum ChatPrompt {
     Conversation(Conversation),
     /// The exact ids, as an earlier answer told them.
     Ids(Vec<u32>),
+}
+
+impl ChatPrompt {
+    /// What the conversation begins with, which is the same in all of its turns: up to the first message of a user.
+    pub(super) fn opening(&self, backend: &dyn Backend) -> Vec<u8> {
+        match self {
+            Self::Conversation(Conversation { messages, .. }) => {
+                let first = messages.iter().position(|it| it["role"] == "user");
+                let opening = messages
+                    .iter()
+                    .take(first.map_or(messages.len(), |at| at + 1));
+                opening
+                    .map(|message| format!("{message}\n"))
+                    .collect::<String>()
+                    .into_bytes()
+            }
+            Self::Ids(ids) => bytes_of(backend.opening(ids)),
+        }
+    }
 }
 
 /// What the answer may call.

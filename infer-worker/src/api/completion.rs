@@ -65,6 +65,20 @@ impl CompletionRequest {
             ignored: fields.ignored(),
         })
     }
+
+    /// What the conversation begins with: all of it, for nothing says where a turn ends.
+    pub(super) fn opening(&self) -> Vec<u8> {
+        let bytes = |prompt: &TextPrompt| match prompt {
+            TextPrompt::Text(text) => text.clone().into_bytes(),
+            TextPrompt::Ids(ids) => bytes_of(ids),
+        };
+        self.prompts.iter().flat_map(bytes).collect()
+    }
+}
+
+/// Ids as bytes, for hashing.
+pub(super) fn bytes_of(ids: &[u32]) -> Vec<u8> {
+    ids.iter().flat_map(|id| id.to_le_bytes()).collect()
 }
 
 fn prompts(fields: &mut Fields, vocabulary: u32) -> Result<Vec<TextPrompt>, ApiError> {

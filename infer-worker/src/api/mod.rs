@@ -268,7 +268,8 @@ async fn answer(
 ) -> Result<Response, ApiError> {
     let body = app.bodies.read(body, limits::BODY_BYTES_MAX).await?;
     let prepared = app.prepare(body, dialect).await?;
-    observed.named(prepared.model());
+    let (asked, answers) = prepared.model();
+    observed.named(asked, answers);
     let (ignored, stream) = (prepared.ignored.clone(), prepared.stream);
     let answers = app.submit(prepared, began, observed.clone()).await?;
     let mut response = match stream {

@@ -95,14 +95,15 @@ impl Observed {
         self.span.clone()
     }
 
-    /// The model is known, and is one that is served: a label may name it.
-    pub(super) fn named(&mut self, model: &str) {
-        telemetry::rename(&self.span, format!("{} {model}", self.operation));
-        self.span.record(attribute::GEN_AI_REQUEST_MODEL, model);
-        self.span.record(attribute::GEN_AI_RESPONSE_MODEL, model);
+    /// The model that was asked for is known, and is one that is served: a label may name it. `answers` is what it is called
+    /// in the answer.
+    pub(super) fn named(&mut self, asked: &str, answers: &str) {
+        telemetry::rename(&self.span, format!("{} {asked}", self.operation));
+        self.span.record(attribute::GEN_AI_REQUEST_MODEL, asked);
+        self.span.record(attribute::GEN_AI_RESPONSE_MODEL, answers);
         self.labels.push(KeyValue::new(
             attribute::GEN_AI_REQUEST_MODEL,
-            model.to_owned(),
+            asked.to_owned(),
         ));
     }
 

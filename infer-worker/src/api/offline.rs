@@ -72,7 +72,8 @@ impl Offline {
         observed: &mut Observed,
     ) -> Result<OfflineAnswer, ApiError> {
         let prepared = self.0.prepare(body, dialect).await?.offline();
-        observed.named(prepared.model());
+        let (asked, answers) = prepared.model();
+        observed.named(asked, answers);
         let answers = self.0.submit(prepared, began, observed.clone()).await?;
         let whole = answers.whole().await?;
         let (id, usage) = (whole.head.id.clone(), whole.usage);

@@ -53,9 +53,9 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// What the request calls the model that answers it.
-    pub(super) fn model(&self) -> &str {
-        &self.target.name
+    /// What the request calls the model that answers it, and what the answer calls it.
+    pub(super) fn model(&self) -> (&str, &str) {
+        (&self.target.name, &self.target.called)
     }
 
     /// The same with all its answers as parts of a batch: they yield, and may be silent for long.
@@ -152,7 +152,7 @@ impl App {
             dialect: prepared.dialect,
             id: format!("{prefix}-{name}"),
             created_s: self.clock.now().since(Timestamp::default()).as_secs(),
-            model: prepared.target.name,
+            model: prepared.target.called,
             adapter_digest: prepared.target.digest,
             logprobs: options.sampling.logprobs.is_some(),
             return_token_ids: options.return_token_ids,
@@ -198,7 +198,8 @@ fn prepare_chat(
     logprobs_max: usize,
 ) -> Result<Prepared, ApiError> {
     let request = ChatRequest::parse(body, &backend.defaults(), backend.vocabulary())?;
-    let target = target(backend, &request.options)?;
+    let opening = || request.prompt.opening(backend);
+    let target = target(backend, &request.options, &opening)?;
     let (prompt, param) = match request.prompt {
         ChatPrompt::Ids(ids) => (backend.rendered(ids), "prompt_token_ids"),
         ChatPrompt::Conversation(conversation) => {
@@ -235,7 +236,8 @@ fn prepare_completion(
     logprobs_max: usize,
 ) -> Result<Prepared, ApiError> {
     let request = CompletionRequest::parse(body, &backend.defaults(), backend.vocabulary())?;
-    let target = target(backend, &request.options)?;
+    let opening = || request.opening();
+    let target = target(backend, &request.options, &opening)?;
     let context_tokens = backend.context_tokens();
     let rendered = |prompt| {
         let ids = match prompt {
@@ -276,11 +278,15 @@ fn prepare_completion(
 }
 
 /// The model that a request names, or the base model.
-fn target(backend: &dyn Backend, options: &Options) -> Result<Target, ApiError> {
+fn target(
+    backend: &dyn Backend,
+    options: &Options,
+    opening: &dyn Fn() -> Vec<u8>,
+) -> Result<Target, ApiError> {
     let base = || backend.models().first().map(|base| base.name.clone());
     let name = options.model.clone().or_else(base).unwrap_or_default();
     backend
-        .target(&name)
+        .target(&name, opening)
         .ok_or_else(|| ApiError::unknown_model(&name))
 }
 

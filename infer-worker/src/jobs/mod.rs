@@ -30,7 +30,7 @@ use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::ids::UuidIds;
 use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::shutdown::Shutdown;
-use espalier_runtime::store::{Store, StoreError};
+use espalier_runtime::store::Store;
 use espalier_runtime::tasks::Tasks;
 use espalier_runtime::worker::{self, ProcessId, Serving, WorkerConfig, WorkerDeps, WorkerError};
 use tokio::sync::{Semaphore, watch};
@@ -84,20 +84,16 @@ pub struct Source {
 }
 
 impl JobOptions {
-    /// Opens the source that the options name; none: no jobs are taken.
-    ///
-    /// # Errors
-    /// The store cannot be used.
-    pub async fn open(
+    /// The source that the options name, with its files in `store`; none: no jobs are taken.
+    pub fn source(
         &self,
         environment: &Environment,
+        store: Option<&Store>,
         shutdown: &Shutdown,
-    ) -> Result<Option<Source>, StoreError> {
-        let (Some(coordinators), Some(url)) = (&self.coordinator_url, &self.store_url) else {
-            return Ok(None);
-        };
+    ) -> Option<Source> {
+        let (coordinators, store) = (self.coordinator_url.as_ref()?, store?);
         let token = environment.get(TOKEN).filter(|token| !token.is_empty());
-        Ok(Some(Source {
+        Some(Source {
             coordinators: coordinators.clone(),
             tls: self.coordinator_ca.clone().map(|ca| ClientTls {
                 ca,
@@ -106,9 +102,9 @@ impl JobOptions {
                 key: None,
             }),
             token: token.map(Secret::new),
-            store: Store::open(url).await?,
+            store: store.clone(),
             shutdown: shutdown.clone(),
-        }))
+        })
     }
 }
 

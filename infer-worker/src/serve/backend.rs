@@ -28,7 +28,7 @@ pub(super) struct Served {
     pub(super) engine: Engine,
     pub(super) text: Text,
     pub(super) adapters: Adapters,
-    /// What keeps adapters at their `latest`.
+    /// What follows adapters.
     pub(super) follower: Option<Arc<Follower>>,
     pub(super) base: Model,
     pub(super) context_tokens: usize,
@@ -182,15 +182,16 @@ impl Backend for Served {
         models
     }
 
-    fn target(&self, name: &str) -> Option<Target> {
+    fn target(&self, name: &str, opening: &dyn Fn() -> Vec<u8>) -> Option<Target> {
         if name == self.base.name {
             return Some(Target {
                 name: name.to_owned(),
+                called: name.to_owned(),
                 adapter: None,
                 digest: None,
             });
         }
-        self.adapters.target(name)
+        self.adapters.target(name, opening)
     }
 
     fn context_tokens(&self) -> usize {
@@ -207,6 +208,10 @@ impl Backend for Served {
 
     fn rendered(&self, ids: Vec<u32>) -> Rendered {
         self.text.rendered(ids)
+    }
+
+    fn opening<'a>(&self, ids: &'a [u32]) -> &'a [u32] {
+        self.text.opening(ids)
     }
 
     fn defaults(&self) -> Sampling {

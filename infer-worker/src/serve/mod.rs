@@ -2,6 +2,7 @@
 
 mod adapters;
 mod backend;
+mod base;
 mod device;
 mod follow;
 mod gauges;
@@ -35,12 +36,13 @@ use crate::grammar::GrammarError;
 use crate::jobs::{self, Answering};
 use crate::load::{ModelError, ModelFiles};
 
-pub use follow::Followed;
+pub use follow::{Followed, Which};
 
 pub use device::{DTYPE_AUTO, DeviceFound, Library, Survey, survey};
 
-use adapters::{Adapters, Base};
+use adapters::Adapters;
 use backend::Served;
+use base::Base;
 use follow::Follower;
 use text::Text;
 
@@ -101,18 +103,19 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Fetches and loads the model and its adapters, and starts the engine. What draining means to it is that it is
-    /// healthy no more.
+    /// Fetches and loads the model and its adapters, and starts the engine. `store` is that of jobs and of what is
+    /// followed. What draining means to it is that it is healthy no more.
     ///
     /// # Errors
     /// It could not start.
     pub async fn start(
         options: &Options,
         environment: &Environment,
+        store: Option<&Store>,
         shutdown: &Shutdown,
     ) -> Result<Self, RunError> {
-        let jobs = options.jobs.open(environment, shutdown).await?;
-        let served = Arc::new(start(options, environment, shutdown).await?);
+        let jobs = options.jobs.source(environment, store, shutdown);
+        let served = Arc::new(start(options, environment, store, shutdown).await?);
         let api = api_of(&served, options.api_key.clone(), options.seed);
         Ok(Self {
             served,
@@ -256,8 +259,15 @@ pub async fn run(
     listener: TcpListener,
     shutdown: Shutdown,
 ) -> Result<(), RunError> {
+    let starting = async {
+        let store = match &options.jobs.store_url {
+            Some(url) => Some(Store::open(url).await?),
+            None => None,
+        };
+        Worker::start(options, environment, store.as_ref(), &shutdown).await
+    };
     let worker = tokio::select! {
-        worker = Worker::start(options, environment, &shutdown) => worker?,
+        worker = starting => worker?,
         () = shutdown.draining() => return Ok(()),
     };
     worker.serve(listener, shutdown).await
@@ -266,6 +276,7 @@ pub async fn run(
 async fn start(
     options: &Options,
     environment: &Environment,
+    store: Option<&Store>,
     shutdown: &Shutdown,
 ) -> Result<Served, RunError> {
     let fetcher = Fetcher::new(environment, options.download_dir.as_deref());
@@ -281,16 +292,14 @@ async fn start(
         adapter: None,
     };
     let max = options.max_loras as usize;
-    let known = Base {
-        name: base.name.clone(),
-        source: options.model.clone(),
-    };
+    let known = Arc::new(Base::new(&base.name, &options.model, folder));
+    let follower = store.and_then(|store| follower(options, store, &known));
     let adapters = Adapters::new(known, max, fetcher, running.load_weights, clock);
     let served = Served {
         engine: running.engine,
         text: blocking("text.load", move || Text::new(files)).await??,
         adapters,
-        follower: follower(options).await?,
+        follower,
         base,
         context_tokens: running.context_tokens,
         shutdown: shutdown.clone(),
@@ -299,31 +308,23 @@ async fn start(
     for source in &options.adapters {
         served.adapters.load(source.clone()).await?;
     }
-    if let Some(follower) = &served.follower {
-        // What does not load now is tried again beside the serving.
-        follower.look(&served.adapters).await;
-    }
     Ok(served)
 }
 
-/// What keeps adapters at their `latest`; none where none is named.
-async fn follower(options: &Options) -> Result<Option<Arc<Follower>>, StoreError> {
-    let Some(url) = options
-        .jobs
-        .store_url
-        .as_ref()
-        .filter(|_| !options.follow.is_empty())
-    else {
-        return Ok(None);
-    };
-    let store = Store::open(url).await?;
-    let scratch = match &options.download_dir {
-        Some(folder) => folder.join("following"),
-        None => std::env::temp_dir().join(format!("espalier-following-{}", std::process::id())),
-    };
-    let every = Duration::from_secs(options.follow_every.into());
-    let follower = Follower::new(store, every, scratch, options.follow.clone());
-    Ok(Some(Arc::new(follower)))
+/// What follows adapters, beside the serving; none where nothing is to be followed.
+fn follower(options: &Options, store: &Store, base: &Arc<Base>) -> Option<Arc<Follower>> {
+    if options.follow.is_empty() {
+        return None;
+    }
+    let scratch = options.download_dir.clone();
+    let follower = Follower::new(
+        store.clone(),
+        Arc::clone(base),
+        Duration::from_secs(options.follow_every.into()),
+        scratch.unwrap_or_else(std::env::temp_dir),
+        options.follow.clone(),
+    );
+    Some(Arc::new(follower))
 }
 
 /// Says every now and then that weights are still being loaded: large ones take minutes.

@@ -108,10 +108,7 @@ fn worker(folder: &Path) -> (Worker, mpsc::Sender<()>) {
     let none = |_| async { Err(WeightsError::Refused("none".to_owned())) }.boxed();
     let fetcher = Fetcher::new(&Environment::default(), None);
     let clock = Arc::new(SystemClock);
-    let known = Base {
-        name: "m".to_owned(),
-        source: "m".to_owned(),
-    };
+    let known = Arc::new(Base::new("m", "m", folder.to_owned()));
     let served = Served {
         engine,
         text: Text::new(files(folder)).unwrap(),

@@ -59,6 +59,11 @@ impl Text {
         Rendered { ids, thoughts }
     }
 
+    /// The ids up to the end of the first turn of a user; all of them where there is none.
+    pub(super) fn opening<'a>(&self, ids: &'a [u32]) -> &'a [u32] {
+        opening(self.tokenizer(), ids)
+    }
+
     pub(super) fn parser(&self, form: Form) -> Box<dyn Parser> {
         let options = match form {
             Form::Plain => ParserOptions {
@@ -100,6 +105,18 @@ fn thoughts(tokenizer: &Tokenizer, prompt: &[u32]) -> Thoughts {
     }
 }
 
+/// A user's turn begins with a mark and the word `user`.
+fn opening<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> &'a [u32] {
+    let (open, close) = (tokenizer.ids().turn_open, tokenizer.ids().turn_close);
+    let user = tokenizer.encode("user\n");
+    let begins = |at: &usize| ids[*at] == open && ids[at + 1..].starts_with(&user);
+    let end = (0..ids.len()).find(begins).and_then(|begin| {
+        let length = ids[begin..].iter().position(|id| *id == close)?;
+        Some(begin + length + 1)
+    });
+    &ids[..end.unwrap_or(ids.len())]
+}
+
 struct Answer(OutputParser);
 
 impl Parser for Answer {
@@ -133,5 +150,25 @@ mod tests {
             Thoughts::Possible
         );
         assert_eq!(of(&[5]), Thoughts::Possible);
+    }
+
+    #[test]
+    fn a_conversation_begins_the_same_in_each_of_its_turns() {
+        let tokenizer = Tokenizer::shared().unwrap();
+        let ids = |text: &str| tokenizer.encode(text);
+        let turn = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
+        let first = ids(&format!("<|im_start|>system\nBe brief.<|im_end|>\n{turn}"));
+        let next = [&first[..], &ids(&format!("Hello.<|im_end|>\n{turn}"))].concat();
+        let began = opening(tokenizer, &first);
+        assert_eq!(opening(tokenizer, &next), began);
+        assert_eq!(began.last(), Some(&tokenizer.ids().turn_close));
+        let other = ids(&turn.replace("Hi", "Ho"));
+        assert_ne!(opening(tokenizer, &other), opening(tokenizer, &ids(turn)));
+        let open = ids("<|im_start|>assistant\nHi<|im_end|>\n<|im_start|>user\nHi");
+        assert_eq!(
+            opening(tokenizer, &open),
+            open,
+            "no turn of a user has ended"
+        );
     }
 }

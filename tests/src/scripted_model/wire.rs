@@ -1,8 +1,10 @@
 //! Writes a reply in the forms of the chat completions API: one object, or the chunks of a stream.
 //!
+//! A model that is asked for as `adapter-sha256:DIGEST:0.6` answers as the adapter of that content does.
 //! Pure; the HTTP layer sends what this returns.
 
 use espalier_practice::draw::hash;
+use espalier_runtime::model::ADAPTER_FINGERPRINT;
 use serde_json::{Value, json};
 
 use super::chat::{Reply, Request};
@@ -39,6 +41,7 @@ pub(super) fn completion(request: &Request, reply: &Reply, thought_field: &str) 
         "object": "chat.completion",
         "created": CREATED,
         "model": model(request),
+        "system_fingerprint": fingerprint(request),
         "choices": [{
             "index": 0,
             "message": message(reply, thought_field),
@@ -102,6 +105,7 @@ fn chunk(request: &Request, reply: &Reply, choices: Value) -> Value {
         "object": "chat.completion.chunk",
         "created": CREATED,
         "model": model(request),
+        "system_fingerprint": fingerprint(request),
         "choices": choices,
     })
 }
@@ -133,6 +137,12 @@ fn model(request: &Request) -> &str {
     } else {
         &request.model
     }
+}
+
+/// Of an adapter; null of a model.
+fn fingerprint(request: &Request) -> Option<&str> {
+    let (name, _share) = request.model.rsplit_once(':')?;
+    name.starts_with(ADAPTER_FINGERPRINT).then_some(name)
 }
 
 fn id(request: &Request, reply: &Reply) -> String {

@@ -12,7 +12,7 @@ use espalier_core::pipeline::{PipelinePlan, Step, StepOutput, StepRecord};
 use espalier_core::spec::AdapterRef;
 use serde_json::{Value, json};
 
-use super::display::{Frame, Row, State, money, outcome, tree};
+use super::display::{Frame, Row, State, cost, money, outcome, published, tree};
 use super::engine::Ended;
 use super::plan::{At, End, Records, Resolved, steps};
 use super::records::Desk;
@@ -101,10 +101,10 @@ impl<'a> Story<'a> {
             context.out.line(format!("{table}\n"))?;
         }
         context.out.line(self.verdict())?;
-        if let Some(published) = self.published() {
+        if let Some((adapter, _)) = self.published() {
+            let name = &adapter.name;
             context.out.line(format!(
-                "next: espalier lineage {published}    espalier adapters rollback {}",
-                published.name
+                "next: espalier lineage {adapter}    espalier adapters rollback {name}"
             ))?;
         }
         let page = out.join(PAGE_FILE);
@@ -130,11 +130,7 @@ impl<'a> Story<'a> {
             let mut value = json!(record);
             // Where a step is of another round's too, this is the round that is told of.
             value["round"] = json!(at.round);
-            value["cost"] = json!(
-                self.plan
-                    .prices
-                    .map(|prices| super::display::cost(prices, &record.counts))
-            );
+            value["cost"] = json!(self.plan.prices.map(|prices| cost(prices, &record.counts)));
             value
         };
         let problem = self.ended.as_ref().err();
@@ -148,7 +144,7 @@ impl<'a> Story<'a> {
             "exit_code": self.exit() as u8,
             "verdict": self.verdict(),
             "steps": self.records.iter().map(step).collect::<Vec<_>>(),
-            "published": self.published().map(ToString::to_string),
+            "published": self.published().map(|(adapter, _)| adapter),
             "currency": self.plan.currency,
             "error": problem.map(|problem| json!({"message": problem.message, "fix": problem.fix})),
         }})
@@ -167,7 +163,7 @@ impl<'a> Story<'a> {
     /// What came of it, in a sentence or two.
     fn verdict(&self) -> String {
         let published = match self.published() {
-            Some(adapter) => format!("{adapter} is latest."),
+            Some((adapter, canary)) => format!("{}.", published(adapter, canary)),
             None => "Nothing was published.".to_owned(),
         };
         let said = match &self.ended {
@@ -234,15 +230,15 @@ impl<'a> Story<'a> {
         self.records.iter().any(|(_, record)| passed(record))
     }
 
-    /// The last version that became `latest`.
-    fn published(&self) -> Option<&AdapterRef> {
-        self.records
-            .iter()
-            .rev()
-            .find_map(|(_, record)| match &record.output {
-                StepOutput::Published { adapter, .. } => Some(adapter),
-                _ => None,
-            })
+    /// The last version that was published, with its share where it has not all.
+    fn published(&self) -> Option<(&AdapterRef, Option<f64>)> {
+        let mut records = self.records.iter().rev();
+        records.find_map(|(_, record)| match &record.output {
+            StepOutput::Published {
+                adapter, canary, ..
+            } => Some((adapter, *canary)),
+            _ => None,
+        })
     }
 
     fn of(&self, round: u32, step: Step) -> Option<&StepRecord> {
@@ -328,7 +324,9 @@ impl<'a> Story<'a> {
                 return None;
             };
             let published = match self.of(round, Step::Publish).map(|record| &record.output) {
-                Some(StepOutput::Published { adapter, .. }) => format!("{adapter} is latest"),
+                Some(StepOutput::Published {
+                    adapter, canary, ..
+                }) => published(adapter, *canary),
                 Some(StepOutput::Unpublished { why }) => format!("no: {why}"),
                 _ => String::new(),
             };

@@ -246,10 +246,13 @@ pub enum StepOutput {
         /// Why, in words.
         verdict: String,
     },
-    /// The version is `latest`.
+    /// The version is `latest`, or has a share beside the one that is.
     Published {
         /// The version.
         adapter: AdapterRef,
+        /// Its share of conversations; none: all.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        canary: Option<f64>,
         /// The number of the entry that says so.
         seq: u64,
     },

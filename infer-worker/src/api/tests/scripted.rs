@@ -331,9 +331,10 @@ impl Backend for Scripted {
             .collect()
     }
 
-    fn target(&self, name: &str) -> Option<Target> {
+    fn target(&self, name: &str, _: &dyn Fn() -> Vec<u8>) -> Option<Target> {
         let model = self.models().into_iter().find(|model| model.name == name)?;
         Some(Target {
+            called: model.name.clone(),
             name: model.name,
             adapter: None,
             digest: model.adapter.map(|adapter| adapter.digest),
@@ -346,6 +347,10 @@ impl Backend for Scripted {
 
     fn vocabulary(&self) -> u32 {
         261
+    }
+
+    fn opening<'a>(&self, ids: &'a [u32]) -> &'a [u32] {
+        ids
     }
 
     fn render(&self, conversation: &Conversation) -> Result<Rendered, RenderError> {
