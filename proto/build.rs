@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const PROTOS: [&str; 4] = [
+const PROTOS: [&str; 5] = [
     "espalier/v1/spec.proto",
     "espalier/v1/jobs.proto",
+    "espalier/v1/models.proto",
     "espalier/v1/worker.proto",
     "espalier/v1/admin.proto",
 ];

@@ -10,7 +10,8 @@ use crate::jobs::JobCommand;
 use crate::practice::Practice;
 use crate::traces::TracesCommand;
 use crate::{
-    admin, chat, doctor, evaluate, generate, jobs, lineage, questions, submit, train, up, watch,
+    admin, chat, doctor, evaluate, generate, jobs, lineage, questions, run, submit, train, up,
+    watch,
 };
 
 const ABOUT: &str = "Run tool-using agents in real browsers, many at once, and keep verified traces of what they do";
@@ -72,6 +73,9 @@ pub enum Command {
     /// Let two models try the same tasks, and report what differs
     #[command(after_help = EVALUATE_HELP)]
     Evaluate(Box<evaluate::Evaluate>),
+    /// Roll out, train, evaluate and publish as one pipeline that goes on where it was; round after round
+    #[command(after_help = RUN_HELP)]
+    Run(run::Run),
     /// Follow a batch to its end, then what was solved, what failed, and why; without one, watch the whole system
     Watch(watch::Watch),
     /// List the jobs of a batch
@@ -147,6 +151,45 @@ Each task becomes rollouts of both models, alike but for the model, and a compar
 are left out. A task that breaks a rule is refused with its line, and the others go on. Ctrl-C leaves the batch running;
 the same command with the same --batch goes on watching it.
 Exit code 2: some tasks were refused. 1: jobs are dead, or, with --gate, the gate does not pass.";
+
+const RUN_HELP: &str = "\
+  espalier run improve.toml
+
+improve.toml, of which `name`, `base` and `tasks` are needed:
+  name = \"shop\"              # of the pipeline, its adapter and its data set
+  base = \"Qwen/Qwen3-4B\"     # what is trained
+  model = \"Qwen/Qwen3-4B\"    # what endpoints call it [default: base]
+  rounds = 1
+  [tasks]
+  train = \"tasks.jsonl\"      # those of split \"train\"; paths are seen from this file
+  eval = \"tasks.jsonl\"       # those of split \"eval\"
+  vars = { site = \"http://127.0.0.1:4310\" }
+  [probe]                     # drops training tasks that are always solved [default: no probe]
+  samples = 4
+  [rollouts]
+  samples = 4
+  hints = true
+  sampling = { temperature = 0.7 }
+  [dataset]                   # fields of a curation
+  where = \"solved\"
+  [train]                     # settings of a training
+  rank = 32
+  [serve]
+  deadline_s = 1800
+  [evaluate]
+  samples = 1
+  sampling = { temperature = 0.0 }
+  prices = { prompt = 0.5, completion = 1.5 }    # of a million tokens
+  [gate]
+  min_difference = -0.02
+  min_tasks = 30
+  [publish]
+  enabled = true
+  canary = 0.1                # first a tenth of conversations, beside the version that is latest [default: all]
+
+Everything is checked before anything is submitted. The command may be killed at any time: given again, it goes on, and does
+nothing twice that has ended. A change of the file runs again what depends on it.
+Exit code 1: a step failed, the data carry no signal, or no round's gate passes. 2: the file or the tasks are refused.";
 
 const UP_HELP: &str = "\
   espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B --mcp mcp.json

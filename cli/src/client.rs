@@ -12,6 +12,7 @@ use std::time::Duration;
 use espalier_proto::v1;
 use espalier_proto::v1::admin_service_client::AdminServiceClient;
 use espalier_proto::v1::job_service_client::JobServiceClient;
+use espalier_proto::v1::model_service_client::ModelServiceClient;
 use espalier_proto::v1::worker_service_client::WorkerServiceClient;
 use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::net::{
@@ -238,6 +239,11 @@ impl Client {
         JobServiceClient::new(self.link())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Asking whether models are served.
+    pub fn models(&self) -> ModelServiceClient<AuthorizedChannel> {
+        ModelServiceClient::new(self.link()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Looking after the system.

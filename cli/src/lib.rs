@@ -15,6 +15,7 @@ mod dataset;
 mod doctor;
 mod evaluate;
 mod exit;
+mod expand;
 mod generate;
 mod hub;
 mod jobs;
@@ -27,6 +28,7 @@ mod progress;
 mod questions;
 mod render;
 mod rollout_args;
+mod run;
 #[cfg(test)]
 mod scenarios;
 mod servers;
@@ -75,17 +77,18 @@ pub fn main() -> ExitCode {
 fn start(cli: Cli) -> Outcome {
     let environment = config::environment()?;
     let context = Context::new(cli.global, environment);
-    let ran = espalier_runtime::tasks::block_on(Box::pin(run(&context, &cli.command)));
+    let ran = espalier_runtime::tasks::block_on(Box::pin(perform(&context, &cli.command)));
     ran.map_err(|error| Problem::failed(format!("cannot start: {error}")))?
 }
 
-async fn run(context: &Context, command: &Command) -> Outcome {
+async fn perform(context: &Context, command: &Command) -> Outcome {
     match command {
         Command::Up(args) => up::run(context, args).await,
         Command::Submit(args) => submit::run(context, args).await,
         Command::Generate(args) => generate::run(context, args).await,
         Command::Train(args) => train::run(context, args).await,
         Command::Evaluate(args) => evaluate::run(context, args).await,
+        Command::Run(args) => run::run(context, args).await,
         Command::Watch(args) => watch::run(context, args).await,
         Command::Jobs(args) => jobs::list(context, args).await,
         Command::Job(command) => jobs::one(context, command).await,

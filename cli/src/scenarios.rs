@@ -62,7 +62,7 @@ impl Scene {
         let cli = Cli::try_parse_from(words).unwrap();
         let environment = Environment::from([("ESPALIER_TOKEN".to_owned(), token.to_owned())]);
         let context = Context::new(cli.global, environment);
-        Box::pin(crate::run(&context, &cli.command)).await
+        Box::pin(crate::perform(&context, &cli.command)).await
     }
 
     async fn batch(&self, name: &str) -> v1::Batch {

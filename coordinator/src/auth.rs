@@ -85,6 +85,9 @@ calls! {
         AnswerQuestion => Submit,
         GetTrace => Read,
     }
+    "ModelService" {
+        GetModel => Read,
+    }
     "WorkerService" {
         Session => Worker,
     }

@@ -19,7 +19,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Router;
 use tonic_health::server::HealthReporter;
 
-use crate::api::{self, AdminApi, JobApi, Shared, trace};
+use crate::api::{self, AdminApi, JobApi, ModelApi, Shared, trace};
 use crate::auth::{Auth, Gate};
 use crate::config::CoordinatorConfig;
 use crate::endpoints;
@@ -37,7 +37,7 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 /// Largest request of the services that ask for names and numbers only: health and reflection, which are open to
-/// everybody, and those of operators.
+/// everybody, those of models, and those of operators.
 const SMALL_REQUEST_BYTES_MAX: usize = 16 << 10;
 
 /// What a coordinator works with, made from its configuration or by a test.
@@ -255,6 +255,7 @@ async fn services(
 ) -> Result<(HealthReporter, Router), RunError> {
     use v1::admin_service_server::AdminServiceServer;
     use v1::job_service_server::JobServiceServer;
+    use v1::model_service_server::ModelServiceServer;
     use v1::worker_service_server::WorkerServiceServer;
     let (health, health_service) = tonic_health::server::health_reporter();
     maintenance::report(&health, true, true).await;
@@ -273,10 +274,13 @@ async fn services(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let admin = AdminServiceServer::new(AdminApi(Arc::clone(shared)))
         .max_decoding_message_size(SMALL_REQUEST_BYTES_MAX);
+    let models = ModelServiceServer::new(ModelApi(Arc::clone(shared)))
+        .max_decoding_message_size(SMALL_REQUEST_BYTES_MAX);
     let router = server
         .add_service(health_service)
         .add_service(reflection)
         .add_service(InterceptedService::new(jobs, gate.clone()))
+        .add_service(InterceptedService::new(models, gate.clone()))
         .add_service(InterceptedService::new(workers, gate.clone()))
         .add_service(InterceptedService::new(admin, gate));
     Ok((health, router))

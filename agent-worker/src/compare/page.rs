@@ -2,20 +2,13 @@
 
 use std::fmt::Write;
 
-use espalier_core::compare::words::{self, Table, kind_name};
+use espalier_core::compare::markup::{POLICY, STYLE, escaped, html_table};
+use espalier_core::compare::words::{self, kind_name};
 use espalier_core::compare::{Both, Bucket, Estimate, Group, Report, Side};
 use espalier_core::plot;
 
 use super::talk::{Talk, Turn};
-use super::write::{arms, escaped, gate_words, headline, outcome};
-
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1a1a1a;background:#fff}\
-table{border-collapse:collapse;margin:1rem 0}th,td{text-align:left;padding:.25rem .75rem;border-bottom:1px solid #ddd;vertical-align:top}\
-th{font-weight:600}.both{display:grid;grid-template-columns:1fr 1fr;gap:1rem}.turn{border-left:3px solid #ccc;margin:.4rem 0;padding:.1rem .6rem;\
-white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}.assistant{border-color:#1f5fa8}.user{border-color:#555}.tool{border-color:#b08900}\
-.role{color:#666;font-size:11px}.thought{color:#777;font-style:italic}.call{font-family:ui-monospace,monospace}\
-.solved{color:#15803d}.failed{color:#b91c1c}.gate{padding:.6rem 1rem;background:#f3f4f6}.small{font-size:12px;color:#555;overflow-wrap:anywhere}\
-summary{cursor:pointer}svg{max-width:100%;height:auto}";
+use super::write::{arms, gate_words, headline, outcome};
 
 const BEFORE: &str = "#8a8f98";
 const AFTER: &str = "#1f5fa8";
@@ -41,7 +34,7 @@ pub(super) fn html(report: &Report, talks: &[Both<Talk>]) -> String {
     let _ = write!(
         out,
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\
          <meta name=\"viewport\" content=\"width=device-width\"><title>{title}</title><style>{STYLE}</style></head><body>\
          <h1>{title}</h1><p>{}</p><p class=\"gate\">{}</p>",
         escaped(&headline(report)),
@@ -51,19 +44,19 @@ pub(super) fn html(report: &Report, talks: &[Both<Talk>]) -> String {
     out.push_str("<h2>Success</h2>");
     out.push_str(&success_plot(report));
     out.push_str(&difference_plot(report));
-    out.push_str(&table(&words::success(report)));
+    out.push_str(&html_table(&words::success(report)));
     let _ = write!(out, "<p class=\"small\">{}</p>", escaped(&report.method));
-    let _ = write!(out, "<h2>Effort</h2>{}", table(&words::effort(report)));
+    let _ = write!(out, "<h2>Effort</h2>{}", html_table(&words::effort(report)));
     let _ = write!(
         out,
         "<h2>Difficulty</h2><p>Tasks by how often they were solved, of at most {} samples.</p>{}{}",
         report.comparison.difficulty.samples,
         difficulty_plot(report),
-        table(&words::difficulty(report))
+        html_table(&words::difficulty(report))
     );
     let left_out = words::left_out(report);
     if !left_out.rows.is_empty() {
-        let _ = write!(out, "<h2>Left out</h2>{}", table(&left_out));
+        let _ = write!(out, "<h2>Left out</h2>{}", html_table(&left_out));
     }
     for loss in &report.losses {
         let _ = write!(out, "<h2>Training {}</h2>", escaped(&loss.job));
@@ -90,7 +83,7 @@ pub(super) fn html(report: &Report, talks: &[Both<Talk>]) -> String {
         }
         out.push_str("</div></details>");
     }
-    let _ = write!(out, "<h2>Arms</h2>{}", table(&arms(report)));
+    let _ = write!(out, "<h2>Arms</h2>{}", html_table(&arms(report)));
     lineage(&mut out, report);
     out.push_str("</body></html>\n");
     out
@@ -163,21 +156,6 @@ fn lineage(out: &mut String, report: &Report) {
         );
     }
     out.push_str("</table></details>");
-}
-
-fn table(table: &Table) -> String {
-    let cells = |tag: &str, cells: &[String]| {
-        let cells = cells
-            .iter()
-            .map(|cell| format!("<{tag}>{}</{tag}>", escaped(cell)));
-        cells.collect::<String>()
-    };
-    let mut out = format!("<table><tr>{}</tr>", cells("th", &table.header));
-    for row in &table.rows {
-        let _ = write!(out, "<tr>{}</tr>", cells("td", row));
-    }
-    out.push_str("</table>");
-    out
 }
 
 /// Groups as plots show them: kinds, then all.

@@ -1,10 +1,8 @@
-//! The report as Markdown, and how texts of others are made harmless, in it and in the page.
-//!
-//! A model, a tool or a web page may have said anything. In a page, what they said stands between tags as escaped text, and
-//! nowhere in an attribute. In Markdown every sign that means something is escaped, and lines are joined.
+//! The report as Markdown. What others said is made harmless: see [`markup`](espalier_core::compare::markup).
 
 use std::fmt::Write;
 
+use espalier_core::compare::markup::{inline, markdown_table};
 use espalier_core::compare::words::{self, Table};
 use espalier_core::compare::{Both, Report, Side};
 
@@ -141,67 +139,7 @@ fn lineage(out: &mut String, report: &Report) {
 }
 
 fn section(out: &mut String, title: &str, table: &Table) {
-    let row = |cells: &[String]| {
-        let cells: Vec<String> = cells.iter().map(|cell| inline(cell)).collect();
-        format!("| {} |", cells.join(" | "))
-    };
-    let _ = writeln!(out, "## {title}\n\n{}", row(&table.header));
-    let _ = writeln!(out, "|{}", " --- |".repeat(table.header.len()));
-    for cells in &table.rows {
-        let _ = writeln!(out, "{}", row(cells));
-    }
-    out.push('\n');
-}
-
-/// Text within a line of Markdown: no sign of it means anything.
-fn inline(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars().map(harmless) {
-        match c {
-            '\n' => out.push(' '),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '&' => out.push_str("&amp;"),
-            '\\' | '`' | '*' | '_' | '[' | ']' | '|' | '#' | '!' | '~' | '$' => {
-                out.push('\\');
-                out.push(c);
-            }
-            c => out.push(c),
-        }
-    }
-    // A bare address would become a link.
-    out.replace("://", ":&#8203;//")
-}
-
-/// Text between the tags of a page, or within the quotes of an attribute.
-pub(super) fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars().map(harmless) {
-        match c {
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '&' => out.push_str("&amp;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            c => out.push(c),
-        }
-    }
-    out
-}
-
-/// Signs that steer how others are shown: those of control, and those that turn the direction of text round.
-fn harmless(c: char) -> char {
-    match c {
-        '\n' => c,
-        '\t' => ' ',
-        c if c.is_control() => '\u{fffd}',
-        '\u{061c}'
-        | '\u{200e}'
-        | '\u{200f}'
-        | '\u{202a}'..='\u{202e}'
-        | '\u{2066}'..='\u{2069}' => '\u{fffd}',
-        c => c,
-    }
+    let _ = writeln!(out, "## {title}\n\n{}", markdown_table(table));
 }
 
 #[cfg(test)]
@@ -230,29 +168,12 @@ mod tests {
 
     #[test]
     fn nothing_that_was_said_means_anything_in_markdown() {
-        let said = "a | b\n# c <script> [x](http://y) `z` \u{202e}\u{1b}[2J";
-        let found = inline(said);
-        assert_eq!(
-            found,
-            "a \\| b \\# c &lt;script&gt; \\[x\\](http:&#8203;//y) \\`z\\` \u{fffd}\u{fffd}\\[2J"
-        );
-        assert!(
-            !markdown(
-                &report(),
-                &[Both {
-                    before: talk(said),
-                    after: talk(said)
-                }]
-            )
-            .contains("<script")
-        );
-    }
-
-    #[test]
-    fn nothing_that_was_said_is_a_tag() {
-        assert_eq!(
-            escaped("<a href=\"x\" onclick='y'>&\r"),
-            "&lt;a href=&quot;x&quot; onclick=&#39;y&#39;&gt;&amp;\u{fffd}"
-        );
+        let said = "a | b\n# c <script>";
+        let talks = [Both {
+            before: talk(said),
+            after: talk(said),
+        }];
+        let text = markdown(&report(), &talks);
+        assert!(!text.contains("<script") && text.contains("a \\| b \\# c"));
     }
 }

@@ -1,5 +1,6 @@
 //! What goes wrong with a curation, and what it means for the attempt.
 
+use espalier_core::dataset::NOTHING_LEFT;
 use espalier_core::error::{ErrorClass, FieldError};
 use espalier_dataset::files::FileError;
 use espalier_qwen3_text::TokenizerError;
@@ -18,7 +19,7 @@ pub(super) enum CurateError {
     /// What only this worker can tell to be wrong.
     #[error(transparent)]
     Refused(#[from] FieldError),
-    #[error("no conversation is left to train on: of {sources}, {dropped}")]
+    #[error("{}: of {sources}, {dropped}", NOTHING_LEFT)]
     Empty { sources: usize, dropped: String },
     #[error(
         "`{file}` must have at most {bytes_max} bytes, has {bytes}: build the data set of fewer sources"

@@ -19,8 +19,10 @@ use crate::output::note;
 /// A `compare` job: BATCH/JOB, or BATCH with the job that `espalier evaluate` gives it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Comparison {
-    batch: BatchId,
-    job: JobId,
+    /// Its batch.
+    pub batch: BatchId,
+    /// Its id.
+    pub job: JobId,
 }
 
 impl FromStr for Comparison {

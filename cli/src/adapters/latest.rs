@@ -60,31 +60,46 @@ fn share(text: &str) -> Result<f64, String> {
 pub async fn promote(context: &Context, args: &Promote) -> Outcome {
     let wanted = wanted(args)?;
     let opened = args.place.open(context).await?;
-    let latest = latest(&opened, &wanted.name);
-    let (version, why) = match &args.comparison {
-        None => (opened.find(&wanted).await?.n, Why::Hand),
+    let comparison = args.comparison.as_ref();
+    let (entry, is_new) = make_latest(&opened, &wanted, comparison, args.canary).await?;
+    if !is_new {
+        note("nothing is to be done: this comparison has made it so");
+    }
+    say(context, &entry, is_new)
+}
+
+/// Makes a version `latest`, or gives it a share beside that one: by hand, or because a comparison speaks for it. Gives the
+/// entry, and whether it is a new one: the same comparison again changes nothing.
+pub async fn make_latest(
+    opened: &Opened,
+    wanted: &Wanted,
+    comparison: Option<&Comparison>,
+    canary: Option<f64>,
+) -> Result<(LatestEntry, bool), Problem> {
+    let latest = latest(opened, &wanted.name);
+    let (version, why) = match comparison {
+        None => (opened.find(wanted).await?.n, Why::Hand),
         Some(comparison) => {
-            let proof = Proof::read(&opened, comparison, &wanted).await?;
+            let proof = Proof::read(opened, comparison, wanted).await?;
             let current = latest.current().await?;
-            let same = |entry: &LatestEntry| is_of(entry, proof.of.version, args.canary);
+            let same = |entry: &LatestEntry| is_of(entry, proof.of.version, canary);
             if let Some(entry) = current.filter(|entry| entry.why == proof.why && same(entry)) {
-                note("nothing is to be done: this comparison has made it so");
-                return say(context, &entry, false);
+                return Ok((entry, false));
             }
             let wanted = Wanted {
                 version: Some(proof.of.version),
                 ..wanted.clone()
             };
-            proof.check(&opened, &opened.find(&wanted).await?).await?;
+            proof.check(opened, &opened.find(&wanted).await?).await?;
             (proof.of.version, proof.why)
         }
     };
     let now = SystemClock.now();
-    let entry = match args.canary {
+    let entry = match canary {
         None => latest.promote(version, why, now).await?,
         Some(share) => latest.canary(Canary { version, share }, why, now).await?,
     };
-    say(context, &entry, true)
+    Ok((entry, true))
 }
 
 /// The adapter, and the version where one is named.

@@ -1,7 +1,7 @@
 //! `espalier adapters`: what was trained, listed, pulled as a folder, added, pushed, and which version is `latest`.
 
-mod comparison;
-mod latest;
+pub mod comparison;
+pub mod latest;
 mod push;
 
 use std::path::PathBuf;
@@ -70,9 +70,10 @@ pub struct Place {
 /// An adapter, and which of its versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
-    name: AdapterName,
+    /// The adapter.
+    pub name: AdapterName,
     /// None: the newest.
-    version: Option<u32>,
+    pub version: Option<u32>,
 }
 
 impl FromStr for Wanted {

@@ -22,7 +22,7 @@ use crate::waiting::{self, Shown};
 use crate::{json as shown, progress, uploads};
 
 /// The only job of its batch.
-const JOB: &str = "curate";
+pub const JOB: &str = "curate";
 
 /// Options of `dataset build`.
 #[derive(Args, Clone, Debug)]
@@ -243,7 +243,7 @@ fn shown_of(job: &v1::Job) -> Shown {
 }
 
 /// `reading 3/9`, as the worker tells it.
-fn places(progress: &str) -> Option<(&str, u64, u64)> {
+pub fn places(progress: &str) -> Option<(&str, u64, u64)> {
     let (doing, places) = progress.rsplit_once(' ')?;
     let (done, of) = places.split_once('/')?;
     Some((doing, done.parse().ok()?, of.parse().ok()?))

@@ -3,7 +3,7 @@
 //! A `curate` job builds; here it is asked for and waited for. What is shown and pulled is read from the object store,
 //! each file by the size and digest that the version's record names.
 
-mod build;
+pub mod build;
 mod import;
 mod list;
 mod pull;

@@ -3,37 +3,40 @@
 //! The command is expanded: each task becomes rollouts of both models, and a `compare` job that waits for them, all in one
 //! batch. Nothing is compared here; that is an agent worker's.
 
-mod expand;
-mod show;
+pub mod show;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey, ProjectId};
-use espalier_core::spec::{AdapterRef, CompareArmDraft, CompareDraft, JobDraft, limits};
+use espalier_core::spec::{
+    AdapterRef, CompareArmDraft, CompareDraft, JobDraft, SamplingDraft, limits,
+};
 use espalier_proto::convert::draft_to_wire;
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::store::Store;
-use prost::Message;
 use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
+use crate::expand::{ARM_LABEL, Arm, Expanded, Plan, chunks};
 use crate::output::{count, facts, note, plain};
-use crate::submit::file::{Additions, CHUNK_BYTES_MAX, CHUNK_JOBS_MAX, JobFile, Piece, Refusal};
+use crate::submit::file::Refusal;
 use crate::submit::{
     again, close_batch, default_batch, open, pair, refusal_json, refusal_table, rename,
 };
 use crate::waiting;
 use crate::{json as shown, uploads, watch};
-use expand::{ARM_LABEL, ARMS, Expander, Plan};
 use show::Read;
 
 /// The job that compares.
-const JOB: &str = "compare";
+pub const JOB: &str = "compare";
+/// What ids of rollouts begin with: those of the model before and after.
+const ARMS: [&str; 2] = ["a", "b"];
 
 /// Options of `evaluate`.
 #[derive(Args, Clone, Debug)]
@@ -124,7 +127,7 @@ pub async fn run(context: &Context, args: &Evaluate) -> Outcome {
     };
     let draft = compare_draft(args, &models, &batch);
     check(&draft)?;
-    let tasks = Tasks::read(args, models)?;
+    let tasks = read_tasks(args, models)?;
     let project = match &args.project {
         Some(project) => project.clone(),
         None => context.project()?,
@@ -206,115 +209,53 @@ fn check(draft: &CompareDraft) -> Result<(), Problem> {
     job.check().map(drop).map_err(refuse)
 }
 
-/// The rollouts of a file of tasks.
-struct Tasks {
-    jobs: Vec<v1::JobSpec>,
-    /// Of each job, its place in the file.
-    places: Vec<u64>,
-    refusals: Vec<Refusal>,
-    skipped: u64,
+/// The rollouts of the file of tasks.
+fn read_tasks(args: &Evaluate, models: [String; 2]) -> Result<Expanded, Problem> {
+    let arm = |(name, model)| Arm {
+        name: Some(name),
+        model: Some(model),
+    };
+    let plan = Plan {
+        arms: ARMS.into_iter().zip(models).map(arm).collect(),
+        samples: args.samples,
+        split: args.split.clone(),
+        hints: args.hints,
+        seed: args.seed,
+        sampling: SamplingDraft::default(),
+        labels: BTreeMap::new(),
+    };
+    let vars = args.vars.iter().cloned().collect();
+    let tasks = Expanded::read(&args.tasks, vars, plan)?;
+    check_count(args, &tasks)?;
+    Ok(tasks)
 }
 
-impl Tasks {
-    /// Reads the file and expands it. What breaks a rule is left out, with its place.
-    fn read(args: &Evaluate, models: [String; 2]) -> Result<Self, Problem> {
-        let additions = Additions {
-            vars: args.vars.iter().cloned().collect(),
-            ..Additions::default()
-        };
-        let file = JobFile::open(&args.tasks, additions)?;
-        let plan = Plan {
-            models,
-            samples: args.samples,
-            split: args.split.clone(),
-            hints: args.hints,
-            seed: args.seed,
-        };
-        let mut expander = Expander::new(plan, draft_to_wire(&file.defaults));
-        let (mut jobs, mut places, mut refusals) = (Vec::new(), Vec::new(), Vec::new());
-        let mut take = |piece: Piece| match piece {
-            Piece::Refused(refusal) => refusals.push(refusal),
-            Piece::Progress(_) => {}
-            Piece::Chunk(chunk) => {
-                for (own, place) in chunk.jobs.iter().zip(chunk.places) {
-                    match expander.expand(own, place) {
-                        Ok(more) => {
-                            places.extend(more.iter().map(|_| place));
-                            jobs.extend(more);
-                        }
-                        Err(error) => refusals.push(Refusal {
-                            place,
-                            id: own.id().to_owned(),
-                            error,
-                        }),
-                    }
-                }
-            }
-        };
-        file.read_all(|piece| {
-            take(piece);
-            true
-        })?;
-        refusals.sort_by_key(|refusal| refusal.place);
-        let tasks = Self {
-            jobs,
-            places,
-            refusals,
-            skipped: expander.skipped,
-        };
-        tasks.check_count(args)?;
-        Ok(tasks)
+fn check_count(args: &Evaluate, tasks: &Expanded) -> Result<(), Problem> {
+    let max = limits::AFTER_MANY_MAX;
+    if tasks.jobs.len() > max {
+        let message = format!(
+            "an evaluation must have at most {} rollouts, got {}",
+            count(max as u64),
+            count(tasks.jobs.len() as u64)
+        );
+        return Err(Problem::refused(message).fix("take fewer tasks, or fewer --samples"));
     }
-
-    fn check_count(&self, args: &Evaluate) -> Result<(), Problem> {
-        let max = limits::AFTER_MANY_MAX;
-        if self.jobs.len() > max {
-            let message = format!(
-                "an evaluation must have at most {} rollouts, got {}",
-                count(max as u64),
-                count(self.jobs.len() as u64)
-            );
-            return Err(Problem::refused(message).fix("take fewer tasks, or fewer --samples"));
+    if tasks.jobs.is_empty() {
+        if !tasks.refusals.is_empty() {
+            note(refusal_table(&tasks.refusals));
         }
-        if self.jobs.is_empty() {
-            if !self.refusals.is_empty() {
-                note(refusal_table(&self.refusals));
-            }
-            let split = args
-                .split
-                .as_deref()
-                .map(|split| format!(" of split `{split}`"));
-            let message = format!(
-                "{} has no task{} that can be tried",
-                args.tasks.display(),
-                split.unwrap_or_default()
-            );
-            return Err(Problem::refused(message));
-        }
-        Ok(())
+        let split = args
+            .split
+            .as_deref()
+            .map(|split| format!(" of split `{split}`"));
+        let message = format!(
+            "{} has no task{} that can be tried",
+            args.tasks.display(),
+            split.unwrap_or_default()
+        );
+        return Err(Problem::refused(message));
     }
-
-    /// Jobs that are sent together, each with its place. The same file gives the same chunks.
-    fn chunks(self) -> Vec<(Vec<v1::JobSpec>, Vec<u64>)> {
-        let mut chunks: Vec<(Vec<v1::JobSpec>, Vec<u64>)> = Vec::new();
-        let mut bytes = 0;
-        for (job, place) in self.jobs.into_iter().zip(self.places) {
-            let more = job.encoded_len() + 8;
-            let is_full = chunks.last().is_none_or(|(jobs, _)| {
-                jobs.len() >= CHUNK_JOBS_MAX || bytes + more > CHUNK_BYTES_MAX
-            });
-            if is_full {
-                chunks.push(Default::default());
-                bytes = 0;
-            }
-            bytes += more;
-            if let Some((jobs, places)) = chunks.last_mut() {
-                jobs.push(job);
-                places.push(place);
-            }
-        }
-        chunks
-    }
+    Ok(())
 }
 
 /// What became of the jobs.
@@ -339,7 +280,11 @@ struct Evaluation<'a> {
 
 impl Evaluation<'_> {
     /// Repeating it changes nothing.
-    async fn submit(&self, mut tasks: Tasks, compare: CompareDraft) -> Result<Submitted, Problem> {
+    async fn submit(
+        &self,
+        mut tasks: Expanded,
+        compare: CompareDraft,
+    ) -> Result<Submitted, Problem> {
         let batch = &self.key.batch;
         open(&self.client, batch, v1::JobSpec::default()).await?;
         uploads::check_project(&self.client, batch, &self.key.project).await?;
@@ -351,7 +296,7 @@ impl Evaluation<'_> {
         };
         let mut after = Vec::new();
         let mut chunk = 0;
-        for (jobs, places) in tasks.chunks() {
+        for (jobs, places) in chunks(tasks.jobs.into_iter().zip(tasks.places)) {
             after.extend(
                 self.submit_chunk(chunk, jobs, &places, &mut submitted)
                     .await?,

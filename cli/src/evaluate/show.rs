@@ -21,7 +21,8 @@ pub struct Read {
     pub folder: String,
     /// SHA-256 of `report.json`, in hex.
     pub sha256: String,
-    files: Vec<(String, bytes::Bytes)>,
+    /// Names and contents.
+    pub files: Vec<(String, bytes::Bytes)>,
 }
 
 impl Read {
@@ -54,6 +55,11 @@ impl Read {
             sha256,
             files,
         })
+    }
+
+    /// Object path of its numbers.
+    pub fn path(&self) -> String {
+        format!("{}{REPORT_FILE}", self.folder)
     }
 
     /// Puts its files into a folder of this machine.
@@ -101,7 +107,7 @@ impl Read {
         let report = &self.report;
         json!({
             "job": report.job,
-            "report": format!("{}{REPORT_FILE}", self.folder),
+            "report": self.path(),
             "report_sha256": self.sha256,
             "arms": report.arms,
             "comparison": report.comparison,
@@ -110,6 +116,7 @@ impl Read {
     }
 }
 
-fn in_terminal(table: &Table) -> String {
+/// A table for a terminal.
+pub fn in_terminal(table: &Table) -> String {
     rows_table(&table.header, &table.rows)
 }

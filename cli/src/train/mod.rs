@@ -33,7 +33,7 @@ use crate::waiting::{self, Shown};
 use crate::{json as shown, progress, uploads};
 
 /// The only job of its batch.
-const JOB: &str = "train";
+pub const JOB: &str = "train";
 /// Largest file of rows, in bytes: what one upload takes.
 const ROWS_BYTES_MAX: u64 = 1 << 30;
 
@@ -271,7 +271,7 @@ impl Training<'_> {
             note(format!("error: the training is {state}: {}", plain(why)));
             return Ok(Exit::Failed);
         };
-        let version = self.version().await?;
+        let version = version_of(&self.store, &self.key, &self.adapter).await?;
         let name = match &version {
             Some(version) => format!("{}@v{}", self.adapter, version.n),
             None => self.adapter.to_string(),
@@ -302,31 +302,34 @@ impl Training<'_> {
         )?;
         Ok(Exit::Ok)
     }
+}
 
-    /// The version that the job became, newest first among those of its name.
-    async fn version(&self) -> Result<Option<AdapterVersion>, Problem> {
-        let project = &self.key.project;
-        let prefix = layout::adapter_versions(project, &self.adapter);
-        let listed = self
-            .store
-            .list(prefix.trim_end_matches('/'), None, LIST_MAX)
-            .await?;
-        let numbers = listed
-            .iter()
-            .filter_map(|object| layout::adapter_version_of(project, &object.path));
-        let mut numbers: Vec<u32> = numbers.map(|(_, n)| n).collect();
-        numbers.sort_unstable();
-        for n in numbers.into_iter().rev() {
-            let path = layout::adapter_version(project, &self.adapter, n);
-            let bytes = self.store.get(&path).await?;
-            if let Ok(record) = AdapterVersion::parse(&bytes, &self.adapter, n)
-                && record.job == self.key
-            {
-                return Ok(Some(record));
-            }
+/// The version that a job became, newest first among those of its name.
+pub async fn version_of(
+    store: &Store,
+    key: &JobKey,
+    adapter: &AdapterName,
+) -> Result<Option<AdapterVersion>, Problem> {
+    let project = &key.project;
+    let prefix = layout::adapter_versions(project, adapter);
+    let listed = store
+        .list(prefix.trim_end_matches('/'), None, LIST_MAX)
+        .await?;
+    let numbers = listed
+        .iter()
+        .filter_map(|object| layout::adapter_version_of(project, &object.path));
+    let mut numbers: Vec<u32> = numbers.map(|(_, n)| n).collect();
+    numbers.sort_unstable();
+    for n in numbers.into_iter().rev() {
+        let path = layout::adapter_version(project, adapter, n);
+        let bytes = store.get(&path).await?;
+        if let Ok(record) = AdapterVersion::parse(&bytes, adapter, n)
+            && record.job == *key
+        {
+            return Ok(Some(record));
         }
-        Ok(None)
     }
+    Ok(None)
 }
 
 fn shown_of(job: &v1::Job) -> Shown {

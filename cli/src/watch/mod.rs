@@ -6,8 +6,10 @@ mod report;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use espalier_core::id::{PipelineName, ProjectId};
 use espalier_proto::v1;
 use espalier_runtime::backoff::Backoff;
+use espalier_runtime::store::Store;
 use indicatif::ProgressBar;
 use serde_json::json;
 use tonic::{Code, Status};
@@ -16,7 +18,7 @@ use crate::client::{Client, root_cause};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, note, plain};
-use crate::{json, progress};
+use crate::{json, progress, run};
 pub use report::Report;
 
 /// How long a coordinator may be away before we give up: longer than a restart takes.
@@ -31,8 +33,9 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Options of `watch`.
 #[derive(Args, Clone, Debug)]
 pub struct Watch {
-    /// The batch; without one, queues, batches in progress and workers of all coordinators are shown live
-    #[arg(value_name = "BATCH")]
+    /// The batch, or the pipeline that `espalier run` runs; without one, queues, batches in progress and workers of all
+    /// coordinators are shown live
+    #[arg(value_name = "BATCH|PIPELINE")]
     pub batch: Option<String>,
     /// Seconds between two looks at the whole system [default: 1 on a terminal and with --json, else 5]
     #[arg(long, value_name = "SECONDS", conflicts_with = "batch", value_parser = clap::value_parser!(u64).range(1..=60))]
@@ -40,6 +43,12 @@ pub struct Watch {
     /// Look at the whole system once and end
     #[arg(long, conflicts_with_all = ["batch", "every"])]
     pub once: bool,
+    /// Of a pipeline: its project [default: ESPALIER_PROJECT, or that of the local `up`]
+    #[arg(long, value_name = "NAME", requires = "batch")]
+    pub project: Option<ProjectId>,
+    /// Of a pipeline: the object store of the coordinator, such as s3://bucket/prefix [default: that of the local `up`]
+    #[arg(long, value_name = "URL", requires = "batch")]
+    pub store: Option<String>,
 }
 
 /// Runs the command.
@@ -48,7 +57,40 @@ pub async fn run(context: &Context, args: &Watch) -> Outcome {
         return live::run(context, args).await;
     };
     let client = context.client().await?;
+    if !is_there(&client, batch).await?
+        && let Some(exit) = pipeline(context, args, batch).await?
+    {
+        return Ok(exit);
+    }
     follow(context, &client, batch).await
+}
+
+/// Whether there is a batch of this name.
+async fn is_there(client: &Client, batch: &str) -> Result<bool, Problem> {
+    let request = v1::GetBatchRequest {
+        batch: batch.to_owned(),
+    };
+    match client.jobs().get_batch(request).await {
+        Ok(_) => Ok(true),
+        Err(status) if status.code() == Code::NotFound => Ok(false),
+        Err(status) => Err(status.into()),
+    }
+}
+
+/// Follows the pipeline of this name, where there is one.
+async fn pipeline(context: &Context, args: &Watch, name: &str) -> Result<Option<Exit>, Problem> {
+    let url = match &args.store {
+        Some(url) => Some(url.clone()),
+        None => context.store_url()?,
+    };
+    let (Some(url), Ok(name)) = (url, PipelineName::new(name)) else {
+        return Ok(None);
+    };
+    let project = match &args.project {
+        Some(project) => project.clone(),
+        None => context.project()?,
+    };
+    run::watch(context, Store::open_to_read(&url)?, project, &name).await
 }
 
 /// How long a coordinator has been away.
@@ -83,16 +125,43 @@ impl Away {
 /// Follows a batch to its end and says what came of it.
 pub async fn follow(context: &Context, client: &Client, batch: &str) -> Outcome {
     let mut watched = Watched::new(context, batch);
-    let mut client = client.clone();
-    let mut away = Away::default();
-    while !watched.complete() {
-        let Err(status) = stream(context, &client, &mut watched).await? else {
+    let bar = watched.bar.clone();
+    let take = |event: v1::BatchEvent| {
+        if context.out.json {
+            context.out.event(&event_json(&event))?;
+        }
+        watched.take(event);
+        Ok(())
+    };
+    events(context, client, batch, take, |said| bar.set_message(said)).await?;
+    bar.finish_and_clear();
+    finish(context, watched.report)
+}
+
+/// Hands every event of a batch to `take`, until the batch is complete. Where the connection is lost, `say` is told, and
+/// it is taken up again where it was.
+pub async fn events(
+    context: &Context,
+    client: &Client,
+    batch: &str,
+    mut take: impl FnMut(v1::BatchEvent) -> Result<(), Problem>,
+    mut say: impl FnMut(String),
+) -> Result<(), Problem> {
+    let mut stream = Stream {
+        batch,
+        cursor: 0,
+        moved: false,
+        is_complete: false,
+    };
+    let (mut client, mut away) = (client.clone(), Away::default());
+    while !stream.is_complete {
+        let Err(status) = stream.take(&client, &mut take).await? else {
             // The stream ended in good order before the batch did: the coordinator is restarting.
             tokio::time::sleep(BACKOFF.jittered(1)).await;
             continue;
         };
         // A stream that brought something counts as having been there.
-        if std::mem::take(&mut watched.moved) {
+        if std::mem::take(&mut stream.moved) {
             away = Away::default();
         }
         let said = plain(&format!(
@@ -100,44 +169,54 @@ pub async fn follow(context: &Context, client: &Client, batch: &str) -> Outcome 
             root_cause(&status)
         ));
         let wait = away.after(status)?;
-        watched.bar.set_message(said);
+        say(said);
         tokio::time::sleep(wait).await;
         // An `up` that was started again may listen elsewhere.
         if let Ok(fresh) = context.client().await {
             client = fresh;
         }
     }
-    watched.bar.finish_and_clear();
-    finish(context, watched.report)
+    Ok(())
 }
 
-/// One stream, until it ends, breaks, or the batch is done.
-async fn stream(
-    context: &Context,
-    client: &Client,
-    watched: &mut Watched,
-) -> Result<Result<(), Status>, Problem> {
-    let request = v1::WatchBatchRequest {
-        batch: watched.batch.clone(),
-        after_cursor: watched.cursor,
-    };
-    let mut events = match client.jobs().watch_batch(request).await {
-        Ok(response) => response.into_inner(),
-        Err(status) => return Ok(Err(status)),
-    };
-    loop {
-        match events.message().await {
-            Ok(Some(event)) => {
-                if context.out.json {
-                    context.out.event(&event_json(&event))?;
-                }
-                watched.take(event);
-                if watched.complete() {
-                    return Ok(Ok(()));
-                }
-            }
-            Ok(None) => return Ok(Ok(())),
+/// Where the events of a batch are.
+struct Stream<'a> {
+    batch: &'a str,
+    cursor: u64,
+    moved: bool,
+    is_complete: bool,
+}
+
+impl Stream<'_> {
+    /// One connection, until it ends, breaks, or the batch is complete.
+    async fn take(
+        &mut self,
+        client: &Client,
+        take: &mut impl FnMut(v1::BatchEvent) -> Result<(), Problem>,
+    ) -> Result<Result<(), Status>, Problem> {
+        let request = v1::WatchBatchRequest {
+            batch: self.batch.to_owned(),
+            after_cursor: self.cursor,
+        };
+        let mut events = match client.jobs().watch_batch(request).await {
+            Ok(response) => response.into_inner(),
             Err(status) => return Ok(Err(status)),
+        };
+        loop {
+            match events.message().await {
+                Ok(Some(event)) => {
+                    self.moved = true;
+                    self.cursor = event.cursor;
+                    let batch = event.batch.as_ref();
+                    self.is_complete = batch.is_some_and(|batch| batch.complete);
+                    take(event)?;
+                    if self.is_complete {
+                        return Ok(Ok(()));
+                    }
+                }
+                Ok(None) => return Ok(Ok(())),
+                Err(status) => return Ok(Err(status)),
+            }
         }
     }
 }
@@ -145,12 +224,10 @@ async fn stream(
 /// What has been seen of a batch.
 struct Watched {
     batch: String,
-    cursor: u64,
     report: Report,
     bar: ProgressBar,
     lines: bool,
     last_line: Option<Instant>,
-    moved: bool,
     began: Instant,
     ended_before: Option<u64>,
 }
@@ -160,24 +237,16 @@ impl Watched {
         let bar = progress::things(0, batch.to_owned());
         Self {
             batch: batch.to_owned(),
-            cursor: 0,
             report: Report::default(),
             lines: bar.is_hidden() && !context.out.json,
             bar,
             last_line: None,
-            moved: false,
             began: Instant::now(),
             ended_before: None,
         }
     }
 
-    fn complete(&self) -> bool {
-        self.report.batch.complete
-    }
-
     fn take(&mut self, event: v1::BatchEvent) {
-        self.moved = true;
-        self.cursor = event.cursor;
         let questions = event.open_questions;
         self.report.take(event);
         let counts = self.report.counts();

@@ -6,6 +6,7 @@
 mod admin;
 pub mod door;
 mod jobs;
+mod models;
 pub mod page;
 mod questions;
 pub mod stored;
@@ -39,6 +40,7 @@ use crate::registry::Registry;
 
 pub use admin::AdminApi;
 pub use jobs::JobApi;
+pub use models::ModelApi;
 
 /// What all services of one coordinator share.
 pub struct Shared {

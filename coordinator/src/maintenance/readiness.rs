@@ -16,7 +16,12 @@ use crate::queue::Condition;
 /// The name under which the process lives, whatever it is ready for.
 pub const LIVENESS: &str = "liveness";
 const WORKERS: &str = "espalier.v1.WorkerService";
-const OTHERS: [&str; 3] = ["", "espalier.v1.JobService", "espalier.v1.AdminService"];
+const OTHERS: [&str; 4] = [
+    "",
+    "espalier.v1.JobService",
+    "espalier.v1.ModelService",
+    "espalier.v1.AdminService",
+];
 /// Time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
 

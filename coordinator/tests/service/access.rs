@@ -3,6 +3,7 @@
 use espalier_proto::status::field_error;
 use espalier_proto::v1;
 use espalier_proto::v1::admin_service_client::AdminServiceClient;
+use espalier_proto::v1::model_service_client::ModelServiceClient;
 use espalier_proto::v1::worker_service_client::WorkerServiceClient;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
@@ -17,6 +18,7 @@ use crate::support::*;
 async fn codes(coordinator: &Coordinator, token: &str) -> Vec<(&'static str, Code)> {
     let mut jobs = coordinator.jobs(token);
     let mut admin = AdminServiceClient::new(coordinator.channel(token));
+    let mut models = ModelServiceClient::new(coordinator.channel(token));
     let mut worker = WorkerServiceClient::new(coordinator.channel(token));
     macro_rules! code {
         ($client:ident . $call:ident ( $request:expr )) => {
@@ -44,6 +46,7 @@ async fn codes(coordinator: &Coordinator, token: &str) -> Vec<(&'static str, Cod
         code!(jobs.list_questions(v1::ListQuestionsRequest::default())),
         code!(jobs.answer_question(v1::AnswerQuestionRequest::default())),
         code!(jobs.get_trace(v1::GetTraceRequest::default())),
+        code!(models.get_model(v1::GetModelRequest::default())),
         code!(worker.session(tokio_stream::empty())),
         code!(admin.get_queues(v1::GetQueuesRequest::default())),
         code!(admin.list_workers(v1::ListWorkersRequest::default())),
@@ -79,9 +82,9 @@ async fn every_call_asks_for_its_role() {
     ];
     assert_eq!(refused(&by_reader), expected);
     let by_worker = codes(&coordinator, WORKER).await;
-    assert_eq!(refused(&by_worker).len(), 17);
+    assert_eq!(refused(&by_worker).len(), 18);
     let by_admin = codes(&coordinator, ADMIN).await;
-    assert_eq!(refused(&by_admin).len(), 14);
+    assert_eq!(refused(&by_admin).len(), 15);
 }
 
 /// The status of a call whose message never comes.

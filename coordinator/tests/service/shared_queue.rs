@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use espalier_proto::v1;
 use espalier_proto::v1::coordinator_message::Message as Heard;
+use espalier_proto::v1::model_service_client::ModelServiceClient;
 use espalier_proto::v1::worker_message::Message as Said;
 use espalier_testbed::redis::RedisServer;
 use espalier_testbed::wait_for;
@@ -297,6 +298,14 @@ async fn who_asks_for_health_hears_that_the_queue_is_full_or_away() {
     assert_eq!(worker.grants(1).await.len(), 1, "its stream was kept");
 }
 
+/// How many endpoints of `model` a client is told of.
+async fn served(coordinator: &Coordinator, model: &str) -> u32 {
+    let mut models = ModelServiceClient::new(coordinator.channel(READER));
+    let name = model.to_owned();
+    let answer = models.get_model(v1::GetModelRequest { name }).await;
+    answer.unwrap().into_inner().endpoints
+}
+
 #[tokio::test]
 async fn what_a_worker_serves_is_told_to_workers_of_all_coordinators_until_it_drains_or_goes() {
     let redis = RedisServer::start().await;
@@ -308,6 +317,8 @@ async fn what_a_worker_serves_is_told_to_workers_of_all_coordinators_until_it_dr
     let both = ["infer/qwen3", "infer/shop"];
     assert_eq!(told(&mut near).await, both);
     assert_eq!(told(&mut far).await, both);
+    assert_eq!(served(&second, "shop").await, 1);
+    assert_eq!(served(&second, "another").await, 0);
 
     // Who comes later is told before anything is granted to it.
     let mut late = second.greet(hello("late", 1)).await;

@@ -65,7 +65,8 @@ impl Latest<'_> {
         Ok(log)
     }
 
-    /// Makes `version` the one that is `latest`. A canary ends with that.
+    /// Makes `version` the one that is `latest`. A canary ends with that. Where several do it at once for one comparison, one
+    /// of them makes the entry, and the others find it.
     ///
     /// # Errors
     /// There is no such version, or the entry cannot be made.
@@ -77,8 +78,15 @@ impl Latest<'_> {
     ) -> Result<LatestEntry, AdaptersError> {
         find(self.store, self.project, self.name, Some(version)).await?;
         for _ in 0..NUMBER_TRIES_MAX {
-            let seq = self.newest_after(0).await?.unwrap_or(0) + 1;
-            let entry = self.of(seq, (version, None), why.clone(), now);
+            let newest = self.newest_after(0).await?;
+            let entry = self.of(newest.unwrap_or(0) + 1, (version, None), why.clone(), now);
+            // One that cannot be read is passed over: a version by hand must always be possible.
+            if let Some(newest) = newest
+                && let Ok(current) = self.entry(newest).await
+                && current.is_for(&entry)
+            {
+                return Ok(current);
+            }
             if self.create(&entry).await? {
                 return Ok(entry);
             }
@@ -105,6 +113,9 @@ impl Latest<'_> {
             checked.map_err(AdaptersError::Refused)?;
             let served = (current.version, Some(canary));
             let entry = self.of(current.seq + 1, served, why.clone(), now);
+            if current.is_for(&entry) {
+                return Ok(current);
+            }
             if self.create(&entry).await? {
                 return Ok(entry);
             }

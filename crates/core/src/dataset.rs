@@ -17,6 +17,10 @@ use crate::trace::FileEntry;
 /// The version of [`DatasetVersion`] that this code writes, and the only one that it reads.
 pub const DATASET_RECORD_VERSION: u32 = 1;
 
+/// How the error of a curation begins of which no conversation is left: whoever asked for it is told so, and nothing is
+/// wrong with the system.
+pub const NOTHING_LEFT: &str = "no conversation is left to train on";
+
 /// What came of building a data set.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CurateSummary {

@@ -108,6 +108,10 @@ name_type!(
     /// An adapter, or a whole model that was trained; unique within its project. Its versions count from 1.
     AdapterName, "adapter"
 );
+name_type!(
+    /// A pipeline; unique within its project. Its adapter and its data set have the same name.
+    PipelineName, "pipeline"
+);
 
 /// The full name of a job: `project/batch/job`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

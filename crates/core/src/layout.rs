@@ -7,6 +7,8 @@
 //! {project}/datasets/{name}/v{n}.json                 a version of a data set: created once, points at an attempt's files
 //! {project}/adapters/{name}/v{n}.json                 a version of an adapter, likewise
 //! {project}/adapters/{name}/latest/{seq}.json         which version is `latest`: append-only, the highest number counts
+//! {project}/pipelines/{name}/steps/{digest}.json      what a step of a pipeline came to: created once
+//! {project}/pipelines/{name}/plans/{seq}.json         what is to be done: append-only, the highest number counts
 //! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
 //! {project}/uploads/…                                 what users bring: requests of `generate` jobs
 //! {project}/uploads/batches/{batch}/…                 the same for one batch alone: garbage after retention
@@ -22,8 +24,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::FieldError;
 use crate::id::{
-    AdapterName, BatchId, DatasetName, Fence, JobId, JobKey, NAME_BYTES_MAX, ProjectId,
+    AdapterName, BatchId, DatasetName, Fence, JobId, JobKey, NAME_BYTES_MAX, PipelineName,
+    ProjectId,
 };
+use crate::pipeline::StepDigest;
 
 /// Everything of a project.
 pub fn project(project: &ProjectId) -> String {
@@ -225,6 +229,48 @@ pub fn dataset_version_of(project: &ProjectId, path: &str) -> Option<(DatasetNam
         .parse()
         .ok()?;
     (n > 0 && dataset_version(project, &name, n) == path).then_some((name, n))
+}
+
+/// Everything of a pipeline, but for what its jobs made.
+pub fn pipeline(project: &ProjectId, name: &PipelineName) -> String {
+    format!("{project}/pipelines/{name}/")
+}
+
+/// The records of a pipeline's steps.
+pub fn pipeline_steps(project: &ProjectId, name: &PipelineName) -> String {
+    format!("{}steps/", pipeline(project, name))
+}
+
+/// What the step with this digest came to; created if absent, so that a step ends once.
+pub fn pipeline_step(project: &ProjectId, name: &PipelineName, digest: &StepDigest) -> String {
+    format!("{}{digest}.json", pipeline_steps(project, name))
+}
+
+/// The digest of the step whose record lies at `path`; none where it is another object.
+pub fn pipeline_step_of(
+    project: &ProjectId,
+    name: &PipelineName,
+    path: &str,
+) -> Option<StepDigest> {
+    let file = path.strip_prefix(&pipeline_steps(project, name))?;
+    file.strip_suffix(".json")?.parse().ok()
+}
+
+/// The plans of a pipeline, each written when a run began that had another one than the run before.
+pub fn pipeline_plans(project: &ProjectId, name: &PipelineName) -> String {
+    format!("{}plans/", pipeline(project, name))
+}
+
+/// The `seq`th of them, from 1: created if absent. Numbers have as many digits as fit, so that listings are in order.
+pub fn pipeline_plan(project: &ProjectId, name: &PipelineName, seq: u64) -> String {
+    format!("{}{seq:020}.json", pipeline_plans(project, name))
+}
+
+/// The number of the plan that lies at `path`; none where it is another object.
+pub fn pipeline_plan_of(project: &ProjectId, name: &PipelineName, path: &str) -> Option<u64> {
+    let file = path.strip_prefix(&pipeline_plans(project, name))?;
+    let seq = file.strip_suffix(".json")?.parse().ok()?;
+    (seq > 0 && pipeline_plan(project, name, seq) == path).then_some(seq)
 }
 
 /// The manifest, created once and written last.
@@ -590,6 +636,24 @@ mod tests {
         assert_eq!(dataset_version_of(&project, path), Some((data, 3)));
         for other in ["shop/datasets/clicks/v03.json", "shop/datasets/v3.json"] {
             assert_eq!(dataset_version_of(&project, other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_record_of_a_pipeline_names_its_step_and_a_plan_its_number() {
+        let project: ProjectId = "shop".parse().unwrap();
+        let name: PipelineName = "steps".parse().unwrap();
+        let digest: StepDigest = "0123456789ab".parse().unwrap();
+        let step = pipeline_step(&project, &name, &digest);
+        assert_eq!(step, "shop/pipelines/steps/steps/0123456789ab.json");
+        assert_eq!(pipeline_step_of(&project, &name, &step), Some(digest));
+        let plan = pipeline_plan(&project, &name, 12);
+        assert_eq!(plan, "shop/pipelines/steps/plans/00000000000000000012.json");
+        assert_eq!(pipeline_plan_of(&project, &name, &plan), Some(12));
+        assert_eq!(pipeline_plan_of(&project, &name, &step), None);
+        for other in ["0123456789AB", "0123456789abc", "../plans/1"] {
+            let path = format!("shop/pipelines/steps/steps/{other}.json");
+            assert_eq!(pipeline_step_of(&project, &name, &path), None, "{path}");
         }
     }
 

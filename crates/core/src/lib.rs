@@ -11,6 +11,7 @@ pub mod dataset;
 pub mod error;
 pub mod id;
 pub mod layout;
+pub mod pipeline;
 pub mod plot;
 pub mod queue;
 pub mod spec;

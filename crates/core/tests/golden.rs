@@ -9,8 +9,9 @@ use espalier_core::adapter::{AdapterKind, AdapterVersion, LatestEntry};
 use espalier_core::answers::Piece;
 use espalier_core::compare::{REPORT_FILE, Report};
 use espalier_core::dataset::DatasetVersion;
-use espalier_core::id::{AdapterName, DatasetName, JobKey};
+use espalier_core::id::{AdapterName, DatasetName, JobKey, PipelineName};
 use espalier_core::layout;
+use espalier_core::pipeline::{self, PipelinePlan, StepDigest, StepRecord};
 use espalier_core::trace::edits::Patch;
 use espalier_core::trace::{Manifest, Step, Trace, TraceError};
 use serde::Serialize;
@@ -27,6 +28,8 @@ const PIECE: &str = include_str!("golden/piece-v1.json");
 const PATCHES: &str = include_str!("golden/patches-v1.jsonl");
 const DATASET: &str = include_str!("golden/dataset-v1.json");
 const ADAPTER: &str = include_str!("golden/adapter-v1.json");
+const PIPELINE_STEPS: &str = include_str!("golden/pipeline-steps-v1.jsonl");
+const PIPELINE_PLAN: &str = include_str!("golden/pipeline-plan-v1.json");
 const MANIFEST: &str = include_str!("golden/manifest-v1.json");
 
 /// Reads `text` and writes it again, byte by byte the same.
@@ -251,4 +254,57 @@ fn a_version_of_a_data_set_of_version_1() {
         assert_eq!(error.field, format!("dataset.{field}"), "{to}");
     }
     assert_eq!(parse(DATASET, 3).unwrap_err().field, "dataset.n");
+}
+
+/// Every kind of step that leaves a record.
+#[test]
+fn steps_of_a_pipeline_of_version_1() {
+    let name: PipelineName = "shop".parse().unwrap();
+    let digest: StepDigest = "0123456789ab".parse().unwrap();
+    let parse = |line: &str| StepRecord::parse(line.as_bytes(), &name, &digest);
+    for line in PIPELINE_STEPS.lines() {
+        let record = parse(line).unwrap();
+        assert_eq!(serde_json::to_string(&record).unwrap(), line);
+        for (from, to, field) in [
+            (
+                "\"record_version\":1",
+                "\"record_version\":2",
+                "record_version",
+            ),
+            ("\"pipeline\":\"shop\"", "\"pipeline\":\"bank\"", "pipeline"),
+            ("\"digest\":\"0123", "\"digest\":\"1123", "digest"),
+        ] {
+            let error = parse(&line.replacen(from, to, 1)).unwrap_err();
+            assert_eq!(error.field, format!("step.{field}"), "{line}");
+        }
+        let other = match record.step {
+            pipeline::Step::Publish => "train",
+            _ => "publish",
+        };
+        let from = format!("\"step\":\"{}\"", record.step);
+        let changed = line.replacen(&from, &format!("\"step\":\"{other}\""), 1);
+        assert_eq!(parse(&changed).unwrap_err().field, "step.output", "{line}");
+    }
+}
+
+#[test]
+fn a_plan_of_a_pipeline_of_version_1() {
+    let plan: PipelinePlan = reads_and_writes(PIPELINE_PLAN);
+    let name: PipelineName = "shop".parse().unwrap();
+    let parse = |text: &str| PipelinePlan::parse(text.as_bytes(), &name);
+    assert_eq!(parse(PIPELINE_PLAN).unwrap(), plan);
+    assert_eq!(plan.step(pipeline::Step::Rollouts).unwrap().jobs, 480);
+    assert_eq!(plan.step(pipeline::Step::Probe), None);
+    for (from, to, field) in [
+        ("\"plan_version\": 1", "\"plan_version\": 2", "plan_version"),
+        (
+            "\"pipeline\": \"shop\"",
+            "\"pipeline\": \"bank\"",
+            "pipeline",
+        ),
+        ("\"rounds\": 2", "\"rounds\": 0", "rounds"),
+    ] {
+        let error = parse(&PIPELINE_PLAN.replacen(from, to, 1)).unwrap_err();
+        assert_eq!(error.field, format!("plan.{field}"));
+    }
 }

@@ -136,6 +136,14 @@ impl LatestEntry {
         Ok(entry)
     }
 
+    /// Whether it says what `other` would say, because of the same comparison. What people say by hand is said anew.
+    #[must_use]
+    pub fn is_for(&self, other: &Self) -> bool {
+        matches!(self.why, Why::Comparison { .. })
+            && self.why == other.why
+            && (self.version, self.canary) == (other.version, other.canary)
+    }
+
     /// The version that it says why of, and that a rollback takes back: the canary, where there is one.
     #[must_use]
     pub fn subject(&self) -> u32 {

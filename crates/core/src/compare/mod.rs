@@ -5,6 +5,7 @@
 //! [intervals over tasks](stats). The first arm is the one before, the second the one after.
 
 mod gate;
+pub mod markup;
 mod pairs;
 pub mod stats;
 mod tally;

@@ -318,7 +318,7 @@ pub(super) fn from_toml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T,
 }
 
 /// Reads a checked structure from JSON; the error has the path of the field and the value that stands there.
-pub(crate) fn from_value<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, FieldError> {
+pub fn from_value<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, FieldError> {
     serde_path_to_error::deserialize(&value).map_err(|error| {
         let path = error.path().to_string();
         let found = value_at(&value, &path)

@@ -68,7 +68,8 @@ impl fmt::Display for ExportTarget {
 }
 
 /// A version of an adapter, written `name@v3`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct AdapterRef {
     /// The adapter.
     pub name: AdapterName,
@@ -88,6 +89,20 @@ impl FromStr for AdapterRef {
             name: name.parse().map_err(|_| refuse())?,
             version: version.ok_or_else(refuse)?,
         })
+    }
+}
+
+impl TryFrom<String> for AdapterRef {
+    type Error = FieldError;
+
+    fn try_from(text: String) -> Result<Self, FieldError> {
+        text.parse()
+    }
+}
+
+impl From<AdapterRef> for String {
+    fn from(reference: AdapterRef) -> Self {
+        reference.to_string()
     }
 }
 

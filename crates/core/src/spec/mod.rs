@@ -30,7 +30,7 @@ pub use curate::{CurateDraft, CurateSpec};
 pub use digest::SpecDigest;
 pub use draft::{
     GenerateDraft, JobDraft, LimitsDraft, McpUseDraft, ObservationDraft, PromptDraft, RolloutFile,
-    SamplingDraft, parse_line, parse_toml,
+    SamplingDraft, from_value, parse_line, parse_toml,
 };
 pub use export::{AdapterRef, ExportDraft, ExportSpec, ExportSummary, ExportTarget, is_hub_repo};
 pub use mcp::{McpServer, McpTransport, McpUse, ToolPolicy};

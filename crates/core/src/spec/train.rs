@@ -121,7 +121,8 @@ pub enum TrainData {
 }
 
 /// A version of a data set, written `name@v3`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct DatasetRef {
     /// The data set.
     pub name: DatasetName,
@@ -141,6 +142,20 @@ impl FromStr for DatasetRef {
             name: name.parse().map_err(|_| refuse())?,
             version: version.ok_or_else(refuse)?,
         })
+    }
+}
+
+impl TryFrom<String> for DatasetRef {
+    type Error = FieldError;
+
+    fn try_from(text: String) -> Result<Self, FieldError> {
+        text.parse()
+    }
+}
+
+impl From<DatasetRef> for String {
+    fn from(reference: DatasetRef) -> Self {
+        reference.to_string()
     }
 }
 

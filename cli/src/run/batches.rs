@@ -1,0 +1,310 @@
+//! The batch of a step: found or begun, followed to its end, taken up again where its jobs are dead.
+
+use std::cell::RefCell;
+
+use espalier_core::id::{BatchId, JobId, JobKey};
+use espalier_core::time::Timestamp;
+use espalier_core::training::TrainProgress;
+use espalier_proto::v1;
+use espalier_runtime::clock::{Clock, SystemClock};
+use tonic::Code;
+
+use super::display::Running;
+use super::engine::{Engine, LOOK_EVERY};
+use super::plan::{At, Order};
+use super::screen::Begun;
+use super::tally::Tally;
+use crate::dataset::build::places;
+use crate::exit::Problem;
+use crate::expand::chunks;
+use crate::output::cut;
+use crate::submit::{again, close_batch, open};
+use crate::{uploads, waiting, watch};
+
+/// Batches of one step that may have been cancelled.
+const TRIES_MAX: u32 = 100;
+/// Refused jobs that an error tells of.
+const REFUSALS_SHOWN_MAX: usize = 5;
+/// How much of a worker's words stands in a row, in characters.
+const WORDS_CHARS_MAX: usize = 60;
+
+impl Engine<'_> {
+    /// The batch of a step: the one that is there, or the first that can be. One that was cancelled is passed over.
+    pub(super) async fn find(
+        &self,
+        order: &Order,
+    ) -> Result<(BatchId, Option<v1::Batch>), Problem> {
+        for tries in 1..=TRIES_MAX {
+            let batch = order
+                .digest
+                .batch(&self.plan.pipeline, order.at.step, tries)?;
+            match self.batch(&batch).await? {
+                Some(found) if found.cancelled => {}
+                found => return Ok((batch, found)),
+            }
+        }
+        let message = format!(
+            "{TRIES_MAX} batches of step {} were cancelled",
+            order.at.step
+        );
+        Err(Problem::failed(message))
+    }
+
+    /// A batch, as it is now; none where nobody opened it, or the queue has forgotten it.
+    pub(super) async fn batch(&self, batch: &BatchId) -> Result<Option<v1::Batch>, Problem> {
+        let request = v1::GetBatchRequest {
+            batch: batch.to_string(),
+        };
+        again(&self.client, || {
+            let (mut jobs, request) = (self.client.jobs(), request.clone());
+            async move {
+                match jobs.get_batch(request).await {
+                    Ok(found) => Ok(found.map(Some)),
+                    Err(status) if status.code() == Code::NotFound => {
+                        Ok(tonic::Response::new(None))
+                    }
+                    Err(status) => Err(status),
+                }
+            }
+        })
+        .await
+    }
+
+    /// Begins the batch, unless all its jobs are there, and puts dead ones back where nothing came of it. Repeating it changes
+    /// nothing.
+    pub(super) async fn begin(
+        &self,
+        at: At,
+        batch: &BatchId,
+        found: Option<&v1::Batch>,
+        jobs: impl FnOnce() -> Vec<v1::JobSpec>,
+    ) -> Result<(), Problem> {
+        let mut how = match found {
+            Some(_) => Begun::Attached,
+            None => Begun::New,
+        };
+        if !found.is_some_and(|found| found.closed) {
+            self.submit(batch, jobs()).await?;
+        }
+        let counts = found.and_then(|found| found.counts).unwrap_or_default();
+        let is_over = found.is_some_and(|found| found.complete);
+        if is_over && counts.succeeded == 0 && counts.dead > 0 {
+            self.retry(batch).await?;
+            how = Begun::Retried;
+        }
+        let planned = self.plan.step(at.step).map_or(0, |step| step.jobs);
+        self.screen.begun(at, batch, planned, how)
+    }
+
+    async fn submit(&self, batch: &BatchId, jobs: Vec<v1::JobSpec>) -> Result<(), Problem> {
+        open(&self.client, batch, v1::JobSpec::default()).await?;
+        uploads::check_project(&self.client, batch, &self.desk.project).await?;
+        let mut refusals = Vec::new();
+        let all = chunks(jobs.into_iter().map(|job| (job, ())));
+        for (chunk, (jobs, _)) in (0..).zip(all) {
+            let request = v1::SubmitChunkRequest {
+                batch: batch.to_string(),
+                chunk,
+                jobs,
+            };
+            let answer = again(&self.client, || {
+                let (mut jobs, request) = (self.client.jobs(), request.clone());
+                async move { jobs.submit_chunk(request).await }
+            });
+            refusals.extend(answer.await?.rejected);
+        }
+        if !refusals.is_empty() {
+            return Err(refused(batch, &refusals));
+        }
+        close_batch(&self.client, batch).await
+    }
+
+    async fn retry(&self, batch: &BatchId) -> Result<(), Problem> {
+        let request = v1::RetryRequest {
+            batch: batch.to_string(),
+            ids: Vec::new(),
+        };
+        let retried = again(&self.client, || {
+            let (mut jobs, request) = (self.client.jobs(), request.clone());
+            async move { jobs.retry(request).await }
+        });
+        retried.await.map(drop)
+    }
+
+    /// Follows rollouts to their end.
+    pub(super) async fn follow(
+        &self,
+        at: At,
+        batch: &BatchId,
+    ) -> Result<(Tally, v1::Batch), Problem> {
+        let tally = RefCell::new(Tally::default());
+        let first = (SystemClock.now(), None::<u64>);
+        let first = RefCell::new(first);
+        let take = |event: v1::BatchEvent| {
+            let mut tally = tally.borrow_mut();
+            tally.take(&event);
+            let (seen_at, before) = *first.borrow();
+            let before = before.unwrap_or_else(|| tally.over());
+            first.borrow_mut().1 = Some(before);
+            let opened = event.batch.as_ref().map_or(0, |batch| batch.created_at_us);
+            self.screen.running(
+                at,
+                Running {
+                    since: Timestamp(opened),
+                    first: Some((seen_at, before)),
+                    done: tally.over(),
+                    of: tally.jobs(),
+                    counts: tally.counts(),
+                    words: waits(&tally),
+                    left_ms: None,
+                },
+            )
+        };
+        let say = |_said: String| {};
+        watch::events(self.context, &self.client, batch.as_str(), take, say).await?;
+        Ok((tally.into_inner(), self.over(batch).await?))
+    }
+
+    /// Follows the only job of a batch to its end.
+    pub(super) async fn follow_one(
+        &self,
+        at: At,
+        batch: &BatchId,
+        id: &str,
+    ) -> Result<(v1::Job, JobKey, v1::Batch), Problem> {
+        let project = self.desk.project.clone();
+        let key = JobKey::new(project, batch.clone(), JobId::new(id)?);
+        loop {
+            let job = waiting::job(&self.client, &key).await?;
+            self.screen.running(at, running(&job))?;
+            if waiting::has_ended(&job) {
+                return Ok((job, key, self.over(batch).await?));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// A batch whose jobs have all ended.
+    async fn over(&self, batch: &BatchId) -> Result<v1::Batch, Problem> {
+        let found = self.batch(batch).await?;
+        let found = found
+            .ok_or_else(|| Problem::failed(format!("the queue has forgotten batch {batch}")))?;
+        match found.cancelled {
+            true => Err(Problem::failed(format!("batch {batch} was cancelled"))
+                .fix("the same command again begins the step anew")),
+            false => Ok(found),
+        }
+    }
+}
+
+/// Between which moments a batch was worked on.
+pub fn times(batch: &v1::Batch) -> (Timestamp, Timestamp) {
+    let ended = match batch.completed_at_us {
+        0 => SystemClock.now().0,
+        ended => ended,
+    };
+    (Timestamp(batch.created_at_us), Timestamp(ended))
+}
+
+fn refused(batch: &BatchId, refusals: &[v1::Rejection]) -> Problem {
+    let said = refusals.iter().flat_map(|rejection| {
+        let said = |error: &v1::FieldError| {
+            let v1::FieldError { field, value, rule } = error;
+            format!("{}: `{field}` {rule}, got `{value}`", rejection.id)
+        };
+        rejection.errors.iter().map(said)
+    });
+    let said: Vec<String> = said.take(REFUSALS_SHOWN_MAX).collect();
+    let message = format!(
+        "the coordinator refused {} jobs of batch {batch}: {}",
+        refusals.len(),
+        said.join("; ")
+    );
+    Problem::refused(message).fix("put that right, and run it again: what was accepted is kept")
+}
+
+/// What nothing runs for.
+fn waits(tally: &Tally) -> String {
+    match (tally.running(), tally.over() < tally.jobs()) {
+        (0, true) => "waits for a worker".to_owned(),
+        _ => String::new(),
+    }
+}
+
+/// A single job, as its worker tells of it.
+fn running(job: &v1::Job) -> Running {
+    let shown = waiting::in_words(job);
+    let mut running = Running {
+        since: Timestamp(job.created_at_us),
+        words: cut(&shown.message, WORDS_CHARS_MAX),
+        ..Running::default()
+    };
+    if job.state() != v1::JobState::Leased {
+        return running;
+    }
+    if let Ok(told) = job.progress.parse::<TrainProgress>() {
+        (running.done, running.of) = (told.step, told.steps);
+        running.words = format!("loss {:.4}", told.loss);
+        running.left_ms = told.left_s.map(|left_s| left_s * 1_000);
+    } else if let Some((doing, done, of)) = places(&job.progress) {
+        (running.done, running.of) = (done, of);
+        doing.clone_into(&mut running.words);
+    }
+    running
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_is_told_of_in_steps_files_or_words() {
+        let job = |state: v1::JobState, progress: &str| v1::Job {
+            state: state.into(),
+            progress: progress.to_owned(),
+            created_at_us: 7,
+            ..v1::Job::default()
+        };
+        let leased = |progress| running(&job(v1::JobState::Leased, progress));
+        let told =
+            "step 3/9 loss 1.5000 grad 0.2500 tok/s 5200 eval 1.2500 peak 0.43 mem 412 left 95";
+        let training = leased(told);
+        assert_eq!(
+            (training.done, training.of, training.left_ms),
+            (3, 9, Some(95_000))
+        );
+        assert_eq!(
+            (&*training.words, training.since),
+            ("loss 1.5000", Timestamp(7))
+        );
+        let reading = leased("reading 3/9");
+        assert_eq!(
+            (reading.done, reading.of, &*reading.words),
+            (3, 9, "reading")
+        );
+        assert_eq!(leased("loading the model").words, "loading the model");
+        let waiting = running(&job(v1::JobState::Ready, ""));
+        assert_eq!(waiting.words, "ready: waits for a worker");
+    }
+
+    #[test]
+    fn a_refusal_names_the_first_jobs_and_how_many_there_are() {
+        let refusal = |n: usize| v1::Rejection {
+            index: 0,
+            id: format!("t{n}"),
+            errors: vec![v1::FieldError {
+                field: "mcp[0]".to_owned(),
+                value: "x".to_owned(),
+                rule: "must be configured".to_owned(),
+            }],
+        };
+        let all: Vec<_> = (0..9).map(refusal).collect();
+        let problem = refused(&"b".parse().unwrap(), &all);
+        assert!(
+            problem
+                .message
+                .contains("refused 9 jobs of batch b: t0: `mcp[0]` must")
+        );
+        assert!(problem.message.contains("t4:") && !problem.message.contains("t5:"));
+    }
+}

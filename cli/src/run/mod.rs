@@ -1,0 +1,214 @@
+//! `espalier run`: a closed loop as one pipeline. The model tries tasks, learns from what it solved, is measured on tasks that
+//! it never saw, and takes the place of the one before where that is better; round after round.
+//!
+//! ```text
+//! baseline ────────────────────────────────────────────────────────┐
+//! probe ─► rollouts ─► dataset ─► train ─► (served) ─► evaluation ─┴► comparison ─► publish ─► the next round
+//! ```
+//! Each step is a batch of ordinary jobs that is named by its content; what it came to is written down once. So the command
+//! may be killed and given again, by several at once: what has ended is not done again, and what is under way is joined.
+//! `docs/decisions/pipelines.md` has the reasons.
+
+mod batches;
+mod check;
+mod config;
+mod display;
+mod drafts;
+mod engine;
+mod plan;
+mod read;
+mod records;
+mod report;
+mod screen;
+mod steps;
+mod tally;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use espalier_core::id::{PipelineName, ProjectId};
+use espalier_core::pipeline::PipelinePlan;
+use espalier_runtime::clock::{Clock, SystemClock};
+use espalier_runtime::store::Store;
+use espalier_runtime::tasks::blocking;
+use serde_json::json;
+
+use crate::context::Context;
+use crate::exit::{Exit, Outcome, Problem};
+use crate::output::{count, cut, note, table};
+use crate::submit::pair;
+use crate::uploads;
+use check::Checked;
+use config::Over;
+use engine::Engine;
+use plan::Resolved;
+use read::Faults;
+use records::Desk;
+use report::Story;
+use screen::Screen;
+
+/// Largest file, in bytes: tasks are in files of their own.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Mistakes that are shown to a person; `--json` has all of them.
+const FAULTS_SHOWN_MAX: usize = 40;
+
+/// Options of `run`.
+#[derive(Args, Clone, Debug)]
+pub struct Run {
+    /// What is to be done, as TOML
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// What ${KEY} stands for in the tasks, over those of the file; may be given several times
+    #[arg(long = "var", value_name = "KEY=VALUE", value_parser = pair)]
+    pub vars: Vec<(String, String)>,
+    /// How often it goes round, each time with the adapter of the round before [default: the file's, or 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: Option<u32>,
+    /// Shows what is done already and what would be, and does nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Folder of this machine that gets the report [default: NAME-report]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Project of the token [default: ESPALIER_PROJECT, or that of the local `up`]
+    #[arg(long, value_name = "NAME")]
+    pub project: Option<ProjectId>,
+    /// Object store of the coordinator, such as s3://bucket/prefix [default: that of the local `up`]
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+}
+
+/// Runs the command.
+pub async fn run(context: &Context, args: &Run) -> Outcome {
+    let Checked { config, drafts } = checked(context, args).await?;
+    let plan = drafts.plan(&config, SystemClock.now())?;
+    let desk = Desk {
+        store: uploads::open_store(context, args.store.as_deref()).await?,
+        project: match &args.project {
+            Some(project) => project.clone(),
+            None => context.project()?,
+        },
+        name: config.name.clone(),
+    };
+    let mut records = desk.steps().await?;
+    let screen = Screen::new(context, &plan);
+    if args.dry_run {
+        screen.resolved(&Resolved::new(&plan, &records), true)?;
+        return report::dry(context, &plan, &records, &screen.rows());
+    }
+    let client = context.client().await?;
+    desk.announce(&plan).await?;
+    let engine = Engine {
+        context,
+        client,
+        desk,
+        plan: &plan,
+        drafts: Some(&drafts),
+        serve_deadline: config.serve_deadline,
+        screen: &screen,
+    };
+    let ended = engine.run(&mut records).await;
+    let story = Story::read(&engine.desk, &plan, &records, screen.rows(), ended).await;
+    let out = args.out.clone();
+    let out = out.unwrap_or_else(|| PathBuf::from(format!("{}-report", config.name)));
+    story.write(&out)?;
+    story.tell(context, &out)
+}
+
+/// Looks on while somebody else runs a pipeline; none where nobody ever ran one of that name.
+pub async fn watch(
+    context: &Context,
+    store: Store,
+    project: ProjectId,
+    name: &PipelineName,
+) -> Result<Option<Exit>, Problem> {
+    let desk = Desk {
+        store,
+        project,
+        name: name.clone(),
+    };
+    let Some(plan) = desk.plan().await? else {
+        return Ok(None);
+    };
+    look_on(context, desk, &plan).await.map(Some)
+}
+
+async fn look_on(context: &Context, desk: Desk, plan: &PipelinePlan) -> Outcome {
+    let mut records = desk.steps().await?;
+    let screen = Screen::new(context, plan);
+    let engine = Engine {
+        context,
+        client: context.client().await?,
+        desk,
+        plan,
+        drafts: None,
+        serve_deadline: Duration::ZERO,
+        screen: &screen,
+    };
+    let ended = engine.run(&mut records).await;
+    let story = Story::read(&engine.desk, plan, &records, screen.rows(), ended).await;
+    story.tell_end(context)
+}
+
+/// The file, where nothing in it is wrong.
+async fn checked(context: &Context, args: &Run) -> Result<Checked, Problem> {
+    let path = args.file.clone();
+    let over = Over {
+        vars: args.vars.iter().cloned().collect(),
+        rounds: args.rounds,
+    };
+    let checked = blocking("run.check", move || {
+        let text = read_file(&path)?;
+        let folder = path.parent().unwrap_or(Path::new("."));
+        Ok::<_, Problem>(check::check(&text, folder, over))
+    });
+    let checked = checked.await;
+    let checked = checked.map_err(|error| Problem::failed(error.to_string()))??;
+    checked.map_err(|faults| refuse(context, &args.file, &faults))
+}
+
+fn read_file(path: &Path) -> Result<String, Problem> {
+    let cannot = |why: String| Problem::refused(format!("cannot read {}: {why}", path.display()));
+    let bytes = std::fs::metadata(path).map_err(|error| cannot(error.to_string()))?;
+    if bytes.len() > FILE_BYTES_MAX {
+        return Err(cannot(format!("must have at most {FILE_BYTES_MAX} bytes")));
+    }
+    std::fs::read_to_string(path).map_err(|error| cannot(error.to_string()))
+}
+
+/// Tells of every mistake.
+fn refuse(context: &Context, file: &Path, faults: &Faults) -> Problem {
+    let all = &faults.0;
+    if context.out.json {
+        let fault = |fault: &read::Fault| {
+            let error = &fault.error;
+            json!({"place": fault.place, "field": error.field, "value": error.value, "rule": error.rule})
+        };
+        let faults: Vec<_> = all.iter().map(fault).collect();
+        // Nobody who reads it can be told that it cannot be written.
+        let _ = context.out.event(&json!({"faults": faults}));
+    } else {
+        let row = |fault: &read::Fault| {
+            let error = &fault.error;
+            [
+                fault.place.clone(),
+                error.field.clone(),
+                cut(&error.value, 40),
+                error.rule.clone(),
+            ]
+        };
+        let rows = all.iter().take(FAULTS_SHOWN_MAX).map(row).collect();
+        note(table(["line", "field", "value", "rule"], rows));
+        if all.len() > FAULTS_SHOWN_MAX {
+            let more = count((all.len() - FAULTS_SHOWN_MAX) as u64);
+            note(format!(" … and {more} more; --json shows all"));
+        }
+    }
+    let message = format!(
+        "{} breaks {} rules; nothing was submitted",
+        file.display(),
+        count(all.len() as u64)
+    );
+    Problem::refused(message).fix("put them right: `espalier run --help` has an example")
+}

@@ -1,0 +1,423 @@
+//! What a pipeline came to: told at its end, whatever end that is, and written down as a page and as Markdown.
+
+mod page;
+mod text;
+
+use std::path::Path;
+
+use espalier_core::compare::words::{self, Table};
+use espalier_core::compare::{MARKDOWN_FILE, PAGE_FILE, REPORT_FILE};
+use espalier_core::id::JobKey;
+use espalier_core::pipeline::{PipelinePlan, Step, StepOutput, StepRecord};
+use espalier_core::spec::AdapterRef;
+use serde_json::{Value, json};
+
+use super::display::{Frame, Row, State, cost, money, outcome, published, tree};
+use super::engine::Ended;
+use super::plan::{At, End, Records, Resolved, steps};
+use super::records::Desk;
+use crate::context::Context;
+use crate::evaluate;
+use crate::evaluate::show::{Read, in_terminal};
+use crate::exit::{Exit, Outcome, Problem};
+use crate::output::{count, duration, note, plain};
+
+/// Columns of the tree where it is no terminal's.
+const COLUMNS: usize = 160;
+
+/// A pipeline that has come to an end.
+pub struct Story<'a> {
+    plan: &'a PipelinePlan,
+    rows: Vec<Row>,
+    /// What each step came to, in order.
+    records: Vec<(At, StepRecord)>,
+    ended: Result<Ended, Problem>,
+    /// The last comparison that there is, with its round.
+    compared: Option<(u32, Read)>,
+    /// Why that comparison cannot be shown.
+    unread: Option<String>,
+}
+
+impl<'a> Story<'a> {
+    /// Gathers what is told.
+    pub async fn read(
+        desk: &Desk,
+        plan: &'a PipelinePlan,
+        records: &Records,
+        rows: Vec<Row>,
+        ended: Result<Ended, Problem>,
+    ) -> Self {
+        let resolved = Resolved::new(plan, records);
+        let of = |at: At| Some((at, resolved.record(at)?.clone()));
+        let records: Vec<_> = steps(plan).into_iter().filter_map(of).collect();
+        let last = records
+            .iter()
+            .rev()
+            .find(|(at, _)| at.step == Step::Comparison);
+        let read = match last {
+            Some((at, record)) => Some((at.round, comparison(desk, record).await)),
+            None => None,
+        };
+        let (compared, unread) = match read {
+            None => (None, None),
+            Some((round, Ok(read))) => (Some((round, read)), None),
+            Some((_, Err(problem))) => (None, Some(problem.message)),
+        };
+        Self {
+            plan,
+            rows,
+            records,
+            ended,
+            compared,
+            unread,
+        }
+    }
+
+    /// Puts the report into a folder of this machine.
+    pub fn write(&self, folder: &Path) -> Result<(), Problem> {
+        let cannot = |path: &Path, error: std::io::Error| {
+            Problem::failed(format!("cannot write {}: {error}", path.display()))
+        };
+        std::fs::create_dir_all(folder).map_err(|error| cannot(folder, error))?;
+        for (name, content) in [
+            (MARKDOWN_FILE, text::markdown(self)),
+            (PAGE_FILE, page::html(self)),
+            (REPORT_FILE, format!("{:#}\n", self.to_json())),
+        ] {
+            let path = folder.join(name);
+            std::fs::write(&path, content).map_err(|error| cannot(&path, error))?;
+        }
+        Ok(())
+    }
+
+    /// Says what came of it and how to go on.
+    pub fn tell(&self, context: &Context, out: &Path) -> Outcome {
+        if context.out.json {
+            context.out.event(&self.to_json())?;
+            return Ok(self.exit());
+        }
+        if let Some((_, read)) = &self.compared {
+            let table = in_terminal(&words::success(&read.report));
+            context.out.line(format!("{table}\n"))?;
+        }
+        context.out.line(self.verdict())?;
+        if let Some((adapter, _)) = self.published() {
+            let name = &adapter.name;
+            context.out.line(format!(
+                "next: espalier lineage {adapter}    espalier adapters rollback {name}"
+            ))?;
+        }
+        let page = out.join(PAGE_FILE);
+        context.out.line(format!("report: {}", page.display()))?;
+        if let Some(fix) = self.fix() {
+            note(format!("  fix: {fix}"));
+        }
+        Ok(self.exit())
+    }
+
+    /// The same for who only looked on.
+    pub fn tell_end(&self, context: &Context) -> Outcome {
+        match context.out.json {
+            true => context.out.event(&self.to_json())?,
+            false => context.out.line(self.verdict())?,
+        }
+        Ok(self.exit())
+    }
+
+    /// For programs.
+    fn to_json(&self) -> Value {
+        let step = |(at, record): &(At, StepRecord)| {
+            let mut value = json!(record);
+            // Where a step is of another round's too, this is the round that is told of.
+            value["round"] = json!(at.round);
+            value["cost"] = json!(self.plan.prices.map(|prices| cost(prices, &record.counts)));
+            value
+        };
+        let problem = self.ended.as_ref().err();
+        let problem = problem.or(match &self.ended {
+            Ok(Ended::Failed { problem, .. }) => Some(problem),
+            _ => None,
+        });
+        json!({"report": {
+            "pipeline": self.plan.pipeline,
+            "end": self.end_name(),
+            "exit_code": self.exit() as u8,
+            "verdict": self.verdict(),
+            "steps": self.records.iter().map(step).collect::<Vec<_>>(),
+            "published": self.published().map(|(adapter, _)| adapter),
+            "currency": self.plan.currency,
+            "error": problem.map(|problem| json!({"message": problem.message, "fix": problem.fix})),
+        }})
+    }
+
+    fn end_name(&self) -> &'static str {
+        match &self.ended {
+            Ok(Ended::Well(End::Complete)) => "complete",
+            Ok(Ended::Well(End::GateShut { .. })) => "gate_shut",
+            Ok(Ended::Well(End::AllSolved { .. })) => "all_solved",
+            Ok(Ended::Nothing { .. }) => "no_signal",
+            Ok(Ended::Failed { .. }) | Err(_) => "failed",
+        }
+    }
+
+    /// What came of it, in a sentence or two.
+    fn verdict(&self) -> String {
+        let published = match self.published() {
+            Some((adapter, canary)) => format!("{}.", published(adapter, canary)),
+            None => "Nothing was published.".to_owned(),
+        };
+        let said = match &self.ended {
+            Ok(Ended::Well(End::Complete)) => self.gate(self.plan.rounds),
+            Ok(Ended::Well(End::GateShut { round })) => format!(
+                "{} The rounds end here: the next one would begin with a model that is not shown to be better.",
+                self.gate(*round)
+            ),
+            Ok(Ended::Well(End::AllSolved { round })) => format!(
+                "Round {round}: the model solves every training task every time, so that there is nothing to learn."
+            ),
+            Ok(Ended::Nothing { at, why }) => format!(
+                "Round {}, {}: the data carry no signal, so that nothing is trained: {}. Look at the checks of the tasks.",
+                at.round,
+                at.step,
+                plain(why)
+            ),
+            Ok(Ended::Failed { at, problem }) => format!(
+                "Round {}, {} failed: {}.",
+                at.round,
+                at.step,
+                plain(&problem.message)
+            ),
+            Err(problem) => format!("The pipeline stopped: {}.", plain(&problem.message)),
+        };
+        format!("{said} {published}")
+    }
+
+    fn gate(&self, round: u32) -> String {
+        match self
+            .of(round, Step::Comparison)
+            .map(|record| &record.output)
+        {
+            Some(StepOutput::Comparison {
+                passed, verdict, ..
+            }) => {
+                let gate = if *passed { "passes" } else { "does not pass" };
+                format!("The gate {gate}: {}.", plain(verdict))
+            }
+            _ => String::new(),
+        }
+    }
+
+    fn fix(&self) -> Option<&str> {
+        match &self.ended {
+            Err(problem) | Ok(Ended::Failed { problem, .. }) => problem.fix.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Well, where the gate of a round passed.
+    fn exit(&self) -> Exit {
+        match &self.ended {
+            Err(problem) | Ok(Ended::Failed { problem, .. }) => problem.exit.max(Exit::Failed),
+            Ok(_) if self.has_passed() => Exit::Ok,
+            Ok(_) => Exit::Failed,
+        }
+    }
+
+    fn has_passed(&self) -> bool {
+        let passed = |record: &StepRecord| {
+            matches!(record.output, StepOutput::Comparison { passed: true, .. })
+        };
+        self.records.iter().any(|(_, record)| passed(record))
+    }
+
+    /// The last version that was published, with its share where it has not all.
+    fn published(&self) -> Option<(&AdapterRef, Option<f64>)> {
+        let mut records = self.records.iter().rev();
+        records.find_map(|(_, record)| match &record.output {
+            StepOutput::Published {
+                adapter, canary, ..
+            } => Some((adapter, *canary)),
+            _ => None,
+        })
+    }
+
+    fn of(&self, round: u32, step: Step) -> Option<&StepRecord> {
+        let mut found = self.records.iter();
+        let found = found.find(|(at, _)| *at == At { round, step });
+        found.map(|(_, record)| record)
+    }
+
+    /// The steps with what they came to and took.
+    fn steps_table(&self) -> Table {
+        let row = |row: &Row| {
+            let mut cells = vec![row.at.round.to_string(), row.at.step.to_string()];
+            let rest: [String; 6] = match &row.state {
+                State::Ended { record, .. } => [
+                    outcome(record),
+                    format!("{} of {}", record.counts.succeeded, record.counts.jobs),
+                    count(record.counts.prompt_tokens + record.counts.completion_tokens),
+                    money(self.plan, &record.counts).unwrap_or_default(),
+                    duration(record.took_ms()),
+                    record
+                        .batch
+                        .as_ref()
+                        .map(ToString::to_string)
+                        .unwrap_or_default(),
+                ],
+                State::Stopped { why } => [
+                    plain(why),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                ],
+                State::Past { what } => [
+                    plain(what),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                ],
+                _ => [
+                    "not reached".to_owned(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                ],
+            };
+            cells.extend(rest);
+            cells
+        };
+        Table {
+            header: [
+                "round",
+                "step",
+                "what came of it",
+                "jobs",
+                "tokens",
+                "cost",
+                "time",
+                "batch",
+            ]
+            .map(str::to_owned)
+            .to_vec(),
+            rows: self.rows.iter().map(row).collect(),
+        }
+    }
+
+    /// How the rounds went.
+    fn rounds_table(&self) -> Table {
+        let row = |round: u32| {
+            let StepOutput::Comparison {
+                tasks,
+                before,
+                after,
+                difference,
+                verdict,
+                ..
+            } = &self.of(round, Step::Comparison)?.output
+            else {
+                return None;
+            };
+            let published = match self.of(round, Step::Publish).map(|record| &record.output) {
+                Some(StepOutput::Published {
+                    adapter, canary, ..
+                }) => published(adapter, *canary),
+                Some(StepOutput::Unpublished { why }) => format!("no: {why}"),
+                _ => String::new(),
+            };
+            Some(vec![
+                round.to_string(),
+                tasks.to_string(),
+                words::percent(before),
+                words::percent(after),
+                words::points(difference),
+                plain(verdict),
+                published,
+            ])
+        };
+        Table {
+            header: [
+                "round",
+                "tasks",
+                "before",
+                "after",
+                "difference in points",
+                "gate",
+                "published",
+            ]
+            .map(str::to_owned)
+            .to_vec(),
+            rows: (1..=self.plan.rounds).filter_map(row).collect(),
+        }
+    }
+
+    /// How hard the training tasks are, by round; without rows where nothing was probed.
+    fn difficulty_table(&self) -> Table {
+        let row = |round: u32| {
+            let StepOutput::Probe { tasks, dropped } = &self.of(round, Step::Probe)?.output else {
+                return None;
+            };
+            Some(vec![
+                round.to_string(),
+                tasks.always.to_string(),
+                tasks.sometimes.to_string(),
+                tasks.never.to_string(),
+                tasks.unjudged.to_string(),
+                dropped.len().to_string(),
+            ])
+        };
+        Table {
+            header: [
+                "round",
+                "always solved",
+                "sometimes",
+                "never",
+                "not judged",
+                "dropped",
+            ]
+            .map(str::to_owned)
+            .to_vec(),
+            rows: (1..=self.plan.rounds).filter_map(row).collect(),
+        }
+    }
+}
+
+async fn comparison(desk: &Desk, record: &StepRecord) -> Result<Read, Problem> {
+    let batch = record.batch.clone();
+    let batch = batch.ok_or_else(|| Problem::failed("the comparison names no batch"))?;
+    let key = JobKey::new(desk.project.clone(), batch, evaluate::JOB.parse()?);
+    Read::of(&desk.store, &key).await
+}
+
+/// What is done already, and what would be.
+pub fn dry(context: &Context, plan: &PipelinePlan, records: &Records, rows: &[Row]) -> Outcome {
+    let resolved = Resolved::new(plan, records);
+    if context.out.json {
+        let step = |row: &Row| {
+            json!({
+                "round": row.at.round,
+                "step": row.at.step,
+                "jobs": plan.step(row.at.step).map(|step| step.jobs),
+                "digest": resolved.digest(row.at),
+                "done": resolved.record(row.at).is_some(),
+            })
+        };
+        let steps: Vec<Value> = rows.iter().map(step).collect();
+        context.out.event(
+            &json!({"plan": {"pipeline": plan.pipeline, "rounds": plan.rounds, "steps": steps}}),
+        )?;
+        return Ok(Exit::Ok);
+    }
+    let frame = Frame {
+        plan,
+        now: plan.created_at_us,
+        width: COLUMNS,
+    };
+    context.out.line(tree(frame, rows).join("\n"))?;
+    Ok(Exit::Ok)
+}

@@ -1,0 +1,34 @@
+//! The report as Markdown: the pipeline's own head, then the comparison's report as it is.
+
+use std::fmt::Write;
+
+use espalier_core::compare::MARKDOWN_FILE;
+use espalier_core::compare::markup::{inline, markdown_table};
+
+use super::Story;
+
+/// The report.
+pub(super) fn markdown(story: &Story<'_>) -> String {
+    let plan = story.plan;
+    let mut out = String::new();
+    // Writing into a `String` cannot fail.
+    let _ = writeln!(out, "# Pipeline {}\n", inline(plan.pipeline.as_str()));
+    let _ = writeln!(out, "{}\n", inline(&story.verdict()));
+    let sections = [
+        ("Rounds", story.rounds_table()),
+        ("Steps", story.steps_table()),
+        ("Difficulty of the training tasks", story.difficulty_table()),
+    ];
+    for (title, table) in sections.iter().filter(|(_, table)| !table.rows.is_empty()) {
+        let _ = writeln!(out, "## {title}\n\n{}", markdown_table(table));
+    }
+    if let Some(why) = &story.unread {
+        let _ = writeln!(out, "The comparison cannot be shown: {}\n", inline(why));
+    }
+    if let Some((_, read)) = &story.compared {
+        let text = read.files.iter().find(|(name, _)| name == MARKDOWN_FILE);
+        let text = text.map(|(_, content)| String::from_utf8_lossy(content));
+        out.push_str(&text.unwrap_or_default());
+    }
+    out
+}
