@@ -44,6 +44,8 @@ pub struct Plan {
     pub seed: u64,
     /// How tokens are drawn, over what the tasks say.
     pub sampling: SamplingDraft,
+    /// What tasks have in common, under the defaults of their file.
+    pub defaults: JobDraft,
     /// Labels on top of the tasks' own.
     pub labels: BTreeMap<String, String>,
 }
@@ -72,7 +74,11 @@ impl Expanded {
             ..Additions::default()
         };
         let file = JobFile::open(path, additions)?;
-        let mut expander = Expander::new(plan, draft_to_wire(&file.defaults));
+        let defaults = laid(
+            draft_to_wire(&plan.defaults),
+            &draft_to_wire(&file.defaults),
+        )?;
+        let mut expander = Expander::new(plan, defaults);
         let mut read = Self::default();
         let ended = file.read_all(|piece| {
             match piece {
@@ -133,6 +139,14 @@ pub fn chunks<T>(
     chunks
 }
 
+/// `own` over `defaults`: what it says wins, and what it lists comes behind what they list.
+fn laid(mut defaults: v1::JobSpec, own: &v1::JobSpec) -> Result<v1::JobSpec, FieldError> {
+    // What was just encoded can be read.
+    let merged = defaults.merge(&own.encode_to_vec()[..]);
+    merged.map_err(|error| FieldError::new("job", "", error.to_string()))?;
+    Ok(defaults)
+}
+
 /// What tasks have in common, and what was seen of them.
 struct Expander {
     plan: Plan,
@@ -169,10 +183,7 @@ impl Expander {
     /// # Errors
     /// It is no rollout, waits for another task, or another one is the same sample of the same task.
     fn expand(&mut self, own: &v1::JobSpec, place: u64) -> Result<Vec<v1::JobSpec>, FieldError> {
-        let mut spec = self.defaults.clone();
-        // What was just encoded can be read.
-        spec.merge(&own.encode_to_vec()[..])
-            .map_err(|error| FieldError::new("job", "", error.to_string()))?;
+        let mut spec = laid(self.defaults.clone(), own)?;
         check_work(&spec)?;
         let rollout = spec.rollout.get_or_insert_default();
         let wanted = self.plan.split.as_ref();
@@ -324,6 +335,7 @@ mod tests {
             hints,
             seed: 0,
             sampling: SamplingDraft::default(),
+            defaults: JobDraft::default(),
             labels: BTreeMap::new(),
         }
     }
@@ -472,5 +484,19 @@ mod tests {
         assert_eq!((of.model.as_deref(), of.group()), (None, "t"));
         assert_eq!(jobs[0].labels["pipeline"], "shop");
         assert!(!jobs[0].labels.contains_key(ARM_LABEL));
+    }
+
+    #[test]
+    fn what_tasks_have_in_common_lies_under_their_own() {
+        let under = spec(r#"{"limits":{"turns":5,"wall_s":60},"tools":{"allow":["a"]}}"#);
+        let own = spec(r#"{"limits":{"turns":9},"tools":{"brief":true},"prompt":"x"}"#);
+        let laid = laid(under, &own).unwrap().rollout.unwrap();
+        let limits = laid.limits.unwrap();
+        assert_eq!((limits.turns, limits.wall_s), (Some(9), Some(60)));
+        let tools = laid.tools.unwrap();
+        assert_eq!(
+            (tools.allow, tools.brief),
+            (vec!["a".to_owned()], Some(true))
+        );
     }
 }

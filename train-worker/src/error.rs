@@ -102,17 +102,17 @@ pub enum TrainError {
     )]
     DatasetOfOther {
         /// Which.
-        dataset: DatasetRef,
+        dataset: Box<DatasetRef>,
         /// Tokenizer or chat template.
         what: &'static str,
         /// The digest that it must have.
-        own: String,
+        own: Box<str>,
         /// Whose that is.
         whose: &'static str,
         /// The digest in the manifest.
-        found: String,
+        found: Box<str>,
         /// What the command needs beside the data set.
-        options: String,
+        options: Box<str>,
     },
     /// The tokenizer that the base model brings.
     #[error("the tokenizer of the base model cannot be used")]

@@ -222,6 +222,7 @@ fn read_tasks(args: &Evaluate, models: [String; 2]) -> Result<Expanded, Problem>
         hints: args.hints,
         seed: args.seed,
         sampling: SamplingDraft::default(),
+        defaults: JobDraft::default(),
         labels: BTreeMap::new(),
     };
     let vars = args.vars.iter().cloned().collect();

@@ -125,6 +125,7 @@ fn tasks(config: &Config, wanted: &Wanted<'_>, faults: &mut Faults) -> Vec<v1::J
         hints: wanted.hints,
         seed: wanted.seed.into(),
         sampling: wanted.sampling.clone(),
+        defaults: config.tasks.defaults.clone(),
         labels: labels(&config.name),
     };
     let read = Expanded::read(wanted.file, config.tasks.vars.clone(), plan);

@@ -7,12 +7,12 @@ use espalier_core::compare::Prices;
 use espalier_core::error::FieldError;
 use espalier_core::id::PipelineName;
 use espalier_core::pipeline::PIPELINE_NAME_BYTES_MAX;
-use espalier_core::spec::{CurateDraft, SamplingDraft, TrainSettingsDraft};
+use espalier_core::spec::{CurateDraft, JobDraft, SamplingDraft, TrainSettingsDraft};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::read::{Faults, Section, section};
-use crate::submit::vars::Vars;
+use crate::submit::vars::{self, Vars};
 
 /// Most rounds.
 const ROUNDS_MAX: u32 = 20;
@@ -78,6 +78,8 @@ pub struct Tasks {
     pub train: PathBuf,
     /// Those of split `eval` are measured on.
     pub eval: PathBuf,
+    /// What they have in common; a task's own fields win.
+    pub defaults: JobDraft,
     /// What `${name}` stands for in them.
     pub vars: Vars,
 }
@@ -147,6 +149,7 @@ struct File {
 struct TasksSection {
     train: Option<PathBuf>,
     eval: Option<PathBuf>,
+    defaults: Section,
     vars: Vars,
 }
 
@@ -275,6 +278,15 @@ fn name(given: Option<String>, faults: &mut Faults) -> PipelineName {
 
 fn tasks(found: Section, folder: &Path, vars: Vars, faults: &mut Faults) -> Tasks {
     let found: TasksSection = section("tasks", found, faults);
+    let mut all = found.vars;
+    all.extend(vars);
+    let mut defaults = Value::Object(found.defaults);
+    let replaced = vars::replace(&mut defaults, &all);
+    faults.keep(replaced.map_err(|error| error.under("tasks.defaults")));
+    let defaults = match defaults {
+        Value::Object(defaults) => section("tasks.defaults", defaults, faults),
+        _ => JobDraft::default(),
+    };
     let mut file = |field: &str, path: Option<PathBuf>| {
         let path = needed(field, path, faults);
         match path.as_os_str().is_empty() {
@@ -282,11 +294,10 @@ fn tasks(found: Section, folder: &Path, vars: Vars, faults: &mut Faults) -> Task
             false => folder.join(path),
         }
     };
-    let mut all = found.vars;
-    all.extend(vars);
     Tasks {
         train: file("tasks.train", found.train),
         eval: file("tasks.eval", found.eval),
+        defaults,
         vars: all,
     }
 }

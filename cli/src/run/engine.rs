@@ -160,16 +160,17 @@ impl Engine<'_> {
                 comparison,
                 passed,
                 verdict,
-            } => match (*passed, drafts.publish) {
-                (false, _) => self.leave(&order, verdict).await,
-                (true, publish) if !publish.enabled => {
-                    self.leave(&order, "`publish.enabled` is false").await
+            } => {
+                let publish = drafts.publish;
+                match (*passed, publish.enabled) {
+                    (true, true) => {
+                        let share = publish.canary;
+                        self.publish(&order, adapter, comparison, share).await
+                    }
+                    (true, false) => self.leave(&order, "`publish.enabled` is false").await,
+                    (false, _) => self.leave(&order, verdict).await,
                 }
-                (true, publish) => {
-                    self.publish(&order, adapter, comparison, publish.canary)
-                        .await
-                }
-            },
+            }
         }
     }
 

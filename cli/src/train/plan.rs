@@ -27,9 +27,9 @@ pub(super) async fn show(
     let fetcher = Fetcher::new(&context.environment, None);
     let folder = fetcher.fetch(&source, Wanted::Model).await;
     let folder = folder.map_err(|error| refused(&error))?;
-    let read = blocking("train.base", move || trainer::config(&folder)).await;
-    let read = read.map_err(|error| refused(&error))?;
-    let (config, _) = read.map_err(|error| refused(&error))?;
+    let read = move || trainer::config(&folder).map_err(|error| refused(&error));
+    let read = blocking("train.base", read).await;
+    let (config, _) = read.map_err(|error| refused(&error))??;
     let longest = learned.map_or(usize::MAX, Learned::longest);
     let tokens = settings.batch * settings.max_length.min(config.max_positions).min(longest);
     let tokens = tokens.min(config.max_positions);

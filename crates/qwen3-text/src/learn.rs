@@ -30,7 +30,7 @@ pub fn learn<'t>(
     words: &str,
     size: usize,
 ) -> Result<String, LearnError> {
-    let pattern = SysRegex::new(words).map_err(|error| LearnError::Words(error))?;
+    let pattern = SysRegex::new(words).map_err(LearnError::Words)?;
     let mut trainer = BpeTrainer::builder()
         .vocab_size(size)
         .min_frequency(2)

@@ -111,12 +111,12 @@ impl<'a> Version<'a> {
         ] {
             if found != own {
                 return Err(TrainError::DatasetOfOther {
-                    dataset: self.of.clone(),
+                    dataset: Box::new(self.of.clone()),
                     what,
-                    own: own.to_owned(),
+                    own: own.into(),
                     whose,
-                    found,
-                    options,
+                    found: found.into(),
+                    options: options.into(),
                 });
             }
         }
