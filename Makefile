@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-servers setup-test demo demo-cluster test check bench soak
+.PHONY: help setup setup-servers setup-test demo demo-cluster proof sapling test check bench soak
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
@@ -109,9 +109,17 @@ $(LLAMA)/models/0.6b/ready: examples/bench/llama/model.py $(LLAMA_PYTHON)
 
 # --- what people do ------------------------------------------------------------------------------------------------
 
-demo: setup ## Runs 48 practice tasks in real browsers on this machine and prints what came of them
-	cargo build --locked --release -p espalier-cli -p espalier-tests --bin espalier --bin scripted-model
-	examples/practice/demo.sh target/release
+demo: setup ## Trains a small model in a closed loop, in real browsers on this machine, and prints what it solves before and after
+	cargo build --locked --release -p espalier-cli --bin espalier
+	examples/sapling/demo.sh target/release
+
+proof: setup ## The same on three sites, each with ways of its own
+	cargo build --locked --release -p espalier-cli --bin espalier
+	for site in 2 3 4; do examples/sapling/demo.sh target/release $$site; done
+
+sapling: ## Makes that small model anew in target/sapling: minutes on a GPU, days without
+	cargo build --locked --release -p espalier-cli -p espalier-sapling -p espalier-infer-worker --bin espalier --bin sapling --bin espalier-infer-worker
+	examples/sapling/make.sh target/release target/sapling
 
 demo-cluster: setup-servers ## The same with Redis, S3, two coordinators and three workers, of which some are killed
 	cargo build --locked --release -p espalier-cli -p espalier-coordinator -p espalier-agent-worker -p espalier-tests --bin espalier --bin espalier-coordinator --bin espalier-agent-worker --bin scripted-model

@@ -15,13 +15,18 @@ pub fn browser_servers() -> Value {
     json!({"mcpServers": {"browser": {"preset": "playwright"}}})
 }
 
-/// Serves the practice site and gives `count` of its tasks. The site ends with the test's runtime.
-pub async fn start(count: usize) -> Vec<Value> {
+/// Serves the practice site of a seed and gives its address. The site ends with the test's runtime.
+pub async fn serve(seed: u64) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let port = listener.local_addr().expect("a bound port").port();
-    let site = format!("http://localhost:{port}");
-    let server = site::serve(listener, SEED, std::future::pending());
+    let server = site::serve(listener, seed, std::future::pending());
     Tasks::new(Shutdown::new()).spawn("practice_site", OnFailure::Log, server);
+    format!("http://localhost:{port}")
+}
+
+/// Serves the practice site and gives `count` of its tasks.
+pub async fn start(count: usize) -> Vec<Value> {
+    let site = serve(SEED).await;
     let lines = tasks::generate(SEED, count, Split::Train);
     let fill = |line: &Value| {
         let filled = line.to_string().replace("${site}", &site);

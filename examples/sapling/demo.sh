@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The closed loop on this machine: sapling is measured on held-out tasks, does others with hints, learns from what it
+# solved without them, and is measured again, all in real browsers.
+# Usage: demo.sh FOLDER_WITH_BINARIES [SEED OF THE SITE]
+set -euo pipefail
+bin=$1
+seed=${2:-2}
+here=$(cd "$(dirname "$0")" && pwd)
+data=${ESPALIER_DEMO_DIR:-$PWD/.espalier-demo}/site-$seed
+mkdir -p "$data"
+
+source "$here/../practice/processes.sh"
+trap stop_all EXIT
+
+# tasks SPLIT COUNT-OF-THE-DEPOT COUNT-OF-OTHERS
+tasks() {
+  "$bin/espalier" practice tasks --seed "$seed" --split "$1" --count "$2" \
+    --kind depot_find --kind depot_code --kind depot_sign
+  "$bin/espalier" practice tasks --seed "$seed" --split "$1" --count "$3" \
+    --kind shop_price --kind login --kind slow_page | sed 's/"id":"practice-/"id":"other-/'
+}
+tasks train 90 24 >"$data/train.jsonl"
+tasks eval 63 24 >"$data/eval.jsonl"
+cp "$here/improve.toml" "$data/improve.toml"
+
+start site "$bin/espalier" practice site --listen 127.0.0.1:0 --seed "$seed" --ready-file "$data/site.ready"
+start up "$bin/espalier" up --data-dir "$data/up" --listen 127.0.0.1:0 --model examples/sapling/model --slots 4 \
+  --ready-file "$data/up.ready"
+
+# Pages are reached as `localhost`, as a person would type it.
+site=$(sed 's/127\.0\.0\.1/localhost/' "$data/site.ready")
+"$bin/espalier" run "$data/improve.toml" --data-dir "$data/up" --var "site=$site" --out "$data/report"
