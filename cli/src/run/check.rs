@@ -345,11 +345,10 @@ mod tests {
 
     #[test]
     fn everything_that_is_wrong_is_named_by_field_or_line() {
-        let file = "name = \"shop\"\nbase = \" \"\nrounds = 99\n[tasks]\ntrain = \"tasks.jsonl\"\neval = \"none.jsonl\"\n\
+        let file = "name = \"shop\"\nbase = \" \"\nmodel = \"m\"\nrounds = 99\n[tasks]\ntrain = \"tasks.jsonl\"\neval = \"none.jsonl\"\n\
             [rollouts]\nsampling = { temperature = 9 }\n[dataset]\nwhere = \"reward >=\"\nnear = 2\n[train]\nrank = 0\nlr = 5\n\
             [evaluate]\nprices = { prompt = -1 }\ncurrency = \" \"\n[gate]\nmin_tasks = 0\n";
         let tasks = task_line("a", "train", ",\"limits\":{\"turns\":-1}")
-            + "{\"id\":\"b\",\"split\":\"train\",\"prompt\":\"x\"}\n"
             + "{\"promt\":\"x\"}\n"
             + &task_line("d", "train", ",\"after\":[\"a\"]");
         let mut faults = checked(file, &tasks).unwrap_err();
@@ -373,9 +372,8 @@ mod tests {
                 ("", "train.lr"),
                 ("", "train.rank"),
                 ("tasks.jsonl:1", "limits.turns"),
-                ("tasks.jsonl:2", "verify"),
-                ("tasks.jsonl:3", "promt"),
-                ("tasks.jsonl:4", "after[0]"),
+                ("tasks.jsonl:2", "promt"),
+                ("tasks.jsonl:3", "after[0]"),
             ]
         );
     }

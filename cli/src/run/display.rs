@@ -413,11 +413,11 @@ mod tests {
             "├─ ✓ baseline    11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  done before",
             "├─ ✓ probe       11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  always 0, sometimes 0, never 0; 1 dropped",
             "├─ ● rollouts    130 of 480  solved 10 %  7,000 tokens  0.00 USD  3 min 00 s  5 min 50 s left",
-            "├─ ○ dataset",
+            "├─ ○ dataset     12",
             "├─ ✓ train       11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  shop@v1, 1 steps, loss 1.0000",
             "├─ ● serve                                                        1 min 00 s  waits for an endpoint",
             "├─ ✓ evaluation  11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s",
-            "├─ ✓ comparison  11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  +50.0 (+50.0 to +50.0) points, the gate pass…",
+            "├─ ✓ comparison  11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  +50.0 (+50.0 to +50.0) points, the gate p…",
             "└─ ✓ publish     11 of 12    solved 50 %  1.2 M tokens  0.85 USD  1 min 00 s  shop@v1 is latest",
         ];
         assert_eq!(tree(frame(&plan), &rows), expected);
