@@ -140,4 +140,4 @@ bench: ## Measures; JSON lines on standard output, everything else on standard e
 
 soak: setup-test ## 1,000 rounds of random kill -9, and as many of random faults over a cluster
 	$(TEST_BINS)
-	ESPALIER_SOAK_ROUNDS=1000 cargo nextest run --locked -p espalier-tests --profile soak -E 'test(/^random_/)'
+	ESPALIER_SOAK_ROUNDS=1000 cargo nextest run --locked -p espalier-tests --profile soak -E 'test(/::random_/)'

@@ -1,7 +1,7 @@
 //! What scenarios are made of: real processes, a client, an OTLP receiver, and waits that say what they waited for.
 //!
 //! What must hold whatever happened is judged by `history` and `world`; all else is judged by the scenarios in
-//! `tests/tests`. What may happen to a `world` is in `faults`.
+//! `tests/tests/scenarios`. What may happen to a `world` is in `faults`.
 
 pub mod client;
 pub mod cluster;

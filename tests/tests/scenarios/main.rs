@@ -1,0 +1,43 @@
+//! Everything that takes real processes, a file for each of what users do and of what may go wrong. One binary: that is linked
+//! once, in place of forty times.
+
+mod adapters;
+mod bad_input;
+mod bench_redis;
+mod browser_faults;
+mod browser_kill;
+mod browser_loop;
+mod browser_rollouts;
+mod chat;
+mod dataset_push;
+mod datasets;
+mod evaluate;
+mod faults_adoption;
+mod faults_cluster;
+mod faults_disk;
+mod faults_journal;
+mod faults_kill;
+mod faults_mcp;
+mod faults_model;
+mod faults_random;
+mod faults_redis;
+mod faults_store;
+mod generate;
+mod many_coordinators;
+mod mcp_host;
+mod practice_tasks;
+mod python;
+mod rollouts;
+mod run;
+mod serving;
+mod serving_follow;
+mod serving_hub;
+mod serving_load;
+mod serving_registry;
+mod serving_rollouts;
+mod serving_tokenizer;
+mod telemetry;
+mod tidy;
+mod train;
+mod train_dataset;
+mod train_faults;
