@@ -23,7 +23,7 @@ LLAMA_SERVER := $(LLAMA)/llama-server
 LLAMA_PYTHON := $(LLAMA)/venv/ready
 LLAMA_MODELS := $(LLAMA)/models/tiny/ready $(LLAMA)/models/0.6b/ready
 TOKENIZER := crates/qwen3-text/assets/tokenizer.json.zst
-PYTHON_NEEDS := examples/python/requirements.txt tests/testbed/requirements.txt
+PYTHON_NEEDS := examples/python/requirements.txt examples/first-adapter/requirements.txt tests/testbed/requirements.txt
 TEST_BINS := cargo build --locked --workspace --bins
 
 help: ## Lists the targets

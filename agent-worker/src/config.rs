@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use espalier_core::error::FieldError;
@@ -265,7 +265,12 @@ impl AgentWorkerConfig {
         servers.extend(self.mcp_servers.clone());
         let text = serde_json::json!({ "mcpServers": servers }).to_string();
         let variables: BTreeMap<String, String> = environment.clone();
-        Ok(McpConfig::parse(&text, &variables)?)
+        let config = McpConfig::parse(&text, &variables)?;
+        let folder = self.mcp_config.as_deref().and_then(Path::parent);
+        Ok(match folder {
+            Some(folder) => config.seen_from(folder, |name| !self.mcp_servers.contains_key(name)),
+            None => config,
+        })
     }
 }
 

@@ -16,7 +16,7 @@ use espalier_runtime::tasks::{Tasks, with_deadline};
 use tokio_util::sync::CancellationToken;
 
 use crate::exit::Problem;
-use crate::output::note;
+use crate::output::{note, plain};
 use crate::up::Settings;
 
 /// The server that there is without a file.
@@ -85,8 +85,10 @@ fn read(file: &Path, environment: &Environment) -> Result<McpConfig, Problem> {
             "name a file of the form {\"mcpServers\": {\"notes\": {\"command\": \"notes-mcp\"}}}",
         )
     })?;
-    McpConfig::parse(&text, environment)
-        .map_err(|error| Problem::refused(format!("{shown}: {error}")))
+    let config = McpConfig::parse(&text, environment)
+        .map_err(|error| Problem::refused(format!("{shown}: {error}")))?;
+    let folder = file.parent().unwrap_or(Path::new(""));
+    Ok(config.seen_from(folder, |_| true))
 }
 
 /// The folder with the locked Playwright MCP: as given, or the first of the usual places that has one.
@@ -188,7 +190,8 @@ impl Probed {
             .as_ref()
             .map(|build| format!(", {build}"))
             .unwrap_or_default();
-        format!("{} {version}{browser}, {} tools", info.title, self.tools)
+        let named = format!("{} {version}", info.title);
+        format!("{}{browser}, {} tools", named.trim_end(), self.tools)
     }
 }
 
@@ -225,7 +228,7 @@ pub async fn prepare(
                 servers.config.servers.remove(&name);
                 note(format!("warning: no browser: {error}"));
             }
-            Err(error) => faults.push(error.to_string()),
+            Err(error) => faults.push(fault(&error)),
         }
     }
     host.shutdown(CLOSE_TIMEOUT).await;
@@ -238,6 +241,15 @@ pub async fn prepare(
     }
     Err(Problem::refused(format!("MCP servers cannot be used: {}", faults.join("; ")))
         .fix("correct the file of --mcp, or install what is missing; `espalier doctor --mcp FILE` looks again"))
+}
+
+/// What is wrong with a server, with what it said last.
+fn fault(error: &McpError) -> String {
+    let Some(words) = error.last_words() else {
+        return error.to_string();
+    };
+    let words: Vec<String> = words.lines().map(plain).collect();
+    format!("{error}; it last said:\n{}\n", words.join("\n"))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use espalier_core::error::FieldError;
@@ -80,7 +80,7 @@ pub struct StdioServer {
     pub args: Vec<String>,
     /// Added to the few variables that a server inherits.
     pub env: BTreeMap<String, String>,
-    /// Working folder; a private temporary one where there is none.
+    /// Working folder, see [`McpConfig::seen_from`]; a private temporary one where there is none.
     pub cwd: Option<PathBuf>,
 }
 
@@ -221,6 +221,19 @@ impl McpConfig {
         } else {
             Err(ConfigError(errors))
         }
+    }
+
+    /// Lets relative working folders begin at `folder`, that of the file, for servers that `is_of_file` holds for.
+    #[must_use]
+    pub fn seen_from(mut self, folder: &Path, is_of_file: impl Fn(&str) -> bool) -> Self {
+        for (name, server) in &mut self.servers {
+            if let ServerKind::Stdio(StdioServer { cwd: Some(cwd), .. }) = &mut server.kind
+                && is_of_file(name)
+            {
+                *cwd = folder.join(&*cwd);
+            }
+        }
+        self
     }
 }
 
@@ -461,6 +474,22 @@ mod tests {
         assert_eq!(browser.options.isolation, Isolation::Process);
         assert!(matches!(&browser.kind, ServerKind::Playwright(p) if p.headed));
         assert!(!format!("{config:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn a_relative_folder_is_seen_from_the_file() {
+        let text = r#"{"mcpServers": {"own": {"command": "a", "cwd": "tools"}, "other": {"command": "a", "cwd": "tools"},
+            "absolute": {"command": "a", "cwd": "/tools"}, "private": {"command": "a"}}}"#;
+        let config = McpConfig::parse(text, &env()).unwrap();
+        let config = config.seen_from(Path::new("/etc/agents"), |name| name != "other");
+        let cwd = |name: &str| match &config.servers[name].kind {
+            ServerKind::Stdio(server) => server.cwd.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(cwd("own"), Some("/etc/agents/tools".into()));
+        assert_eq!(cwd("other"), Some("tools".into()));
+        assert_eq!(cwd("absolute"), Some("/tools".into()));
+        assert_eq!(cwd("private"), None);
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod faults_model;
 mod faults_random;
 mod faults_redis;
 mod faults_store;
+mod first_adapter;
 mod generate;
 mod many_coordinators;
 mod mcp_host;
