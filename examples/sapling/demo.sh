@@ -4,7 +4,7 @@
 # Usage: demo.sh FOLDER_WITH_BINARIES [SEED OF THE SITE]
 set -euo pipefail
 bin=$1
-seed=${2:-2}
+seed=${2:-3}
 here=$(cd "$(dirname "$0")" && pwd)
 data=${ESPALIER_DEMO_DIR:-$PWD/.espalier-demo}/site-$seed
 mkdir -p "$data"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Makes sapling from nothing: vocabulary, first weights, lessons, training, and what it then solves on the twin of the site.
-# Usage: make.sh FOLDER_WITH_BINARIES OUT. A GPU takes eight minutes, two cores take days. Broken off, it goes on where it was.
+# Usage: make.sh FOLDER_WITH_BINARIES OUT. A GPU takes a quarter of an hour, two cores take days. Broken off, it goes on where it was.
 set -euo pipefail
 bin=$1
 data=$2
 here=$(cd "$(dirname "$0")" && pwd)
-tokens=${SAPLING_TOKENS:-200000000}
+tokens=${SAPLING_TOKENS:-250000000}
 port=${SAPLING_PORT:-8137}
 mkdir -p "$data"
 
@@ -36,7 +36,7 @@ stop_last
 
 launch model "$bin/espalier-infer-worker" --model "$data/model" --served-model-name sapling --port "$port"
 await model bash -c ": </dev/tcp/127.0.0.1/$port" 2>/dev/null
-for seed in 2 3 4; do
+for seed in 3 5 7; do
   echo "site $seed"
   "$bin/sapling" probe "http://127.0.0.1:$port/v1" --seed "$seed" --hints
   "$bin/sapling" probe "http://127.0.0.1:$port/v1" --seed "$seed"
