@@ -65,7 +65,7 @@ pub struct AgentWorkerConfig {
     pub model_keys: BTreeMap<String, Secret>,
     /// The model's name there, for jobs that name none.
     pub model_name: String,
-    /// More fields of every request to it, such as `logprobs`.
+    /// More fields of every request to it, such as `repetition_penalty`.
     #[serde(default)]
     pub model_extra: Map<String, Value>,
     /// File with `mcpServers`, in the form that Claude Desktop and Cursor read.

@@ -6,6 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
 use espalier_core::time::Timestamp;
+use espalier_proto::convert::agreement_from_wire;
 use espalier_proto::v1;
 use serde_json::json;
 
@@ -379,12 +380,15 @@ fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
             count(train.tokens),
             count(train.supervised_tokens)
         );
-        return vec![
+        let mut rows = vec![
             ("training", what_came_of(summary)),
             ("weights", format!("after step {}", count(train.best_step))),
             ("tokens", tokens),
             ("computing", duration(train.wall_ms)),
         ];
+        let agreement = train.agreement.as_ref().map(agreement_from_wire);
+        rows.extend(agreement.map(|agreement| ("agreement", agreement.to_string())));
+        return rows;
     }
     if let Some(export) = &summary.export {
         return vec![

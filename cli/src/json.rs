@@ -1,6 +1,7 @@
 //! API messages as JSON for `--json`: the names of the proto, states and classes in lower case, absent things left
 //! out.
 
+use espalier_proto::convert::agreement_from_wire;
 use espalier_proto::v1;
 use serde_json::{Map, Value, json};
 
@@ -121,6 +122,7 @@ pub fn summary(summary: &v1::RolloutSummary) -> Value {
             "eval_loss": train.eval_loss,
             "best_step": train.best_step,
             "wall_ms": train.wall_ms,
+            "agreement": train.agreement.as_ref().map(agreement_from_wire),
         });
     }
     let mut value = Map::new();

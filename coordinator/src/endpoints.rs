@@ -39,6 +39,10 @@ pub struct ModelEndpoint {
     /// Whether it takes what vLLM adds to OpenAI's API.
     #[serde(default = "yes")]
     pub vllm_extensions: bool,
+    /// Whether rollouts ask it for the log-probability of each sampled token, which they record. Workers that serve a
+    /// model are always asked.
+    #[serde(default)]
+    pub logprobs: bool,
 }
 
 fn one() -> u32 {
@@ -117,6 +121,7 @@ fn of_configuration(endpoint: &ModelEndpoint) -> v1::ModelEndpoint {
         // Nobody watches an endpoint of the configuration; each worker finds out for itself.
         healthy: true,
         vllm_extensions: endpoint.vllm_extensions,
+        logprobs: endpoint.logprobs,
     }
 }
 
@@ -133,6 +138,7 @@ fn served_by<'a>(
         weight: 1,
         healthy: true,
         vllm_extensions: true,
+        logprobs: true,
     })
 }
 
@@ -148,6 +154,7 @@ mod tests {
             api_key_name: String::new(),
             weight: 1,
             vllm_extensions: true,
+            logprobs: false,
         }
     }
 
@@ -210,6 +217,8 @@ mod tests {
         let told = to_wire(&[endpoint("a")], &BTreeSet::new(), workers.iter());
         let names: Vec<_> = told.endpoints.iter().map(|e| e.name.as_str()).collect();
         assert_eq!(names, ["a", "w1/qwen3", "w2/qwen3", "w2/shop"]);
+        let asked: Vec<_> = told.endpoints.iter().map(|e| e.logprobs).collect();
+        assert_eq!(asked, [false, true, true, true]);
         let many: Vec<_> = (0..20)
             .map(|n| format!("w{n}"))
             .map(|id| worker(&id, &["m"; 60]))

@@ -38,6 +38,12 @@ pub trait Trainer: Send {
     /// What was refused.
     fn evaluate(&mut self, documents: Documents<'_>) -> Result<Vec<DocumentLoss>, EngineError>;
 
+    /// See [`Engine::token_losses`].
+    ///
+    /// # Errors
+    /// What was refused.
+    fn token_losses(&mut self, documents: Documents<'_>) -> Result<Vec<f32>, EngineError>;
+
     /// See [`Engine::state`].
     ///
     /// # Errors
@@ -67,6 +73,10 @@ impl Trainer for Engine {
 
     fn evaluate(&mut self, documents: Documents<'_>) -> Result<Vec<DocumentLoss>, EngineError> {
         Self::evaluate(self, documents)
+    }
+
+    fn token_losses(&mut self, documents: Documents<'_>) -> Result<Vec<f32>, EngineError> {
+        Self::token_losses(self, documents)
     }
 
     fn state(&mut self) -> Result<State, EngineError> {

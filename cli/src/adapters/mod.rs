@@ -320,6 +320,8 @@ fn rows(version: &AdapterVersion) -> Vec<(&'static str, String)> {
             rows.push(("evaluation loss", format!("{loss:.4}")));
         }
         rows.push(("time", duration(training.wall_ms)));
+        let agreement = training.agreement.as_ref();
+        rows.extend(agreement.map(|agreement| ("agreement", agreement.to_string())));
     }
     for file in &version.files {
         rows.push((

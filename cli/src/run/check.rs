@@ -237,7 +237,7 @@ fn check_drafts(drafts: &Drafts, config: &Config, faults: &mut Faults) {
     for draft in [
         rollout,
         drafts.dataset(std::slice::from_ref(&batch)),
-        drafts.train(&dataset),
+        drafts.train(&dataset, &batch),
         drafts.comparison([&before, &after], &training),
     ] {
         for error in draft.check().err().into_iter().flatten() {

@@ -281,13 +281,17 @@ pub fn outcome(record: &StepRecord) -> String {
             steps,
             loss,
             eval_loss,
+            agreement,
             ..
         } => {
             let held_out = eval_loss.map(|loss| format!(", held-out {loss:.4}"));
+            let agreement = agreement.as_ref();
+            let agreement = agreement.map(|agreement| format!(", {}", agreement.short()));
             format!(
-                "{adapter}, {} steps, loss {loss:.4}{}",
+                "{adapter}, {} steps, loss {loss:.4}{}{}",
                 count(*steps),
-                held_out.unwrap_or_default()
+                held_out.unwrap_or_default(),
+                agreement.unwrap_or_default()
             )
         }
         StepOutput::Comparison {
@@ -349,6 +353,8 @@ pub fn short(n: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use espalier_core::adapter::{Agreement, Difference};
+
     use super::super::plan::{Resolved, steps, tests};
     use super::*;
 
@@ -442,6 +448,32 @@ mod tests {
             };
             let fits = |line: &String| console::measure_text_width(line) <= width;
             assert!(tree(narrow, &rows).iter().all(fits));
+        }
+    }
+
+    #[test]
+    fn a_training_says_how_near_it_was_to_serving() {
+        let plan = tests::plan(1, false);
+        let (records, _) = tests::played(&plan, &[true]);
+        let mut records = records.into_values().map(|known| known.record);
+        let mut record = records.find(|record| record.step == Step::Train).unwrap();
+        let mut told = |agreement| {
+            if let StepOutput::Adapter { agreement: of, .. } = &mut record.output {
+                *of = agreement;
+            }
+            outcome(&record)
+        };
+        let measured = Difference::of(1, [(-1.0, -1.25)]).map(Agreement::Measured);
+        let unmeasured = Some(Agreement::unmeasured("no rollout was found"));
+        for (agreement, more) in [
+            (measured, ", agreement 2e-1, too far"),
+            (unmeasured, ", agreement not measured"),
+            (None, ""),
+        ] {
+            assert_eq!(
+                told(agreement),
+                format!("shop@v1, 1 steps, loss 1.0000{more}")
+            );
         }
     }
 

@@ -111,13 +111,14 @@ impl Drafts {
         )
     }
 
-    /// The job that trains on `dataset`.
-    pub fn train(&self, dataset: &DatasetRef) -> JobDraft {
+    /// The job that trains on `dataset`, held against the rollouts of the base model in `by_base`.
+    pub fn train(&self, dataset: &DatasetRef, by_base: &BatchId) -> JobDraft {
         self.job(
             "train",
             JobDraft {
                 train: Some(TrainDraft {
                     dataset: Some(dataset.to_string()),
+                    agreement: vec![by_base.to_string()],
                     ..self.train.clone()
                 }),
                 ..JobDraft::default()

@@ -145,7 +145,9 @@ impl Engine<'_> {
                 self.rollouts(&order, adapter.as_ref(), jobs).await
             }
             Work::Dataset { batches } => self.dataset(&order, drafts.dataset(batches)).await,
-            Work::Train { dataset } => self.train(&order, drafts.train(dataset)).await,
+            Work::Train { dataset, by_base } => {
+                self.train(&order, drafts.train(dataset, by_base)).await
+            }
             Work::Comparison {
                 before,
                 after,

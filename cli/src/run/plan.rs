@@ -64,6 +64,8 @@ pub enum Work {
     Train {
         /// The data set.
         dataset: DatasetRef,
+        /// Rollouts by the base model, against which the training is held.
+        by_base: BatchId,
     },
     /// Two models are compared.
     Comparison {
@@ -314,6 +316,9 @@ impl<'a> Resolved<'a> {
             Step::Train => match &record(Step::Dataset)?.output {
                 StepOutput::Dataset { dataset, .. } => Some(Work::Train {
                     dataset: dataset.clone(),
+                    // Every round trains the base, and only the first one's rollouts are by it. They are in every data set,
+                    // so that the step's name follows from them.
+                    by_base: self.batch(At::new(1, Step::Rollouts))?,
                 }),
                 _ => None,
             },
@@ -426,6 +431,7 @@ pub mod tests {
                 tokens: 1,
                 loss: 1.0,
                 eval_loss: None,
+                agreement: None,
             },
             Work::Comparison { .. } => StepOutput::Comparison {
                 report: "r".to_owned(),
@@ -546,6 +552,13 @@ pub mod tests {
             panic!()
         };
         assert_eq!(batches.len(), 2, "of all rounds");
+        let rollouts = resolved.record(At::new(1, Step::Rollouts)).unwrap();
+        for round in [1, 2] {
+            let Work::Train { by_base, .. } = order(round, Step::Train).work else {
+                panic!()
+            };
+            assert_eq!(Some(by_base), rollouts.batch, "round {round}");
+        }
         let Work::Comparison { before, after, .. } = order(2, Step::Comparison).work else {
             panic!()
         };

@@ -102,6 +102,7 @@ impl Engine<'_> {
             tokens: version.training.tokens,
             loss: version.training.loss,
             eval_loss: version.training.eval_loss,
+            agreement: version.training.agreement,
         };
         self.note(order, Some(&batch), times(&batch), counts(&job), output)
             .await

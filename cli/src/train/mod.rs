@@ -8,7 +8,7 @@ mod plan;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use espalier_core::adapter::AdapterVersion;
+use espalier_core::adapter::{AdapterVersion, Agreement};
 use espalier_core::dataset::DatasetVersion;
 use espalier_core::error::FieldError;
 use espalier_core::id::{AdapterName, BatchId, JobKey, ProjectId};
@@ -16,6 +16,7 @@ use espalier_core::layout::{self, UploadName};
 use espalier_core::spec::{JobDraft, TrainDraft, TrainSettingsDraft, TrainSpec};
 use espalier_core::training::TrainProgress;
 use espalier_dataset::Tally;
+use espalier_proto::convert::agreement_from_wire;
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::datasets::Datasets;
@@ -36,6 +37,9 @@ use crate::{json as shown, progress, uploads};
 pub const JOB: &str = "train";
 /// Largest file of rows, in bytes: what one upload takes.
 const ROWS_BYTES_MAX: u64 = 1 << 30;
+/// Why a training without `--agreement` is not held against serving.
+const NOT_ASKED: &str =
+    "no batch of rollouts by the base model was named, as `--agreement BATCH` does";
 
 /// Options of `train`.
 #[derive(Args, Clone, Debug)]
@@ -55,6 +59,10 @@ pub struct Train {
     /// Token rows that the model is only measured on
     #[arg(long, value_name = "FILE", requires = "rows")]
     pub eval_rows: Option<PathBuf>,
+    /// A batch of rollouts by the base model without an adapter: the log-probabilities that were recorded of its sampled tokens
+    /// are compared with those that training computes before its first step; may be given several times
+    #[arg(long, value_name = "BATCH")]
+    pub agreement: Vec<BatchId>,
     /// Settings as TOML [default: the workshop's]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -99,6 +107,7 @@ pub async fn run(context: &Context, args: &Train) -> Outcome {
         rows: args.rows.is_some().then(|| "rows.jsonl".to_owned()),
         eval_rows: args.eval_rows.is_some().then(|| "rows.jsonl".to_owned()),
         adapter: Some(args.name.clone()),
+        agreement: args.agreement.iter().map(ToString::to_string).collect(),
         settings: settings(args)?,
     };
     let spec = check(&draft)?;
@@ -264,13 +273,19 @@ impl Training<'_> {
 
     /// Says what came of it.
     async fn finish(&self, job: &v1::Job) -> Outcome {
-        let train = job.summary.as_ref().and_then(|summary| summary.train);
+        let train = job.summary.as_ref();
+        let train = train.and_then(|summary| summary.train.as_ref());
         let (Some(train), v1::JobState::Succeeded) = (train, job.state()) else {
             let why = job.last_error.as_ref().map_or("", |error| &error.message);
             let state = shown::state(job.state());
             note(format!("error: the training is {state}: {}", plain(why)));
             return Ok(Exit::Failed);
         };
+        let agreement = train.agreement.as_ref().map(agreement_from_wire);
+        let agreement = agreement.unwrap_or_else(|| Agreement::unmeasured(NOT_ASKED));
+        if agreement.is_too_far() {
+            note("warning: what was served is hardly what was trained, by its log-probabilities");
+        }
         let version = version_of(&self.store, &self.key, &self.adapter).await?;
         let name = match &version {
             Some(version) => format!("{}@v{}", self.adapter, version.n),
@@ -297,6 +312,7 @@ impl Training<'_> {
                     ("loss", format!("{:.4}", train.loss)),
                     ("held-out loss", held_out),
                     ("computing", duration(train.wall_ms)),
+                    ("agreement", agreement.to_string()),
                 ])
             },
         )?;

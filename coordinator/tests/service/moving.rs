@@ -211,6 +211,7 @@ async fn workers_are_told_where_models_are_served_before_they_get_jobs() {
             api_key_name: "pods".to_owned(),
             weight: 2,
             vllm_extensions: true,
+            logprobs: true,
         });
     })
     .await;
@@ -226,6 +227,7 @@ async fn workers_are_told_where_models_are_served_before_they_get_jobs() {
         weight: 2,
         healthy: true,
         vllm_extensions: true,
+        logprobs: true,
     };
     assert_eq!(*lock(&work.served), [told]);
 }

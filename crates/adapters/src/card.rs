@@ -130,6 +130,9 @@ fn lineage(version: &AdapterVersion) -> String {
         }
         let minutes = training.wall_ms as f64 / 60_000.0;
         rows.push(("time", format!("{minutes:.1} min")));
+        let agreement = training.agreement.as_ref();
+        let difference = agreement.and_then(|agreement| agreement.difference());
+        rows.extend(difference.map(|it| ("train/serve agreement", it.to_string())));
     }
     for file in &version.files {
         let name = file.path.rsplit('/').next().unwrap_or_default();

@@ -9,7 +9,7 @@ use espalier_adapters::{
     AdaptersError, Added, BaseCheck, Exported, Exporter, Form, Order, Watch, add, base_digest,
     card, find, list, pull,
 };
-use espalier_core::adapter::{AdapterVersion, BaseModel};
+use espalier_core::adapter::{AdapterVersion, Agreement, BaseModel, Difference};
 use espalier_core::id::{AdapterName, ProjectId};
 use espalier_core::layout::{self, UploadName};
 use espalier_core::spec::{AdapterRef, ExportTarget};
@@ -282,8 +282,23 @@ async fn the_card_has_a_header_of_yaml_and_says_where_it_comes_from() {
     ] {
         assert!(adapter.contains(fact), "{fact}: {adapter}");
     }
+    assert!(!adapter.contains("agreement"), "{adapter}");
     let model = card(&version, Form::Model);
     assert!(model.contains("library_name: transformers\n"), "{model}");
+    let mut compared = version.clone();
+    let difference = Difference {
+        traces: 2,
+        tokens: 9,
+        mean: 1e-7,
+        max: 3e-7,
+    };
+    compared.training.agreement = Some(Agreement::Measured(difference));
+    let row = format!("| train/serve agreement | {difference} |");
+    let adapter = card(&compared, Form::Adapter);
+    assert!(adapter.contains(&row), "{adapter}");
+    compared.training.agreement = Some(Agreement::unmeasured("no rollout was found"));
+    let adapter = card(&compared, Form::Adapter);
+    assert!(!adapter.contains("agreement"), "{adapter}");
     // What is no repository of the hub is not linked, whatever it holds.
     let strange = AdapterVersion {
         base: BaseModel {

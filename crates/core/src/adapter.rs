@@ -5,6 +5,7 @@
 //! finds its number by its manifest, so that a repetition takes none. Whoever pulls, serves or pushes an adapter reads
 //! this record alone; the files that it names are verified by size and digest.
 
+mod agreement;
 mod latest;
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,7 @@ use crate::layout;
 use crate::time::Timestamp;
 use crate::trace::FileEntry;
 
+pub use agreement::{Agreement, Difference};
 pub use latest::{Canary, LATEST_RECORD_VERSION, LatestEntry, Why, rollback_to};
 
 /// The version of [`AdapterVersion`] that this code writes, and the only one that it reads.
@@ -62,7 +64,7 @@ impl BaseModel {
 }
 
 /// How training went.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainSummary {
     /// Optimizer steps.
     pub steps: u64,
@@ -79,6 +81,9 @@ pub struct TrainSummary {
     pub best_step: u64,
     /// Milliseconds of computing, over all attempts whose steps count.
     pub wall_ms: u64,
+    /// How near it was to serving before its first step; absent: it was told of no rollouts to be held against.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<Agreement>,
 }
 
 /// One version of an adapter, or of a model that was trained as a whole.

@@ -227,6 +227,14 @@ fn a_version_of_an_adapter_of_version_1() {
         assert_eq!(error.field, format!("adapter.{field}"), "{to}");
     }
     assert_eq!(parse(ADAPTER, 4).unwrap_err().field, "adapter.n");
+    // What came later is read where it is there.
+    assert_eq!(record.training.agreement, None);
+    let told =
+        r#""wall_ms": 360000, "agreement": {"traces": 2, "tokens": 9, "mean": 1e-7, "max": 3e-7}"#;
+    let compared = ADAPTER.replacen("\"wall_ms\": 360000", told, 1);
+    let agreement = parse(&compared, 3).unwrap().training.agreement.unwrap();
+    let difference = agreement.difference().unwrap();
+    assert_eq!((difference.tokens, difference.mean), (9, 1e-7));
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub use import::{import, json_records};
 pub use manifest::{Counts, DatasetManifest, DropReason, SCHEMA_VERSION, SourceEntry};
 pub use order::Order;
 pub use pack::{PackError, Packed, Packing, pack};
-pub use recorded::{Drift, RowsOptions, rows};
+pub use recorded::{Drift, RowsOptions, rows, spells};
 pub use render::{RenderError, Rendered, Renderer};
 pub use rerender::{Difference, Part, Rerendered, rerender};
 pub use row::{Recorded, Row, Split};

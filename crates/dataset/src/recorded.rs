@@ -316,7 +316,7 @@ pub(crate) fn ended<'a>(call: &'a SourceCall, ids: &Ids) -> Cow<'a, [u32]> {
 }
 
 /// Whether sampled text holds what its message says: ids of another tokenizer, or of another message, do not.
-fn spells(text: &str, message: &Message) -> bool {
+pub fn spells(text: &str, message: &Message) -> bool {
     let Message::Assistant {
         content,
         reasoning_content,

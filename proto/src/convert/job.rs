@@ -1,6 +1,6 @@
 //! Errors and results.
 
-use espalier_core::adapter::TrainSummary;
+use espalier_core::adapter::{Agreement, Difference, TrainSummary};
 use espalier_core::answers::GenerateSummary;
 use espalier_core::compare::{CompareSummary, Estimate};
 use espalier_core::dataset::CurateSummary;
@@ -73,6 +73,7 @@ pub fn summary_to_wire(summary: &Summary) -> v1::RolloutSummary {
                 eval_loss: summary.eval_loss,
                 best_step: summary.best_step,
                 wall_ms: summary.wall_ms,
+                agreement: summary.agreement.as_ref().map(agreement_to_wire),
             }),
             ..v1::RolloutSummary::default()
         },
@@ -110,6 +111,35 @@ pub fn summary_to_wire(summary: &Summary) -> v1::RolloutSummary {
             }),
             ..v1::RolloutSummary::default()
         },
+    }
+}
+
+fn agreement_to_wire(agreement: &Agreement) -> v1::Agreement {
+    match agreement {
+        Agreement::Measured(difference) => v1::Agreement {
+            traces: difference.traces,
+            tokens: difference.tokens,
+            mean: difference.mean,
+            max: difference.max,
+            unmeasured: None,
+        },
+        Agreement::Unmeasured { unmeasured } => v1::Agreement {
+            unmeasured: Some(unmeasured.clone()),
+            ..v1::Agreement::default()
+        },
+    }
+}
+
+/// What came of holding a training against serving.
+pub fn agreement_from_wire(agreement: &v1::Agreement) -> Agreement {
+    match &agreement.unmeasured {
+        Some(why) => Agreement::unmeasured(why),
+        None => Agreement::Measured(Difference {
+            traces: agreement.traces,
+            tokens: agreement.tokens,
+            mean: agreement.mean,
+            max: agreement.max,
+        }),
     }
 }
 
@@ -189,6 +219,7 @@ pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<Summary, FieldEr
             eval_loss: train.eval_loss,
             best_step: train.best_step,
             wall_ms: train.wall_ms,
+            agreement: train.agreement.as_ref().map(agreement_from_wire),
         }));
     }
     let stop: StopReason = serde_json::from_value(summary.stop.as_str().into()).map_err(|_| {
@@ -209,4 +240,37 @@ pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<Summary, FieldEr
             wall_ms: summary.wall_ms,
         },
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agreement_survives_the_wire() {
+        let measured = Agreement::Measured(Difference {
+            traces: 2,
+            tokens: 9,
+            mean: 1e-7,
+            max: 3e-7,
+        });
+        let agreements = [
+            Some(measured),
+            Some(Agreement::unmeasured("no rollout was found")),
+            None,
+        ];
+        for agreement in agreements {
+            let summary = Summary::Train(TrainSummary {
+                steps: 3,
+                tokens: 9,
+                supervised_tokens: 5,
+                loss: 0.5,
+                eval_loss: None,
+                best_step: 3,
+                wall_ms: 7,
+                agreement,
+            });
+            assert_eq!(summary_from_wire(summary_to_wire(&summary)), Ok(summary));
+        }
+    }
 }

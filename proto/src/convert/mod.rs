@@ -9,7 +9,7 @@ mod train;
 mod verify;
 
 pub use job::{
-    class_from_wire, class_to_wire, error_to_wire, field_error_to_wire, summary_from_wire,
-    summary_to_wire,
+    agreement_from_wire, class_from_wire, class_to_wire, error_to_wire, field_error_to_wire,
+    summary_from_wire, summary_to_wire,
 };
 pub use spec::{decode_draft, draft_from_wire, draft_to_wire, encode_draft};

@@ -329,7 +329,7 @@ mod tests {
     #[test]
     fn a_training_survives_the_wire_over_settings_of_the_batch() {
         let own = r#"{"train":{"base":"b","revision":"r","rows":"a.jsonl","eval_rows":"e.jsonl","adapter":"n",
-            "settings":{"method":"lora","rank":8,"alpha":4.0,"rslora":false,"targets":["q_proj"],"max_length":64,
+            "agreement":["baseline"],"settings":{"method":"lora","rank":8,"alpha":4.0,"rslora":false,"targets":["q_proj"],"max_length":64,
             "batch":2,"accumulation":3,"packing":true,"max_steps":5,"lr":0.5,"schedule":"cosine","warmup_steps":1,
             "weight_decay":0.25,"clip_norm":0.5,"optimizer":"adamw","beta1":0.5,"beta2":0.75,"eps":1e-6,"seed":7,
             "eval_every":2,"checkpoint_every":4,"keep_checkpoints":6,"memory_budget_mib":512}}}"#;

@@ -31,6 +31,7 @@ pub fn from_wire(wire: v1::TrainSpec) -> TrainDraft {
         rows: wire.rows,
         eval_rows: wire.eval_rows,
         adapter: wire.adapter,
+        agreement: wire.agreement,
         settings: settings!(TrainSettingsDraft, wire.settings.unwrap_or_default()),
     }
 }
@@ -44,6 +45,7 @@ pub fn to_wire(draft: TrainDraft) -> v1::TrainSpec {
         rows: draft.rows,
         eval_rows: draft.eval_rows,
         adapter: draft.adapter,
+        agreement: draft.agreement,
         settings: Some(settings!(TrainSettings, draft.settings)),
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use espalier_core::adapter::LatestEntry;
+use espalier_core::adapter::{Agreement, LatestEntry};
 use espalier_core::layout;
 use espalier_core::pipeline::{StepOutput, StepRecord};
 use espalier_proto::v1::{self, JobState};
@@ -245,6 +245,12 @@ async fn a_model_learns_from_what_it_solved_and_takes_the_place_of_the_one_befor
     let entry = &pipeline.latest()[0];
     assert_eq!((entry.version, pipeline.latest().len()), (1, 1));
     let rollouts = record("rollouts").batch.as_ref().unwrap();
+    // The scripted model gives no ids, and what was looked at are its rollouts.
+    let why = unmeasured(record("train"));
+    assert!(
+        why.contains(rollouts.as_str()) && why.contains("its endpoint gave none"),
+        "{why}"
+    );
     assert!(hints_are_in_the_rollouts_alone(&cluster, rollouts.as_str()).await);
     report_is_whole(&pipeline.out());
 
@@ -298,6 +304,17 @@ async fn a_model_learns_from_what_it_solved_and_takes_the_place_of_the_one_befor
     worker.terminate(DEADLINE).await;
 }
 
+/// Why a training was not held against serving.
+fn unmeasured(record: &StepRecord) -> &str {
+    match &record.output {
+        StepOutput::Adapter {
+            agreement: Some(Agreement::Unmeasured { unmeasured }),
+            ..
+        } => unmeasured,
+        output => panic!("{output:?}"),
+    }
+}
+
 /// Whether the traces that are learned from have hints, and those that are measured do not.
 async fn hints_are_in_the_rollouts_alone(cluster: &Cluster, rollouts: &str) -> bool {
     let mut client = cluster.client().await;
@@ -341,6 +358,8 @@ fn report_is_whole(folder: &Path) {
         "Difficulty of the training tasks",
         "Traces side by side",
         "USD",
+        "agreement not measured",
+        "its endpoint gave none",
     ] {
         assert!(page.contains(part) && text.contains(part), "{part}");
     }

@@ -1,5 +1,6 @@
 //! One attempt at a training: everything is made ready, steps are done and measured, and the result is published.
 
+mod agree;
 mod base;
 mod dataset;
 mod prepare;
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use espalier_core::adapter::BaseModel;
+use espalier_core::adapter::{Agreement, BaseModel};
 use espalier_core::spec::{SpecDigest, TrainSpec};
 use espalier_runtime::clock::Clock;
 use espalier_runtime::fetch::Fetcher;
@@ -62,6 +63,8 @@ pub(crate) struct Training {
     pub(crate) cursor: Cursor,
     pub(crate) totals: Totals,
     pub(crate) best: Option<Best>,
+    /// How near it was to serving, before its first step.
+    pub(crate) agreement: Option<Agreement>,
     pub(crate) history: History,
     /// After how many steps the last checkpoint was taken.
     pub(crate) checkpoint: Option<u64>,

@@ -84,6 +84,7 @@ impl Workshop {
             cursor: Cursor::default(),
             totals: Totals::default(),
             best: None,
+            agreement: None,
             history: History::default(),
             checkpoint: None,
             bench: Some(Bench {
@@ -96,6 +97,9 @@ impl Workshop {
             }),
         };
         training.resume().await?;
+        if training.step() == 0 {
+            training.agreement = Box::pin(self.agree(&mut training, reading)).await?;
+        }
         Ok(training)
     }
 }
@@ -133,6 +137,7 @@ impl Training {
         self.cursor = record.cursor;
         self.totals = record.totals;
         self.best = record.best;
+        self.agreement = record.agreement;
         self.history = found.history;
         self.checkpoint = Some(record.step);
         Ok(())

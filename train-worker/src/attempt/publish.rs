@@ -165,7 +165,7 @@ impl Workshop {
                 sha256: sha256.unwrap_or_default().to_owned(),
             },
             dataset: dataset_path(grant, &train.data),
-            training: *training,
+            training: training.clone(),
             files: manifest.files.iter().filter(is_own).cloned().collect(),
         };
         let reserve = || async { reserve(&self.store, &record).await };
@@ -308,6 +308,7 @@ impl Training {
             eval_loss: self.best.map(|best| best.eval_loss),
             best_step,
             wall_ms: self.totals.wall_ms,
+            agreement: self.agreement.clone(),
         }
     }
 }

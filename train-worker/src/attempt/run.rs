@@ -164,6 +164,7 @@ impl Training {
             cursor: self.cursor,
             totals: self.totals,
             best: self.best,
+            agreement: self.agreement.clone(),
             state,
             history: self.history.clone(),
         };

@@ -1,6 +1,7 @@
 //! Whole attempts over a store in memory: with a trainer that computes next to nothing, but exactly, and with the engine
 //! on a tiny model.
 
+mod agreement;
 mod datasets;
 
 use std::path::{Path, PathBuf};
@@ -123,6 +124,15 @@ impl Trainer for Fake {
         let sum = (self.step as f64 - 6.0).abs() + 1.0;
         let loss = DocumentLoss { sum, tokens: 1 };
         Ok(vec![loss; documents.ends.len()])
+    }
+
+    fn token_losses(&mut self, documents: Documents<'_>) -> Result<Vec<f32>, EngineError> {
+        if let Some((0, shutdown)) = &self.drain_at {
+            assert!(!shutdown.is_draining(), "the process was told to end");
+            shutdown.drain();
+        }
+        let supervised = documents.supervised.iter().filter(|target| **target);
+        Ok(vec![0.5; supervised.count()])
     }
 
     fn state(&mut self) -> Result<State, EngineError> {
@@ -289,7 +299,7 @@ async fn a_training_publishes_the_best_weights_as_the_next_version() {
     let store = store().await;
     let workshop = workshop(&store, fake());
     let published = attempt(&workshop, &job(""), 7).await.unwrap();
-    let summary = *published.summary.train().unwrap();
+    let summary = published.summary.train().unwrap().clone();
     assert_eq!(
         (summary.steps, summary.best_step, summary.eval_loss),
         (10, 6, Some(1.0))
@@ -387,7 +397,7 @@ async fn a_loss_that_is_no_number_stops_and_names_the_sample_and_the_next_attemp
     let resumed = workshop(&store, fake());
     attempt(&resumed, &job(""), 2).await.unwrap();
     assert_eq!(steps(&store, 2).await, steps(&whole, 1).await);
-    let summary = manifest(&store).await.summary.train().copied().unwrap();
+    let summary = manifest(&store).await.summary.train().cloned().unwrap();
     assert_eq!((summary.best_step, summary.steps), (6, 10));
 }
 

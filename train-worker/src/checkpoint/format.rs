@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
+use espalier_core::adapter::Agreement;
 use espalier_core::id::Fence;
 use espalier_core::spec::SpecDigest;
 use espalier_core::trace::FileEntry;
@@ -71,6 +72,9 @@ pub struct Record {
     /// The best measurement so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best: Option<Best>,
+    /// How near training was to serving, before its first step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<Agreement>,
     /// Everything that training changes.
     pub tensors: Vec<TensorEntry>,
     /// The files that hold it, in order.

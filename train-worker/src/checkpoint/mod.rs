@@ -7,6 +7,7 @@ mod find;
 mod format;
 
 use bytes::Bytes;
+use espalier_core::adapter::Agreement;
 use espalier_core::id::{Fence, JobKey};
 use espalier_core::layout;
 use espalier_core::spec::SpecDigest;
@@ -51,6 +52,8 @@ pub struct Snapshot {
     pub totals: Totals,
     /// The best measurement so far.
     pub best: Option<Best>,
+    /// How near training was to serving, before its first step.
+    pub agreement: Option<Agreement>,
     /// Everything that training changes, with the count of steps.
     pub state: State,
     /// The steps.
@@ -93,6 +96,7 @@ pub async fn save(place: &Place, snapshot: Snapshot) -> Result<(), TrainError> {
         cursor: snapshot.cursor,
         totals: snapshot.totals,
         best: snapshot.best,
+        agreement: snapshot.agreement,
         tensors,
         files,
         steps,

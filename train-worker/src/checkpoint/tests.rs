@@ -43,6 +43,7 @@ fn snapshot(step: u64, mark: f32) -> Snapshot {
         },
         totals: Totals::default(),
         best: None,
+        agreement: None,
         state: State {
             step,
             tensors: vec![StateTensor {

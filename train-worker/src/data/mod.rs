@@ -3,6 +3,7 @@
 
 mod order;
 mod rows;
+mod sampled;
 
 use std::fmt;
 use std::ops::Range;
@@ -13,6 +14,7 @@ use crate::engine::Documents;
 
 pub use order::{Cursor, Order};
 pub use rows::{Row, RowLines};
+pub use sampled::Sampled;
 
 /// Most tokens of a data set: 4 GiB of memory. Larger ones are split into several trainings.
 pub const TOKENS_MAX: usize = 1 << 30;

@@ -172,6 +172,7 @@ pub enum EngineError {
 trait Training: Send {
     fn step(&mut self, micros: &[Documents<'_>], lr: f64) -> Result<StepReport, EngineError>;
     fn evaluate(&mut self, documents: Documents<'_>) -> Result<Vec<DocumentLoss>, EngineError>;
+    fn token_losses(&mut self, documents: Documents<'_>) -> Result<Vec<f32>, EngineError>;
     fn state(&mut self) -> State;
     fn restore(&mut self, state: State) -> Result<(), EngineError>;
     fn adopt(&mut self, source: &dyn TensorSource) -> Result<(), EngineError>;
@@ -289,6 +290,14 @@ impl Engine {
     /// When the documents are refused. A loss that is not finite is no error here.
     pub fn evaluate(&mut self, documents: Documents<'_>) -> Result<Vec<DocumentLoss>, EngineError> {
         self.run.evaluate(documents)
+    }
+
+    /// -log p of each supervised token in nats, in their order, at temperature 1 and over all ids that have logits.
+    ///
+    /// # Errors
+    /// As [`Engine::evaluate`].
+    pub fn token_losses(&mut self, documents: Documents<'_>) -> Result<Vec<f32>, EngineError> {
+        self.run.token_losses(documents)
     }
 
     /// Everything that training changes, bit for bit.

@@ -193,12 +193,8 @@ impl<B: Backend> Trainer<B> {
         Micro::check(documents, micro, self.plan.tokens, vocabulary)
     }
 
-    /// Forward; with `grad`, backward of `grad` times the sum of losses, unless one is not finite.
-    fn run(
-        &mut self,
-        micro: &Micro<'_>,
-        grad: Option<f64>,
-    ) -> Result<Vec<DocumentLoss>, EngineError> {
+    /// Forward, and -log p of each target; with `grad`, backward of `grad` times their sum, unless one is not finite.
+    fn run(&mut self, micro: &Micro<'_>, grad: Option<f64>) -> Result<Vec<f32>, EngineError> {
         let ids = micro.documents.ids;
         let mut positions = Vec::with_capacity(ids.len());
         let mut start = 0;
@@ -212,9 +208,9 @@ impl<B: Backend> Trainer<B> {
         let keeps = self.plan.keeps.clone();
         let mut pass = self.pass(micro.documents.ends);
         pass.forward(grad.is_some());
-        let losses = micro.by_document(&pass.loss(&micro.targets, grad));
+        let losses = pass.loss(&micro.targets, grad);
         pass.backend.check()?;
-        if grad.is_some() && losses.iter().all(|loss| loss.sum.is_finite()) {
+        if grad.is_some() && losses.iter().all(|loss| loss.is_finite()) {
             pass.backward(&keeps);
         }
         Ok(losses)
@@ -231,7 +227,7 @@ impl<B: Backend> Trainer<B> {
         let mut sum = 0.0;
         for (index, micro) in micros.iter().enumerate() {
             let losses = self.run(micro, Some(1.0 / supervised as f64))?;
-            for (document, loss) in losses.iter().enumerate() {
+            for (document, loss) in micro.by_document(&losses).iter().enumerate() {
                 if !loss.sum.is_finite() {
                     return Err(EngineError::LossNotFinite {
                         micro: index,
@@ -354,6 +350,12 @@ impl<B: Backend> Training for Trainer<B> {
     }
 
     fn evaluate(&mut self, documents: Documents<'_>) -> Result<Vec<DocumentLoss>, EngineError> {
+        let micro = self.check(documents, 0)?;
+        let losses = self.run(&micro, None)?;
+        Ok(micro.by_document(&losses))
+    }
+
+    fn token_losses(&mut self, documents: Documents<'_>) -> Result<Vec<f32>, EngineError> {
         let micro = self.check(documents, 0)?;
         self.run(&micro, None)
     }

@@ -12,6 +12,10 @@ pub const TESTS: &[(&str, fn())] = &[
     ("long_documents_repeat_bit_for_bit", long_documents),
     ("a_state_goes_on_bit_for_bit", restore),
     ("plans_change_no_bit", plans),
+    (
+        "losses_of_tokens_add_up_to_those_of_their_documents",
+        tokens,
+    ),
     ("memory_and_operations_are_as_predicted", predictions),
     ("a_model_learns_from_scratch", scratch),
     ("experts_train_and_repeat_bit_for_bit", experts),
@@ -137,6 +141,21 @@ fn plans() {
             "{keep:?}"
         );
     }
+}
+
+fn tokens() {
+    let mut engine = engine(&settings(lora()));
+    let sample = sample(3, &[200, 1, 311]);
+    let tokens = engine.token_losses(sample.documents()).unwrap();
+    let documents = engine.evaluate(sample.documents()).unwrap();
+    let mut rest = tokens.as_slice();
+    for document in documents {
+        let (own, after) = rest.split_at(document.tokens as usize);
+        rest = after;
+        let sum: f64 = own.iter().map(|loss| f64::from(*loss)).sum();
+        assert_eq!(sum, document.sum);
+    }
+    assert!(rest.is_empty());
 }
 
 fn predictions() {

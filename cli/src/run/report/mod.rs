@@ -5,6 +5,7 @@ mod text;
 
 use std::path::Path;
 
+use espalier_core::adapter::Agreement;
 use espalier_core::compare::words::{self, Table};
 use espalier_core::compare::{MARKDOWN_FILE, PAGE_FILE, REPORT_FILE};
 use espalier_core::id::JobKey;
@@ -99,6 +100,17 @@ impl<'a> Story<'a> {
         if let Some((_, read)) = &self.compared {
             let table = in_terminal(&words::success(&read.report));
             context.out.line(format!("{table}\n"))?;
+        }
+        for (adapter, agreement) in self.agreements() {
+            let warning = if agreement.is_too_far() {
+                "warning: "
+            } else {
+                ""
+            };
+            let told = plain(&agreement.to_string());
+            context
+                .out
+                .line(format!("{warning}agreement of {adapter}: {told}"))?;
         }
         context.out.line(self.verdict())?;
         if let Some((adapter, _)) = self.published() {
@@ -354,6 +366,31 @@ impl<'a> Story<'a> {
             .to_vec(),
             rows: (1..=self.plan.rounds).filter_map(row).collect(),
         }
+    }
+
+    /// How near trainings were to serving; without rows where none was compared.
+    fn agreement_table(&self) -> Table {
+        let row = |(adapter, agreement): (&AdapterRef, &Agreement)| {
+            vec![adapter.to_string(), plain(&agreement.to_string())]
+        };
+        Table {
+            header: ["version", "what was served and what is trained"]
+                .map(str::to_owned)
+                .to_vec(),
+            rows: self.agreements().map(row).collect(),
+        }
+    }
+
+    /// Versions that were held against serving, in order.
+    fn agreements(&self) -> impl Iterator<Item = (&AdapterRef, &Agreement)> {
+        self.records
+            .iter()
+            .filter_map(|(_, record)| match &record.output {
+                StepOutput::Adapter {
+                    adapter, agreement, ..
+                } => Some((adapter, agreement.as_ref()?)),
+                _ => None,
+            })
     }
 
     /// How hard the training tasks are, by round; without rows where nothing was probed.

@@ -25,6 +25,7 @@ pub(super) fn html(story: &Story<'_>) -> String {
     let sections = [
         ("Rounds", story.rounds_table()),
         ("Steps", story.steps_table()),
+        ("Train and serve", story.agreement_table()),
         ("Difficulty of the training tasks", story.difficulty_table()),
     ];
     for (title, table) in sections.iter().filter(|(_, table)| !table.rows.is_empty()) {

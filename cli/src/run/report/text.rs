@@ -17,6 +17,7 @@ pub(super) fn markdown(story: &Story<'_>) -> String {
     let sections = [
         ("Rounds", story.rounds_table()),
         ("Steps", story.steps_table()),
+        ("Train and serve", story.agreement_table()),
         ("Difficulty of the training tasks", story.difficulty_table()),
     ];
     for (title, table) in sections.iter().filter(|(_, table)| !table.rows.is_empty()) {

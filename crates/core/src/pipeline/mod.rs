@@ -12,6 +12,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::Agreement;
 use crate::compare::Estimate;
 use crate::error::FieldError;
 use crate::id::{BatchId, PipelineName};
@@ -226,6 +227,9 @@ pub enum StepOutput {
         /// Loss of the held-out rows, where there are any.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         eval_loss: Option<f64>,
+        /// How near the training was to serving; absent in records from before it was compared.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        agreement: Option<Agreement>,
     },
     /// A report.
     Comparison {

@@ -157,16 +157,11 @@ impl CompareDraft {
     }
 
     fn check_trainings(&self, faults: &mut Faults) -> Vec<(BatchId, JobId)> {
-        if self.trainings.len() > TRAININGS_MAX {
-            let rule = format!("must have at most {TRAININGS_MAX} items");
-            faults.add("trainings", self.trainings.len(), rule);
-            return Vec::new();
-        }
         let read = |text: &str| match text.split_once('/') {
             Some((batch, job)) => Ok((BatchId::new(batch)?, JobId::new(job)?)),
             None => Err(FieldError::new("training", text, "must be `batch/job`")),
         };
-        each(faults, "trainings", &self.trainings, read)
+        each(faults, "trainings", &self.trainings, TRAININGS_MAX, read)
     }
 }
 
@@ -177,9 +172,8 @@ impl CompareArmDraft {
             let rule = format!("must be 1 to {SOURCES_EACH_MAX} batches");
             faults.add("batches", "", rule);
         }
-        let batches = each(&mut faults, "batches", &self.batches, |name| {
-            BatchId::new(name)
-        });
+        let most = SOURCES_EACH_MAX;
+        let batches = each(&mut faults, "batches", &self.batches, most, str::parse);
         faults.name("model", self.model.as_deref());
         let adapter = self.adapter.as_deref().map(str::parse);
         let adapter = adapter.and_then(|adapter| faults.keep("adapter", adapter));

@@ -94,10 +94,9 @@ impl CurateDraft {
     /// The job, or every rule that the draft breaks.
     pub(super) fn check(&self) -> Result<CurateSpec, Vec<FieldError>> {
         let mut faults = Faults::default();
-        let batches = each(&mut faults, "batches", &self.batches, |name| {
-            BatchId::new(name)
-        });
-        let uploads = each(&mut faults, "uploads", &self.uploads, check_upload);
+        let most = SOURCES_EACH_MAX;
+        let batches = each(&mut faults, "batches", &self.batches, most, str::parse);
+        let uploads = each(&mut faults, "uploads", &self.uploads, most, check_upload);
         let extends = self.extends.as_deref().map(str::parse);
         let extends = extends.and_then(|extends| faults.keep("extends", extends));
         if self.batches.is_empty() && self.uploads.is_empty() && self.extends.is_none() {
@@ -142,15 +141,16 @@ impl CurateDraft {
     }
 }
 
-/// Every name of a list, those that break a rule named by their place.
+/// Every name of a list of at most `most`, those that break a rule named by their place.
 pub(super) fn each<T: PartialEq>(
     faults: &mut Faults,
     field: &str,
     names: &[String],
+    most: usize,
     read: impl Fn(&str) -> Result<T, FieldError>,
 ) -> Vec<T> {
-    if names.len() > SOURCES_EACH_MAX {
-        let rule = format!("must have at most {SOURCES_EACH_MAX} items");
+    if names.len() > most {
+        let rule = format!("must have at most {most} items");
         faults.add(field, names.len(), rule);
         return Vec::new();
     }

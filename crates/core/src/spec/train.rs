@@ -6,12 +6,15 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::check::Faults;
+use super::curate::each;
 use crate::error::FieldError;
-use crate::id::{AdapterName, DatasetName};
+use crate::id::{AdapterName, BatchId, DatasetName};
 use crate::layout::UploadName;
 
 /// Longest name of a base model or of its revision, in bytes.
 pub(super) const BASE_BYTES_MAX: usize = 1024;
+/// Most batches that a training is held against: of their rollouts a few are looked at.
+const AGREEMENT_MAX: usize = 8;
 
 /// See [`TrainSpec`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -30,6 +33,8 @@ pub struct TrainDraft {
     pub eval_rows: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub agreement: Vec<String>,
     #[serde(skip_serializing_if = "TrainSettingsDraft::is_empty")]
     pub settings: TrainSettingsDraft,
 }
@@ -102,6 +107,9 @@ pub struct TrainSpec {
     pub data: TrainData,
     /// The name under which the result is published.
     pub adapter: AdapterName,
+    /// Batches of rollouts by the base model itself, against whose log-probabilities those that training computes are
+    /// held before the first step.
+    pub agreement: Vec<BatchId>,
     /// How.
     pub settings: TrainSettings,
 }
@@ -378,6 +386,8 @@ impl TrainDraft {
         let data = self.check_data(&mut faults);
         let adapter = AdapterName::new(self.adapter.as_deref().unwrap_or_default());
         let adapter = faults.keep("adapter", adapter);
+        let (batches, most) = (&self.agreement, AGREEMENT_MAX);
+        let agreement = each(&mut faults, "agreement", batches, most, str::parse);
         let settings = faults.take("settings", self.settings.check());
         let spec = data.zip(adapter).zip(settings);
         let spec = spec.map(|((data, adapter), settings)| TrainSpec {
@@ -385,6 +395,7 @@ impl TrainDraft {
             revision: self.revision.clone(),
             data,
             adapter,
+            agreement,
             settings,
         });
         match spec {
@@ -662,6 +673,27 @@ mod tests {
             .collect();
         assert_eq!(fields, expected, "{found:#?}");
         assert!(found.contains(&"`train.settings.rank` must be in 1..=1024, got `0`".to_owned()));
+    }
+
+    #[test]
+    fn batches_of_the_base_model_are_few_and_named_once() {
+        let with =
+            |batches: &str| JOB.replacen("}}", &format!(r#","agreement":[{batches}]}}}}"#), 1);
+        let job = parse_line(with(r#""a","b""#).as_bytes()).unwrap();
+        let named = &job.check().unwrap().train().unwrap().agreement.clone();
+        assert_eq!(named, &["a", "b"].map(|name| name.parse().unwrap()));
+        let found = faults(&with(r#""a","/","a""#));
+        assert!(
+            found[0].starts_with("`train.agreement[1]` must be"),
+            "{found:?}"
+        );
+        assert_eq!(found[1], "`train.agreement[2]` must be named once, got `a`");
+        let many: Vec<String> = (0..9).map(|n| format!("\"b{n}\"")).collect();
+        let found = faults(&with(&many.join(",")));
+        assert_eq!(
+            found,
+            ["`train.agreement` must have at most 8 items, got `9`"]
+        );
     }
 
     #[test]

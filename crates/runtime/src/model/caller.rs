@@ -73,8 +73,7 @@ impl Caller {
 
     /// Asks once.
     pub(super) async fn ask(&self, request: &ChatRequest<'_>) -> Result<ChatTurn, ModelError> {
-        let (streaming, extensions) = (self.endpoint.streaming, self.endpoint.vllm_extensions);
-        let body = wire::request_body(request, streaming, extensions).map_err(|error| {
+        let body = wire::request_body(request, &self.endpoint).map_err(|error| {
             let rule = format!("the request cannot be written as JSON: {error}");
             ModelError::Settings { rule }
         })?;

@@ -73,6 +73,10 @@ pub struct ModelEndpoint {
     /// OpenAI's own API refuses these.
     #[serde(default = "yes")]
     pub vllm_extensions: bool,
+    /// Whether calls ask for the log-probability of each sampled token where a request's `extra` says nothing of it.
+    /// Some servers refuse it, and to some it costs.
+    #[serde(default)]
+    pub logprobs: bool,
 }
 
 fn request_timeout_ms() -> u64 {
@@ -107,6 +111,7 @@ impl ModelEndpoint {
             max_retries: max_retries(),
             streaming: true,
             vllm_extensions: true,
+            logprobs: false,
         }
     }
 }

@@ -52,6 +52,7 @@ impl Member {
     ) -> Result<Self, ModelError> {
         let mut endpoint = ModelEndpoint::new(&served.base_url);
         endpoint.vllm_extensions = served.vllm_extensions;
+        endpoint.logprobs = served.logprobs;
         if let Some(name) = &served.api_key_name {
             let key = keys.get(name).ok_or_else(|| ModelError::Settings {
                 rule: format!("the configuration holds no key `{name}` under `model_keys`"),
@@ -242,6 +243,7 @@ mod tests {
             weight,
             healthy: true,
             vllm_extensions: true,
+            logprobs: true,
         };
         Arc::new(Member::told(served, &BTreeMap::new()).unwrap())
     }

@@ -22,6 +22,8 @@ pub struct Served {
     pub healthy: bool,
     /// Whether it takes what vLLM adds to OpenAI's API.
     pub vllm_extensions: bool,
+    /// Whether calls ask it for the log-probability of each sampled token.
+    pub logprobs: bool,
 }
 
 impl Served {
@@ -43,6 +45,7 @@ impl Served {
             weight: wire.weight.clamp(1, WEIGHT_MAX),
             healthy: wire.healthy,
             vllm_extensions: wire.vllm_extensions,
+            logprobs: wire.logprobs,
         })
     }
 }

@@ -316,6 +316,27 @@ async fn the_request_is_what_openai_and_vllm_read() {
 }
 
 #[tokio::test]
+async fn an_endpoint_that_has_log_probabilities_is_asked_for_them_unless_the_request_says() {
+    let (endpoint, mut settings) =
+        start([Reply::Json(200, hello()), Reply::Json(200, hello())]).await;
+    settings.logprobs = true;
+    for (place, extra, asked) in [(0, json!({}), true), (1, json!({"logprobs": false}), false)] {
+        let request = ChatRequest {
+            model: "qwen3",
+            messages: &conversation(),
+            tools: &[],
+            sampling: &sampling(),
+            extra: extra.as_object().unwrap(),
+            vllm_extra: &Map::new(),
+            affinity: "p/b/j",
+        };
+        let cancel = CancellationToken::new();
+        client(&settings).chat(&request, &cancel).await.unwrap();
+        assert_eq!(endpoint.body(place)["logprobs"], json!(asked));
+    }
+}
+
+#[tokio::test]
 async fn tool_calls_reach_the_caller_as_the_model_wrote_them() {
     let events = vec![
         event(

@@ -8,14 +8,14 @@ use espalier_core::spec::Sampling;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::ChatRequest;
+use super::{ChatRequest, ModelEndpoint};
 
-/// The request's body. Extra fields of the caller fill in what is not there yet.
+/// The request's body. Extra fields of the caller fill in what is not there yet, and then what the endpoint asks for.
 pub(super) fn request_body(
     request: &ChatRequest<'_>,
-    streaming: bool,
-    extensions: bool,
+    endpoint: &ModelEndpoint,
 ) -> Result<Vec<u8>, serde_json::Error> {
+    let (streaming, extensions) = (endpoint.streaming, endpoint.vllm_extensions);
     let body = Body {
         model: request.model,
         messages: request
@@ -32,7 +32,14 @@ pub(super) fn request_body(
         }),
     };
     let vllm_extra = request.vllm_extra.iter().filter(|_| extensions);
-    let mut more = request.extra.iter().chain(vllm_extra).peekable();
+    let logprobs = ("logprobs".to_owned(), Value::Bool(true));
+    let of_endpoint = endpoint.logprobs.then_some((&logprobs.0, &logprobs.1));
+    let mut more = request
+        .extra
+        .iter()
+        .chain(vllm_extra)
+        .chain(of_endpoint)
+        .peekable();
     if more.peek().is_none() {
         return serde_json::to_vec(&body);
     }

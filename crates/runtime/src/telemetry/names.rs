@@ -152,6 +152,8 @@ pub mod metric {
     pub const TRAIN_LOSS: &str = "espalier.train.loss";
     /// Gauge, `1`: mean loss of held-out samples, when they were last measured.
     pub const TRAIN_EVAL_LOSS: &str = "espalier.train.eval_loss";
+    /// Gauge, `1`: mean amount, in nats, by which log-probabilities of sampled tokens differ between serving and training.
+    pub const TRAIN_AGREEMENT: &str = "espalier.train.agreement";
     /// Gauge, `1`: norm of the last step's gradient before it was clipped.
     pub const TRAIN_GRAD_NORM: &str = "espalier.train.grad_norm";
     /// Counter, `{token}`: tokens that went through models in training.

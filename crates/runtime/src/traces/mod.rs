@@ -19,6 +19,7 @@ use espalier_core::time::Timestamp;
 use espalier_core::trace::edits::{Curated, Patch, Standing, apply};
 use espalier_core::trace::{self, FileEntry, Header, Manifest, SCHEMA_VERSION, Trace, TraceError};
 
+use crate::publish::OfStore;
 use crate::store::{Created, LIST_MAX, Store, StoreError};
 use crate::tasks::{BlockingFailed, blocking};
 
@@ -99,6 +100,15 @@ pub enum TracesError {
     /// Packing failed.
     #[error("packing failed")]
     Work(#[from] BlockingFailed),
+}
+
+impl OfStore for TracesError {
+    fn of_store(&self) -> Option<&StoreError> {
+        match self {
+            Self::Store(error) => Some(error),
+            _ => None,
+        }
+    }
 }
 
 /// A published trace, as a listing shows it.

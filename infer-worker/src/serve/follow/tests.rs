@@ -92,6 +92,7 @@ impl World {
                 supervised_tokens: 0,
                 loss: 0.0,
                 eval_loss: None,
+                agreement: None,
                 best_step: 0,
                 wall_ms: 0,
             },

@@ -53,6 +53,32 @@ fn a_document_does_not_see_its_neighbours() {
 }
 
 #[test]
+fn losses_of_tokens_add_up_to_those_of_their_documents() {
+    for (config, trained) in models() {
+        let mut trainer = trainer::<f32>(&config, &settings(trained), None, 1);
+        let sample = Sample::new(8, &[33, 1, 17, 40]);
+        let tokens = trainer.token_losses(sample.documents()).unwrap();
+        let documents = trainer.evaluate(sample.documents()).unwrap();
+        let mut rest = tokens.as_slice();
+        for (index, document) in documents.iter().enumerate() {
+            let (own, after) = rest.split_at(document.tokens as usize);
+            rest = after;
+            let sum: f64 = own.iter().map(|loss| f64::from(*loss)).sum();
+            assert_eq!(sum, document.sum);
+            // Each is its own token's, whatever else is a target.
+            let mut alone = sample.alone(index);
+            let Some(last) = alone.supervised.iter().rposition(|target| *target) else {
+                continue;
+            };
+            alone.supervised[..last].fill(false);
+            let found = trainer.token_losses(alone.documents()).unwrap();
+            assert_eq!(found, own[own.len() - 1..]);
+        }
+        assert!(rest.is_empty());
+    }
+}
+
+#[test]
 fn chunks_of_the_head_change_no_bit_of_an_adapter() {
     let config = config(false, true);
     let mut trainer = trainer::<f32>(&config, &settings(lora(3, &Projection::ALL)), None, 1);

@@ -13,6 +13,7 @@ fn served(name: &str, settings: &ModelEndpoint) -> Served {
         weight: 1,
         healthy: true,
         vllm_extensions: true,
+        logprobs: true,
     }
 }
 
