@@ -39,6 +39,8 @@ mod serving_rollouts;
 mod serving_tokenizer;
 mod telemetry;
 mod tidy;
+mod token_exactness;
 mod train;
+mod train_agreement;
 mod train_dataset;
 mod train_faults;
