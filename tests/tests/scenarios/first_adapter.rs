@@ -8,8 +8,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use espalier_core::chat::Message;
-use espalier_tests::harness::process::binary;
 use espalier_tests::harness::model;
+use espalier_tests::harness::process::binary;
 use espalier_tests::harness::up::Up;
 use serde_json::{Value, json};
 

@@ -374,13 +374,14 @@ fn report_is_whole(folder: &Path) {
 
 #[tokio::test]
 async fn whoever_is_killed_costs_nothing_that_has_ended() {
-    let cluster = cluster(&["shop@v1"]).await;
+    let mut cluster = cluster(&["shop@v1"]).await;
     let mut worker = cluster.worker_with_cpu_slots("a", 2);
     let trainer = cluster.train_worker("trainer");
     let more = "[rollouts]\nsamples = 4\n[gate]\nmin_tasks = 8\n";
-    let pipeline = Pipeline::new(&cluster, &tasks(6, 10, None), more);
+    let tasks = tasks(6, 10, None);
+    let pipeline = Pipeline::new(&cluster, &tasks, more);
 
-    // The client goes while its rollouts run, and then a worker with some of them.
+    // The client goes while its rollouts run, then a worker with some of them, then the coordinator.
     let mut first = Process::start("run", pipeline.command(&[]), cluster.folder.path());
     let rollouts = wait_for("some rollouts", DEADLINE, || async {
         let batches = pipeline.batches().await;
@@ -394,6 +395,9 @@ async fn whoever_is_killed_costs_nothing_that_has_ended() {
     .await;
     first.kill();
     worker.kill(DEADLINE).await;
+    cluster.coordinators[0].process.kill();
+    cluster.restart_coordinator(0).await;
+    let pipeline = Pipeline::new(&cluster, &tasks, more);
     let mut worker = cluster.worker_with_cpu_slots("b", 4);
 
     // The second client goes when the training has begun, and the trainer with it.
@@ -577,7 +581,8 @@ async fn a_version_is_waited_for_and_checks_that_always_say_yes_publish_nothing(
     let mut worker = cluster.worker_with_cpu_slots("a", 6);
     let _trainer = cluster.train_worker("trainer");
     let yes = json!({"answer": {"regex": "(?s).*"}});
-    let more = "[serve]\ndeadline_s = 1\n[rollouts]\nsamples = 2\n[gate]\nmin_tasks = 2\n";
+    let more = "[serve]\ndeadline_s = 1\n[rollouts]\nsamples = 2\n[gate]\nmin_tasks = 2\n\
+                [evaluate]\nsampling = { completion_tokens = 64 }\n";
     let tasks = tasks(3, 4, Some(&yes));
     let pipeline = Pipeline::new(&cluster, &tasks, more);
     let output = pipeline.run(&[]).await;
@@ -592,17 +597,28 @@ async fn a_version_is_waited_for_and_checks_that_always_say_yes_publish_nothing(
     }
     assert!(pipeline.steps().contains(&"train") && !pipeline.steps().contains(&"evaluation"));
 
-    // Somebody does, and the pipeline goes on: how long it may take is no part of a step.
+    // Somebody does, and the pipeline goes on: how long it may take is no part of a step. Who serves is killed while the
+    // version is measured, and another takes over.
     pipeline.write(&more.replace("deadline_s = 1", "deadline_s = 120"));
     let (options, environment) = cluster.answering();
     let mut options: Vec<&str> = options.iter().map(String::as_str).collect();
     options.extend(["--follow", "shop", "--follow-every", "1"]);
     let base = pipeline.folder.join("base").display().to_string();
-    let folder = tempfile::TempDir::new().unwrap();
-    let (_serving, (code, events, report)) = tokio::join!(
-        Serving::start_on(folder, &base, &options, &environment),
-        pipeline.json()
-    );
+    let serve = || {
+        let folder = tempfile::TempDir::new().unwrap();
+        Serving::start_on(folder, &base, &options, &environment)
+    };
+    let run = Process::start("run", pipeline.command(&[]), cluster.folder.path());
+    let mut killed = serve().await;
+    wait_for("the evaluation", DEADLINE, || async {
+        let batches = pipeline.batches().await;
+        let is_measured = |batch: &v1::Batch| batch.batch.contains(".evaluation.");
+        batches.iter().any(is_measured).then_some(()).ok_or(batches)
+    })
+    .await;
+    killed.process.kill();
+    let (_serving, (code, events, report)) = tokio::join!(serve(), pipeline.json());
+    drop(run);
     assert_eq!(
         (code, &report["end"]),
         (Some(1), &json!("complete")),
