@@ -10,6 +10,7 @@ use espalier_core::id::{PipelineName, ProjectId};
 use espalier_proto::v1;
 use espalier_runtime::backoff::Backoff;
 use espalier_runtime::store::Store;
+use futures::{Stream as FuturesStream, StreamExt};
 use indicatif::ProgressBar;
 use serde_json::json;
 use tonic::{Code, Status};
@@ -188,7 +189,7 @@ struct Stream<'a> {
 }
 
 impl Stream<'_> {
-    /// One connection, until it ends, breaks, or the batch is complete.
+    /// One connection, until it ends or breaks.
     async fn take(
         &mut self,
         client: &Client,
@@ -198,26 +199,32 @@ impl Stream<'_> {
             batch: self.batch.to_owned(),
             after_cursor: self.cursor,
         };
-        let mut events = match client.jobs().watch_batch(request).await {
-            Ok(response) => response.into_inner(),
-            Err(status) => return Ok(Err(status)),
-        };
-        loop {
-            match events.message().await {
-                Ok(Some(event)) => {
-                    self.moved = true;
-                    self.cursor = event.cursor;
-                    let batch = event.batch.as_ref();
-                    self.is_complete = batch.is_some_and(|batch| batch.complete);
-                    take(event)?;
-                    if self.is_complete {
-                        return Ok(Ok(()));
-                    }
-                }
-                Ok(None) => return Ok(Ok(())),
-                Err(status) => return Ok(Err(status)),
-            }
+        match client.jobs().watch_batch(request).await {
+            Ok(response) => self.read(response.into_inner(), take).await,
+            Err(status) => Ok(Err(status)),
         }
+    }
+
+    /// Events until there are no more. Of a batch that is complete already they come in pages, each of which says so: only
+    /// when the stream has ended in good order has every job been told of.
+    async fn read(
+        &mut self,
+        mut events: impl FuturesStream<Item = Result<v1::BatchEvent, Status>> + Unpin,
+        take: &mut impl FnMut(v1::BatchEvent) -> Result<(), Problem>,
+    ) -> Result<Result<(), Status>, Problem> {
+        let mut is_complete = false;
+        while let Some(event) = events.next().await {
+            let event = match event {
+                Ok(event) => event,
+                Err(status) => return Ok(Err(status)),
+            };
+            self.moved = true;
+            self.cursor = event.cursor;
+            is_complete = event.batch.as_ref().is_some_and(|batch| batch.complete);
+            take(event)?;
+        }
+        self.is_complete = is_complete;
+        Ok(Ok(()))
     }
 }
 
@@ -340,6 +347,38 @@ mod tests {
         assert!(away.after(Status::permission_denied("no")).is_err());
         away.since = Instant::now().checked_sub(AWAY_MAX + Duration::from_secs(1));
         assert!(away.since.is_some() && away.after(Status::unavailable("gone")).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_batch_of_several_pages_is_read_to_its_last_one() {
+        let page = |cursor: u64| v1::BatchEvent {
+            batch: Some(v1::Batch {
+                complete: true,
+                ..v1::Batch::default()
+            }),
+            cursor,
+            ..v1::BatchEvent::default()
+        };
+        let mut stream = Stream {
+            batch: "b",
+            cursor: 0,
+            moved: false,
+            is_complete: false,
+        };
+        let mut seen = Vec::new();
+        let mut take = |event: v1::BatchEvent| {
+            seen.push(event.cursor);
+            Ok(())
+        };
+        // It breaks after the first page: that the batch is complete does not end it.
+        let broken = [Ok(page(500)), Err(Status::unavailable("gone"))];
+        let broken = stream.read(futures::stream::iter(broken), &mut take);
+        assert!(broken.await.unwrap().is_err());
+        assert_eq!((stream.is_complete, stream.cursor), (false, 500));
+        let rest = [Ok(page(1_000)), Ok(page(1_100))];
+        let rest = stream.read(futures::stream::iter(rest), &mut take);
+        assert!(rest.await.unwrap().is_ok() && stream.is_complete);
+        assert_eq!(seen, [500, 1_000, 1_100]);
     }
 
     #[test]
