@@ -5,6 +5,8 @@
 //! and its normaliser are used, and the parts of the file are read here. Whatever a file asks for that is not done here
 //! is refused, so that a text never has other ids here than elsewhere.
 
+mod split;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -22,8 +24,6 @@ use crate::ids::{CONTROL, CONTROLS, Ids};
 /// Words whose ids are remembered, for each thread that encodes. A page repeats its words; 2,000 of them hold a page,
 /// and a pool of 512 blocking threads must not remember 10,000 (the crate's default) each.
 const CACHED_WORDS: usize = 2_000;
-/// Qwen3's pattern. It always ends a word after the last line break of a run of whitespace.
-const QWEN3_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Longest value that an error shows, in bytes.
 const SHOWN_BYTES_MAX: usize = 100;
 
@@ -196,7 +196,7 @@ impl File {
         let token_bytes_max = check_words(&vocab)?;
         check_merges(&vocab, &merges)?;
         let pattern = pattern(&self.pre_tokenizer)?;
-        let split = SysRegex::new(pattern);
+        let words = SysRegex::new(pattern);
         let merges = merges.into_iter().map(|Merge(left, right)| (left, right));
         let model = BPE::builder()
             .vocab_and_merges(vocab, merges.collect())
@@ -205,9 +205,9 @@ impl File {
         let failed = |part| move |source| TokenizerError::Build { part, source };
         Ok(Parts {
             model: model.map_err(failed("model"))?,
-            split: split.map_err(failed("pre_tokenizer"))?,
+            split: words.map_err(failed("pre_tokenizer"))?,
             is_composed,
-            ends_lines: pattern == QWEN3_PATTERN,
+            ends_lines: pattern == split::QWEN3,
             vocabulary,
             controls,
             ids: Ids::of(&controls),
@@ -277,7 +277,8 @@ fn is_composed(normalizer: &Value) -> Result<bool, TokenizerError> {
     }
 }
 
-/// The pattern of a pre-tokenizer that splits text by it and writes the parts in the alphabet of bytes.
+/// The pattern of a pre-tokenizer that splits text by it, in a time that is bounded by the text, and writes the parts in the
+/// alphabet of bytes.
 fn pattern(pre_tokenizer: &Value) -> Result<&str, TokenizerError> {
     let steps = pre_tokenizer["pretokenizers"].as_array();
     let steps = steps.filter(|_| pre_tokenizer["type"] == "Sequence");
@@ -299,12 +300,11 @@ fn pattern(pre_tokenizer: &Value) -> Result<&str, TokenizerError> {
             return refuse(&field, &format!("must be {expected}"), &step[name]);
         }
     }
+    let field = "pre_tokenizer.pretokenizers[0].pattern";
     match split["pattern"]["Regex"].as_str() {
-        Some(pattern) => Ok(pattern),
-        None => {
-            let field = "pre_tokenizer.pretokenizers[0].pattern";
-            refuse(field, "must be a Regex", &split["pattern"])
-        }
+        Some(pattern) if split::is_bounded(pattern) => Ok(pattern),
+        Some(pattern) => refuse(field, split::RULE, &pattern.into()),
+        None => refuse(field, "must be a Regex", &split["pattern"]),
     }
 }
 

@@ -77,8 +77,8 @@ impl Tokenizer {
         SHARED.as_ref()
     }
 
-    /// The tokenizer of a `tokenizer.json` of Hugging Face: byte-level BPE after NFC or nothing, of words split by any
-    /// pattern, with the control texts of Qwen3, whatever their ids, and no others. A file that gives every text the ids
+    /// The tokenizer of a `tokenizer.json` of Hugging Face: byte-level BPE after NFC or nothing, of words split by a
+    /// pattern that takes a bounded time, with the control texts of Qwen3, whatever their ids, and no others. A file that gives every text the ids
     /// that Qwen3's gives it is [`Tokenizer::shared`], however it is written; to find that takes a second. Blocks.
     ///
     /// # Errors
