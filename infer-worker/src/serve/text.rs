@@ -7,6 +7,9 @@ use crate::api::backend::{Conversation, Delta, Form, Parser, RenderError, Render
 use crate::grammar::{GrammarError, Guides, Thoughts, Vocabulary};
 use crate::load::ModelFiles;
 
+/// What stands behind the mark of a user's turn.
+const USER: &[u8] = b"user\n";
+
 /// Tokenizer, template and grammars of one model.
 pub(super) struct Text {
     files: ModelFiles,
@@ -105,16 +108,24 @@ fn thoughts(tokenizer: &Tokenizer, prompt: &[u32]) -> Thoughts {
     }
 }
 
-/// A user's turn begins with a mark and the word `user`.
+/// A user's turn begins with a mark and the word `user`. That is told from the text of the ids: which ids it has hangs on what
+/// stands behind it, a line break for example.
 fn opening<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> &'a [u32] {
     let (open, close) = (tokenizer.ids().turn_open, tokenizer.ids().turn_close);
-    let user = tokenizer.encode("user\n");
-    let begins = |at: &usize| ids[*at] == open && ids[at + 1..].starts_with(&user);
+    let begins = |at: &usize| ids[*at] == open && spells(tokenizer, &ids[at + 1..], USER);
     let end = (0..ids.len()).find(begins).and_then(|begin| {
         let length = ids[begin..].iter().position(|id| *id == close)?;
         Some(begin + length + 1)
     });
     &ids[..end.unwrap_or(ids.len())]
+}
+
+/// Whether the text of `ids` begins with `start`.
+fn spells(tokenizer: &Tokenizer, ids: &[u32], start: &[u8]) -> bool {
+    let bytes = ids
+        .iter()
+        .flat_map(|id| tokenizer.token_bytes(*id).unwrap_or_default());
+    bytes.take(start.len()).eq(start)
 }
 
 struct Answer(OutputParser);
@@ -164,6 +175,11 @@ mod tests {
         assert_eq!(began.last(), Some(&tokenizer.ids().turn_close));
         let other = ids(&turn.replace("Hi", "Ho"));
         assert_ne!(opening(tokenizer, &other), opening(tokenizer, &ids(turn)));
+        // The first line break and the template's are one token.
+        let blank = ids(&turn.replace("Hi", "\n\nHi"));
+        let later = [&blank[..], &ids(&format!("Hello.<|im_end|>\n{turn}"))].concat();
+        assert_eq!(opening(tokenizer, &later), opening(tokenizer, &blank));
+        assert_ne!(opening(tokenizer, &blank), blank);
         let open = ids("<|im_start|>assistant\nHi<|im_end|>\n<|im_start|>user\nHi");
         assert_eq!(
             opening(tokenizer, &open),
