@@ -32,6 +32,6 @@ pub use error::AdaptersError;
 pub use export::{Exported, Exporter, Order};
 pub use latest::Latest;
 pub use merged::{BaseCheck, base_digest};
-pub use pull::{Scratch, pull, pull_within};
+pub use pull::{Scratch, clear, pull, pull_within};
 pub use versions::{Listed, find, list, list_one};
 pub use watch::Watch;

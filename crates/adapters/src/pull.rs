@@ -1,6 +1,8 @@
 //! A version's files into a folder: each verified by size and digest, and the folder there as a whole or not at all.
 
+use std::fs::{DirEntry, File};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::adapter::{AdapterKind, AdapterVersion};
@@ -18,12 +20,21 @@ use crate::watch::Watch;
 
 /// What is asked for at once, in bytes.
 const PIECE_BYTES: u64 = 32 << 20;
+/// What the names of folders begin with that go away.
+const PREFIX: &str = ".espalier-";
+/// How long a folder is left alone in which nothing changes: its owner may not have locked it yet.
+const NEW_FOR: Duration = Duration::from_secs(60);
 /// The page that goes with a version.
 pub(crate) const CARD: &str = "README.md";
 
-/// A folder that goes away with its owner, unless it is kept.
+/// A folder that goes away with its owner, unless it is kept. It is locked meanwhile, so that others can tell it from one whose
+/// owner was killed.
 #[derive(Debug)]
-pub struct Scratch(Option<PathBuf>);
+pub struct Scratch {
+    path: Option<PathBuf>,
+    /// Locked as long as it is open.
+    _lock: Option<File>,
+}
 
 impl Scratch {
     /// A new folder beside `path`.
@@ -36,22 +47,29 @@ impl Scratch {
 
     /// A new folder in `parent`, which is made too.
     pub(crate) fn within(parent: &Path) -> Result<Self, AdaptersError> {
-        let path = parent.join(format!(".espalier-{}", UuidIds.fresh()));
+        let path = parent.join(format!("{PREFIX}{}", UuidIds.fresh()));
         std::fs::create_dir_all(&path).map_err(AdaptersError::file(&path))?;
-        Ok(Self(Some(path)))
+        // Where there are no locks, nobody gets one, and nothing is cleared.
+        let lock = File::open(&path)
+            .ok()
+            .filter(|lock| lock.try_lock().is_ok());
+        Ok(Self {
+            path: Some(path),
+            _lock: lock,
+        })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        self.0.as_deref().unwrap_or(Path::new(""))
+        self.path.as_deref().unwrap_or(Path::new(""))
     }
 
     /// It becomes `path`.
     pub(crate) fn keep_as(mut self, path: &Path) -> Result<(), AdaptersError> {
-        if let Some(from) = self.0.take() {
+        if let Some(from) = self.path.take() {
             let renamed = std::fs::rename(&from, path);
             if renamed.is_err() {
-                self.0 = Some(from);
+                self.path = Some(from);
             }
             renamed.map_err(AdaptersError::file(path))?;
         }
@@ -61,12 +79,44 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Some(path) = &self.0
+        if let Some(path) = &self.path
             && let Err(error) = std::fs::remove_dir_all(path)
         {
             tracing::warn!(path = %path.display(), %error, "a folder that is needed no more stays");
         }
     }
+}
+
+/// Removes from `parent` the folders of processes that were killed before they could. Blocks.
+pub fn clear(parent: &Path) {
+    clear_older(parent, NEW_FOR);
+}
+
+fn clear_older(parent: &Path, age: Duration) {
+    let Ok(entries) = std::fs::read_dir(parent) else {
+        return;
+    };
+    for entry in entries.flatten().filter(|entry| is_left(entry, age)) {
+        let path = entry.path();
+        match std::fs::remove_dir_all(&path) {
+            Ok(()) => {
+                tracing::info!(path = %path.display(), "removed what a process left that was killed")
+            }
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "a folder that is needed no more stays");
+            }
+        }
+    }
+}
+
+/// Whether a folder is one of ours, and its owner is gone.
+fn is_left(entry: &DirEntry, age: Duration) -> bool {
+    let is_ours = entry.file_name().to_string_lossy().starts_with(PREFIX)
+        && entry.file_type().is_ok_and(|kind| kind.is_dir());
+    let changed = entry.metadata().and_then(|about| about.modified());
+    let is_old = changed.is_ok_and(|at| at.elapsed().is_ok_and(|since| since >= age));
+    let is_free = || File::open(entry.path()).is_ok_and(|lock| lock.try_lock().is_ok());
+    is_ours && is_old && is_free()
 }
 
 /// Makes the folder `to` with the files of a version and its card.
@@ -189,5 +239,29 @@ impl<'a> Verified<'a> {
                 found,
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_nobody_holds_is_cleared() {
+        let parent = tempfile::tempdir().unwrap();
+        let held = Scratch::within(parent.path()).unwrap();
+        let left = parent.path().join(".espalier-left");
+        std::fs::create_dir(&left).unwrap();
+        std::fs::write(left.join("weights"), "w").unwrap();
+        let other = parent.path().join("other");
+        std::fs::create_dir(&other).unwrap();
+        clear(parent.path());
+        assert!(left.exists(), "it may be new");
+        clear_older(parent.path(), Duration::ZERO);
+        assert!(!left.exists() && other.exists() && held.path().exists());
+        let path = held.path().to_owned();
+        drop(held);
+        assert!(!path.exists());
+        clear(&parent.path().join("none"));
     }
 }

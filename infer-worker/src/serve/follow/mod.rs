@@ -25,12 +25,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use espalier_adapters::{AdaptersError, Watch, pull_within};
+use espalier_adapters::{AdaptersError, Watch, clear, pull_within};
 use espalier_core::adapter::AdapterVersion;
 use espalier_core::id::AdapterName;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
-use espalier_runtime::tasks::{DeadlineExceeded, with_deadline};
+use espalier_runtime::tasks::{DeadlineExceeded, blocking, with_deadline};
 use espalier_runtime::telemetry::error_chain;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
@@ -101,6 +101,9 @@ impl Follower {
 
     /// Follows until the process aborts.
     pub(super) async fn run(&self, adapters: &Adapters, shutdown: Shutdown) {
+        let scratch = self.scratch.clone();
+        // It says itself what it cannot remove; the folders take room and nothing else.
+        let _ = blocking("infer.follow_clear", move || clear(&scratch)).await;
         let mut states = States::new(&self.options, self.every);
         let mut work: FuturesUnordered<BoxFuture<'_, Event>> = FuturesUnordered::new();
         for (place, of) in self.options.iter().enumerate() {
