@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use super::base::Base;
 use crate::api::backend::{AdapterError, AdapterInfo, AdapterSource, Model, Target};
 use crate::engine::{self, Adapter};
-use named::{Holder, Named};
+use named::{Asked, Holder, Named};
 
 #[cfg(test)]
 pub(super) use named::tests::held;
@@ -222,6 +222,7 @@ impl Adapters {
             handle: loaded.handle,
             created_s: self.clock.now().since(Timestamp::default()).as_secs(),
             info,
+            asked: Asked::default(),
         }
     }
 

@@ -4,7 +4,8 @@
 //! the store. Whoever has it keeps it until he gives it up: nobody takes it from the other.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use espalier_core::adapter::Canary;
 
@@ -22,6 +23,24 @@ pub(in crate::serve) struct Held {
     pub created_s: u64,
     /// What it is made of.
     pub info: AdapterInfo,
+    /// When somebody last asked for this version by its name.
+    pub asked: Asked,
+}
+
+/// A moment that requests move on.
+#[derive(Debug, Default)]
+pub(in crate::serve) struct Asked(Mutex<Option<Instant>>);
+
+impl Asked {
+    fn note(&self, now: Instant) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+    }
+
+    /// Whether it was less than `ago` before `now`.
+    pub fn is_within(&self, ago: Duration, now: Instant) -> bool {
+        let asked = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.is_some_and(|asked| now.saturating_duration_since(asked) < ago)
+    }
 }
 
 /// What answers to a name.
@@ -49,6 +68,9 @@ impl Answers {
             Some((split, held)) if split.canary.answers(split.seq, &opening()) => held,
             _ => &self.held,
         };
+        if held.called == name {
+            held.asked.note(Instant::now());
+        }
         Target {
             name: name.to_owned(),
             called: held.called.clone(),
@@ -162,6 +184,7 @@ pub(in crate::serve) mod tests {
                 version: 1,
                 doubt: None,
             },
+            asked: Asked::default(),
         })
     }
 

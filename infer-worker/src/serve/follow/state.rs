@@ -13,10 +13,13 @@ use super::look::Seen;
 use super::option::Followed;
 use super::roles::{Roles, version_name, within};
 use crate::api::backend::{Candidate, Following};
-use crate::serve::adapters::{Adapters, Held};
+use crate::serve::adapters::{Adapters, Answers, Held};
 
 /// Longest wait between two tries of a version that does not load.
 const WAIT_MAX: Duration = Duration::from_secs(300);
+/// How long a version that has no role any more is served after somebody asked for it by name: an evaluation of it may be under
+/// way, whose rollouts wait for tools between their calls.
+const ASKED_FOR: Duration = Duration::from_secs(600);
 
 /// A version that is to be loaded.
 #[derive(Clone, Debug, PartialEq)]
@@ -142,18 +145,21 @@ impl States {
 
     /// Serves what can be served, and gives what is to be loaded for the rest.
     pub(super) fn settle(&mut self, adapters: &Adapters, now: Instant) -> Vec<Order> {
-        self.make_room(adapters.room());
+        let mut spare = self.make_room(adapters.room());
         let mut orders = Vec::new();
         for state in self.all.values_mut() {
-            state.serve(adapters);
+            let kept = state.kept(now, spare);
+            spare -= kept.len();
+            state.serve(adapters, &kept);
             orders.extend(state.orders(now));
             state.say();
         }
         orders
     }
 
-    /// Those that are named come first, in their order, then those whose newest version is most recent.
-    fn make_room(&mut self, places: usize) {
+    /// Those that are named come first, in their order, then those whose newest version is most recent. Gives the places that
+    /// are left.
+    fn make_room(&mut self, places: usize) -> usize {
         let mut states: Vec<&mut State> = self.all.values_mut().collect();
         states.sort_by_key(|state| {
             let newest = state.seen.newest.and_then(|n| state.seen.records.get(&n));
@@ -165,8 +171,9 @@ impl States {
             )
         });
         let wanted: Vec<Roles> = states.iter().map(|state| state.seen.roles()).collect();
-        let mut left_out = 0;
+        let (mut left_out, mut spare) = (0, places);
         for (state, fits) in states.iter_mut().zip(within(&wanted, places)) {
+            spare = spare.saturating_sub(fits.versions().len());
             state.wanted = fits;
             left_out += usize::from(state.is_left_out());
         }
@@ -178,6 +185,7 @@ impl States {
             );
         }
         self.left_out = left_out;
+        spare
     }
 
     /// What is followed, for `/v1/adapters`.
@@ -220,17 +228,35 @@ impl State {
         self.seen = seen;
     }
 
-    /// Lets versions answer that are there, and lets go of those that nothing is served by.
-    fn serve(&mut self, adapters: &Adapters) {
+    /// Versions without a role that are asked for, as far as there is room, the newest first.
+    fn kept(&self, now: Instant, spare: usize) -> Vec<u32> {
+        let wanted = self.wanted.versions();
+        let held = self.held.iter().rev();
+        let asked =
+            held.filter(|(n, held)| !wanted.contains(n) && held.asked.is_within(ASKED_FOR, now));
+        asked.map(|(n, _)| *n).take(spare).collect()
+    }
+
+    /// Lets versions answer that are there, those that are `kept` by their own names alone, and lets go of the others.
+    fn serve(&mut self, adapters: &Adapters, kept: &[u32]) {
         let before = self.served;
         self.served = self
             .wanted
             .served(before, |version| self.held.contains_key(&version));
-        let names = self.served.names(&self.name, &self.held);
+        let mut names = self.served.names(&self.name, &self.held);
+        for version in kept {
+            if let Some(held) = self.held.get(version) {
+                let name = version_name(&self.name, *version);
+                names.entry(name).or_insert_with(|| Answers {
+                    held: Arc::clone(held),
+                    canary: None,
+                });
+            }
+        }
         self.refused = adapters.follow(&self.to_string(), names);
         let (wanted, served) = (self.wanted.versions(), self.served.versions());
         self.held
-            .retain(|version, _| wanted.contains(version) || served.contains(version));
+            .retain(|n, _| wanted.contains(n) || served.contains(n) || kept.contains(n));
         self.failed.retain(|version, _| wanted.contains(version));
         if self.served != before {
             tracing::info!(

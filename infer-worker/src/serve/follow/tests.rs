@@ -235,6 +235,26 @@ async fn a_canary_and_a_candidate_are_served_beside_latest() {
 }
 
 #[tokio::test]
+async fn a_version_that_is_asked_for_by_name_stays_while_there_is_room() {
+    let world = World::new().await;
+    world.publish(made("shop", 1, 1)).await;
+    let (adapters, follower) = (world.adapters(2, takes_all()), world.follower(&["shop"]));
+    beside(&follower, &adapters, async {
+        until(&follower, |_| names(&adapters) == ["shop@v1"]).await;
+        assert!(adapters.target("shop@v1", &Vec::new).is_some());
+        world.publish(made("shop", 2, 2)).await;
+        until(&follower, |_| names(&adapters) == ["shop@v1", "shop@v2"]).await;
+        // Nobody asked for the second one.
+        world.publish(made("shop", 3, 3)).await;
+        until(&follower, |_| names(&adapters) == ["shop@v1", "shop@v3"]).await;
+        world.promote("shop", 2, None).await;
+        let all = ["shop", "shop@v2", "shop@v3"];
+        until(&follower, |_| names(&adapters) == all).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn an_adapter_that_hangs_holds_up_no_other() {
     let world = World::new().await;
     for name in ["quick", "slow", "stuck"] {
