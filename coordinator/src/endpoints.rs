@@ -122,6 +122,7 @@ fn of_configuration(endpoint: &ModelEndpoint) -> v1::ModelEndpoint {
         healthy: true,
         vllm_extensions: endpoint.vllm_extensions,
         logprobs: endpoint.logprobs,
+        project: String::new(),
     }
 }
 
@@ -139,6 +140,7 @@ fn served_by<'a>(
         healthy: true,
         vllm_extensions: true,
         logprobs: true,
+        project: serving.projects.get(model).cloned().unwrap_or_default(),
     })
 }
 
@@ -199,6 +201,7 @@ mod tests {
             url: "http://10.0.0.9:8000/v1".to_owned(),
             models: models.iter().map(|model| (*model).to_owned()).collect(),
             api_key_name: String::new(),
+            projects: [("shop".to_owned(), "p".to_owned())].into(),
         }
     }
 
@@ -219,6 +222,8 @@ mod tests {
         assert_eq!(names, ["a", "w1/qwen3", "w2/qwen3", "w2/shop"]);
         let asked: Vec<_> = told.endpoints.iter().map(|e| e.logprobs).collect();
         assert_eq!(asked, [false, true, true, true]);
+        let projects: Vec<_> = told.endpoints.iter().map(|e| e.project.as_str()).collect();
+        assert_eq!(projects, ["", "", "", "p"]);
         let many: Vec<_> = (0..20)
             .map(|n| format!("w{n}"))
             .map(|id| worker(&id, &["m"; 60]))

@@ -36,6 +36,7 @@ impl<C: Conversation> Rollout<'_, C> {
             extra: &self.services.extra,
             vllm_extra: &vllm_extra,
             affinity: &affinity,
+            project: self.recorder.key().project.as_str(),
         };
         let asked = Instant::now();
         let answered = tokio::select! {

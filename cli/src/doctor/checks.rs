@@ -346,6 +346,7 @@ async fn try_chat(endpoint: ModelEndpoint, model: &str) -> Result<String, String
         extra: &Map::new(),
         vllm_extra: &Map::new(),
         affinity: "doctor",
+        project: "",
     };
     let cancel = CancellationToken::new();
     let turn = with_deadline("doctor.chat", CHAT_TIMEOUT, client.chat(&request, &cancel))

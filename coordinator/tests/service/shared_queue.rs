@@ -57,7 +57,7 @@ fn serving(models: &[&str]) -> Said {
     Said::Serving(v1::Serving {
         url: "http://10.0.0.9:8000/v1".to_owned(),
         models: models.iter().map(|model| (*model).to_owned()).collect(),
-        api_key_name: String::new(),
+        ..v1::Serving::default()
     })
 }
 

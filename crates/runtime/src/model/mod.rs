@@ -136,6 +136,8 @@ pub struct ChatRequest<'a> {
     /// What calls have in common whose prompts begin alike: they go to the same endpoint, which has that part in its
     /// cache. A rollout's is its job's name, whatever the attempt.
     pub affinity: &'a str,
+    /// Who asks: of models of one name, that of the project answers. Empty: no project does.
+    pub project: &'a str,
 }
 
 /// One turn of the assistant.

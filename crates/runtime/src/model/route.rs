@@ -104,6 +104,12 @@ impl Member {
             && !lock(&self.health).is_forgotten(now)
     }
 
+    /// Whether the model is another project's.
+    fn is_foreign(&self, project: &str) -> bool {
+        let of = self.served.as_ref().and_then(|s| s.project.as_deref());
+        of.is_some_and(|of| of != project)
+    }
+
     fn is_out(&self, now: Instant) -> bool {
         let said_to_be = self.served.as_ref().is_some_and(|s| !s.healthy);
         said_to_be || lock(&self.health).is_out(now)
@@ -193,7 +199,7 @@ pub(super) fn choose(
         let times = tried.iter().filter(|t| t.name == member.name).count();
         (member.is_out(now), times, member.rank(request.affinity))
     };
-    let serving = endpoints.iter().filter(|m| m.serves(request.model, now));
+    let serving = serving(endpoints, request, now).into_iter();
     let best = serving.map(|member| (standing(member), member));
     let best = best.min_by(|(a, _), (b, _)| {
         (a.0, a.1)
@@ -210,10 +216,25 @@ pub(super) fn has_fresh(
     tried: &[Arc<Member>],
     now: Instant,
 ) -> bool {
-    endpoints.iter().any(|member| {
+    serving(endpoints, request, now).into_iter().any(|member| {
         let is_fresh = !tried.iter().any(|t| t.name == member.name);
-        is_fresh && member.serves(request.model, now) && !member.is_out(now)
+        is_fresh && !member.is_out(now)
     })
+}
+
+/// The endpoints that serve the model of a request. Those where it is another project's are left out while there are others:
+/// what has one name may be two models.
+fn serving<'a>(
+    endpoints: &'a [Arc<Member>],
+    request: &ChatRequest<'_>,
+    now: Instant,
+) -> Vec<&'a Arc<Member>> {
+    let all = endpoints.iter().filter(|m| m.serves(request.model, now));
+    let (foreign, own): (Vec<_>, Vec<_>) = all.partition(|m| m.is_foreign(request.project));
+    match own.is_empty() {
+        true => foreign,
+        false => own,
+    }
 }
 
 /// A number in (0, 1) that is the same in every process and version for the same two names.
@@ -244,6 +265,7 @@ mod tests {
             healthy: true,
             vllm_extensions: true,
             logprobs: true,
+            project: None,
         };
         Arc::new(Member::told(served, &BTreeMap::new()).unwrap())
     }

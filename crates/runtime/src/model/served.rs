@@ -24,6 +24,8 @@ pub struct Served {
     pub vllm_extensions: bool,
     /// Whether calls ask it for the log-probability of each sampled token.
     pub logprobs: bool,
+    /// The project whose model it is; none: it is nobody's.
+    pub project: Option<String>,
 }
 
 impl Served {
@@ -46,6 +48,7 @@ impl Served {
             healthy: wire.healthy,
             vllm_extensions: wire.vllm_extensions,
             logprobs: wire.logprobs,
+            project: Some(wire.project).filter(|project| !project.is_empty()),
         })
     }
 }

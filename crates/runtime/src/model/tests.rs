@@ -185,6 +185,7 @@ async fn ask(settings: &ModelEndpoint) -> Result<ChatTurn, ModelError> {
         extra: &Map::new(),
         vllm_extra: &Map::new(),
         affinity: "p/b/j",
+        project: "p",
     };
     client(settings)
         .chat(&request, &CancellationToken::new())
@@ -267,6 +268,7 @@ async fn the_request_is_what_openai_and_vllm_read() {
         extra: extra.as_object().unwrap(),
         vllm_extra: vllm_extra.as_object().unwrap(),
         affinity: "p/b/j",
+        project: "p",
     };
     let cancel = CancellationToken::new();
     client(&settings).chat(&request, &cancel).await.unwrap();
@@ -506,6 +508,7 @@ async fn a_cancelled_call_ends_at_once() {
         extra: &extra,
         vllm_extra: &extra,
         affinity: "",
+        project: "",
     };
     let client = client(&settings);
     let cancelled_once_asked = async {

@@ -1,5 +1,7 @@
 //! What a worker serves to others, and what may be said of it: workers keep to the rules that coordinators check.
 
+use std::collections::BTreeMap;
+
 use espalier_core::error::FieldError;
 use espalier_proto::v1;
 use tonic::transport::Uri;
@@ -20,6 +22,8 @@ pub struct Serving {
     pub models: Vec<String>,
     /// Name of the key in the configuration of those who ask.
     pub api_key_name: Option<String>,
+    /// Of models that are of one project, as adapters of its store are: the project.
+    pub projects: BTreeMap<String, String>,
 }
 
 impl Serving {
@@ -28,6 +32,7 @@ impl Serving {
             url: self.url.clone(),
             models: self.models.clone(),
             api_key_name: self.api_key_name.clone().unwrap_or_default(),
+            projects: self.projects.clone(),
         }
     }
 
@@ -38,6 +43,7 @@ impl Serving {
             url: serving.url,
             models: serving.models,
             api_key_name: Some(serving.api_key_name).filter(|name| !name.is_empty()),
+            projects: serving.projects,
         }
     }
 
@@ -59,7 +65,20 @@ impl Serving {
         if let Some(name) = &self.api_key_name {
             check_text("api_key_name", name)?;
         }
-        let bytes: usize = self.models.iter().map(String::len).sum();
+        for (model, project) in &self.projects {
+            if !self.models.contains(model) {
+                let rule = "must be one of `models`";
+                return Err(FieldError::new("projects", model, rule));
+            }
+            check_text("projects", project)?;
+        }
+        let all = self.models.iter();
+        let all = all.chain(
+            self.projects
+                .iter()
+                .flat_map(|(model, project)| [model, project]),
+        );
+        let bytes: usize = all.map(String::len).sum();
         if bytes > MODELS_BYTES_MAX {
             let rule = format!("must have at most {MODELS_BYTES_MAX} bytes together");
             return Err(FieldError::new("models", format!("{bytes} bytes"), rule));
@@ -109,6 +128,7 @@ mod tests {
             url: "http://10.0.0.9:8000/v1".to_owned(),
             models: models.iter().map(|model| (*model).to_owned()).collect(),
             api_key_name: None,
+            projects: BTreeMap::new(),
         }
     }
 

@@ -207,6 +207,7 @@ async fn turn(server: &Server, model: &str, script: &str, streaming: bool) -> Ch
         extra: &extra,
         vllm_extra: &vllm_extra,
         affinity: "a",
+        project: "",
     };
     client
         .unwrap()

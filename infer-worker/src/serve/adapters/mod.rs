@@ -285,9 +285,10 @@ impl Adapters {
     fn tell(&self, named: &Named) {
         let names = std::iter::once(&self.base.name).chain(named.names());
         let names: Vec<String> = names.cloned().collect();
+        let projects = named.projects();
         self.serving.send_if_modified(|serving| {
-            let changed = serving.models != names;
-            serving.models = names;
+            let changed = serving.models != names || serving.projects != projects;
+            (serving.models, serving.projects) = (names, projects);
             changed
         });
     }
@@ -339,6 +340,7 @@ impl Adapters {
         let names = std::iter::once(&self.base.name).chain(named.names());
         serving.models = names.cloned().collect();
         serving.models.push(name.to_owned());
+        serving.projects = named.projects();
         let checked = serving.check();
         checked.map_err(|error| format!("coordinators take no more: {error}"))
     }
@@ -484,6 +486,8 @@ mod tests {
         let told = adapters.serving("http://h:1/v1".to_owned(), None);
         adapters.follow("p/shop", of_shop("shop"));
         assert_eq!(told.borrow().models, ["served", "shop", "shop@v1"]);
+        let own = |name: &str| (name.to_owned(), "p".to_owned());
+        assert_eq!(told.borrow().projects, ["shop", "shop@v1"].map(own).into());
         adapters.follow("p/shop", BTreeMap::new());
         assert_eq!(told.borrow().models, ["served"]);
     }

@@ -103,6 +103,18 @@ impl Named {
         self.names.keys()
     }
 
+    /// The projects of those that are followed, by name.
+    pub(super) fn projects(&self) -> BTreeMap<String, String> {
+        let project = |(name, (holder, _)): (&String, &(Holder, Answers))| match holder {
+            Holder::Person => None,
+            Holder::Follower(of) => {
+                let (project, _) = of.split_once('/')?;
+                Some((name.clone(), project.to_owned()))
+            }
+        };
+        self.names.iter().filter_map(project).collect()
+    }
+
     /// What is served, by name.
     pub(super) fn models(&self) -> Vec<Model> {
         let model = |(name, (_, answers)): (&String, &(Holder, Answers))| Model {

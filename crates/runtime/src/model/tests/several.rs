@@ -14,6 +14,7 @@ fn served(name: &str, settings: &ModelEndpoint) -> Served {
         healthy: true,
         vllm_extensions: true,
         logprobs: true,
+        project: None,
     }
 }
 
@@ -40,6 +41,7 @@ async fn ask(client: &ModelClient, affinity: &str) -> Result<ChatTurn, ModelErro
         extra: &Map::new(),
         vllm_extra: &Map::new(),
         affinity,
+        project: "p",
     };
     client.chat(&request, &CancellationToken::new()).await
 }
@@ -75,6 +77,26 @@ async fn a_rollout_stays_at_one_endpoint_and_rollouts_are_spread() {
     assert_eq!(one.requests() + two.requests(), 80);
     let headers = one.0.lock().unwrap().requests[0].0.clone();
     assert_eq!(headers[AUTHORIZATION], format!("Bearer {KEY}"));
+}
+
+#[tokio::test]
+async fn of_two_models_of_one_name_that_of_the_own_project_answers() {
+    let (_own, at_own) = start(answers()).await;
+    let (other, at_other) = start(answers()).await;
+    let of = |name: &str, settings: &ModelEndpoint, project: &str| Served {
+        project: Some(project.to_owned()),
+        ..served(name, settings)
+    };
+    let foreign = of("other", &at_other, "q");
+    let client = told(&[of("own", &at_own, "p"), foreign.clone()]);
+    for n in 0..20 {
+        let turn = ask(&client, &format!("p/b/j{n}")).await.unwrap();
+        assert_eq!(turn.endpoint, "own");
+    }
+    assert_eq!(other.requests(), 0);
+    // Who has none of their own may ask for it all the same.
+    let turn = ask(&told(&[foreign]), "p/b/j").await.unwrap();
+    assert_eq!(turn.endpoint, "other");
 }
 
 #[tokio::test]
