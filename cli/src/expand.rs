@@ -48,6 +48,10 @@ pub struct Plan {
     pub defaults: JobDraft,
     /// Labels on top of the tasks' own.
     pub labels: BTreeMap<String, String>,
+    /// What a task without an id is called, before its place in the file.
+    pub nameless: &'static str,
+    /// Rollouts that are made; more are only counted.
+    pub rollouts_max: u64,
 }
 
 /// The rollouts of a file.
@@ -61,6 +65,8 @@ pub struct Expanded {
     pub refusals: Vec<Refusal>,
     /// Tasks of another split.
     pub skipped: u64,
+    /// Rollouts of all tasks, also where that is more than are made.
+    pub rollouts: u64,
 }
 
 impl Expanded {
@@ -96,7 +102,7 @@ impl Expanded {
             FieldError::new("file", path.display(), format!("cannot be read: {error}"))
         })?;
         read.refusals.sort_by_key(|refusal| refusal.place);
-        read.skipped = expander.skipped;
+        (read.skipped, read.rollouts) = (expander.skipped, expander.rollouts);
         Ok(read)
     }
 
@@ -158,6 +164,8 @@ struct Expander {
     ids: HashSet<String>,
     /// Tasks that are of another split.
     skipped: u64,
+    /// Rollouts of the others.
+    rollouts: u64,
 }
 
 impl Expander {
@@ -175,10 +183,11 @@ impl Expander {
             seen: HashMap::new(),
             ids: HashSet::new(),
             skipped: 0,
+            rollouts: 0,
         }
     }
 
-    /// The rollouts of the task at `place` of its file; none where it is of another split.
+    /// The rollouts of the task at `place` of its file; none where it is of another split, or makes more than may be made.
     ///
     /// # Errors
     /// It is no rollout, waits for another task, or another one is the same sample of the same task.
@@ -196,7 +205,7 @@ impl Expander {
         let name = spec
             .id
             .clone()
-            .unwrap_or_else(|| format!("task-{place:06}"));
+            .unwrap_or_else(|| format!("{}-{place:06}", self.plan.nameless));
         let task = rollout.task_id.get_or_insert_with(|| name.clone()).clone();
         // A file may have several samples of a task by itself.
         let first = rollout.sample_index.unwrap_or(0);
@@ -205,6 +214,10 @@ impl Expander {
             rollout.hints = None;
         }
         rollout.group.get_or_insert_with(|| task.clone());
+        self.rollouts += u64::from(self.plan.samples) * self.plan.arms.len() as u64;
+        if self.rollouts > self.plan.rollouts_max {
+            return Ok(Vec::new());
+        }
         let samples = i64::from(self.plan.samples);
         let mut jobs = Vec::new();
         for sample in 0..samples {
@@ -337,6 +350,8 @@ mod tests {
             sampling: SamplingDraft::default(),
             defaults: JobDraft::default(),
             labels: BTreeMap::new(),
+            nameless: "task",
+            rollouts_max: u64::MAX,
         }
     }
 
@@ -399,6 +414,21 @@ mod tests {
             .expand(&spec(r#"{"generate":{"requests":"x"}}"#), 10)
             .unwrap_err();
         assert_eq!(other.field, "generate");
+    }
+
+    #[test]
+    fn more_than_may_be_made_is_counted_and_not_made() {
+        let plan = Plan {
+            rollouts_max: 4,
+            nameless: "eval",
+            ..plan(2, None, false)
+        };
+        let mut expander = Expander::new(plan, v1::JobSpec::default());
+        let mut made = |place| expander.expand(&spec(r#"{"prompt":"x"}"#), place).unwrap();
+        let first = made(1);
+        assert_eq!((first.len(), first[0].id()), (4, "a.eval-000001.s0"));
+        assert_eq!(made(2).len() + made(3).len(), 0);
+        assert_eq!(expander.rollouts, 12);
     }
 
     #[test]

@@ -224,6 +224,8 @@ fn read_tasks(args: &Evaluate, models: [String; 2]) -> Result<Expanded, Problem>
         sampling: SamplingDraft::default(),
         defaults: JobDraft::default(),
         labels: BTreeMap::new(),
+        nameless: "task",
+        rollouts_max: limits::AFTER_MANY_MAX as u64,
     };
     let vars = args.vars.iter().cloned().collect();
     let tasks = Expanded::read(&args.tasks, vars, plan)?;
@@ -232,12 +234,12 @@ fn read_tasks(args: &Evaluate, models: [String; 2]) -> Result<Expanded, Problem>
 }
 
 fn check_count(args: &Evaluate, tasks: &Expanded) -> Result<(), Problem> {
-    let max = limits::AFTER_MANY_MAX;
-    if tasks.jobs.len() > max {
+    let max = limits::AFTER_MANY_MAX as u64;
+    if tasks.rollouts > max {
         let message = format!(
             "an evaluation must have at most {} rollouts, got {}",
-            count(max as u64),
-            count(tasks.jobs.len() as u64)
+            count(max),
+            count(tasks.rollouts)
         );
         return Err(Problem::refused(message).fix("take fewer tasks, or fewer --samples"));
     }

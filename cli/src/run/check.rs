@@ -20,7 +20,7 @@ const TRAIN: &str = "train";
 /// The split that is measured on.
 const EVAL: &str = "eval";
 /// Most rollouts of one step: they are held in memory.
-const ROLLOUTS_MAX: usize = 100_000;
+const ROLLOUTS_MAX: u64 = 100_000;
 
 /// A pipeline that breaks no rule.
 #[derive(Debug)]
@@ -67,8 +67,7 @@ struct Wanted<'a> {
     samples: u32,
     hints: bool,
     sampling: &'a SamplingDraft,
-    /// Steps that draw alike would make the same rollouts.
-    seed: u32,
+    seed: u64,
     /// Whether what is not judged is of no use.
     must_be_judged: bool,
 }
@@ -82,7 +81,7 @@ impl<'a> Wanted<'a> {
             samples: config.evaluate.samples,
             hints: false,
             sampling: &config.evaluate.sampling,
-            seed: config.evaluate.seed,
+            seed: config.evaluate.seed.into(),
             must_be_judged: true,
         }
     }
@@ -95,7 +94,8 @@ impl<'a> Wanted<'a> {
             samples: config.rollouts.samples,
             hints: config.rollouts.hints,
             sampling: &config.rollouts.sampling,
-            seed: config.evaluate.seed + 1,
+            // The probe tries the same tasks: drawn alike, they would be the same rollouts.
+            seed: 2 * u64::from(config.rollouts.seed) + 1,
             must_be_judged: config.dataset.filter.as_deref() == Some(WHERE),
         }
     }
@@ -104,7 +104,7 @@ impl<'a> Wanted<'a> {
         Self {
             samples,
             hints: false,
-            seed: config.evaluate.seed + 2,
+            seed: 2 * u64::from(config.rollouts.seed) + 2,
             ..Self::rollouts(config)
         }
     }
@@ -123,10 +123,13 @@ fn tasks(config: &Config, wanted: &Wanted<'_>, faults: &mut Faults) -> Vec<v1::J
         samples: wanted.samples,
         split: Some(wanted.split.to_owned()),
         hints: wanted.hints,
-        seed: wanted.seed.into(),
+        seed: wanted.seed,
         sampling: wanted.sampling.clone(),
         defaults: config.tasks.defaults.clone(),
         labels: labels(&config.name),
+        // The files of both splits have lines of the same numbers.
+        nameless: wanted.split,
+        rollouts_max: ROLLOUTS_MAX,
     };
     let read = Expanded::read(wanted.file, config.tasks.vars.clone(), plan);
     let in_file = |error: FieldError| match error.field.as_str() {
@@ -175,7 +178,7 @@ fn check_jobs(
 }
 
 fn check_count(read: &Expanded, wanted: &Wanted<'_>, faults: &mut Faults) {
-    let count = read.jobs.len();
+    let count = read.rollouts;
     let (file, split) = (wanted.file.display(), wanted.split);
     if count == 0 && read.refusals.is_empty() {
         let rule = format!("must have a task with `split` `{split}`");
@@ -310,8 +313,18 @@ mod tests {
     }
 
     fn checked(file: &str, tasks: &str) -> Result<Checked, Vec<(String, String)>> {
+        checked_both(file, tasks, "")
+    }
+
+    /// With another file of tasks.
+    fn checked_both(
+        file: &str,
+        tasks: &str,
+        other: &str,
+    ) -> Result<Checked, Vec<(String, String)>> {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("tasks.jsonl"), tasks).unwrap();
+        std::fs::write(folder.path().join("other.jsonl"), other).unwrap();
         check(file, folder.path(), Over::default()).map_err(|faults| {
             let fault = |fault: super::super::read::Fault| (fault.place, fault.error.field);
             faults.0.into_iter().map(fault).collect()
@@ -334,13 +347,53 @@ mod tests {
         assert!(drafts.rollouts.iter().all(hints));
         assert!(!drafts.probe.iter().flatten().any(hints));
         assert!(!drafts.evaluation.iter().any(hints));
-        let seed = |job: &v1::JobSpec| job.rollout.as_ref()?.sampling.as_ref()?.seed;
         let probed = seed(&drafts.probe.as_ref().unwrap()[0]);
         assert_ne!(
             probed,
             seed(&drafts.rollouts[0]),
             "they would be the same rollouts"
         );
+    }
+
+    fn seed(job: &v1::JobSpec) -> i64 {
+        let rollout = job.rollout.as_ref().unwrap();
+        rollout.sampling.as_ref().unwrap().seed()
+    }
+
+    #[test]
+    fn each_split_has_a_seed_of_its_own() {
+        let seeds = |more: &str| {
+            let file = format!("{FILE}[probe]\n{more}");
+            let drafts = checked(&file, &good_tasks()).unwrap().drafts;
+            let probe = drafts.probe.unwrap();
+            [&drafts.evaluation[0], &drafts.rollouts[0], &probe[0]].map(seed)
+        };
+        let silent = seeds("");
+        let measured = seeds("[evaluate]\nseed = 1\n");
+        assert!(measured[0] != silent[0] && measured[1..] == silent[1..]);
+        let tried = seeds("[rollouts]\nseed = 1\n");
+        assert!(tried[0] == silent[0] && tried[1] != silent[1] && tried[2] != silent[2]);
+        assert_ne!(tried[1], tried[2]);
+    }
+
+    #[test]
+    fn tasks_without_a_name_are_those_of_their_file() {
+        let file = FILE.replace("eval = \"tasks", "eval = \"other");
+        let nameless = |split| task_line("a", split, "").replace("\"id\":\"a\",", "");
+        let checked = checked_both(&file, &nameless("train"), &nameless("eval")).unwrap();
+        let drafts = &checked.drafts;
+        assert_eq!(task(&drafts.rollouts[0]), "train-000001");
+        assert_eq!(task(&drafts.evaluation[0]), "eval-000001");
+    }
+
+    #[test]
+    fn too_many_rollouts_are_refused_before_they_are_made() {
+        let many: String = (0..1_001)
+            .map(|n| task_line(&format!("t{n}"), "train", ""))
+            .collect();
+        let file = format!("{FILE}[rollouts]\nsamples = 100\n");
+        let faults = checked(&file, &(many + &task_line("e", "eval", ""))).unwrap_err();
+        assert_eq!(faults, [(String::new(), "tasks.train".to_owned())]);
     }
 
     #[test]

@@ -22,6 +22,8 @@ const SAMPLES_MAX: u32 = 100;
 const PROBE_SAMPLES: u32 = 4;
 /// Samples of the rollouts to train on.
 const ROLLOUT_SAMPLES: u32 = 4;
+/// The share of a step's rollouts that must come to an end.
+const MIN_SHARE: f64 = 0.9;
 /// How long a version may take to be served, in seconds.
 const SERVE_S: u32 = 1_800;
 /// The longest that may be asked for, in seconds: a week.
@@ -93,6 +95,10 @@ pub struct Rollouts {
     pub hints: bool,
     /// Over the tasks' own.
     pub sampling: SamplingDraft,
+    /// Of the seeds of tasks that bring none, here and in the probe.
+    pub seed: u32,
+    /// The share of the rollouts of any step that must come to an end, solved or not.
+    pub min_share: f64,
 }
 
 /// How held-out tasks are tried, and what a report says of it.
@@ -115,7 +121,7 @@ pub struct Evaluate {
 }
 
 /// What a comparison must show.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Gate {
     /// The lower end of the difference.
@@ -165,6 +171,8 @@ struct RolloutsSection {
     samples: Option<i64>,
     hints: Option<bool>,
     sampling: Section,
+    seed: Option<i64>,
+    min_share: Option<f64>,
 }
 
 #[derive(Default, Deserialize)]
@@ -217,18 +225,18 @@ impl Config {
         Self {
             name: name(file.name, faults),
             model: file.model.unwrap_or_else(|| base.clone()),
-            base,
             revision: file.revision,
             rounds: faults.number("rounds", rounds, 1..=ROUNDS_MAX, 1),
             tasks: tasks(file.tasks, folder, over.vars, faults),
             probe: file.probe.map(|found| probe(found, faults)),
             rollouts: rollouts(file.rollouts, faults),
-            dataset: dataset(file.dataset, faults),
+            dataset: dataset(file.dataset, &base, faults),
             train: section("train", file.train, faults),
             serve_deadline: serve(file.serve, faults),
             evaluate: evaluate(file.evaluate, faults),
             gate: section("gate", file.gate, faults),
             publish: publish(file.publish, faults),
+            base,
         }
     }
 }
@@ -315,6 +323,11 @@ fn probe(found: Section, faults: &mut Faults) -> u32 {
 fn rollouts(found: Section, faults: &mut Faults) -> Rollouts {
     let found: RolloutsSection = section("rollouts", found, faults);
     let samples = found.samples;
+    let min_share = found.min_share.unwrap_or(MIN_SHARE);
+    if !(0.0..=1.0).contains(&min_share) {
+        let rule = "must be in [0, 1], such as 0.9";
+        faults.add(FieldError::new("rollouts.min_share", min_share, rule));
+    }
     Rollouts {
         samples: faults.number(
             "rollouts.samples",
@@ -324,11 +337,13 @@ fn rollouts(found: Section, faults: &mut Faults) -> Rollouts {
         ),
         hints: found.hints.unwrap_or(true),
         sampling: section("rollouts.sampling", found.sampling, faults),
+        seed: faults.number("rollouts.seed", found.seed, 0..=u32::MAX, 0),
+        min_share,
     }
 }
 
 /// The fields of a curation, but for what it reads and what it becomes, which are the pipeline's.
-fn dataset(mut found: Section, faults: &mut Faults) -> CurateDraft {
+fn dataset(mut found: Section, base: &str, faults: &mut Faults) -> CurateDraft {
     for (field, rule) in [
         (
             "batches",
@@ -349,6 +364,10 @@ fn dataset(mut found: Section, faults: &mut Faults) -> CurateDraft {
     }
     let mut draft: CurateDraft = section("dataset", found, faults);
     draft.filter.get_or_insert_with(|| WHERE.to_owned());
+    // The training takes the base's, and refuses a data set of another one. Every name of a model has a `/`.
+    if base.contains('/') {
+        draft.tokenizer.get_or_insert_with(|| base.to_owned());
+    }
     draft
 }
 
@@ -395,7 +414,7 @@ fn evaluate(found: Section, faults: &mut Faults) -> Evaluate {
     Evaluate {
         samples: faults.number("evaluate.samples", found.samples, 1..=SAMPLES_MAX, 1),
         sampling: section("evaluate.sampling", found.sampling, faults),
-        seed: faults.number("evaluate.seed", found.seed, 0..=u32::MAX - 2, 0),
+        seed: faults.number("evaluate.seed", found.seed, 0..=u32::MAX, 0),
         prices,
         currency: found.currency,
         labels: found.labels,
@@ -430,7 +449,12 @@ mod tests {
         };
         assert_eq!((config.probe, config.publish), (None, publish));
         assert_eq!((config.rollouts.samples, config.rollouts.hints), (4, true));
+        assert_eq!((config.rollouts.seed, config.rollouts.min_share), (0, 0.9));
         assert_eq!(config.dataset.filter.as_deref(), Some("solved"));
+        assert_eq!(config.dataset.tokenizer.as_deref(), Some("Qwen/Qwen3-4B"));
+        let (config, _) = read(&format!("{LEAST}[dataset]\ntokenizer = \"a/b\"\n"));
+        assert_eq!(config.dataset.tokenizer.as_deref(), Some("a/b"));
+        let (config, _) = read(LEAST);
         assert_eq!(config.serve_deadline.as_secs(), 1_800);
         assert_eq!((config.evaluate.samples, config.evaluate.prices), (1, None));
         let (config, _) = read(&format!("{LEAST}[probe]\n"));
@@ -455,7 +479,7 @@ mod tests {
     #[test]
     fn every_mistake_is_named_at_once() {
         let (_, faults) = read(
-            "nmae = \"shop\"\nrounds = 0\n[tasks]\ntrian = \"a\"\neval = 5\n[rollouts]\nsamples = 0\nhints = \"no\"\n\
+            "nmae = \"shop\"\nrounds = 0\n[tasks]\ntrian = \"a\"\neval = 5\n[rollouts]\nsamples = 0\nhints = \"no\"\nmin_share = 1.5\n\
              sampling = { temperatur = 1, top_k = \"x\" }\n[dataset]\nbatches = [\"b\"]\n[train]\nrnak = 8\n[evaluate]\n\
              labels = [\"a\"]\nprices = { promt = 1 }\n[gate]\nmin_task = 1\n[publish]\nenabeld = true\ncanary = 1\n",
         );
@@ -476,6 +500,7 @@ mod tests {
                 "publish.canary",
                 "publish.enabeld",
                 "rollouts.hints",
+                "rollouts.min_share",
                 "rollouts.samples",
                 "rollouts.sampling.temperatur",
                 "rollouts.sampling.top_k",
