@@ -102,6 +102,23 @@ pub async fn make_latest(
     Ok((entry, true))
 }
 
+/// The entry by which this comparison made a version `latest`, or gave it this share, also where another entry counts now.
+pub async fn made_latest(
+    opened: &Opened,
+    wanted: &Wanted,
+    comparison: &Comparison,
+    canary: Option<f64>,
+) -> Result<Option<LatestEntry>, Problem> {
+    let log = latest(opened, &wanted.name).log().await?;
+    if log.is_empty() {
+        return Ok(None);
+    }
+    let proof = Proof::read(opened, comparison, wanted).await?;
+    let is_it =
+        |entry: &LatestEntry| entry.why == proof.why && is_of(entry, proof.of.version, canary);
+    Ok(log.into_iter().find(is_it))
+}
+
 /// The adapter, and the version where one is named.
 fn wanted(args: &Promote) -> Result<Wanted, Problem> {
     let version = match (args.adapter.version, args.number) {

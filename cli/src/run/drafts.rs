@@ -163,12 +163,14 @@ impl Drafts {
             work,
             tasks: tasks(jobs),
             jobs: jobs.len() as u64,
+            again: 0,
         };
         let one = |step, work| PlannedStep {
             step,
             work,
             tasks: 0,
             jobs: u64::from(step != Step::Publish),
+            again: 0,
         };
         let mut steps = vec![rollouts(
             Step::Baseline,
@@ -188,7 +190,7 @@ impl Drafts {
             one(Step::Train, work(&self.train)),
             rollouts(Step::Evaluation, &self.evaluation, evaluation),
             one(Step::Comparison, work(&self.compare)),
-            one(Step::Publish, work(&self.publish)),
+            one(Step::Publish, work(&(self.publish, config.gate))),
         ]);
         Ok(PipelinePlan {
             plan_version: PIPELINE_PLAN_VERSION,

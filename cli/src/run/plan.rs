@@ -223,12 +223,14 @@ impl<'a> Resolved<'a> {
         let inputs = self.inputs(at)?;
         let inputs: Vec<&str> = inputs.iter().map(|known| known.sha256.as_str()).collect();
         let model = self.model(at)?;
-        Some(StepDigest::of(
-            at.step,
-            &planned.work,
-            model.as_deref(),
-            &inputs,
-        ))
+        let mut work = planned.content();
+        if at.step == Step::Publish {
+            work.push_str(match self.has_passed(at.round) {
+                true => ", passed",
+                false => ", shut",
+            });
+        }
+        Some(StepDigest::of(at.step, &work, model.as_deref(), &inputs))
     }
 
     /// The model that tries the tasks of a step; none inside: it tries none.
@@ -264,10 +266,16 @@ impl<'a> Resolved<'a> {
                 At::new(round, Step::Evaluation),
                 At::new(round, Step::Train),
             ]),
-            Step::Publish => wanted.extend([
-                At::new(round, Step::Comparison),
-                At::new(round, Step::Train),
-            ]),
+            Step::Publish => {
+                // It begins with the comparison, and is named by what decides it: a report that only reads otherwise must not
+                // publish again what somebody has taken back since.
+                self.record(At::new(round, Step::Comparison))?;
+                wanted.extend([
+                    before(round),
+                    At::new(round, Step::Evaluation),
+                    At::new(round, Step::Train),
+                ]);
+            }
         }
         wanted
             .iter()
@@ -384,6 +392,7 @@ pub mod tests {
             work: format!("work of {step}"),
             tasks: 3,
             jobs: 12,
+            again: 0,
         };
         let wanted = |step: &Step| *step != Step::Serve && (probe || *step != Step::Probe);
         PipelinePlan {
@@ -606,6 +615,25 @@ pub mod tests {
     }
 
     #[test]
+    fn a_gate_that_says_otherwise_is_heeded() {
+        let plan = plan(1, false);
+        let (mut records, _) = played(&plan, &[true]);
+        let publish = At::new(1, Step::Publish);
+        let before = Resolved::new(&plan, &records).digest(publish).cloned();
+        let shut = records.values_mut().find_map(|known| {
+            let StepOutput::Comparison { passed, .. } = &mut known.record.output else {
+                return None;
+            };
+            *passed = false;
+            Some(())
+        });
+        assert!(shut.is_some());
+        let resolved = Resolved::new(&plan, &records);
+        assert_eq!((resolved.end(), resolved.ready().len()), (None, 1));
+        assert_ne!(resolved.digest(publish), before.as_ref());
+    }
+
+    #[test]
     fn a_change_runs_again_what_depends_on_it_and_nothing_else() {
         let plan = plan(2, true);
         let (records, moments) = played(&plan, &[true, true]);
@@ -615,7 +643,8 @@ pub mod tests {
             (Step::Probe, all - 1),
             (Step::Rollouts, all - 2),
             (Step::Train, 4 + 7),
-            (Step::Comparison, 4),
+            // A report that reads otherwise publishes nothing again.
+            (Step::Comparison, 2),
             (Step::Publish, 2),
         ] {
             let mut changed = plan.clone();

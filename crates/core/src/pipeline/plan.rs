@@ -26,6 +26,23 @@ pub struct PlannedStep {
     pub tasks: u64,
     /// How many jobs it has at most.
     pub jobs: u64,
+    /// How often somebody asked that it be done anew.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub again: u32,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+impl PlannedStep {
+    /// What the step's digest is of: what it does, and which time it is done.
+    pub fn content(&self) -> String {
+        match self.again {
+            0 => self.work.clone(),
+            again => format!("{}, again {again}", self.work),
+        }
+    }
 }
 
 /// What is to be done.
@@ -87,6 +104,24 @@ impl PipelinePlan {
         self.steps.iter().find(|planned| planned.step == step)
     }
 
+    /// Takes over from the plan `before` what was asked to be done anew, so that it stays done, and asks it of `steps` once
+    /// more.
+    ///
+    /// # Errors
+    /// The pipeline has no such step.
+    pub fn go_on_from(&mut self, before: Option<&Self>, steps: &[Step]) -> Result<(), FieldError> {
+        if let Some(step) = steps.iter().find(|step| self.step(**step).is_none()) {
+            let rule = format!("must be a step of pipeline `{}`", self.pipeline);
+            return Err(FieldError::new("again", step, rule));
+        }
+        for planned in &mut self.steps {
+            let before = before.and_then(|before| before.step(planned.step));
+            let more = u32::from(steps.contains(&planned.step));
+            planned.again = before.map_or(0, |before| before.again) + more;
+        }
+        Ok(())
+    }
+
     /// Whether both are to do the same.
     pub fn is_like(&self, other: &Self) -> bool {
         let created_at_us = other.created_at_us;
@@ -95,5 +130,55 @@ impl PipelinePlan {
             ..self.clone()
         };
         same == *other
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan() -> PipelinePlan {
+        let planned = |step| PlannedStep {
+            step,
+            work: "w".to_owned(),
+            tasks: 0,
+            jobs: 1,
+            again: 0,
+        };
+        PipelinePlan {
+            plan_version: PIPELINE_PLAN_VERSION,
+            pipeline: PipelineName::new("shop").unwrap(),
+            base: "b".to_owned(),
+            model: "m".to_owned(),
+            rounds: 1,
+            steps: [Step::Rollouts, Step::Train].map(planned).to_vec(),
+            prices: None,
+            currency: "USD".to_owned(),
+            created_at_us: Timestamp(1),
+        }
+    }
+
+    #[test]
+    fn what_was_done_anew_stays_so_and_what_never_was_is_named_as_before() {
+        let first = plan();
+        let stored = serde_json::to_string(&first).unwrap();
+        assert!(!stored.contains("again"), "{stored}");
+        assert_eq!(
+            PipelinePlan::parse(stored.as_bytes(), &first.pipeline),
+            Ok(first.clone())
+        );
+        let mut second = plan();
+        second.go_on_from(Some(&first), &[Step::Train]).unwrap();
+        let mut third = plan();
+        third.go_on_from(Some(&second), &[]).unwrap();
+        assert_eq!(second, third);
+        let content = |plan: &PipelinePlan, step| plan.step(step).unwrap().content();
+        assert_eq!(content(&third, Step::Rollouts), "w");
+        assert_ne!(content(&third, Step::Train), "w");
+        let mut fourth = plan();
+        fourth.go_on_from(Some(&third), &[Step::Train]).unwrap();
+        assert_ne!(content(&fourth, Step::Train), content(&third, Step::Train));
+        let error = plan().go_on_from(None, &[Step::Probe]).unwrap_err();
+        assert_eq!((&*error.field, &*error.value), ("again", "probe"));
     }
 }
