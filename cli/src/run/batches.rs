@@ -39,7 +39,7 @@ impl Engine<'_> {
                 .digest
                 .batch(&self.plan.pipeline, order.at.step, tries)?;
             match self.batch(&batch).await? {
-                Some(found) if found.cancelled => {}
+                Some(found) if is_cancelled(&found) => self.leave_behind(&batch, &found).await?,
                 found => return Ok((batch, found)),
             }
         }
@@ -48,6 +48,26 @@ impl Engine<'_> {
             order.at.step
         );
         Err(Problem::failed(message))
+    }
+
+    /// Stops what is left of a batch that is passed over. Who only looks on stops nothing.
+    async fn leave_behind(&self, batch: &BatchId, found: &v1::Batch) -> Result<(), Problem> {
+        match found.complete || self.drafts.is_none() {
+            true => Ok(()),
+            false => self.cancel(batch).await,
+        }
+    }
+
+    async fn cancel(&self, batch: &BatchId) -> Result<(), Problem> {
+        let target = v1::cancel_request::Target::Batch(batch.to_string());
+        let request = v1::CancelRequest {
+            target: Some(target),
+        };
+        let cancelled = again(&self.client, || {
+            let (mut jobs, request) = (self.client.jobs(), request.clone());
+            async move { jobs.cancel(request).await }
+        });
+        cancelled.await.map(drop)
     }
 
     /// A batch, as it is now; none where nobody opened it, or the queue has forgotten it.
@@ -70,8 +90,8 @@ impl Engine<'_> {
         .await
     }
 
-    /// Begins the batch, unless all its jobs are there, and puts dead ones back where nothing came of it. Repeating it changes
-    /// nothing.
+    /// Begins the batch, unless all its jobs are there, and puts dead ones back where too little came of it. Repeating it
+    /// changes nothing.
     pub(super) async fn begin(
         &self,
         at: At,
@@ -86,14 +106,19 @@ impl Engine<'_> {
         if !found.is_some_and(|found| found.closed) {
             self.submit(batch, jobs()).await?;
         }
-        let counts = found.and_then(|found| found.counts).unwrap_or_default();
-        let is_over = found.is_some_and(|found| found.complete);
-        if is_over && counts.succeeded == 0 && counts.dead > 0 {
+        if found.is_some_and(|found| self.is_retried(found)) {
             self.retry(batch).await?;
             how = Begun::Retried;
         }
         let planned = self.plan.step(at.step).map_or(0, |step| step.jobs);
         self.screen.begun(at, batch, planned, how)
+    }
+
+    /// Whether the dead jobs of a batch are put back before it is followed.
+    pub(super) fn is_retried(&self, found: &v1::Batch) -> bool {
+        let counts = found.counts.unwrap_or_default();
+        let jobs = counts.succeeded + counts.dead;
+        found.complete && counts.dead > 0 && !is_enough(counts.succeeded, jobs, self.min_share)
     }
 
     async fn submit(&self, batch: &BatchId, jobs: Vec<v1::JobSpec>) -> Result<(), Problem> {
@@ -114,6 +139,8 @@ impl Engine<'_> {
             refusals.extend(answer.await?.rejected);
         }
         if !refusals.is_empty() {
+            // A part of the step is of no use, and must cost nothing.
+            self.cancel(batch).await?;
             return Err(refused(batch, &refusals));
         }
         close_batch(&self.client, batch).await
@@ -160,9 +187,22 @@ impl Engine<'_> {
                 },
             )
         };
-        let say = |_said: String| {};
-        watch::events(self.context, &self.client, batch.as_str(), take, say).await?;
-        Ok((tally.into_inner(), self.over(batch).await?))
+        let ended = loop {
+            let say = |_said: String| {};
+            watch::events(self.context, &self.client, batch.as_str(), take, say).await?;
+            let ended = self.over(batch).await?;
+            // Somebody may have put dead jobs back since.
+            if ended.complete {
+                break ended;
+            }
+        };
+        let tally = tally.into_inner();
+        let checked = tally.check(&ended.counts.unwrap_or_default());
+        checked.map_err(|why| {
+            Problem::failed(format!("batch {batch}: {why}"))
+                .fix("run it again: nothing was written down of the step")
+        })?;
+        Ok((tally, ended))
     }
 
     /// Follows the only job of a batch to its end.
@@ -189,11 +229,40 @@ impl Engine<'_> {
         let found = self.batch(batch).await?;
         let found = found
             .ok_or_else(|| Problem::failed(format!("the queue has forgotten batch {batch}")))?;
-        match found.cancelled {
-            true => Err(Problem::failed(format!("batch {batch} was cancelled"))
-                .fix("the same command again begins the step anew")),
+        match is_cancelled(&found) {
+            true => Err(
+                Problem::failed(format!("jobs of batch {batch} were cancelled"))
+                    .fix("the same command again begins the step anew, in another batch"),
+            ),
             false => Ok(found),
         }
+    }
+}
+
+/// Whether somebody cancelled the batch, or some of its jobs by their names or labels: a step is done whole, or anew.
+fn is_cancelled(batch: &v1::Batch) -> bool {
+    batch.cancelled || batch.counts.is_some_and(|counts| counts.cancelled > 0)
+}
+
+/// Whether so many of the jobs of a step ended well that it counts as done: at least one, and the share that is asked for.
+pub fn is_enough(succeeded: u64, jobs: u64, min_share: f64) -> bool {
+    // A share such as 0.9 is no binary number: a count that is it exactly must be enough.
+    succeeded > 0 && succeeded as f64 + 1e-6 >= min_share * jobs as f64
+}
+
+/// A batch, by its counters alone.
+pub fn of_counts(batch: &v1::Batch) -> Running {
+    let mut tally = Tally::default();
+    tally.take(&v1::BatchEvent {
+        batch: Some(batch.clone()),
+        ..v1::BatchEvent::default()
+    });
+    Running {
+        since: Timestamp(batch.created_at_us),
+        done: tally.over(),
+        of: tally.jobs(),
+        words: waits(&tally),
+        ..Running::default()
     }
 }
 
@@ -220,7 +289,8 @@ fn refused(batch: &BatchId, refusals: &[v1::Rejection]) -> Problem {
         refusals.len(),
         said.join("; ")
     );
-    Problem::refused(message).fix("put that right, and run it again: what was accepted is kept")
+    Problem::refused(message)
+        .fix("put that right, and run it again: what was accepted is cancelled")
 }
 
 /// What nothing runs for.
@@ -285,6 +355,38 @@ mod tests {
         assert_eq!(leased("loading the model").words, "loading the model");
         let waiting = running(&job(v1::JobState::Ready, ""));
         assert_eq!(waiting.words, "ready: waits for a worker");
+    }
+
+    #[test]
+    fn a_step_is_done_with_the_share_that_is_asked_for() {
+        for (succeeded, jobs, share, expected) in [
+            (0, 0, 0.0, false),
+            (0, 4, 0.0, false),
+            (1, 400, 0.0, true),
+            (9, 10, 0.9, true),
+            (8, 10, 0.9, false),
+            (63, 70, 0.9, true),
+            (69, 70, 1.0, false),
+            (70, 70, 1.0, true),
+        ] {
+            let case = format!("{succeeded} of {jobs}, {share}");
+            assert_eq!(is_enough(succeeded, jobs, share), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_batch_of_which_a_job_was_cancelled_is_cancelled() {
+        let batch = |cancelled: bool, jobs: u64| v1::Batch {
+            cancelled,
+            counts: Some(v1::Counts {
+                succeeded: 3,
+                cancelled: jobs,
+                ..v1::Counts::default()
+            }),
+            ..v1::Batch::default()
+        };
+        assert!(is_cancelled(&batch(true, 0)) && is_cancelled(&batch(false, 1)));
+        assert!(!is_cancelled(&batch(false, 0)));
     }
 
     #[test]

@@ -8,9 +8,12 @@ use std::time::Duration;
 use espalier_core::pipeline::{STEP_RECORD_VERSION, StepCounts, StepOutput, StepRecord};
 use espalier_core::time::Timestamp;
 use espalier_proto::v1;
+use espalier_runtime::clock::{Clock, SystemClock};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use tokio::time::Instant;
 
+use super::batches::of_counts;
 use super::drafts::Drafts;
 use super::plan::{At, End, Known, Order, Records, Resolved, Work};
 use super::records::Desk;
@@ -21,6 +24,10 @@ use crate::exit::Problem;
 
 /// Time between two looks at what is no stream.
 pub const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Time between two signs of whoever runs a pipeline.
+const BEAT_EVERY: Duration = Duration::from_secs(10);
+/// How long who looks on waits for one of them, while nothing else of the pipeline moves.
+const SILENCE_MAX: Duration = Duration::from_secs(40);
 
 /// What runs a pipeline, or looks on.
 pub struct Engine<'a> {
@@ -36,6 +43,8 @@ pub struct Engine<'a> {
     pub drafts: Option<&'a Drafts>,
     /// How long a version may take to be served.
     pub serve_deadline: Duration,
+    /// The share of a step's rollouts that must come to an end, solved or not.
+    pub min_share: f64,
     /// Where it is shown.
     pub screen: &'a Screen<'a>,
 }
@@ -59,6 +68,8 @@ pub enum Ended {
         /// Why, and what to do.
         problem: Problem,
     },
+    /// Nobody runs it, and none of its jobs is under way.
+    Unattended,
 }
 
 /// Why a step has no record.
@@ -82,16 +93,57 @@ impl Engine<'_> {
         self.screen
             .resolved(&Resolved::new(self.plan, records), true)?;
         let mut going = Box::pin(self.go(records));
+        let mut beside = Box::pin(self.beside());
         let mut ticks = tokio::time::interval(DRAW_EVERY);
         let ended = loop {
             tokio::select! {
                 ended = &mut going => break ended,
+                ended = &mut beside => break ended,
                 _ = ticks.tick() => self.screen.draw(),
             }
         };
         drop(going);
         self.screen.leave();
         ended
+    }
+
+    /// Who runs the pipeline says so all the time; who looks on does so until nobody runs it.
+    async fn beside(&self) -> Result<Ended, Problem> {
+        if self.drafts.is_none() {
+            return self.silence().await;
+        }
+        loop {
+            // Another one follows one that is lost.
+            let _ = self.desk.beat(SystemClock.now()).await;
+            tokio::time::sleep(BEAT_EVERY).await;
+        }
+    }
+
+    async fn silence(&self) -> Result<Ended, Problem> {
+        let (mut heard, mut since) = (None, Instant::now());
+        loop {
+            let now = self.desk.heard().await?;
+            if now != heard || self.screen.is_running() {
+                (heard, since) = (now, Instant::now());
+            }
+            if since.elapsed() >= SILENCE_MAX {
+                return Ok(Ended::Unattended);
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Shows once how far the steps are whose jobs are under way.
+    pub async fn look(&self, records: &Records) -> Result<(), Problem> {
+        for order in Resolved::new(self.plan, records).ready() {
+            if matches!(order.work, Work::Publish { .. }) {
+                continue;
+            }
+            if let (_, Some(found)) = self.find(&order).await? {
+                self.screen.running(order.at, of_counts(&found))?;
+            }
+        }
+        Ok(())
     }
 
     async fn go(&self, records: &mut Records) -> Result<Ended, Problem> {
@@ -141,7 +193,7 @@ impl Engine<'_> {
                 adapter,
                 dropped,
             } => {
-                let jobs = || drafts.rollouts(order.at.step, model, dropped);
+                let jobs = drafts.rollouts(order.at.step, model, dropped);
                 self.rollouts(&order, adapter.as_ref(), jobs).await
             }
             Work::Dataset { batches } => self.dataset(&order, drafts.dataset(batches)).await,

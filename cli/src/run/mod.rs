@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use clap::Args;
 use espalier_core::id::{PipelineName, ProjectId};
-use espalier_core::pipeline::PipelinePlan;
+use espalier_core::pipeline::{PipelinePlan, Step};
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::store::Store;
 use espalier_runtime::tasks::blocking;
@@ -42,7 +42,7 @@ use crate::uploads;
 use check::Checked;
 use config::Over;
 use engine::Engine;
-use plan::Resolved;
+use plan::{Records, Resolved};
 use read::Faults;
 use records::Desk;
 use report::Story;
@@ -65,6 +65,9 @@ pub struct Run {
     /// How often it goes round, each time with the adapter of the round before [default: the file's, or 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: Option<u32>,
+    /// Does this step of every round anew, and with it what depends on it; may be given several times
+    #[arg(long, value_name = "STEP", value_parser = again)]
+    pub again: Vec<Step>,
     /// Shows what is done already and what would be, and does nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -79,10 +82,27 @@ pub struct Run {
     pub store: Option<String>,
 }
 
+/// A step that can be done anew.
+fn again(text: &str) -> Result<Step, String> {
+    let steps = || {
+        Step::ALL
+            .into_iter()
+            .filter(|step| !matches!(step, Step::Serve | Step::Publish))
+    };
+    let named = steps().find(|step| step.as_str() == text);
+    named.ok_or_else(|| match text {
+        "publish" => "is done by `espalier adapters promote`".to_owned(),
+        _ => {
+            let steps: Vec<&str> = steps().map(Step::as_str).collect();
+            format!("must be one of {}", steps.join(", "))
+        }
+    })
+}
+
 /// Runs the command.
 pub async fn run(context: &Context, args: &Run) -> Outcome {
     let Checked { config, drafts } = checked(context, args).await?;
-    let plan = drafts.plan(&config, SystemClock.now())?;
+    let mut plan = drafts.plan(&config, SystemClock.now())?;
     let desk = Desk {
         store: uploads::open_store(context, args.store.as_deref()).await?,
         project: match &args.project {
@@ -91,11 +111,12 @@ pub async fn run(context: &Context, args: &Run) -> Outcome {
         },
         name: config.name.clone(),
     };
-    let mut records = desk.steps().await?;
+    plan.go_on_from(desk.plan().await?.as_ref(), &args.again)?;
+    let mut records = records(&desk).await?;
     let screen = Screen::new(context, &plan);
     if args.dry_run {
         screen.resolved(&Resolved::new(&plan, &records), true)?;
-        return report::dry(context, &plan, &records, &screen.rows());
+        return report::once(context, &plan, &records, &screen.rows());
     }
     let client = context.client().await?;
     desk.announce(&plan).await?;
@@ -106,6 +127,7 @@ pub async fn run(context: &Context, args: &Run) -> Outcome {
         plan: &plan,
         drafts: Some(&drafts),
         serve_deadline: config.serve_deadline,
+        min_share: config.rollouts.min_share,
         screen: &screen,
     };
     let ended = engine.run(&mut records).await;
@@ -116,12 +138,25 @@ pub async fn run(context: &Context, args: &Run) -> Outcome {
     story.tell(context, &out)
 }
 
-/// Looks on while somebody else runs a pipeline; none where nobody ever ran one of that name.
+/// The records that can be read.
+async fn records(desk: &Desk) -> Result<Records, Problem> {
+    let (records, broken) = desk.steps().await?;
+    for problem in broken {
+        note(format!(
+            "{}; only a step that needs it stops",
+            problem.message
+        ));
+    }
+    Ok(records)
+}
+
+/// Looks on while somebody else runs a pipeline, or `once`; none where nobody ever ran one of that name.
 pub async fn watch(
     context: &Context,
     store: Store,
     project: ProjectId,
     name: &PipelineName,
+    once: bool,
 ) -> Result<Option<Exit>, Problem> {
     let desk = Desk {
         store,
@@ -131,11 +166,11 @@ pub async fn watch(
     let Some(plan) = desk.plan().await? else {
         return Ok(None);
     };
-    look_on(context, desk, &plan).await.map(Some)
+    look_on(context, desk, &plan, once).await.map(Some)
 }
 
-async fn look_on(context: &Context, desk: Desk, plan: &PipelinePlan) -> Outcome {
-    let mut records = desk.steps().await?;
+async fn look_on(context: &Context, desk: Desk, plan: &PipelinePlan, once: bool) -> Outcome {
+    let mut records = records(&desk).await?;
     let screen = Screen::new(context, plan);
     let engine = Engine {
         context,
@@ -144,8 +179,15 @@ async fn look_on(context: &Context, desk: Desk, plan: &PipelinePlan) -> Outcome 
         plan,
         drafts: None,
         serve_deadline: Duration::ZERO,
+        // Whoever runs it knows what is asked for.
+        min_share: 0.0,
         screen: &screen,
     };
+    if once {
+        screen.resolved(&Resolved::new(plan, &records), true)?;
+        engine.look(&records).await?;
+        return report::once(context, plan, &records, &screen.rows());
+    }
     let ended = engine.run(&mut records).await;
     let story = Story::read(&engine.desk, plan, &records, screen.rows(), ended).await;
     story.tell_end(context)

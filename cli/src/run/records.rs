@@ -2,13 +2,16 @@
 
 use std::fmt::Display;
 
+use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{PipelineName, ProjectId};
 use espalier_core::layout;
 use espalier_core::pipeline::{PipelinePlan, StepDigest, StepRecord};
+use espalier_core::time::Timestamp;
 use espalier_core::trace::sha256_hex;
 use espalier_runtime::store::{Created, LIST_MAX, Store};
 use serde::Serialize;
+use serde_json::json;
 
 use super::plan::{Known, Records};
 use crate::exit::Problem;
@@ -30,31 +33,61 @@ pub struct Desk {
 impl Desk {
     /// The record of a step; none while it has not ended.
     pub async fn step(&self, digest: &StepDigest) -> Result<Option<Known>, Problem> {
+        self.stored(digest).await?.transpose()
+    }
+
+    /// The same, where it is no failure that it cannot be read.
+    async fn stored(&self, digest: &StepDigest) -> Result<Option<Result<Known, Problem>>, Problem> {
         let path = layout::pipeline_step(&self.project, &self.name, digest);
         let bytes = match self.store.get(&path).await {
             Err(error) if error.is_not_found() => return Ok(None),
             other => other?,
         };
         let record = StepRecord::parse(&bytes, &self.name, digest);
-        Ok(Some(Known {
-            record: record.map_err(|error| broken(&path, &error))?,
+        let known = record.map(|record| Known {
+            record,
             sha256: sha256_hex(&bytes),
-        }))
+        });
+        Ok(Some(known.map_err(|error| {
+            broken(&path, &error).fix(
+                "remove it, and run the pipeline again: what the step's batch came to is written down anew, as long as the \
+                 queue knows the batch",
+            )
+        })))
     }
 
-    /// Every step that has ended, of this plan and of others.
-    pub async fn steps(&self) -> Result<Records, Problem> {
+    /// Every step that has ended, of this plan and of others, and what of them cannot be read: of a step that the plan has, it
+    /// is said again when the step's turn comes.
+    pub async fn steps(&self) -> Result<(Records, Vec<Problem>), Problem> {
         let folder = layout::pipeline_steps(&self.project, &self.name);
-        let mut records = Records::new();
+        let (mut records, mut broken) = (Records::new(), Vec::new());
         for path in self.listed(&folder).await? {
-            let digest = layout::pipeline_step_of(&self.project, &self.name, &path);
-            if let Some(digest) = digest
-                && let Some(known) = self.step(&digest).await?
-            {
-                records.insert(digest, known);
+            let Some(digest) = layout::pipeline_step_of(&self.project, &self.name, &path) else {
+                continue;
+            };
+            match self.stored(&digest).await? {
+                Some(Ok(known)) => drop(records.insert(digest, known)),
+                Some(Err(problem)) => broken.push(problem),
+                None => {}
             }
         }
-        Ok(records)
+        Ok((records, broken))
+    }
+
+    /// Says that somebody runs the pipeline.
+    pub async fn beat(&self, now: Timestamp) -> Result<(), Problem> {
+        let path = layout::pipeline_beat(&self.project, &self.name);
+        let content = encode(&json!({"at_us": now}))?;
+        Ok(self.store.put(&path, content.into()).await?)
+    }
+
+    /// What was said last by whoever runs the pipeline: it changes while somebody does.
+    pub async fn heard(&self) -> Result<Option<Bytes>, Problem> {
+        let path = layout::pipeline_beat(&self.project, &self.name);
+        match self.store.get(&path).await {
+            Err(error) if error.is_not_found() => Ok(None),
+            other => Ok(Some(other?)),
+        }
     }
 
     /// Writes down what a step came to. Where somebody else did before, theirs counts.
@@ -165,11 +198,35 @@ mod tests {
         assert_eq!(desk.create(&second).await.unwrap(), known);
         assert_eq!(known.record, first);
         let all = desk.steps().await.unwrap();
-        assert_eq!(all, [(order.digest.clone(), known)].into());
-        let path = layout::pipeline_step(&desk.project, &desk.name, &order.digest);
+        assert_eq!(all, ([(order.digest.clone(), known)].into(), Vec::new()));
+    }
+
+    #[tokio::test]
+    async fn a_record_that_cannot_be_read_stops_only_whoever_needs_it() {
+        let desk = desk().await;
+        let plan = tests::plan(1, true);
+        let none = Records::new();
+        let orders = Resolved::new(&plan, &none).ready();
+        let good = tests::known(&plan, &orders[0], true).record;
+        desk.create(&good).await.unwrap();
+        let path = layout::pipeline_step(&desk.project, &desk.name, &orders[1].digest);
         desk.store.put(&path, "{".into()).await.unwrap();
-        let problem = desk.steps().await.unwrap_err();
-        assert!(problem.message.contains(&path), "{problem}");
+        let (records, broken) = desk.steps().await.unwrap();
+        assert_eq!(records.keys().collect::<Vec<_>>(), [&orders[0].digest]);
+        assert!(broken.len() == 1 && broken[0].message.contains(&path));
+        let problem = desk.step(&orders[1].digest).await.unwrap_err();
+        assert_eq!(problem, broken[0]);
+        assert!(problem.fix.unwrap().contains("remove it"));
+    }
+
+    #[tokio::test]
+    async fn who_runs_it_is_heard() {
+        let desk = desk().await;
+        assert_eq!(desk.heard().await.unwrap(), None);
+        desk.beat(Timestamp(1)).await.unwrap();
+        let first = desk.heard().await.unwrap();
+        desk.beat(Timestamp(2)).await.unwrap();
+        assert!(first.is_some() && desk.heard().await.unwrap() != first);
     }
 
     #[tokio::test]

@@ -151,6 +151,19 @@ impl<'a> Screen<'a> {
         Ok(())
     }
 
+    /// The jobs of a step have ended, and somebody else is to write down what they came to.
+    pub fn handed_on(&self, at: At) {
+        let what = "for whoever runs it to write down what came of it".to_owned();
+        let since = SystemClock.now();
+        self.set(at, State::Waits { what, since });
+    }
+
+    /// Whether jobs of a step are under way.
+    pub fn is_running(&self) -> bool {
+        let rows = lock(&self.rows);
+        rows.iter().any(|row| matches!(row.state, State::Runs(_)))
+    }
+
     /// What a step waited for is there.
     pub fn past(&self, at: At, what: &str) -> Result<(), Problem> {
         let Some(row) = self.served(at) else {

@@ -1,5 +1,9 @@
 //! What each step does, from its batch to its record.
 
+use std::time::Duration;
+
+use espalier_adapters::list_one;
+use espalier_core::adapter::LatestEntry;
 use espalier_core::dataset::NOTHING_LEFT;
 use espalier_core::id::{BatchId, JobId};
 use espalier_core::layout;
@@ -11,56 +15,76 @@ use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::datasets::Datasets;
 use tokio::time::Instant;
 
-use super::batches::times;
+use super::batches::{is_enough, times};
 use super::drafts::alone;
 use super::engine::{Engine, LOOK_EVERY, Stop};
 use super::plan::{Known, Order, Work};
+use super::records::Desk;
 use super::screen::Begun;
 use super::tally::Tally;
 use crate::adapters::comparison::Comparison;
-use crate::adapters::latest::{latest, make_latest};
+use crate::adapters::latest::{latest, made_latest, make_latest};
 use crate::adapters::{Opened, Wanted};
 use crate::evaluate::show::Read;
 use crate::exit::Problem;
-use crate::output::plain;
+use crate::output::{count, plain};
 use crate::submit::again;
 use crate::{dataset, evaluate, json as shown, train};
 
+/// Time between two looks at which versions there are, while one is waited for.
+const FOLLOWED_EVERY: Duration = Duration::from_secs(15);
+
 impl Engine<'_> {
-    /// Tasks are tried by the model of the order. Dead rollouts stop nothing while one came out.
+    /// Tasks are tried by the model of the order. Dead rollouts stop nothing while enough came to an end.
     pub(super) async fn rollouts(
         &self,
         order: &Order,
         adapter: Option<&AdapterRef>,
-        jobs: impl FnOnce() -> Vec<v1::JobSpec>,
+        jobs: Vec<v1::JobSpec>,
     ) -> Result<Known, Stop> {
         let (batch, found) = self.find(order).await?;
-        let is_there = found.as_ref().is_some_and(|found| found.closed);
-        if let Some(adapter) = adapter.filter(|_| !is_there) {
+        let is_under_way = found
+            .as_ref()
+            .is_some_and(|found| found.closed && !self.is_retried(found));
+        if let Some(adapter) = adapter.filter(|_| !is_under_way) {
             self.wait_until_served(order, adapter).await?;
         }
-        self.begin(order.at, &batch, found.as_ref(), jobs).await?;
+        self.begin(order.at, &batch, found.as_ref(), || jobs.clone())
+            .await?;
         let (tally, ended) = self.follow(order.at, &batch).await?;
-        let output = self.tried(order, &batch, &tally)?;
+        self.check_share(&batch, &tally)?;
+        let output = match order.at.step {
+            Step::Probe => {
+                let (tasks, dropped) = tally.buckets(&jobs);
+                StepOutput::Probe { tasks, dropped }
+            }
+            _ => StepOutput::Rollouts,
+        };
         self.note(order, Some(&ended), times(&ended), tally.counts(), output)
             .await
     }
 
-    /// What rollouts leave.
-    fn tried(&self, order: &Order, batch: &BatchId, tally: &Tally) -> Result<StepOutput, Stop> {
-        if tally.counts().succeeded == 0 {
-            let why = tally.error().unwrap_or("nothing was submitted");
-            let message = format!(
-                "every rollout of batch {batch} is dead, most of them because: {}",
-                plain(why)
-            );
-            return Err(again_retries(Problem::failed(message)).into());
+    /// What died says nothing of the model: a step of which too much did is not done.
+    fn check_share(&self, batch: &BatchId, tally: &Tally) -> Result<(), Stop> {
+        let StepCounts {
+            succeeded, dead, ..
+        } = tally.counts();
+        let jobs = succeeded + dead;
+        if is_enough(succeeded, jobs, self.min_share) {
+            return Ok(());
         }
-        if order.at.step != Step::Probe {
-            return Ok(StepOutput::Rollouts);
-        }
-        let (tasks, dropped) = tally.buckets();
-        Ok(StepOutput::Probe { tasks, dropped })
+        let why = plain(tally.error().unwrap_or("nothing was submitted"));
+        let message = match succeeded {
+            0 => format!("every rollout of batch {batch} is dead, most of them because: {why}"),
+            _ => format!(
+                "{} of {} rollouts of batch {batch} are dead, and {} % must come to an end (`rollouts.min_share`); most of \
+                 them died because: {why}",
+                count(dead),
+                count(jobs),
+                self.min_share * 100.0
+            ),
+        };
+        Err(again_retries(Problem::failed(message)).into())
     }
 
     /// Traces become a data set.
@@ -127,7 +151,8 @@ impl Engine<'_> {
             .await
     }
 
-    /// The version becomes `latest`, because of its comparison. Repeating it changes nothing.
+    /// The version becomes `latest`, because of its comparison. Repeating it changes nothing, also where somebody has taken it
+    /// back since.
     pub(super) async fn publish(
         &self,
         order: &Order,
@@ -152,7 +177,13 @@ impl Engine<'_> {
             batch: comparison.clone(),
             job: JobId::new(evaluate::JOB)?,
         };
-        let (entry, _) = make_latest(&opened, &wanted, Some(&comparison), canary).await?;
+        let entry = match made_latest(&opened, &wanted, &comparison, canary).await? {
+            Some(entry) => entry,
+            None => {
+                let comparison = Some(&comparison);
+                make_latest(&opened, &wanted, comparison, canary).await?.0
+            }
+        };
         let output = StepOutput::Published {
             adapter: adapter.clone(),
             canary,
@@ -207,20 +238,39 @@ impl Engine<'_> {
 
     /// Waits until somebody serves a version of the pipeline's adapter.
     async fn wait_until_served(&self, order: &Order, adapter: &AdapterRef) -> Result<(), Stop> {
-        let ends = Instant::now() + self.serve_deadline;
-        let mut is_told = false;
+        let began = Instant::now();
+        let mut checked: Option<Instant> = None;
         while self.endpoints(adapter).await? == 0 {
-            if !is_told {
+            if checked.is_none() {
                 let what = format!("for an endpoint that serves {adapter}");
                 self.screen.waits(order.at, &what)?;
-                is_told = true;
             }
-            if Instant::now() >= ends {
+            if checked.is_none_or(|at| at.elapsed() >= FOLLOWED_EVERY) {
+                self.check_followed(adapter).await?;
+                checked = Some(Instant::now());
+            }
+            if began.elapsed() >= self.serve_deadline {
                 return Err(self.unserved(adapter).into());
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
         Ok(self.screen.past(order.at, "served")?)
+    }
+
+    /// Whether workers that follow the adapter serve this version, sooner or later.
+    async fn check_followed(&self, adapter: &AdapterRef) -> Result<(), Stop> {
+        let Desk { store, project, .. } = &self.desk;
+        let listed = list_one(store, project, &adapter.name).await?;
+        let newest = listed.and_then(|listed| listed.versions.last().copied());
+        let opened = Opened {
+            store: store.clone(),
+            project: project.clone(),
+        };
+        let entry = latest(&opened, &adapter.name).current().await?;
+        match newest.filter(|newest| !is_followed(adapter.version, *newest, entry.as_ref())) {
+            None => Ok(()),
+            Some(newest) => Err(outdated(adapter, newest).into()),
+        }
     }
 
     async fn endpoints(&self, adapter: &AdapterRef) -> Result<u32, Problem> {
@@ -241,10 +291,11 @@ impl Engine<'_> {
         );
         Problem::failed(message).fix(format!(
             "start an inference worker, and run it again: espalier-infer-worker --model {} --coordinator-url {} --store-url {} \
-             --follow {}",
+             --follow {}/{}",
             self.plan.base,
             self.client.url,
             self.desk.store.url(),
+            self.desk.project,
             adapter.name
         ))
     }
@@ -261,6 +312,7 @@ impl Engine<'_> {
                 let is_new = found.is_some() && followed.as_ref() != Some(&batch);
                 if is_new {
                     self.follow_on(order, &batch).await?;
+                    self.screen.handed_on(order.at);
                     followed = Some(batch);
                 }
             }
@@ -275,7 +327,7 @@ impl Engine<'_> {
         let id = match &order.work {
             Work::Rollouts { .. } => {
                 let (tally, _) = self.follow(order.at, batch).await?;
-                return self.tried(order, batch, &tally).map(drop);
+                return self.check_share(batch, &tally);
             }
             Work::Dataset { .. } => dataset::build::JOB,
             Work::Train { .. } => train::JOB,
@@ -283,6 +335,27 @@ impl Engine<'_> {
         };
         self.one_ended(order, batch, id).await.map(drop)
     }
+}
+
+/// Whether followers serve a version: the newest, and those that the entry names that counts.
+fn is_followed(version: u32, newest: u32, entry: Option<&LatestEntry>) -> bool {
+    let is_named = |entry: &LatestEntry| {
+        let canary = entry.canary.map(|canary| canary.version);
+        entry.version == version || canary == Some(version)
+    };
+    version == newest || entry.is_some_and(is_named)
+}
+
+fn outdated(adapter: &AdapterRef, newest: u32) -> Problem {
+    let name = &adapter.name;
+    let message = format!(
+        "nobody serves {adapter}, and nobody will: who follows {name} serves its newest version, which is {name}@v{newest}, and \
+         what is latest"
+    );
+    Problem::failed(message).fix(format!(
+        "train it anew, which makes it the newest one: espalier run FILE --again train; or load {adapter} into a worker by hand, \
+         and run it again"
+    ))
 }
 
 /// What a job that is no rollout came to.
@@ -303,4 +376,34 @@ fn again_retries(problem: Problem) -> Problem {
 fn unseen(key: &espalier_core::id::JobKey) -> Problem {
     Problem::failed(format!("the version of {key} is not in the store"))
         .fix("name the coordinator's store with --store URL")
+}
+
+#[cfg(test)]
+mod tests {
+    use espalier_core::adapter::{Canary, Why};
+    use espalier_core::time::Timestamp;
+
+    use super::*;
+
+    #[test]
+    fn followers_serve_the_newest_version_and_those_that_the_log_names() {
+        let entry = |version, canary: Option<u32>| LatestEntry {
+            record_version: 1,
+            name: "shop".parse().unwrap(),
+            seq: 1,
+            version,
+            canary: canary.map(|version| Canary {
+                version,
+                share: 0.1,
+            }),
+            why: Why::Hand,
+            created_at_us: Timestamp(0),
+        };
+        let both = entry(1, Some(2));
+        for (version, expected) in [(1, true), (2, true), (3, false), (4, true)] {
+            assert_eq!(is_followed(version, 4, Some(&both)), expected, "{version}");
+        }
+        assert!(is_followed(4, 4, None) && !is_followed(3, 4, None));
+        assert!(!is_followed(3, 4, Some(&entry(2, None))));
+    }
 }

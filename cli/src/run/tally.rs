@@ -5,19 +5,22 @@ use std::collections::{BTreeMap, HashMap};
 use espalier_core::pipeline::{ProbeBuckets, StepCounts};
 use espalier_proto::v1;
 
+use super::drafts::task;
+use crate::json as shown;
+use crate::output::count;
+
 /// Sums over the jobs that have ended. One that ended twice, because somebody retried it, counts as it ended last.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     counts: v1::Counts,
     ended: HashMap<String, Ended>,
-    /// Why jobs died, and how many of them.
-    errors: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, Debug)]
 struct Ended {
-    is_done: bool,
-    task: String,
+    state: v1::JobState,
+    /// Why it died.
+    error: Option<String>,
     solved: Option<bool>,
     prompt_tokens: u64,
     completion_tokens: u64,
@@ -30,11 +33,6 @@ impl Tally {
             self.counts = counts;
         }
         for job in &event.ended {
-            if let Some(error) = &job.last_error
-                && job.state() == v1::JobState::Dead
-            {
-                *self.errors.entry(error.message.clone()).or_default() += 1;
-            }
             self.ended.insert(job.id.clone(), ended(job));
         }
     }
@@ -72,20 +70,51 @@ impl Tally {
         sums
     }
 
-    /// How often tasks were solved, and those that every judged sample solved, by name.
-    pub fn buckets(&self) -> (ProbeBuckets, Vec<String>) {
-        let mut tasks: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
-        for ended in self.ended.values().filter(|ended| ended.is_done) {
-            let (solved, judged) = tasks.entry(&ended.task).or_default();
-            *solved += u64::from(ended.solved == Some(true));
-            *judged += u64::from(ended.solved.is_some());
+    /// Whether what was seen to end is what a batch counts.
+    ///
+    /// # Errors
+    /// It is not, in words: sums of it would be wrong, and must not be written down.
+    pub fn check(&self, batch: &v1::Counts) -> Result<(), String> {
+        for (state, counted) in [
+            (v1::JobState::Succeeded, batch.succeeded),
+            (v1::JobState::Dead, batch.dead),
+            (v1::JobState::Cancelled, batch.cancelled),
+        ] {
+            let seen = self.ended.values().filter(|ended| ended.state == state);
+            let seen = seen.count() as u64;
+            if seen != counted {
+                let state = shown::state(state);
+                return Err(format!(
+                    "{} jobs were seen to end as {state}, and the batch counts {}",
+                    count(seen),
+                    count(counted)
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// How often the tasks of `jobs` were solved, and those that every judged sample solved, by name. Nobody knows of a sample
+    /// that is dead whether it would have been solved: its task is not always solved.
+    pub fn buckets(&self, jobs: &[v1::JobSpec]) -> (ProbeBuckets, Vec<String>) {
+        let mut tasks: BTreeMap<&str, Samples> = BTreeMap::new();
+        for job in jobs {
+            let samples = tasks.entry(task(job)).or_default();
+            let ended = self.ended.get(job.id());
+            match ended.filter(|ended| ended.state == v1::JobState::Succeeded) {
+                Some(ended) => {
+                    samples.solved += u64::from(ended.solved == Some(true));
+                    samples.judged += u64::from(ended.solved.is_some());
+                }
+                None => samples.is_whole = false,
+            }
         }
         let (mut buckets, mut always) = (ProbeBuckets::default(), Vec::new());
-        for (task, (solved, judged)) in tasks {
-            match (solved, judged) {
+        for (task, samples) in tasks {
+            match (samples.solved, samples.judged) {
                 (_, 0) => buckets.unjudged += 1,
                 (0, _) => buckets.never += 1,
-                (solved, judged) if solved == judged => {
+                (solved, judged) if solved == judged && samples.is_whole => {
                     buckets.always += 1;
                     always.push(task.to_owned());
                 }
@@ -97,17 +126,46 @@ impl Tally {
 
     /// Why most of the dead ones died.
     pub fn error(&self) -> Option<&str> {
-        let most = self.errors.iter().max_by_key(|(_, jobs)| **jobs);
-        most.map(|(error, _)| error.as_str())
+        let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
+        for error in self
+            .ended
+            .values()
+            .filter_map(|ended| ended.error.as_deref())
+        {
+            *errors.entry(error).or_default() += 1;
+        }
+        let most = errors.into_iter().max_by_key(|(_, jobs)| *jobs);
+        most.map(|(error, _)| error)
+    }
+}
+
+/// The samples of a task.
+struct Samples {
+    solved: u64,
+    judged: u64,
+    /// Whether none is dead.
+    is_whole: bool,
+}
+
+impl Default for Samples {
+    fn default() -> Self {
+        Self {
+            solved: 0,
+            judged: 0,
+            is_whole: true,
+        }
     }
 }
 
 fn ended(job: &v1::Job) -> Ended {
-    let is_done = job.state() == v1::JobState::Succeeded;
-    let summary = job.summary.as_ref().filter(|_| is_done);
+    let state = job.state();
+    let summary = job.summary.as_ref();
+    let summary = summary.filter(|_| state == v1::JobState::Succeeded);
+    let error = job.last_error.as_ref();
+    let error = error.filter(|_| state == v1::JobState::Dead);
     Ended {
-        is_done,
-        task: summary.map_or_else(String::new, |summary| summary.task_id.clone()),
+        state,
+        error: error.map(|error| error.message.clone()),
         solved: summary.and_then(|summary| summary.reward).map(|r| r >= 1.0),
         prompt_tokens: summary.map_or(0, |summary| summary.prompt_tokens),
         completion_tokens: summary.map_or(0, |summary| summary.completion_tokens),
@@ -119,10 +177,9 @@ pub mod tests {
     use super::*;
 
     /// A job that ended with a verdict, or died.
-    pub fn job(id: &str, task: &str, reward: Option<f64>, dead: Option<&str>) -> v1::Job {
+    pub fn job(id: &str, reward: Option<f64>, dead: Option<&str>) -> v1::Job {
         let summary = v1::RolloutSummary {
             reward,
-            task_id: task.to_owned(),
             prompt_tokens: 100,
             completion_tokens: 10,
             ..v1::RolloutSummary::default()
@@ -143,53 +200,90 @@ pub mod tests {
         }
     }
 
+    /// As it was submitted: the first character names the task.
+    fn spec(id: &str) -> v1::JobSpec {
+        let rollout = v1::RolloutSpec {
+            task_id: Some(id[..1].to_owned()),
+            ..v1::RolloutSpec::default()
+        };
+        v1::JobSpec {
+            id: Some(id.to_owned()),
+            rollout: Some(rollout),
+            ..v1::JobSpec::default()
+        }
+    }
+
+    fn event(counts: v1::Counts, ended: Vec<v1::Job>) -> v1::BatchEvent {
+        v1::BatchEvent {
+            batch: Some(v1::Batch {
+                counts: Some(counts),
+                ..v1::Batch::default()
+            }),
+            ended,
+            ..v1::BatchEvent::default()
+        }
+    }
+
     #[test]
     fn verdicts_tokens_and_buckets_are_summed() {
         let mut tally = Tally::default();
         let counts = v1::Counts {
             leased: 2,
-            succeeded: 5,
-            dead: 2,
+            succeeded: 6,
+            dead: 3,
             ..v1::Counts::default()
         };
-        let event = v1::BatchEvent {
-            batch: Some(v1::Batch {
-                counts: Some(counts),
-                ..v1::Batch::default()
-            }),
-            ended: vec![
-                job("a0", "a", Some(1.0), None),
-                job("a1", "a", Some(1.0), None),
-                job("b0", "b", Some(1.0), None),
-                job("b1", "b", Some(0.5), None),
-                job("c0", "c", None, None),
-                job("d0", "", None, Some("no model")),
-                job("d1", "", None, Some("no model")),
-            ],
-            ..v1::BatchEvent::default()
-        };
-        tally.take(&event);
-        assert_eq!((tally.jobs(), tally.over(), tally.running()), (9, 7, 2));
+        let ended = vec![
+            job("a0", Some(1.0), None),
+            job("a1", Some(1.0), None),
+            job("b0", Some(1.0), None),
+            job("b1", Some(0.5), None),
+            job("c0", None, None),
+            job("d0", None, Some("no model")),
+            job("d1", None, Some("no model")),
+            job("e0", Some(1.0), None),
+            job("e1", None, Some("no browser")),
+        ];
+        tally.take(&event(counts, ended));
+        assert_eq!((tally.jobs(), tally.over(), tally.running()), (11, 9, 2));
         let sums = tally.counts();
-        assert_eq!((sums.solved, sums.judged), (3, 4));
-        assert_eq!((sums.prompt_tokens, sums.completion_tokens), (500, 50));
-        assert_eq!((sums.succeeded, sums.dead), (5, 2));
-        let (buckets, always) = tally.buckets();
+        assert_eq!((sums.solved, sums.judged), (4, 5));
+        assert_eq!((sums.prompt_tokens, sums.completion_tokens), (600, 60));
+        assert_eq!((sums.succeeded, sums.dead), (6, 3));
+        let jobs = ["a0", "a1", "b0", "b1", "c0", "d0", "d1", "e0", "e1"].map(spec);
+        let (buckets, always) = tally.buckets(&jobs);
         let expected = ProbeBuckets {
             always: 1,
-            sometimes: 1,
+            sometimes: 2,
             never: 0,
-            unjudged: 1,
+            unjudged: 2,
         };
         assert_eq!((buckets, always), (expected, vec!["a".to_owned()]));
         assert_eq!(tally.error(), Some("no model"));
         // Retried, and done.
         let again = v1::BatchEvent {
-            ended: vec![job("d0", "d", Some(0.0), None)],
+            ended: ["d0", "d1"].map(|id| job(id, Some(0.0), None)).to_vec(),
             ..v1::BatchEvent::default()
         };
         tally.take(&again);
-        assert_eq!(tally.buckets().0.never, 1);
-        assert_eq!(tally.counts().judged, 5);
+        assert_eq!(tally.buckets(&jobs).0.never, 1);
+        assert_eq!(tally.counts().judged, 7);
+        assert_eq!(tally.error(), Some("no browser"));
+    }
+
+    #[test]
+    fn sums_of_a_part_of_a_batch_are_not_written_down() {
+        let counts = v1::Counts {
+            succeeded: 2,
+            dead: 1,
+            ..v1::Counts::default()
+        };
+        let mut tally = Tally::default();
+        tally.take(&event(counts, vec![job("a0", Some(1.0), None)]));
+        let why = tally.check(&counts).unwrap_err();
+        assert!(why.contains("1 jobs") && why.contains("counts 2"), "{why}");
+        let rest = vec![job("a1", None, None), job("a2", None, Some("lost"))];
+        tally.take(&event(counts, rest));
+        assert_eq!(tally.check(&counts), Ok(()));
     }
 }

@@ -41,8 +41,8 @@ pub struct Watch {
     /// Seconds between two looks at the whole system [default: 1 on a terminal and with --json, else 5]
     #[arg(long, value_name = "SECONDS", conflicts_with = "batch", value_parser = clap::value_parser!(u64).range(1..=60))]
     pub every: Option<u64>,
-    /// Look at the whole system once and end
-    #[arg(long, conflicts_with_all = ["batch", "every"])]
+    /// Look once and end
+    #[arg(long, conflicts_with = "every")]
     pub once: bool,
     /// Of a pipeline: its project [default: ESPALIER_PROJECT, or that of the local `up`]
     #[arg(long, value_name = "NAME", requires = "batch")]
@@ -63,7 +63,38 @@ pub async fn run(context: &Context, args: &Watch) -> Outcome {
     {
         return Ok(exit);
     }
-    follow(context, &client, batch).await
+    match args.once {
+        true => once(context, &client, batch).await,
+        false => follow(context, &client, batch).await,
+    }
+}
+
+/// Shows how far a batch is.
+async fn once(context: &Context, client: &Client, batch: &str) -> Outcome {
+    let request = v1::GetBatchRequest {
+        batch: batch.to_owned(),
+    };
+    let batch = client.jobs().get_batch(request).await?.into_inner();
+    let mut report = Report::default();
+    report.take(v1::BatchEvent {
+        batch: Some(batch),
+        ..v1::BatchEvent::default()
+    });
+    let (batch, counts) = (&report.batch, report.counts());
+    let ended = counts.succeeded + counts.dead + counts.cancelled;
+    context.out.show(
+        || json!({"batch": json::batch(batch)}),
+        || {
+            format!(
+                "{}: {} of {} done, {}",
+                batch.batch,
+                count(ended),
+                count(report.jobs()),
+                status_text(&counts, 0, None)
+            )
+        },
+    )?;
+    Ok(Exit::Ok)
 }
 
 /// Whether there is a batch of this name.
@@ -91,7 +122,8 @@ async fn pipeline(context: &Context, args: &Watch, name: &str) -> Result<Option<
         Some(project) => project.clone(),
         None => context.project()?,
     };
-    run::watch(context, Store::open_to_read(&url)?, project, &name).await
+    let store = Store::open_to_read(&url)?;
+    run::watch(context, store, project, &name, args.once).await
 }
 
 /// How long a coordinator has been away.

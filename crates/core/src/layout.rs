@@ -9,6 +9,7 @@
 //! {project}/adapters/{name}/latest/{seq}.json         which version is `latest`: append-only, the highest number counts
 //! {project}/pipelines/{name}/steps/{digest}.json      what a step of a pipeline came to: created once
 //! {project}/pipelines/{name}/plans/{seq}.json         what is to be done: append-only, the highest number counts
+//! {project}/pipelines/{name}/beat.json                that somebody runs it: replaced every few seconds
 //! {project}/blobs/{sha256}                            raw tool results, screenshots, large specs
 //! {project}/uploads/…                                 what users bring: requests of `generate` jobs
 //! {project}/uploads/batches/{batch}/…                 the same for one batch alone: garbage after retention
@@ -271,6 +272,11 @@ pub fn pipeline_plan_of(project: &ProjectId, name: &PipelineName, path: &str) ->
     let file = path.strip_prefix(&pipeline_plans(project, name))?;
     let seq = file.strip_suffix(".json")?.parse().ok()?;
     (seq > 0 && pipeline_plan(project, name, seq) == path).then_some(seq)
+}
+
+/// What whoever runs a pipeline writes again and again, so that others see that somebody does.
+pub fn pipeline_beat(project: &ProjectId, name: &PipelineName) -> String {
+    format!("{}beat.json", pipeline(project, name))
 }
 
 /// The manifest, created once and written last.

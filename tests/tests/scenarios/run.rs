@@ -94,7 +94,7 @@ impl<'a> Pipeline<'a> {
         let text = format!(
             "name = \"shop\"\nbase = {base:?}\nmodel = \"{CARELESS}\"\n[tasks]\ntrain = \"tasks.jsonl\"\neval = \"tasks.jsonl\"\n\
              vars = {{ what = \"Do it\" }}\n[train]\nrank = 4\nbatch = 2\naccumulation = 1\n[dataset]\nkeep_near = true\n\
-             eval_share = 0\n{more}"
+             eval_share = 0\ntokenizer = \"qwen3\"\n{more}"
         );
         std::fs::write(self.file(), text).unwrap();
     }
@@ -590,7 +590,7 @@ async fn a_version_is_waited_for_and_checks_that_always_say_yes_publish_nothing(
     assert_eq!(output.status.code(), Some(1), "{told}");
     for part in [
         "nobody served shop@v1 within 1 s (`serve.deadline_s`)",
-        "--follow shop",
+        "--follow default/shop",
         "espalier-infer-worker --model",
     ] {
         assert!(told.contains(part), "{part}: {told}");

@@ -11,6 +11,7 @@ use espalier_core::compare::{MARKDOWN_FILE, PAGE_FILE, REPORT_FILE};
 use espalier_core::id::JobKey;
 use espalier_core::pipeline::{PipelinePlan, Step, StepOutput, StepRecord};
 use espalier_core::spec::AdapterRef;
+use espalier_runtime::clock::{Clock, SystemClock};
 use serde_json::{Value, json};
 
 use super::display::{Frame, Row, State, cost, money, outcome, published, tree};
@@ -168,6 +169,7 @@ impl<'a> Story<'a> {
             Ok(Ended::Well(End::GateShut { .. })) => "gate_shut",
             Ok(Ended::Well(End::AllSolved { .. })) => "all_solved",
             Ok(Ended::Nothing { .. }) => "no_signal",
+            Ok(Ended::Unattended) => "unattended",
             Ok(Ended::Failed { .. }) | Err(_) => "failed",
         }
     }
@@ -199,6 +201,10 @@ impl<'a> Story<'a> {
                 at.step,
                 plain(&problem.message)
             ),
+            Ok(Ended::Unattended) => {
+                "Nobody runs the pipeline, and none of its jobs is under way: `espalier run` with its file goes on where it is."
+                    .to_owned()
+            }
             Err(problem) => format!("The pipeline stopped: {}.", plain(&problem.message)),
         };
         format!("{said} {published}")
@@ -230,6 +236,7 @@ impl<'a> Story<'a> {
     fn exit(&self) -> Exit {
         match &self.ended {
             Err(problem) | Ok(Ended::Failed { problem, .. }) => problem.exit.max(Exit::Failed),
+            Ok(Ended::Unattended) => Exit::Failed,
             Ok(_) if self.has_passed() => Exit::Ok,
             Ok(_) => Exit::Failed,
         }
@@ -431,8 +438,8 @@ async fn comparison(desk: &Desk, record: &StepRecord) -> Result<Read, Problem> {
     Read::of(&desk.store, &key).await
 }
 
-/// What is done already, and what would be.
-pub fn dry(context: &Context, plan: &PipelinePlan, records: &Records, rows: &[Row]) -> Outcome {
+/// What is done already, what is under way, and what would be.
+pub fn once(context: &Context, plan: &PipelinePlan, records: &Records, rows: &[Row]) -> Outcome {
     let resolved = Resolved::new(plan, records);
     if context.out.json {
         let step = |row: &Row| {
@@ -442,6 +449,10 @@ pub fn dry(context: &Context, plan: &PipelinePlan, records: &Records, rows: &[Ro
                 "jobs": plan.step(row.at.step).map(|step| step.jobs),
                 "digest": resolved.digest(row.at),
                 "done": resolved.record(row.at).is_some(),
+                "running": match &row.state {
+                    State::Runs(running) => json!({"done": running.done, "of": running.of}),
+                    _ => Value::Null,
+                },
             })
         };
         let steps: Vec<Value> = rows.iter().map(step).collect();
@@ -452,7 +463,7 @@ pub fn dry(context: &Context, plan: &PipelinePlan, records: &Records, rows: &[Ro
     }
     let frame = Frame {
         plan,
-        now: plan.created_at_us,
+        now: SystemClock.now(),
         width: COLUMNS,
     };
     context.out.line(tree(frame, rows).join("\n"))?;
