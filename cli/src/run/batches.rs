@@ -17,7 +17,7 @@ use super::tally::Tally;
 use crate::dataset::build::places;
 use crate::exit::Problem;
 use crate::expand::chunks;
-use crate::output::cut;
+use crate::output::{cut, note};
 use crate::submit::{again, close_batch, open};
 use crate::{uploads, waiting, watch};
 
@@ -139,8 +139,10 @@ impl Engine<'_> {
             refusals.extend(answer.await?.rejected);
         }
         if !refusals.is_empty() {
-            // A part of the step is of no use, and must cost nothing.
-            self.cancel(batch).await?;
+            // A part of the step is of no use, and must cost nothing. That it was refused is what must be put right.
+            if let Err(problem) = self.cancel(batch).await {
+                note(format!("{batch} cannot be cancelled: {problem}"));
+            }
             return Err(refused(batch, &refusals));
         }
         close_batch(&self.client, batch).await

@@ -110,26 +110,13 @@ impl Engine<'_> {
     /// Who runs the pipeline says so all the time; who looks on does so until nobody runs it.
     async fn beside(&self) -> Result<Ended, Problem> {
         if self.drafts.is_none() {
-            return self.silence().await;
+            silence(&self.desk, || self.screen.is_running()).await?;
+            return Ok(Ended::Unattended);
         }
         loop {
             // Another one follows one that is lost.
             let _ = self.desk.beat(SystemClock.now()).await;
             tokio::time::sleep(BEAT_EVERY).await;
-        }
-    }
-
-    async fn silence(&self) -> Result<Ended, Problem> {
-        let (mut heard, mut since) = (None, Instant::now());
-        loop {
-            let now = self.desk.heard().await?;
-            if now != heard || self.screen.is_running() {
-                (heard, since) = (now, Instant::now());
-            }
-            if since.elapsed() >= SILENCE_MAX {
-                return Ok(Ended::Unattended);
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 
@@ -252,5 +239,46 @@ impl Engine<'_> {
             output,
         };
         Ok(self.desk.create(&record).await?)
+    }
+}
+
+/// Waits until whoever runs the pipeline was not heard for a while, in which none of its jobs was under way.
+async fn silence(desk: &Desk, is_running: impl Fn() -> bool) -> Result<(), Problem> {
+    let (mut heard, mut since) = (None, Instant::now());
+    loop {
+        let now = desk.heard().await?;
+        if now != heard || is_running() {
+            (heard, since) = (now, Instant::now());
+        }
+        if since.elapsed() >= SILENCE_MAX {
+            return Ok(());
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::records::tests::desk;
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_looks_on_ends_a_while_after_nobody_is_heard_and_nothing_runs() {
+        let desk = desk().await;
+        desk.beat(Timestamp(1)).await.unwrap();
+        let began = Instant::now();
+        let works = Duration::from_secs(100);
+        silence(&desk, || began.elapsed() < works).await.unwrap();
+        assert!(began.elapsed() >= works + SILENCE_MAX - LOOK_EVERY);
+        let began = Instant::now();
+        let beats = async {
+            for n in 2..10 {
+                desk.beat(Timestamp(n)).await.unwrap();
+                tokio::time::sleep(BEAT_EVERY).await;
+            }
+        };
+        let (_, silent) = tokio::join!(beats, silence(&desk, || false));
+        silent.unwrap();
+        assert!(began.elapsed() >= 7 * BEAT_EVERY + SILENCE_MAX);
     }
 }

@@ -172,11 +172,12 @@ fn encode(record: &(impl Serialize + ?Sized)) -> Result<Vec<u8>, Problem> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::super::plan::{Resolved, tests};
     use super::*;
 
-    async fn desk() -> Desk {
+    /// One in memory.
+    pub async fn desk() -> Desk {
         Desk {
             store: Store::open("memory://").await.unwrap(),
             project: "p".parse().unwrap(),

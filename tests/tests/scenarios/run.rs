@@ -274,7 +274,20 @@ async fn a_model_learns_from_what_it_solved_and_takes_the_place_of_the_one_befor
         (1, records.clone())
     );
 
-    // A change of what is asked of the comparison compares and publishes again, and nothing else.
+    // Another price makes another report, and publishes nothing again.
+    pipeline.write(&PROBED.replace("prompt = 1.0", "prompt = 3.0"));
+    let (code, _, report) = pipeline.json().await;
+    assert_eq!(
+        (code, &report["published"]),
+        (Some(0), &json!("shop@v1")),
+        "{report:#}"
+    );
+    assert_eq!(
+        (pipeline.records().len(), pipeline.latest().len()),
+        (records.len() + 1, 1)
+    );
+
+    // A change of what is asked of the comparison compares again and decides again, and nothing else.
     pipeline.write(&PROBED.replace("min_tasks = 8", "min_tasks = 30"));
     let (code, _, report) = pipeline.json().await;
     assert_eq!(
@@ -289,10 +302,10 @@ async fn a_model_learns_from_what_it_solved_and_takes_the_place_of_the_one_befor
             .contains("`min_tasks` is 30"),
         "{report:#}"
     );
-    assert_eq!(pipeline.records().len(), records.len() + 2);
+    assert_eq!(pipeline.records().len(), records.len() + 3);
     assert_eq!(
         (pipeline.batches().await.len(), pipeline.latest().len()),
-        (8, 1)
+        (9, 1)
     );
 
     // Who looks on sees the same end.
@@ -301,6 +314,11 @@ async fn a_model_learns_from_what_it_solved_and_takes_the_place_of_the_one_befor
     let watched = output(watch).await;
     assert_eq!(watched.status.code(), Some(1), "{}", said(&watched));
     assert!(said(&watched).contains("comparison"), "{}", said(&watched));
+    let mut once = cluster.user();
+    once.args(["watch", "shop", "--once", "--store", &cluster.store_url()]);
+    let once = output(once).await;
+    assert!(once.status.success(), "{}", said(&once));
+    assert!(said(&once).contains("publish"), "{}", said(&once));
     worker.terminate(DEADLINE).await;
 }
 
