@@ -228,6 +228,7 @@ async fn workers_are_told_where_models_are_served_before_they_get_jobs() {
         healthy: true,
         vllm_extensions: true,
         logprobs: true,
+        project: None,
     };
     assert_eq!(*lock(&work.served), [told]);
 }
