@@ -331,6 +331,7 @@ async fn an_endpoint_that_has_log_probabilities_is_asked_for_them_unless_the_req
             extra: extra.as_object().unwrap(),
             vllm_extra: &Map::new(),
             affinity: "p/b/j",
+            project: "",
         };
         let cancel = CancellationToken::new();
         client(&settings).chat(&request, &cancel).await.unwrap();
