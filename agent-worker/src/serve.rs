@@ -166,6 +166,7 @@ impl Agent {
             extra: config.model_extra.clone(),
             tokenizer,
             hooks: Hooks::new(config.http_hook_hosts.clone())?,
+            store: deps.store.clone(),
             clock: Arc::clone(&deps.clock),
         };
         Ok(Self {

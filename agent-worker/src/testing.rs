@@ -162,6 +162,7 @@ impl World {
             extra: Map::new(),
             tokenizer: Tokenizer::shared().unwrap().clone(),
             hooks: Hooks::new([]).unwrap(),
+            store: store.clone(),
             clock: clock.clone(),
         };
         let record = RecordContext {

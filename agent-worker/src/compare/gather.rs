@@ -30,6 +30,8 @@ pub(super) struct Arm {
     filter: Option<Filter>,
     pub(super) rollouts: Vec<Tried>,
     pub(super) unreadable: u64,
+    /// Rollouts whose servers were recordings.
+    replayed: u64,
     models: BTreeSet<String>,
     adapters: BTreeSet<String>,
 }
@@ -178,6 +180,7 @@ impl Arm {
             spec: spec.clone(),
             rollouts: Vec::new(),
             unreadable: 0,
+            replayed: 0,
             models: BTreeSet::new(),
             adapters: BTreeSet::new(),
         })
@@ -229,6 +232,7 @@ impl Arm {
                 names(&mut self.adapters, format!("{}{digest}", adapter.name));
             }
         }
+        self.replayed += u64::from(!header.provenance.replay.is_empty());
         self.rollouts.extend(tried(loaded));
     }
 
@@ -242,6 +246,7 @@ impl Arm {
             adapter: spec.adapter.as_ref().map(ToString::to_string),
             batches: spec.batches.iter().map(ToString::to_string).collect(),
             rollouts: self.rollouts.len() as u64,
+            replayed: self.replayed,
             prices: spec.prices,
         }
     }

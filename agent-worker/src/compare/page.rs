@@ -354,6 +354,7 @@ pub(super) mod tests {
             adapter: None,
             batches: vec!["b".to_owned()],
             rollouts: 2,
+            replayed: 0,
             prices: Some(Prices {
                 prompt: 1.0,
                 completion: 2.0,

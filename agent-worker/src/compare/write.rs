@@ -72,6 +72,10 @@ pub(super) fn arms(report: &Report) -> Table {
         ),
         None => String::new(),
     };
+    let rollouts = |side| match (arm(side).rollouts, arm(side).replayed) {
+        (all, 0) => all.to_string(),
+        (all, replayed) => format!("{all}, {replayed} of them with recorded tools"),
+    };
     Table {
         header: vec![
             String::new(),
@@ -87,7 +91,7 @@ pub(super) fn arms(report: &Report) -> Table {
                 arm(side).adapters.join(", ")
             }),
             row("batches", &|side| arm(side).batches.join(", ")),
-            row("rollouts", &|side| arm(side).rollouts.to_string()),
+            row("rollouts", &rollouts),
             row("prices", &prices),
         ],
     }

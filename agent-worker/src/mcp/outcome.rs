@@ -63,6 +63,21 @@ impl ToolOutcome {
         convert(bytes, work).await
     }
 
+    /// From the `CallToolResult` as it was kept of an earlier call.
+    ///
+    /// # Errors
+    /// Inside: it is no `CallToolResult`.
+    pub(crate) async fn of_raw(
+        raw: Bytes,
+    ) -> Result<Result<Self, serde_json::Error>, BlockingFailed> {
+        let work = move || {
+            let result: CallToolResult = serde_json::from_slice(&raw)?;
+            let outcome = Self::new(&result, Duration::ZERO);
+            Ok(Self { raw, ..outcome })
+        };
+        blocking("mcp.convert", work).await
+    }
+
     /// Whether the answer is small enough to be looked into where it is.
     pub(super) fn is_small(result: &CallToolResult) -> bool {
         call_bytes(result) <= INLINE_BYTES_MAX
@@ -282,6 +297,21 @@ mod tests {
         let inline = ToolOutcome::new(&result, latency);
         assert_eq!(inline.images[0].1.len(), 4 << 20);
         assert_eq!(ToolOutcome::of_call(result, latency).await.unwrap(), inline);
+    }
+
+    #[tokio::test]
+    async fn what_was_kept_becomes_the_same_outcome_again() {
+        let result = json!({"content": [
+            {"type": "text", "text": "\u{1b}[31ma\u{1b}[0m"},
+            {"type": "image", "data": "aGk=", "mimeType": "image/png"},
+        ], "isError": true});
+        let failure = ToolOutcome::failure("no such page".to_owned(), Duration::ZERO);
+        for kept in [outcome(result), failure] {
+            let again = ToolOutcome::of_raw(kept.raw.clone()).await.unwrap();
+            assert_eq!(again.unwrap(), kept);
+        }
+        let broken = ToolOutcome::of_raw(Bytes::from_static(b"{")).await.unwrap();
+        assert!(broken.is_err());
     }
 
     #[tokio::test]

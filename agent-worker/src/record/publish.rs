@@ -39,6 +39,12 @@ impl Recorder {
         self.outcome(&outcome).await?;
         let trace = self.take_trace(outcome)?;
         let summary = trace.summary();
+        let replay = trace.header.provenance.replay.iter();
+        let parents = replay.map(|source| layout::manifest(&source.job));
+        let parents = [layout::job(&self.key)]
+            .into_iter()
+            .chain(parents)
+            .collect();
         let packed = tasks::blocking("record.compress", move || pack(&trace)).await??;
         self.until_stored("blobs", || self.shipment.ship_blobs())
             .await?;
@@ -48,7 +54,7 @@ impl Recorder {
             Ok(self.context.store.put(&path, packed.clone()).await?)
         })
         .await?;
-        let manifest = self.manifest(entry, summary);
+        let manifest = self.manifest(entry, summary, parents);
         let claim = self.claim();
         let published = publish::create(&self.context.store, claim, &manifest, gate).await?;
         self.shipment.published();
@@ -69,7 +75,12 @@ impl Recorder {
         }))
     }
 
-    fn manifest(&self, trace: FileEntry, summary: RolloutSummary) -> Manifest {
+    fn manifest(
+        &self,
+        trace: FileEntry,
+        summary: RolloutSummary,
+        parents: Vec<String>,
+    ) -> Manifest {
         let mut files = vec![trace];
         files.extend(self.blobs.values().cloned());
         Manifest {
@@ -80,7 +91,7 @@ impl Recorder {
             spec_sha256: self.spec.clone(),
             created_at_us: self.context.clock.now(),
             files,
-            parents: vec![layout::job(&self.key)],
+            parents,
             summary: summary.into(),
         }
     }

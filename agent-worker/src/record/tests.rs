@@ -136,6 +136,7 @@ fn header(fence: Fence) -> Header {
             mcp_servers: vec![],
             browser: None,
             tokenizer_sha256: None,
+            replay: Vec::new(),
         },
         tools: vec![],
         verify: None,

@@ -30,6 +30,8 @@ pub(super) enum Event {
     },
     /// Every call of the turn is answered.
     CallsAnswered,
+    /// A call of the turn was never recorded.
+    Unrecorded,
     /// The endpoint says that the prompt no longer fits.
     ContextFull,
     /// The time was up in the middle of a turn.
@@ -56,6 +58,7 @@ pub(super) fn decide(progress: Progress<'_>, limits: &Limits, event: Event) -> A
         Event::UserDone(reason) => Action::Stop(reason),
         Event::ContextFull => Action::Stop(StopReason::ContextFull),
         Event::TimeUp => Action::Stop(StopReason::TimeLimit),
+        Event::Unrecorded => Action::Stop(StopReason::Unrecorded),
         Event::TurnEnded { calls: 1.., .. } if out_of_time(progress, limits) => {
             Action::Stop(StopReason::TimeLimit)
         }

@@ -4,6 +4,7 @@ use espalier_core::error::ErrorClass;
 use espalier_runtime::model::ModelError;
 use espalier_runtime::tasks::{BlockingFailed, DeadlineExceeded};
 
+use super::recorded::ReplayError;
 use crate::mcp::McpError;
 use crate::record::RecordError;
 use crate::verify::ProbeError;
@@ -14,6 +15,9 @@ pub enum RolloutError {
     /// The tools.
     #[error("the rollout's tools failed")]
     Mcp(#[from] McpError),
+    /// The recordings in place of tools.
+    #[error("the rollout's recorded tools cannot be used")]
+    Replay(#[from] ReplayError),
     /// The model's endpoint.
     #[error("the model did not answer")]
     Model(#[from] ModelError),
@@ -36,6 +40,7 @@ impl RolloutError {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Mcp(error) => error.class(),
+            Self::Replay(error) => error.class(),
             Self::Model(error) => error.class(),
             Self::Record(error) => error.class(),
             Self::Verify(error) => error.class,

@@ -13,23 +13,26 @@ mod decide;
 mod error;
 mod model_turn;
 mod probes;
+mod recorded;
+mod remembered;
 #[cfg(test)]
 mod tests;
 mod tools;
+mod world;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_core::chat::{Message, ToolCall, ToolDef};
-use espalier_core::spec::{Limits, RolloutSpec, VerifyDraft};
+use espalier_core::spec::{Limits, RolloutSpec, Verify, VerifyDraft};
 use espalier_core::trace::{
-    Header, McpServerInfo, Outcome, Provenance, SCHEMA_VERSION, StopReason, Totals, Verdict,
-    answer_of,
+    Header, Outcome, Provenance, SCHEMA_VERSION, StopReason, Totals, Verdict, answer_of,
 };
 use espalier_qwen3_text::{TOKENIZER_SHA256, Tokenizer};
 use espalier_runtime::clock::Clock;
 use espalier_runtime::model::ModelClient;
+use espalier_runtime::store::Store;
 use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry::names::{attribute, metric, operation, span};
 use espalier_runtime::telemetry::{Metrics, inject_traceparent, metrics};
@@ -39,18 +42,21 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::mcp::{McpError, McpHost, ServerInfo, Toolbox};
+use crate::mcp::McpHost;
 use crate::record::Recorder;
 use crate::verify::{Evidence, judge};
 
 pub use conversation::{Approver, Conversation, Question, Scripted, Seen, UserTurn};
 pub use error::RolloutError;
 pub use probes::Hooks;
+pub use recorded::ReplayError;
 
 use calls::Fate;
 use decide::{Action, Event, Progress, decide};
 use model_turn::LastTokens;
-use probes::Live;
+use probes::{Asked, Live};
+use remembered::judge_recorded;
+use world::World;
 
 /// Longest that all checks of a rollout may take together: a few probes at their own limit. Checks that come after it
 /// score 0.
@@ -78,6 +84,8 @@ pub struct Services {
     pub tokenizer: Tokenizer,
     /// HTTP hooks of verifiers.
     pub hooks: Hooks,
+    /// Where recordings are.
+    pub store: Store,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
 }
@@ -173,24 +181,15 @@ async fn connect_and_run<C: Conversation>(
     conversation: &mut C,
     cancel: CancellationToken,
 ) -> Result<Outcome, RolloutError> {
-    let project = recorder.key().project.clone();
     let name = trace_id(recorder);
-    let (uses, policy) = (&order.spec.mcp, &order.spec.tools);
-    let toolbox = services
-        .mcp
-        .connect(&project, &name, uses, policy, cancel.clone())
-        .await?;
+    let mut world = World::open(services, order, recorder, &name, cancel.clone()).await?;
     let rollout = Rollout {
         services,
         order,
-        toolbox: &toolbox,
+        tools: world.tools(),
+        world: &mut world,
         recorder,
         conversation,
-        tools: toolbox
-            .tools()
-            .iter()
-            .map(|tool| tool.def.clone())
-            .collect(),
         cancel,
         totals: Totals::default(),
         began: None,
@@ -200,8 +199,7 @@ async fn connect_and_run<C: Conversation>(
         hung_up: false,
     };
     let outcome = Box::pin(rollout.run()).await;
-    // One that does not close in time is cleaned up by the host.
-    let _ = with_deadline("mcp_close", CLOSE_TIMEOUT, toolbox.close()).await;
+    world.close().await;
     outcome
 }
 
@@ -218,7 +216,7 @@ fn model_name<'a>(services: &'a Services, spec: &'a RolloutSpec) -> &'a str {
 struct Rollout<'a, C> {
     services: &'a Services,
     order: Order<'a>,
-    toolbox: &'a Toolbox,
+    world: &'a mut World,
     recorder: &'a mut Recorder,
     conversation: &'a mut C,
     /// The tools as they are offered.
@@ -256,7 +254,7 @@ impl TurnClock {
 impl<C: Conversation> Rollout<'_, C> {
     async fn run(mut self) -> Result<Outcome, RolloutError> {
         if let Some(verify) = &self.order.spec.verify {
-            self.probes().check(verify)?;
+            probes::check(verify, self.world, &self.services.hooks)?;
         }
         self.begin().await?;
         let stop = self.converse().await?;
@@ -278,7 +276,7 @@ impl<C: Conversation> Rollout<'_, C> {
 
     fn header(&self) -> Header {
         let spec = self.order.spec;
-        let servers = self.toolbox.servers();
+        let (mcp_servers, browser) = self.world.servers();
         Header {
             schema_version: SCHEMA_VERSION,
             id: trace_id(self.recorder),
@@ -293,10 +291,11 @@ impl<C: Conversation> Rollout<'_, C> {
                 espalier_version: env!("CARGO_PKG_VERSION").to_owned(),
                 model: model_name(self.services, spec).to_owned(),
                 sampling: spec.sampling.clone(),
-                tools_sha256: self.toolbox.tool_list_digest(),
-                browser: servers.iter().find_map(|server| server.browser.clone()),
-                mcp_servers: servers.into_iter().map(server_info).collect(),
+                tools_sha256: self.world.tools_sha256(),
+                mcp_servers,
+                browser,
                 tokenizer_sha256: Some(TOKENIZER_SHA256.to_owned()),
+                replay: self.world.sources(),
             },
             tools: self.tools.clone(),
             verify: self.order.verify.cloned().map(probes::without_queries),
@@ -346,14 +345,21 @@ impl<C: Conversation> Rollout<'_, C> {
 
     /// Final address, verdict and sums.
     async fn conclude(&mut self, stop: StopReason) -> Result<Outcome, RolloutError> {
-        let final_url = self.final_url().await?;
+        let final_url = self.world.final_url().await?;
         let verdict = match &self.order.spec.verify {
-            Some(_) => Some(self.judge(final_url.as_deref()).await?),
+            // It ended where nobody knows how it would have gone on.
+            Some(_) if stop == StopReason::Unrecorded => None,
+            Some(verify) => self.judge(verify, final_url.as_deref()).await?,
             None => None,
         };
+        let is_unknown = verdict.is_none() && self.order.spec.verify.is_some();
         self.totals.wall_ms = millis(self.elapsed());
         Ok(Outcome {
-            stop,
+            stop: if is_unknown {
+                StopReason::Unrecorded
+            } else {
+                stop
+            },
             ended_at_us: self.services.clock.now(),
             final_url,
             verdict,
@@ -361,42 +367,40 @@ impl<C: Conversation> Rollout<'_, C> {
         })
     }
 
-    async fn judge(&self, final_url: Option<&str>) -> Result<Verdict, RolloutError> {
-        let Some(verify) = &self.order.spec.verify else {
-            return Ok(Verdict {
-                reward: 0.0,
-                checks: Vec::new(),
-            });
-        };
+    /// None where the checks ask for what was never recorded.
+    async fn judge(
+        &self,
+        verify: &Verify,
+        final_url: Option<&str>,
+    ) -> Result<Option<Verdict>, RolloutError> {
         let evidence = Evidence {
             answer: answer_of(self.recorder.messages()),
             final_url,
             tool_calls: self.recorder.tool_calls(),
         };
-        let probes = self.probes();
-        let span = tracing::info_span!(span::VERIFY, { attribute::REWARD } = tracing::field::Empty);
-        let judged = judge(verify, &evidence, &probes).instrument(span.clone());
-        let verdict =
-            with_deadline("rollout.verify", VERIFY_TIMEOUT + VERIFY_SLACK, judged).await??;
-        span.record(attribute::REWARD, verdict.reward);
-        Ok(verdict)
-    }
-
-    fn probes(&self) -> Live<'_> {
-        Live {
-            toolbox: self.toolbox,
+        let hooks = Asked {
             hooks: &self.services.hooks,
             until: Instant::now() + VERIFY_TIMEOUT,
+        };
+        let span = tracing::info_span!(span::VERIFY, { attribute::REWARD } = tracing::field::Empty);
+        let judged = async {
+            match &*self.world {
+                World::Live(toolbox) => {
+                    let live = Live { toolbox, hooks };
+                    judge(verify, &evidence, &live).await.map(Some)
+                }
+                World::Recorded(recorded) => {
+                    judge_recorded(verify, &evidence, recorded.end(), hooks).await
+                }
+            }
+        };
+        let judged = judged.instrument(span.clone());
+        let verdict =
+            with_deadline("rollout.verify", VERIFY_TIMEOUT + VERIFY_SLACK, judged).await??;
+        if let Some(verdict) = &verdict {
+            span.record(attribute::REWARD, verdict.reward);
         }
-    }
-
-    /// None without a browser, and where the page does not tell: it may stand in a dialog.
-    async fn final_url(&self) -> Result<Option<String>, RolloutError> {
-        match self.toolbox.current_url(URL_TIMEOUT).await {
-            Ok(url) => Ok(Some(url).filter(|url| !url.is_empty())),
-            Err(McpError::Invalid(_)) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
+        Ok(verdict)
     }
 
     /// The turn is over: tells what it cost beside model and tools.
@@ -429,15 +433,6 @@ impl<C: Conversation> Rollout<'_, C> {
     /// What is left of the rollout's time.
     fn time_left(&self) -> Duration {
         decide::wall(self.limits()).saturating_sub(self.elapsed())
-    }
-}
-
-fn server_info(server: ServerInfo) -> McpServerInfo {
-    McpServerInfo {
-        name: server.name,
-        implementation: server.title,
-        version: server.package_version.unwrap_or(server.version),
-        protocol: server.protocol,
     }
 }
 

@@ -143,11 +143,10 @@ impl<C: Conversation> Rollout<'_, C> {
     }
 
     async fn record_turn(&mut self, turn: ChatTurn, call: ModelCall) -> Result<(), RolloutError> {
-        let toolbox = self.toolbox;
         self.pending = calls::prepare(
             turn.tool_calls,
             self.limits().tool_calls_per_turn_max,
-            |name| toolbox.tool(name).is_some(),
+            |name| self.world.offers(name),
         );
         let tool_calls = self.pending.iter().map(|(call, _)| call.clone()).collect();
         self.totals.turns += 1;

@@ -12,6 +12,7 @@ use futures::StreamExt;
 use serde_json::{Map, Value};
 use tokio::time::Instant;
 
+use super::world::World;
 use crate::mcp::{McpError, ToolOutcome, Toolbox};
 use crate::verify::{ProbeError, Probes};
 
@@ -220,9 +221,22 @@ fn shown(url: &reqwest::Url) -> String {
 /// The probes of a rollout whose servers still run.
 pub(super) struct Live<'a> {
     pub toolbox: &'a Toolbox,
+    pub hooks: Asked<'a>,
+}
+
+/// Services that are asked while there is time.
+#[derive(Clone, Copy)]
+pub(super) struct Asked<'a> {
     pub hooks: &'a Hooks,
     /// When the time for all checks is over.
     pub until: Instant,
+}
+
+impl Asked<'_> {
+    pub(super) async fn ask(&self, url: &str, body: &Value) -> Result<Value, ProbeError> {
+        time_for_probe(self.until)?;
+        self.hooks.ask(url, body, self.until).await
+    }
 }
 
 /// What one probe may still take of the time for all checks. When that is over before a check begins, it scores 0: a page
@@ -236,25 +250,25 @@ fn time_for_probe(until: Instant) -> Result<Duration, ProbeError> {
     Ok(left.min(PROBE_TIMEOUT))
 }
 
-impl Live<'_> {
-    /// Refuses checks that this rollout can never answer, before it has cost anything.
-    pub(super) fn check(&self, verify: &Verify) -> Result<(), ProbeError> {
-        for leaf in verify.leaves() {
-            match leaf {
-                Verify::Http(hook) => drop(self.hooks.checked(&hook.url)?),
-                Verify::Page { .. } => self.toolbox.check_browser().map_err(failed)?,
-                _ => {}
+/// Refuses checks that a rollout in `world` can never answer, before it has cost anything.
+pub(super) fn check(verify: &Verify, world: &World, hooks: &Hooks) -> Result<(), ProbeError> {
+    for leaf in verify.leaves() {
+        match (leaf, world) {
+            (Verify::Http(hook), _) => drop(hooks.checked(&hook.url)?),
+            (Verify::Page { .. }, World::Live(toolbox)) => {
+                toolbox.check_browser().map_err(failed)?;
             }
+            _ => {}
         }
-        Ok(())
     }
+    Ok(())
 }
 
 impl Probes for Live<'_> {
     async fn page(&self, script: &str) -> Result<Value, ProbeError> {
         // The script is a function; the toolbox evaluates an expression. The line break ends a comment at its end.
         let call = format!("({script}\n)()");
-        let limit = time_for_probe(self.until)?;
+        let limit = time_for_probe(self.hooks.until)?;
         let answer = self.toolbox.evaluate_page(&call, limit).await;
         answer.map_err(failed)?.map_err(came_to_nothing)
     }
@@ -265,7 +279,7 @@ impl Probes for Live<'_> {
         tool: &str,
         arguments: &Map<String, Value>,
     ) -> Result<String, ProbeError> {
-        let limit = time_for_probe(self.until)?;
+        let limit = time_for_probe(self.hooks.until)?;
         let call = self
             .toolbox
             .call_server(server, tool, arguments.clone(), limit);
@@ -273,13 +287,12 @@ impl Probes for Live<'_> {
     }
 
     async fn mcp_resource(&self, server: &str, uri: &str) -> Result<String, ProbeError> {
-        let limit = time_for_probe(self.until)?;
+        let limit = time_for_probe(self.hooks.until)?;
         text_of(self.toolbox.read_resource(server, uri, limit).await)
     }
 
     async fn http(&self, url: &str, body: &Value) -> Result<Value, ProbeError> {
-        time_for_probe(self.until)?;
-        self.hooks.ask(url, body, self.until).await
+        self.hooks.ask(url, body).await
     }
 }
 

@@ -27,17 +27,17 @@ impl Approver for &Answers {
 }
 
 /// What a rollout left behind.
-struct Ran {
-    outcome: Result<Outcome, RolloutError>,
-    recorder: Recorder,
+pub(super) struct Ran {
+    pub(super) outcome: Result<Outcome, RolloutError>,
+    pub(super) recorder: Recorder,
 }
 
 impl Ran {
-    fn outcome(&self) -> &Outcome {
+    pub(super) fn outcome(&self) -> &Outcome {
         self.outcome.as_ref().unwrap()
     }
 
-    fn shown(&self) -> Vec<&str> {
+    pub(super) fn shown(&self) -> Vec<&str> {
         let messages = self.recorder.messages().iter();
         let tools = messages.filter(|message| matches!(message, Message::Tool { .. }));
         tools.map(Message::content).collect()
@@ -67,8 +67,17 @@ async fn roll(world: &World, fields: Value) -> Ran {
 }
 
 async fn roll_with(world: &World, fields: Value, answers: &Answers) -> Ran {
+    roll_in(recorder(world, "p/b/j").await, world, fields, answers).await
+}
+
+/// A rollout of a job of that name.
+pub(super) async fn roll_as(world: &World, key: &str, fields: Value) -> Ran {
+    let answers = Answers(true, Mutex::default());
+    roll_in(recorder(world, key).await, world, fields, &answers).await
+}
+
+async fn roll_in(mut recorder: Recorder, world: &World, fields: Value, answers: &Answers) -> Ran {
     let (draft, spec) = job(fields);
-    let mut recorder = recorder(world, "p/b/j").await;
     let order = order(&spec, draft.verify.as_ref());
     let mut conversation = Scripted::new(spec.rollout().unwrap().prompts.clone(), answers);
     let cancel = CancellationToken::new();

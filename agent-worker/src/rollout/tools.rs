@@ -17,7 +17,7 @@ use super::calls::Fate;
 use super::conversation::{Conversation, Question, Seen};
 use super::decide::Event;
 use super::{Rollout, RolloutError, millis};
-use crate::mcp::{McpError, OfferedTool, ToolOutcome};
+use crate::mcp::{McpError, ToolOutcome};
 use crate::observe::shape;
 
 /// What the model is told of a call that was refused: the workshop's words.
@@ -44,7 +44,9 @@ impl<C: Conversation> Rollout<'_, C> {
             if self.time_left().is_zero() {
                 return Ok(Event::TimeUp);
             }
-            self.answer_call(call, fate).await?;
+            if !self.answer_call(call, fate).await? {
+                return Ok(Event::Unrecorded);
+            }
             if self.hung_up {
                 return Ok(Event::UserDone(StopReason::UserExit));
             }
@@ -53,65 +55,74 @@ impl<C: Conversation> Rollout<'_, C> {
         Ok(Event::CallsAnswered)
     }
 
-    async fn answer_call(&mut self, call: ToolCall, fate: Fate) -> Result<(), RolloutError> {
+    /// Whether the call has an answer: where recordings answer, they may have none.
+    async fn answer_call(&mut self, call: ToolCall, fate: Fate) -> Result<bool, RolloutError> {
         let started_at_us = self.services.clock.now();
         let waited_before = self.turn.elsewhere;
         let answer = match fate {
-            Fate::Refuse { decision, text } => self.explain(decision, text).await?,
+            Fate::Refuse { decision, text } => Some(self.explain(decision, text).await?),
             Fate::Run => self.run_tool(&call).await?,
         };
+        let Some(answer) = answer else {
+            return Ok(false);
+        };
         let latency = self.turn.elsewhere - waited_before;
-        self.record(call, answer, started_at_us, latency).await
+        self.record(call, answer, started_at_us, latency).await?;
+        Ok(true)
     }
 
-    /// Runs an offered tool, after a yes where one is needed.
-    async fn run_tool(&mut self, call: &ToolCall) -> Result<Answer, RolloutError> {
+    /// Runs an offered tool, after a yes where one is needed; none: the call was never recorded.
+    async fn run_tool(&mut self, call: &ToolCall) -> Result<Option<Answer>, RolloutError> {
         let (name, arguments) = (&call.function.name, &call.function.arguments);
         let mut decision = Decision::Allowed;
-        if self
-            .toolbox
-            .tool(name)
-            .is_some_and(|tool| tool.needs_approval)
-        {
+        if self.world.needs_approval(name) {
             if !self.is_approved(call).await {
-                return self.explain(Decision::Rejected, REJECTED.to_owned()).await;
+                let answer = self
+                    .explain(Decision::Rejected, REJECTED.to_owned())
+                    .await?;
+                return Ok(Some(answer));
             }
             decision = Decision::Approved;
         }
         self.conversation.see(Seen::ToolCalled { name, arguments });
         let limit = Duration::from_secs(self.limits().tool_call_s.into()).min(self.time_left());
         let began = Instant::now();
-        let span = tool_span(self.toolbox.tool(name), call);
-        let called = self.toolbox.call(name, arguments.clone(), limit);
+        let span = tool_span(self.world.origin(name).0.as_deref(), call);
+        let called = self.world.call(name, arguments.clone(), limit);
         let ran = tokio::select! {
             ran = called.instrument(span.clone()) => ran,
             () = self.conversation.hung_up() => {
                 self.hung_up = true;
-                return self.explain(decision, HUNG_UP.to_owned()).await;
+                return Ok(Some(self.explain(decision, HUNG_UP.to_owned()).await?));
             }
         };
         self.turn.elsewhere += began.elapsed();
         count(name, &ran, began.elapsed());
         match ran {
-            Ok(outcome) => {
+            Ok(None) => Ok(None),
+            Ok(Some(outcome)) => {
                 if outcome.is_error {
                     span.record(attribute::ERROR_TYPE, "tool_error");
                 }
-                self.show(decision, outcome).await
+                Ok(Some(self.show(decision, outcome).await?))
             }
-            Err(McpError::UnknownTool { name }) => {
-                self.explain(Decision::Unknown, format!("Tool {name} not found"))
-                    .await
+            Err(RolloutError::Mcp(McpError::UnknownTool { name })) => {
+                let text = format!("Tool {name} not found");
+                Ok(Some(self.explain(Decision::Unknown, text).await?))
             }
             // A server that does one thing at a time cannot say that it is well: the time is up, and that is the outcome.
-            Err(error @ McpError::Deadline { .. }) if self.time_left().is_zero() => {
+            Err(RolloutError::Mcp(error @ McpError::Deadline { .. }))
+                if self.time_left().is_zero() =>
+            {
                 span.record(attribute::ERROR_TYPE, error.class().as_str());
-                self.explain(decision, format!("Error: {error}")).await
+                Ok(Some(
+                    self.explain(decision, format!("Error: {error}")).await?,
+                ))
             }
             // A slow tool of a server that is well is an outcome; a deadline here means that the server is not.
             Err(error) => {
                 span.record(attribute::ERROR_TYPE, error.class().as_str());
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -186,7 +197,7 @@ impl<C: Conversation> Rollout<'_, C> {
         started_at_us: Timestamp,
         latency: Duration,
     ) -> Result<(), RolloutError> {
-        let offered = self.toolbox.tool(&call.function.name);
+        let (server, tool) = self.world.origin(&call.function.name);
         let message = Message::Tool {
             tool_call_id: call.id.clone(),
             content: answer.text,
@@ -194,8 +205,8 @@ impl<C: Conversation> Rollout<'_, C> {
         let record = ToolCallRecord {
             message: self.recorder.messages().len(),
             call_id: call.id,
-            server: offered.map(|tool| tool.server.clone()),
-            tool: offered.map(|tool| tool.raw_name.clone()),
+            server,
+            tool,
             name: call.function.name,
             arguments: call.function.arguments,
             decision: answer.decision,
@@ -221,7 +232,7 @@ impl<C: Conversation> Rollout<'_, C> {
     }
 }
 
-fn tool_span(offered: Option<&OfferedTool>, call: &ToolCall) -> tracing::Span {
+fn tool_span(server: Option<&str>, call: &ToolCall) -> tracing::Span {
     let name = call.function.name.as_str();
     tracing::info_span!(
         span::EXECUTE_TOOL,
@@ -231,15 +242,15 @@ fn tool_span(offered: Option<&OfferedTool>, call: &ToolCall) -> tracing::Span {
         { attribute::GEN_AI_TOOL_CALL_ID } = call.id,
         { attribute::GEN_AI_TOOL_TYPE } = "extension",
         { attribute::MCP_METHOD_NAME } = "tools/call",
-        { attribute::MCP_SERVER } = offered.map(|tool| tool.server.as_str()),
+        { attribute::MCP_SERVER } = server,
         { attribute::ERROR_TYPE } = tracing::field::Empty,
     )
 }
 
-fn count(name: &str, ran: &Result<ToolOutcome, McpError>, took: Duration) {
+fn count(name: &str, ran: &Result<Option<ToolOutcome>, RolloutError>, took: Duration) {
     let mut labels = vec![KeyValue::new(attribute::GEN_AI_TOOL_NAME, name.to_owned())];
     match ran {
-        Ok(outcome) if outcome.is_error => {
+        Ok(Some(outcome)) if outcome.is_error => {
             labels.push(KeyValue::new(attribute::ERROR_TYPE, "tool_error"));
         }
         Ok(_) => {}

@@ -51,6 +51,10 @@ pub struct ProbeError {
 
 /// What has to be asked of the world.
 pub trait Probes {
+    /// What a check of the world (`url`, `page`, `mcp`) is known to find, which is then not asked.
+    fn known(&self, _check: &Verify) -> Option<(f64, String)> {
+        None
+    }
     /// Runs a function in the rollout's current page.
     fn page(&self, script: &str) -> impl Future<Output = Result<Value, ProbeError>> + Send;
     /// Calls a tool by the server's own name for it.
@@ -133,27 +137,32 @@ fn score<'a, P: Probes + Sync>(
     checks: &'a mut Vec<CheckResult>,
 ) -> std::pin::Pin<Box<dyn Future<Output = Result<f64, ProbeError>> + Send + 'a>> {
     Box::pin(async move {
-        let (name, found) = match verify {
-            Verify::All(list) => {
+        let (name, found) = match (verify, probes.known(verify)) {
+            (Verify::All(list), _) => {
                 let scores = scores(list.iter(), &path, "all", evidence, probes, checks).await?;
                 return Ok(scores.into_iter().fold(1.0, f64::min));
             }
-            Verify::Any(list) => {
+            (Verify::Any(list), _) => {
                 let scores = scores(list.iter(), &path, "any", evidence, probes, checks).await?;
                 return Ok(scores.into_iter().fold(0.0, f64::max));
             }
-            Verify::Weighted(list) => {
+            (Verify::Weighted(list), _) => {
                 let parts = list.iter().map(|(_, check)| check);
                 let scores = scores(parts, &path, "weighted", evidence, probes, checks).await?;
                 let weights = list.iter().map(|(weight, _)| *weight);
                 return Ok(weighted_mean(weights, &scores));
             }
-            Verify::Answer(rule) => ("answer", answer(rule, evidence.answer).await),
-            Verify::Url(rule) => ("url", Ok(url(rule, evidence.final_url))),
-            Verify::ToolCalled(call) => ("tool_called", Ok(tool_called(call, evidence.tool_calls))),
-            Verify::Page { script } => ("page", page(script, probes).await),
-            Verify::Mcp(check) => ("mcp", mcp(check, probes).await),
-            Verify::Http(hook) => ("http", http(&hook.url, evidence, probes).await),
+            (Verify::Url(_), Some(found)) => ("url", Ok(found)),
+            (Verify::Page { .. }, Some(found)) => ("page", Ok(found)),
+            (Verify::Mcp(_), Some(found)) => ("mcp", Ok(found)),
+            (Verify::Answer(rule), _) => ("answer", answer(rule, evidence.answer).await),
+            (Verify::Url(rule), None) => ("url", Ok(url(rule, evidence.final_url))),
+            (Verify::ToolCalled(call), _) => {
+                ("tool_called", Ok(tool_called(call, evidence.tool_calls)))
+            }
+            (Verify::Page { script }, None) => ("page", page(script, probes).await),
+            (Verify::Mcp(check), None) => ("mcp", mcp(check, probes).await),
+            (Verify::Http(hook), _) => ("http", http(&hook.url, evidence, probes).await),
         };
         let (score, reason) = match found {
             Ok(found) => found,

@@ -189,6 +189,7 @@ mod tests {
             adapter: adapter.map(str::to_owned),
             batches: Vec::new(),
             rollouts: 1,
+            replayed: 0,
             prices: None,
         }
     }

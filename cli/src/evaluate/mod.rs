@@ -3,12 +3,13 @@
 //! The command is expanded: each task becomes rollouts of both models, and a `compare` job that waits for them, all in one
 //! batch. Nothing is compared here; that is an agent worker's.
 
+mod recorded;
 pub mod show;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey, ProjectId};
 use espalier_core::spec::{
@@ -47,6 +48,12 @@ pub struct Evaluate {
     /// Tasks, in the form of `espalier submit`: JSONL with one a line, or TOML with [defaults] and [[jobs]]
     #[arg(long, value_name = "FILE")]
     pub tasks: PathBuf,
+    /// Scores without servers, by the rollouts of --from
+    #[arg(long, value_enum, value_name = "HOW", requires = "from")]
+    pub replay: Option<Replay>,
+    /// Batch whose rollouts are the recordings of --replay; may be given several times
+    #[arg(long = "from", value_name = "BATCH", requires = "replay")]
+    pub from: Vec<BatchId>,
     /// Rollouts of each task and model
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub samples: u32,
@@ -109,6 +116,13 @@ pub struct Evaluate {
     pub store: Option<String>,
 }
 
+/// What is done without servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Replay {
+    /// Rolls the tasks out: recorded answers stand in for the servers, and a call that was never recorded ends a rollout
+    Recorded,
+}
+
 /// PROMPT,COMPLETION.
 fn price(text: &str) -> Result<(f64, f64), String> {
     let read = |text: &str| text.trim().parse::<f64>().ok();
@@ -127,7 +141,7 @@ pub async fn run(context: &Context, args: &Evaluate) -> Outcome {
     };
     let draft = compare_draft(args, &models, &batch);
     check(&draft)?;
-    let tasks = read_tasks(args, models)?;
+    let mut tasks = read_tasks(args, models)?;
     let project = match &args.project {
         Some(project) => project.clone(),
         None => context.project()?,
@@ -138,6 +152,11 @@ pub async fn run(context: &Context, args: &Evaluate) -> Outcome {
         store: uploads::open_store(context, args.store.as_deref()).await?,
         key: JobKey::new(project, batch, JOB.parse()?),
     };
+    if args.replay.is_some() {
+        let found = recorded::find(&evaluation.store, &evaluation.key.project, &args.from).await?;
+        recorded::name(&mut tasks, &found, &args.from);
+        check_count(args, &tasks)?;
+    }
     let submitted = evaluation.submit(tasks, draft).await?;
     evaluation.tell_submitted(&submitted, args.detach)?;
     let exit = match submitted.refusals.is_empty() {

@@ -119,7 +119,11 @@ impl Door {
             return Err(FieldError::new("spec", shown, rule).into());
         }
         let draft = self.draft(encoded.clone())?;
-        let of_servers = self.check_servers(&draft.mcp);
+        // Recordings stand in for its servers.
+        let of_servers = match draft.replay.is_empty() {
+            true => self.check_servers(&draft.mcp),
+            false => Vec::new(),
+        };
         match draft.check() {
             Ok(spec) => {
                 let admitted = self.admit(spec, encoded, derived_id)?;
@@ -243,6 +247,8 @@ impl Door {
 /// Tags that a worker must offer for what the job does: the servers of a rollout, the model of a batch of requests.
 fn implied_needs(work: &Work) -> Vec<String> {
     match work {
+        // Its servers are not started.
+        Work::Rollout(rollout) if !rollout.replay.is_empty() => Vec::new(),
         Work::Rollout(rollout) => {
             let named = rollout.mcp.iter().filter_map(|used| match used {
                 McpUse::Named(name) => Some(format!("{MCP_TAG}{name}")),
@@ -384,6 +390,17 @@ mod tests {
         let mut open = door("{}");
         open.allow_inline_mcp = true;
         assert!(open.check(&spec(inline), "a").is_ok());
+    }
+
+    #[test]
+    fn recordings_need_no_server() {
+        let own = r#"{"prompt":"x","mcp":["shell"],"replay":["b0/j"],"needs":["gpu"]}"#;
+        let job = door("{}").check(&spec(own), "a").unwrap().submission.job;
+        assert_eq!((job.kind, job.needs.len()), (JobKind::Rollout, 1));
+        assert_eq!(
+            refused(r#"{"prompt":"x","replay":["j"]}"#)[0].0,
+            "replay[0]"
+        );
     }
 
     #[tokio::test]

@@ -44,6 +44,7 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
         model: rollout.model,
         sampling: rollout.sampling.map(sampling_from_wire),
         mcp: rollout.mcp.into_iter().map(mcp_from_wire).collect(),
+        replay: rollout.replay,
         tools: rollout.tools.map(|t| ToolPolicy {
             allow: t.allow,
             ask: t.ask,
@@ -101,6 +102,7 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
             model: draft.model,
             sampling: draft.sampling.map(sampling_to_wire),
             mcp: draft.mcp.into_iter().map(mcp_to_wire).collect(),
+            replay: draft.replay,
             tools: draft.tools.map(|t| v1::ToolPolicy {
                 allow: t.allow,
                 ask: t.ask,
@@ -256,7 +258,7 @@ mod tests {
         {"name":"web","server":{"url":"http://localhost/mcp","headers":{"h":"v"}}}],
         "tools":{"allow":["a*"],"ask":["b"],"deny":["c"],"brief":true,"snapshots":"inline"},
         "limits":{"turns":1,"tokens":2,"wall_s":3,"tool_calls_per_turn":4,"tool_call_s":5,"ask_s":6},
-        "observation":{"max_tokens":99},
+        "observation":{"max_tokens":99},"replay":["b/j"],
         "verify":{"all":[{"answer":{"equals":"5"}},{"answer":{"json_path":"$.a","equals":{"b":[1,2.5,null,true]}}},
         {"answer":{"contains":"c"}},{"answer":{"number":1.5,"tolerance":0.1}},{"url":{"regex":"^h"}},
         {"page":{"script":"() => true"}},{"tool_called":{"name":"t*","arguments":{"a":{"equals":"b"}}}},

@@ -235,6 +235,9 @@ pub struct LeftOut {
     pub without_task: Both<u64>,
     /// There is nothing to judge them by.
     pub unjudged: Both<u64>,
+    /// They went where no recording went, and stopped there.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub unrecorded: Both<u64>,
     /// The same sample of the same task came before.
     pub repeated: Both<u64>,
     /// The other arm has no such sample of the task.
@@ -279,6 +282,9 @@ pub struct ReportArm {
     pub batches: Vec<String>,
     /// Rollouts that were found.
     pub rollouts: u64,
+    /// Those whose servers were recordings.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub replayed: u64,
     /// What its tokens cost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prices: Option<Prices>,
@@ -311,12 +317,8 @@ pub struct Source {
     pub patches: u32,
 }
 
-#[expect(
-    clippy::trivially_copy_pass_by_ref,
-    reason = "serde asks for a reference"
-)]
-fn is_zero(n: &u32) -> bool {
-    *n == 0
+fn is_zero<N: Default + PartialEq>(n: &N) -> bool {
+    *n == N::default()
 }
 
 /// The loss of a training, step by step.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{Both, LeftOut, Side, Tried};
+use crate::trace::StopReason;
 
 /// One sample of one task, tried and judged in both arms.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,25 +83,23 @@ pub fn pair(before: Vec<Tried>, after: Vec<Tried>) -> Pairs {
     };
     for (sample, before) in before {
         let Some(after) = after.remove(&sample) else {
-            left_out.unpaired.before += 1;
+            leave_out(&mut left_out, Side::Before, &before);
             alone(&before, Side::Before);
             continue;
         };
         // Without a verdict of the one, that of the other says nothing.
         match (before.solved, after.solved) {
             (Some(_), Some(_)) => found.pairs.push(Pair { before, after }),
-            (of_before, of_after) => {
-                left_out.unjudged.before += u64::from(of_before.is_none());
-                left_out.unjudged.after += u64::from(of_after.is_none());
-                left_out.unpaired.before += u64::from(of_before.is_some());
-                left_out.unpaired.after += u64::from(of_after.is_some());
+            _ => {
+                leave_unjudged_out(&mut left_out, Side::Before, &before);
+                leave_unjudged_out(&mut left_out, Side::After, &after);
                 alone(&before, Side::Before);
                 alone(&after, Side::After);
             }
         }
     }
-    left_out.unpaired.after += after.len() as u64;
     for tried in after.values() {
+        leave_out(&mut left_out, Side::After, tried);
         alone(tried, Side::After);
     }
     Pairs { left_out, ..found }
@@ -124,6 +123,23 @@ fn by_sample(
         }
     }
     found
+}
+
+/// Counts a rollout whose counterpart is not there.
+fn leave_out(left_out: &mut LeftOut, side: Side, tried: &Tried) {
+    let why = match tried.stop == StopReason::Unrecorded.as_str() {
+        true => &mut left_out.unrecorded,
+        false => &mut left_out.unpaired,
+    };
+    *at(why, side) += 1;
+}
+
+/// Counts a rollout where it or its counterpart was not judged.
+fn leave_unjudged_out(left_out: &mut LeftOut, side: Side, tried: &Tried) {
+    match tried.solved.is_none() && tried.stop != StopReason::Unrecorded.as_str() {
+        true => *at(&mut left_out.unjudged, side) += 1,
+        false => leave_out(left_out, side, tried),
+    }
 }
 
 fn at(both: &mut Both<u64>, side: Side) -> &mut u64 {
@@ -202,6 +218,7 @@ pub(super) mod tests {
             repeated: both(1, 0),
             unpaired: both(1, 2),
             unreadable: both(0, 0),
+            unrecorded: both(0, 0),
         };
         assert_eq!(found.left_out, expected);
         let alone = |one: &Alone| (one.task.clone(), one.side, one.worst_difference());
@@ -217,5 +234,33 @@ pub(super) mod tests {
         );
         before.reverse();
         assert_eq!(pair(before, after), found, "order changes nothing");
+    }
+
+    #[test]
+    fn what_was_never_recorded_is_neither_solved_nor_unjudged() {
+        let unrecorded = |arm: &str, task: &str| Tried {
+            stop: StopReason::Unrecorded.as_str().to_owned(),
+            ..tried(arm, task, 0, None)
+        };
+        let before = vec![
+            unrecorded("a", "both"),
+            tried("a", "one", 0, Some(true)),
+            unrecorded("a", "alone"),
+        ];
+        let after = vec![unrecorded("b", "both"), unrecorded("b", "one")];
+        let found = pair(before, after);
+        let both = |before, after| Both { before, after };
+        let expected = LeftOut {
+            unrecorded: both(2, 2),
+            unpaired: both(1, 0),
+            ..LeftOut::default()
+        };
+        assert_eq!((found.left_out, found.pairs.len()), (expected, 0));
+        let worst = found.alone.iter().map(Alone::worst_difference);
+        assert_eq!(
+            worst.collect::<Vec<_>>(),
+            [-1],
+            "it speaks against the second arm"
+        );
     }
 }

@@ -135,6 +135,7 @@ pub fn left_out(report: &Report) -> Table {
     for (name, both) in [
         ("the job names no task", left_out.without_task),
         ("not judged", left_out.unjudged),
+        ("a call was never recorded", left_out.unrecorded),
         ("the same sample again", left_out.repeated),
         ("the other arm has no such sample", left_out.unpaired),
         ("the trace cannot be read", left_out.unreadable),

@@ -317,6 +317,7 @@ impl JobDraft {
             model: self.model.clone(),
             sampling: check_sampling(faults, &self.sampling.clone().unwrap_or_default()),
             mcp,
+            replay: check_replay(faults, &self.replay),
             tools,
             limits: self.check_limits(faults),
             observation: check_observation(faults, self.observation.as_ref()),
@@ -446,6 +447,23 @@ fn check_mcp(faults: &mut Faults, uses: &[McpUseDraft]) -> Vec<McpUse> {
             faults.add(&field, checked.name(), "must be named once");
         }
         good.push(checked);
+    }
+    good
+}
+
+fn check_replay(faults: &mut Faults, names: &[String]) -> Vec<(BatchId, JobId)> {
+    faults.count("replay", names.len(), limits::LIST_MAX);
+    let mut good = Vec::new();
+    for (i, name) in names.iter().enumerate() {
+        let field = format!("replay[{i}]");
+        let parts = name.split_once('/');
+        match parts.map(|(batch, job)| (BatchId::new(batch), JobId::new(job))) {
+            Some((Ok(batch), Ok(job))) if good.contains(&(batch.clone(), job.clone())) => {
+                faults.add(&field, name, "must be named once");
+            }
+            Some((Ok(batch), Ok(job))) => good.push((batch, job)),
+            _ => faults.add(&field, name, "must be `batch/job`"),
+        }
     }
     good
 }
@@ -722,6 +740,34 @@ mod tests {
             found.sort_unstable();
             assert_eq!(found, fields, "{line}");
         }
+    }
+
+    #[test]
+    fn recordings_are_named_once_and_in_full() {
+        let job = spec(r#"{"prompt":"x","replay":["b/j","c/j"]}"#);
+        let named = &job.rollout().unwrap().replay;
+        let named: Vec<String> = named.iter().map(|(b, j)| format!("{b}/{j}")).collect();
+        assert_eq!(named, ["b/j", "c/j"]);
+        let found = faults(r#"{"prompt":"x","replay":["b/j","j","b/j","/"]}"#);
+        assert_eq!(
+            found,
+            [
+                "`replay[1]` must be `batch/job`, got `j`",
+                "`replay[2]` must be named once, got `b/j`",
+                "`replay[3]` must be `batch/job`, got `/`",
+            ]
+        );
+        let many: Vec<String> = (0..=limits::LIST_MAX)
+            .map(|n| format!("\"b/j{n}\""))
+            .collect();
+        let found = faults(&format!(
+            r#"{{"prompt":"x","replay":[{}]}}"#,
+            many.join(",")
+        ));
+        assert_eq!(
+            found,
+            ["`replay` must have at most 64 entries, got `65 entries`"]
+        );
     }
 
     #[test]

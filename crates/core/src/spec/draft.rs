@@ -85,6 +85,9 @@ pub struct JobDraft {
     /// Names of configured servers, or servers of the job's own.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub mcp: Vec<McpUseDraft>,
+    /// Rollouts, as `batch/job`, whose recorded answers stand in for the servers.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub replay: Vec<String>,
     /// Which tools are offered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tools: Option<ToolPolicy>,

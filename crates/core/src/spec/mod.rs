@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{JobId, JobKey};
+use crate::id::{BatchId, JobId, JobKey};
 use crate::layout::UploadName;
 use crate::queue::JobKind;
 
@@ -171,12 +171,12 @@ pub enum Dependency {
     /// A job of the same batch.
     SameBatch(JobId),
     /// A job of another batch of the same project, as `batch/job`.
-    Elsewhere(crate::id::BatchId, JobId),
+    Elsewhere(BatchId, JobId),
 }
 
 impl Dependency {
     /// The full name, seen from a job of `project/batch`.
-    pub fn resolve(&self, project: &crate::id::ProjectId, batch: &crate::id::BatchId) -> JobKey {
+    pub fn resolve(&self, project: &crate::id::ProjectId, batch: &BatchId) -> JobKey {
         match self {
             Self::SameBatch(job) => JobKey::new(project.clone(), batch.clone(), job.clone()),
             Self::Elsewhere(batch, job) => JobKey::new(project.clone(), batch.clone(), job.clone()),
@@ -201,6 +201,9 @@ pub struct RolloutSpec {
     pub sampling: Sampling,
     /// The servers whose tools are offered.
     pub mcp: Vec<McpUse>,
+    /// Rollouts of the project whose recorded answers stand in for the servers, in the order in which they are asked;
+    /// empty: the servers answer themselves. What is offered is then what those were offered.
+    pub replay: Vec<(BatchId, JobId)>,
     /// Which of their tools.
     pub tools: ToolPolicy,
     /// Where the rollout is stopped.

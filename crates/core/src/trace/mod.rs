@@ -6,6 +6,7 @@
 pub mod edits;
 mod manifest;
 mod prompt;
+pub mod replay;
 mod steps;
 
 use std::collections::BTreeMap;
@@ -93,6 +94,18 @@ pub struct Provenance {
     /// SHA-256 of the tokenizer by which observations were measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer_sha256: Option<String>,
+    /// The rollouts whose recorded answers stood in for the servers; empty: the servers answered.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub replay: Vec<ReplaySource>,
+}
+
+/// A rollout whose recorded answers stood in for servers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplaySource {
+    /// The job that made it.
+    pub job: JobKey,
+    /// SHA-256 of its trace's file, in hex.
+    pub sha256: String,
 }
 
 /// What an MCP server said of itself.
@@ -269,6 +282,9 @@ pub enum StopReason {
     CutAnswer,
     /// The person at the terminal ended it.
     UserExit,
+    /// A call that no recording has, in a rollout whose servers are recordings; or it ended in a state that none of them
+    /// was judged in.
+    Unrecorded,
 }
 
 impl StopReason {
@@ -282,6 +298,7 @@ impl StopReason {
             Self::ContextFull => "context_full",
             Self::CutAnswer => "cut_answer",
             Self::UserExit => "user_exit",
+            Self::Unrecorded => "unrecorded",
         }
     }
 }

@@ -132,6 +132,7 @@ fn provenance(model: String, sampling: Sampling, tools: &[ToolDef]) -> Provenanc
         mcp_servers: Vec::new(),
         browser: None,
         tokenizer_sha256: None,
+        replay: Vec::new(),
     }
 }
 
