@@ -30,6 +30,10 @@ pub trait Backend: Send + Sync + 'static {
     /// The prompt of a conversation.
     fn render(&self, conversation: &Conversation) -> Result<Rendered, RenderError>;
 
+    /// The ids of a turn of the assistant as the template writes it after the conversation, from where the prompt of
+    /// [`render`](Self::render) ends to the end of the turn.
+    fn turn(&self, conversation: &Conversation, turn: &Value) -> Result<Vec<u32>, RenderError>;
+
     /// A prompt that came as ids.
     fn rendered(&self, ids: Vec<u32>) -> Rendered;
 

@@ -22,6 +22,8 @@ pub(super) struct ChatRequest {
     pub(super) grammar: Option<Grammar>,
     /// The field that asked for it.
     pub(super) grammar_field: &'static str,
+    /// The turn that the answer is to be, whatever the model would say.
+    pub(super) forced: Option<Value>,
     /// Names of fields that mean nothing here.
     pub(super) ignored: String,
 }
@@ -98,6 +100,7 @@ impl ChatRequest {
             (_, true) => Calls::Several,
         };
         let prompt = prompt(&mut fields, tools, vocabulary)?;
+        let forced = forced(&mut fields, &prompt, grammar.is_some(), options.n)?;
         unserved::refuse(&mut fields)?;
         Ok(Self {
             options,
@@ -105,8 +108,32 @@ impl ChatRequest {
             calls,
             grammar,
             grammar_field,
+            forced,
             ignored: fields.ignored(),
         })
+    }
+}
+
+/// `forced_message`: a turn whose likelihood is asked for, as it would stand after the messages.
+fn forced(
+    fields: &mut Fields,
+    prompt: &ChatPrompt,
+    is_bound: bool,
+    n: usize,
+) -> Result<Option<Value>, ApiError> {
+    let at = fields.path("forced_message");
+    let Some(turn) = fields.take("forced_message") else {
+        return Ok(None);
+    };
+    let refuse = |rule: &str| {
+        let message = format!("`{at}` must be absent where {rule}");
+        Err(ApiError::about(&*at, message))
+    };
+    match prompt {
+        ChatPrompt::Ids(_) => refuse("`prompt_token_ids` is given"),
+        _ if is_bound => refuse("a field asks for a form or forces a call"),
+        _ if n > 1 => refuse("`n` is above 1"),
+        ChatPrompt::Conversation(_) => conversation::turn(turn, &at).map(Some),
     }
 }
 
@@ -321,6 +348,33 @@ mod tests {
             (
                 json!({"chat_template_kwargs": {"enable_thinking": "no"}}),
                 "chat_template_kwargs.enable_thinking",
+            ),
+        ] {
+            let error = read(&more).unwrap_err();
+            assert_eq!(error.param(), Some(param), "{more}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_turn_may_be_forced() {
+        let turn = json!({"role": "assistant", "content": "five"});
+        let forced = read(&json!({"forced_message": turn})).unwrap().forced;
+        assert_eq!(forced, Some(turn.clone()));
+        assert_eq!(read(&json!({})).unwrap().forced, None);
+        for (more, param) in [
+            (json!({"forced_message": "five"}), "forced_message"),
+            (
+                json!({"forced_message": {"role": "user", "content": "x"}}),
+                "forced_message.role",
+            ),
+            (json!({"forced_message": turn, "n": 2}), "forced_message"),
+            (
+                json!({"forced_message": turn, "prompt_token_ids": [1]}),
+                "forced_message",
+            ),
+            (
+                json!({"forced_message": turn, "guided_json": {"type": "object"}}),
+                "forced_message",
             ),
         ] {
             let error = read(&more).unwrap_err();

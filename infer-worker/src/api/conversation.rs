@@ -37,6 +37,19 @@ pub(super) fn messages(list: Vec<Value>) -> Result<Vec<Value>, ApiError> {
     list.into_iter().enumerate().map(message).collect()
 }
 
+/// The turn of an assistant.
+pub(super) fn turn(value: Value, at: &str) -> Result<Value, ApiError> {
+    let turn = message(value, at)?;
+    match turn["role"] == "assistant" {
+        true => Ok(turn),
+        false => Err(ApiError::field(
+            format!("{at}.role"),
+            "must be assistant",
+            &turn["role"],
+        )),
+    }
+}
+
 fn message(value: Value, at: &str) -> Result<Value, ApiError> {
     let mut fields = Fields::of(value, at)?;
     let role = match fields.text("role")?.as_deref() {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use espalier_core::time::Timestamp;
 use espalier_runtime::tasks;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::App;
 use super::answers::{Answers, Told};
@@ -21,7 +21,7 @@ use super::observe::Observed;
 use super::options::Options;
 use super::patience::{OFFLINE_SILENCE_MAX, SILENCE_MAX};
 use super::reply::{Dialect, Head};
-use crate::grammar::{Constraint, Grammar, GrammarError, Thoughts};
+use crate::grammar::{Constraint, Exactly, Grammar, GrammarError, Thoughts};
 
 /// Keeps an id from being drawn, whatever its logit is.
 const NEVER: f32 = -1e9;
@@ -200,26 +200,26 @@ fn prepare_chat(
     let request = ChatRequest::parse(body, &backend.defaults(), backend.vocabulary())?;
     let opening = || request.prompt.opening(backend);
     let target = target(backend, &request.options, &opening)?;
-    let (prompt, param) = match request.prompt {
-        ChatPrompt::Ids(ids) => (backend.rendered(ids), "prompt_token_ids"),
-        ChatPrompt::Conversation(conversation) => {
-            let rendered = backend.render(&conversation);
-            let rendered =
-                rendered.map_err(|error| ApiError::about("messages", error.to_string()))?;
-            (rendered, "messages")
-        }
-    };
+    let (prompt, param) = rendered(backend, &request)?;
     let context_tokens = backend.context_tokens();
     check_length(&prompt, context_tokens, param)?;
     let room = context_tokens - prompt.ids.len();
-    let options = &request.options;
+    let mut options = request.options;
+    let constraints = match forced(backend, &request.prompt, request.forced.as_ref(), room)? {
+        Some(ids) => {
+            options.tokens_max = Some(ids.len());
+            vec![Some(Box::new(Exactly::new(ids)) as Box<dyn Constraint>)]
+        }
+        None => {
+            let bound = request.grammar.map(|it| (it, request.grammar_field));
+            constraints(backend, bound, prompt.thoughts, options.n)?
+        }
+    };
     options.check_logprobs(std::iter::once(room), "top_logprobs", logprobs_max)?;
-    let bound = request.grammar.map(|it| (it, request.grammar_field));
-    let constraints = constraints(backend, bound, prompt.thoughts, request.options.n)?;
     Ok(Prepared {
         dialect: Dialect::Chat,
-        stream: request.options.stream,
-        options: request.options,
+        stream: options.stream,
+        options,
         target,
         prompts: vec![prompt],
         calls: request.calls,
@@ -228,6 +228,45 @@ fn prepare_chat(
         silence_max: SILENCE_MAX,
         ignored: request.ignored,
     })
+}
+
+/// The prompt of a chat, and the field that it came from.
+fn rendered(
+    backend: &dyn Backend,
+    request: &ChatRequest,
+) -> Result<(Rendered, &'static str), ApiError> {
+    match &request.prompt {
+        ChatPrompt::Ids(ids) => Ok((backend.rendered(ids.clone()), "prompt_token_ids")),
+        ChatPrompt::Conversation(conversation) => {
+            let rendered = backend.render(conversation);
+            let rendered =
+                rendered.map_err(|error| ApiError::about("messages", error.to_string()))?;
+            Ok((rendered, "messages"))
+        }
+    }
+}
+
+/// The ids of the turn that the answer is to be, if there is such a turn. It must fit into `room`.
+fn forced(
+    backend: &dyn Backend,
+    prompt: &ChatPrompt,
+    turn: Option<&Value>,
+    room: usize,
+) -> Result<Option<Vec<u32>>, ApiError> {
+    let (ChatPrompt::Conversation(conversation), Some(turn)) = (prompt, turn) else {
+        return Ok(None);
+    };
+    let refuse = |reason: String| ApiError::about("forced_message", reason);
+    let ids = backend.turn(conversation, turn);
+    let ids = ids.map_err(|error| refuse(format!("`forced_message`: {error}")))?;
+    if ids.is_empty() || ids.len() > room {
+        let rule = format!(
+            "`forced_message` must have 1 to {room} tokens, which the prompt leaves, got {}",
+            ids.len()
+        );
+        return Err(refuse(rule));
+    }
+    Ok(Some(ids))
 }
 
 fn prepare_completion(

@@ -6,6 +6,7 @@
 
 mod arguments;
 mod compiled;
+mod exactly;
 mod guide;
 mod masks;
 mod weight;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+pub use exactly::Exactly;
 pub use guide::{Guides, Vocabulary};
 
 /// What an answer must be.

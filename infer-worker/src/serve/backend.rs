@@ -6,6 +6,7 @@ use std::time::Duration;
 use espalier_runtime::shutdown::Shutdown;
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, stream};
+use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::adapters::Adapters;
@@ -204,6 +205,10 @@ impl Backend for Served {
 
     fn render(&self, conversation: &Conversation) -> Result<Rendered, RenderError> {
         self.text.render(conversation)
+    }
+
+    fn turn(&self, conversation: &Conversation, turn: &Value) -> Result<Vec<u32>, RenderError> {
+        self.text.turn(conversation, turn)
     }
 
     fn rendered(&self, ids: Vec<u32>) -> Rendered {

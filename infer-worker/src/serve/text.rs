@@ -1,7 +1,8 @@
 //! The text side of the served model: conversations to ids, ids to parts of an answer, grammars over its vocabulary.
 
-use espalier_qwen3_text::{Conversation as Shown, OutputParser, ParserOptions, Tokenizer};
+use espalier_qwen3_text::{Conversation as Shown, OutputParser, ParserOptions, Prompt, Tokenizer};
 use espalier_runtime::telemetry::error_chain;
+use serde_json::Value;
 
 use crate::api::backend::{Conversation, Delta, Form, Parser, RenderError, Rendered};
 use crate::grammar::{GrammarError, Guides, Thoughts, Vocabulary};
@@ -40,20 +41,49 @@ impl Text {
     }
 
     pub(super) fn render(&self, conversation: &Conversation) -> Result<Rendered, RenderError> {
+        let prompt = self.prompt(conversation, None)?;
+        Ok(self.rendered(self.tokenizer().encode_prompt(&prompt)))
+    }
+
+    /// The ids of a turn after a conversation, up to the mark of its end.
+    pub(super) fn turn(
+        &self,
+        conversation: &Conversation,
+        turn: &Value,
+    ) -> Result<Vec<u32>, RenderError> {
+        let before = self.prompt(conversation, None)?;
+        let after = self.prompt(conversation, Some(turn))?;
+        let said = after.after(&before).ok_or_else(|| RenderError {
+            reason: "the chat template does not write the turn behind the prompt".to_owned(),
+        })?;
+        let mut ids = self.tokenizer().encode_prompt(&said);
+        let close = self.tokenizer().ids().turn_close;
+        if let Some(end) = ids.iter().position(|id| *id == close) {
+            ids.truncate(end + 1);
+        }
+        Ok(ids)
+    }
+
+    /// A conversation up to where the assistant's turn begins, or up to the end of that turn.
+    fn prompt(
+        &self,
+        conversation: &Conversation,
+        turn: Option<&Value>,
+    ) -> Result<Prompt, RenderError> {
+        let messages = conversation.messages.iter().chain(turn);
         let mut shown = Shown {
-            messages: conversation.messages.clone(),
+            messages: messages.cloned().collect(),
             tools: conversation.tools.clone(),
-            add_generation_prompt: true,
+            add_generation_prompt: turn.is_none(),
             enable_thinking: conversation.enable_thinking,
             kwargs: conversation.kwargs.clone(),
         };
         // Blank content beside calls, as other servers give it back, would be rendered as stray lines.
         shown.mend();
         let prompt = self.files.template().prompt(&shown);
-        let prompt = prompt.map_err(|error| RenderError {
+        prompt.map_err(|error| RenderError {
             reason: error_chain(&error),
-        })?;
-        Ok(self.rendered(self.tokenizer().encode_prompt(&prompt)))
+        })
     }
 
     /// A prompt, and where its answer begins.

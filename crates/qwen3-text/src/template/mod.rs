@@ -72,6 +72,19 @@ impl Prompt {
     pub fn controls(&self) -> &[Range<usize>] {
         &self.controls
     }
+
+    /// What stands behind `before`; none where this does not begin with it, control texts and all.
+    pub fn after(&self, before: &Self) -> Option<Self> {
+        let text = self.text.strip_prefix(&before.text)?;
+        let (known, controls) = self.controls.split_at_checked(before.controls.len())?;
+        let start = before.text.len();
+        let is_behind = controls.first().is_none_or(|it| it.start >= start);
+        let shifted = controls.iter().map(|it| it.start - start..it.end - start);
+        (known == before.controls && is_behind).then(|| Self {
+            text: text.to_owned(),
+            controls: shifted.collect(),
+        })
+    }
 }
 
 /// Why a template, or a conversation in it, was refused.

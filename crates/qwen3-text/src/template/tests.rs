@@ -292,3 +292,43 @@ fn defects_of_recorded_conversations_are_mended() {
     assert_eq!(calls[2]["function"]["arguments"], "[1]");
     assert_eq!(conversation.mend(), Mended::default());
 }
+
+#[test]
+fn a_turn_is_what_stands_behind_its_prompt() {
+    let user = json!({"role": "user", "content": "<|im_end|> price?"});
+    let turn =
+        json!({"role": "assistant", "content": "five <|im_end|>", "reasoning_content": "hm"});
+    let render = |messages: &[&Value], thinking: Option<bool>| {
+        let conversation = Conversation {
+            messages: messages.iter().map(|&message| message.clone()).collect(),
+            add_generation_prompt: messages.len() == 1,
+            enable_thinking: thinking,
+            ..Conversation::default()
+        };
+        ChatTemplate::qwen3().prompt(&conversation).unwrap()
+    };
+    let before = render(&[&user], None);
+    let said = render(&[&user, &turn], None).after(&before).unwrap();
+    assert_eq!(
+        said.text(),
+        "<think>\nhm\n</think>\n\nfive <|im_end|><|im_end|>\n"
+    );
+    let ids = tokenizer().encode_prompt(&said);
+    let close = tokenizer().ids().turn_close;
+    assert_eq!(
+        ids.iter().filter(|id| **id == close).count(),
+        1,
+        "the other is text"
+    );
+    let of_another = render(&[&turn], None);
+    assert_eq!(of_another.after(&before), None);
+    // A prompt that says that nothing is thought is not the beginning of a turn with thoughts.
+    let before = render(&[&user], Some(false));
+    assert_eq!(render(&[&user, &turn], Some(false)).after(&before), None);
+    let mut plain = turn.clone();
+    plain["reasoning_content"] = Value::Null;
+    let said = render(&[&user, &plain], Some(false))
+        .after(&before)
+        .unwrap();
+    assert_eq!(said.text(), "five <|im_end|><|im_end|>\n");
+}

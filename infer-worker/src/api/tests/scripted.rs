@@ -369,6 +369,12 @@ impl Backend for Scripted {
         Ok(Rendered { ids, thoughts })
     }
 
+    fn turn(&self, _: &Conversation, turn: &Value) -> Result<Vec<u32>, RenderError> {
+        let mut ids = ids_of(turn["content"].as_str().unwrap());
+        ids.push(END);
+        Ok(ids)
+    }
+
     fn rendered(&self, ids: Vec<u32>) -> Rendered {
         Rendered {
             ids,

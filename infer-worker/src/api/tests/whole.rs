@@ -85,6 +85,22 @@ async fn ids_in_and_out_with_logprobs() {
 }
 
 #[tokio::test]
+async fn a_forced_turn_is_the_answer_however_long_others_may_be() {
+    let server = Server::start().await;
+    let turn = json!({"role": "assistant", "content": "five"});
+    let more = json!({"forced_message": turn, "return_token_ids": true, "logprobs": true, "max_tokens": 1});
+    let body = server.chat_json("five", more).await;
+    let choice = &body["choices"][0];
+    assert_eq!(choice["token_ids"], json!([102, 105, 118, 101, 256]));
+    assert_eq!(choice["finish_reason"], "stop");
+    assert_eq!(choice["logprobs"]["content"].as_array().unwrap().len(), 5);
+    // The script would say something else.
+    let more = json!({"forced_message": turn, "return_token_ids": true});
+    let body = server.chat_json("fish", more).await;
+    assert_eq!(body["choices"][0]["token_ids"], json!([102, 105]));
+}
+
+#[tokio::test]
 async fn a_long_answer_is_written_as_a_short_one_is() {
     let server = Server::start().await;
     let more = json!({"logprobs": true, "top_logprobs": 20, "n": 2, "return_token_ids": true});
