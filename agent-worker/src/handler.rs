@@ -16,6 +16,7 @@ use tracing::Instrument;
 
 use crate::record::{RecordContext, RecordError, Recorder};
 use crate::rollout::{self, Approver, Order, Question, RolloutError, Scripted, Services};
+use crate::score::{ScoreError, Scorer};
 
 /// Lines of a server's last words that are kept with a failure: a half of what a record holds, so that it still tells
 /// what the job was at.
@@ -34,6 +35,8 @@ enum AttemptError {
     Rollout(#[from] RolloutError),
     #[error(transparent)]
     Record(#[from] RecordError),
+    #[error(transparent)]
+    Score(#[from] ScoreError),
     #[error("the job is no rollout, and nothing else is done here")]
     NoRollout,
 }
@@ -43,6 +46,7 @@ impl AttemptError {
         match self {
             Self::Rollout(error) => error.class(),
             Self::Record(error) => error.class(),
+            Self::Score(error) => error.class(),
             Self::NoRollout => ErrorClass::Invalid,
         }
     }
@@ -50,7 +54,7 @@ impl AttemptError {
     fn last_words(&self) -> Option<&str> {
         match self {
             Self::Rollout(error) => error.last_words(),
-            Self::Record(_) | Self::NoRollout => None,
+            Self::Record(_) | Self::Score(_) | Self::NoRollout => None,
         }
     }
 }
@@ -66,6 +70,14 @@ impl RolloutHandler {
         grant: &Grant,
         context: &JobContext,
     ) -> Result<Published, AttemptError> {
+        if let Some(score) = grant.spec.score() {
+            let scorer = Scorer {
+                services: &self.services,
+                grant,
+                context,
+            };
+            return Ok(Box::pin(scorer.attempt(score)).await?);
+        }
         let Some(rollout) = grant.spec.rollout() else {
             return Err(AttemptError::NoRollout);
         };
@@ -142,9 +154,10 @@ impl Handler for RolloutHandler {
         };
         match done {
             Ok(published) => published.into(),
-            Err(AttemptError::Record(RecordError::Publish(PublishError::Stopped))) => {
-                stopped_outcome(&context)
-            }
+            Err(
+                AttemptError::Record(RecordError::Publish(PublishError::Stopped))
+                | AttemptError::Score(ScoreError::Publish(PublishError::Stopped)),
+            ) => stopped_outcome(&context),
             Err(error) => {
                 keep_last_words(error.last_words(), &context);
                 JobOutcome::failed(error.class(), telemetry::error_chain(&error))

@@ -284,6 +284,7 @@ fn check_work(spec: &v1::JobSpec) -> Result<(), FieldError> {
         ("export", spec.export.is_some()),
         ("curate", spec.curate.is_some()),
         ("compare", spec.compare.is_some()),
+        ("score", spec.score.is_some()),
     ];
     match other.into_iter().find(|(_, given)| *given) {
         Some((field, _)) => {

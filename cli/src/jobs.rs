@@ -206,6 +206,7 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
                 && s.train.is_none()
                 && s.curate.is_none()
                 && s.compare.is_none()
+                && s.score.is_none()
         };
         let rollout = summary.filter(is_rollout);
         let reward = summary
@@ -247,7 +248,7 @@ fn jobs_table(jobs: &[v1::Job]) -> String {
 }
 
 /// Why a rollout is not solved, how many requests were answered, how a training ended, where an export is, how large a data
-/// set, or what a comparison shows.
+/// set, or what a comparison or a score shows.
 fn what_came_of(summary: &v1::RolloutSummary) -> String {
     if let Some(train) = &summary.train {
         let held_out = train.eval_loss.map(|loss| format!(", held-out {loss:.4}"));
@@ -270,6 +271,13 @@ fn what_came_of(summary: &v1::RolloutSummary) -> String {
             [compare.before, compare.after, compare.low, compare.high].map(|share| share * 100.0);
         return format!(
             "{before:.1} % before, {after:.1} % after, by {low:+.1} to {high:+.1} points"
+        );
+    }
+    if let Some(score) = &summary.score {
+        return format!(
+            "{} of {} turns the same",
+            count(score.agreed),
+            count(score.turns)
         );
     }
     if let Some(export) = &summary.export {
@@ -410,6 +418,16 @@ fn summary_rows(summary: &v1::RolloutSummary) -> Vec<(&'static str, String)> {
                 format!("{} of {} tasks", count(compare.pairs), count(compare.tasks)),
             ),
             ("gate", format!("{passed}: {}", compare.verdict)),
+        ];
+    }
+    if let Some(score) = &summary.score {
+        return vec![
+            ("recorded rollouts", count(score.traces)),
+            ("turns", what_came_of(summary)),
+            (
+                "tokens",
+                count(score.prompt_tokens + score.completion_tokens),
+            ),
         ];
     }
     if let Some(curate) = &summary.curate {

@@ -103,6 +103,15 @@ pub fn summary(summary: &v1::RolloutSummary) -> Value {
             "verdict": compare.verdict,
         });
     }
+    if let Some(score) = &summary.score {
+        return json!({
+            "traces": score.traces,
+            "turns": score.turns,
+            "agreed": score.agreed,
+            "prompt_tokens": score.prompt_tokens,
+            "completion_tokens": score.completion_tokens,
+        });
+    }
     if let Some(curate) = &summary.curate {
         return json!({
             "sources": curate.sources,

@@ -14,6 +14,7 @@ use espalier_tests::harness::client::Client;
 use espalier_tests::harness::cluster::{Cluster, Setup};
 use espalier_tests::harness::model::{self, sum_job};
 use espalier_tests::harness::serving::Serving;
+use espalier_tests::harness::tiny;
 use serde_json::{Value, json};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -35,7 +36,11 @@ fn said(trace: &Trace) -> Vec<(String, String, Vec<Value>)> {
             _ => &[],
         };
         let calls = calls.iter().map(|call| json!(call.function)).collect();
-        (message.role().to_owned(), message.content().to_owned(), calls)
+        (
+            message.role().to_owned(),
+            message.content().to_owned(),
+            calls,
+        )
     };
     trace.messages.iter().map(one).collect()
 }
@@ -51,7 +56,9 @@ async fn models_are_scored_by_what_a_server_said_once() {
     let cluster = Cluster::start(&model::start().await, 30_000).await;
     let mut worker = cluster.worker_with_cpu_slots("a", 6);
     let mut client = cluster.client().await;
-    let jobs: Vec<Value> = (0..8).map(|n| sum_job(&format!("sum-{n}"), n)).collect();
+    let mut jobs: Vec<Value> = (0..8).map(|n| sum_job(&format!("sum-{n}"), n)).collect();
+    // As a file has it that names no tasks.
+    jobs[0].as_object_mut().unwrap().remove("task_id");
     run(&mut client, "rec", &jobs).await;
 
     // The server is gone, one task adds something else, and one was never recorded.
@@ -234,5 +241,122 @@ async fn kills_change_nothing_of_rollouts_with_recorded_tools_and_seeds() {
         }
     }
     assert!(answers > count, "recordings answered: {answers}");
+    worker.terminate(DEADLINE).await;
+}
+
+/// What a model says of recorded turns: by `espalier evaluate`, from the last line that it prints.
+async fn teacher_forced(cluster: &Cluster, batch: &str, models: [&str; 2]) -> Value {
+    let [before, after] = models;
+    let words = [
+        "evaluate",
+        "--replay",
+        "teacher-forced",
+        "--from",
+        "rec",
+        "--model",
+        before,
+        "--model",
+        after,
+        "--label",
+        "one",
+        "--label",
+        "other",
+        "--batch",
+        batch,
+        "--json",
+    ];
+    let output = cluster.espalier(&words).await;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    last["evaluation"].clone()
+}
+
+/// Agreement and log-probability of both arms.
+fn told(evaluation: &Value, what: &str) -> (f64, f64) {
+    let arms = &evaluation["turns"]["pooled"][what]["arms"];
+    let value = |arm: &str| arms[arm]["value"].as_f64().unwrap_or(f64::NAN);
+    (value("before"), value("after"))
+}
+
+#[tokio::test]
+async fn a_model_says_again_what_it_said_and_another_one_does_not() {
+    let cluster = Cluster::start(&model::start().await, 30_000).await;
+    let mut worker = cluster.worker_with_cpu_slots("a", 6);
+    let mut client = cluster.client().await;
+    let jobs: Vec<Value> = (0..20).map(|n| sum_job(&format!("sum-{n}"), n)).collect();
+    run(&mut client, "rec", &jobs).await;
+    let found = teacher_forced(&cluster, "e", ["scripted:0.5", "scripted:0"]).await;
+    let (careless, careful) = told(&found, "agreement");
+    assert!(careless < 1.0 && careful == 1.0, "{found}");
+    assert_eq!(told(&found, "answers").1, 1.0);
+    let pooled = &found["turns"]["pooled"];
+    assert_eq!(
+        (&pooled["tasks"], &pooled["turns"]),
+        (&json!(20), &json!(40))
+    );
+    assert_eq!(pooled["logprob"], Value::Null, "it tells of no given turn");
+    assert_eq!(found["arms"]["after"]["without_logprob"], 40);
+    let promote = ["adapters", "promote", "shop", "--comparison", "e"];
+    let refused = cluster.espalier(&promote).await;
+    assert_eq!(refused.status.code(), Some(2), "turns open no gate");
+    worker.terminate(DEADLINE).await;
+}
+
+/// A given turn is as likely as each of its tokens is where it is drawn by itself.
+async fn check_given_turn(serving: &Serving) {
+    let more = json!({
+        "forced_message": {"role": "assistant", "content": "Hello world."},
+        "chat_template_kwargs": {"enable_thinking": false},
+        "logprobs": true, "return_token_ids": true,
+    });
+    let answer = serving.chat("Hi.", more).await;
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["message"]["content"], "Hello world.");
+    assert_eq!(choice["finish_reason"], "stop");
+    let mut ids = answer["prompt_token_ids"].as_array().unwrap().clone();
+    let given = choice["token_ids"].as_array().unwrap();
+    let told = choice["logprobs"]["content"].as_array().unwrap();
+    assert!(given.len() > 2 && told.len() == given.len(), "{answer}");
+    for (id, told) in given.iter().zip(told) {
+        let body = json!({
+            "model": "tiny", "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 0,
+            "logit_bias": {id.to_string(): 100}, "return_token_ids": true,
+        });
+        let (status, drawn) = serving.ask("/v1/completions", &body).await;
+        assert_eq!(status, 200, "{drawn}");
+        let drawn = &drawn["choices"][0];
+        assert_eq!(drawn["token_ids"], json!([id]));
+        assert_eq!(drawn["logprobs"]["token_logprobs"][0], told["logprob"]);
+        ids.push(id.clone());
+    }
+}
+
+#[tokio::test]
+async fn an_own_server_tells_how_likely_recorded_turns_are() {
+    let serving = Serving::start(&[]).await;
+    let folder = serving.path("adapter");
+    tiny::write_adapter(&folder, 5);
+    let (status, loaded) = serving.load_adapter("tuned", &folder).await;
+    assert_eq!(status, 200, "{loaded}");
+    check_given_turn(&serving).await;
+    let cluster = Cluster::start(&format!("{}/v1", serving.url), 30_000).await;
+    let mut worker = cluster.worker_with_cpu_slots("a", 2);
+    let mut client = cluster.client().await;
+    // The most likely word each time, until the turn is cut: a model of random weights never ends it.
+    let job = |n: usize| {
+        json!({
+            "id": format!("j{n}"), "task_id": format!("t{n}"), "model": "tiny", "prompt": format!("Say {n}."),
+            "sampling": {"thinking": false, "temperature": 0, "completion_tokens": 12},
+        })
+    };
+    let jobs: Vec<Value> = (0..4).map(job).collect();
+    run(&mut client, "rec", &jobs).await;
+    let found = teacher_forced(&cluster, "e", ["tiny", "tuned"]).await;
+    let (one, other) = told(&found, "answers");
+    assert!(one == 1.0 && other < 1.0, "{found}");
+    let (likely, unlikely) = told(&found, "logprob");
+    assert!(likely > unlikely, "{found}");
     worker.terminate(DEADLINE).await;
 }

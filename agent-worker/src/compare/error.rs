@@ -26,6 +26,8 @@ pub(super) enum CompareError {
     },
     #[error("the training `{job}` has left no steps to plot: {reason}")]
     Training { job: String, reason: String },
+    #[error("`{path}` must have the size and sha256 of its manifest")]
+    Scores { path: String },
     #[error("the report cannot be encoded")]
     Encode(#[source] serde_json::Error),
     #[error("traces cannot be read")]
@@ -45,6 +47,7 @@ impl CompareError {
             | Self::Refused(_)
             | Self::Empty { .. }
             | Self::Training { .. }
+            | Self::Scores { .. }
             | Self::Traces(TracesError::TooMany) => ErrorClass::Invalid,
             // A trace of somebody else may bring its reader down, on every try.
             Self::Encode(_) | Self::Blocking(_) => ErrorClass::Handler,

@@ -89,7 +89,7 @@ impl Gatherer<'_> {
     }
 
     /// The jobs of all batches, each once.
-    async fn items(&self, spec: &CompareSpec) -> Result<Vec<Listed>, CompareError> {
+    pub(super) async fn items(&self, spec: &CompareSpec) -> Result<Vec<Listed>, CompareError> {
         let traces = self.traces();
         let (before, after) = (&spec.arms.before.batches, &spec.arms.after.batches);
         let mut items = Vec::new();
@@ -126,7 +126,7 @@ impl Gatherer<'_> {
         }
     }
 
-    fn traces(&self) -> Traces {
+    pub(super) fn traces(&self) -> Traces {
         Traces::new(self.store.clone(), self.key.project.clone())
     }
 }

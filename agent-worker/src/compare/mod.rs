@@ -12,18 +12,20 @@ mod error;
 mod gather;
 mod page;
 mod talk;
+mod turns;
 mod write;
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use espalier_core::compare::{
-    self, Both, LossCurve, MARKDOWN_FILE, METHOD, PAGE_FILE, Pair, Pairs, REPORT_FILE,
-    REPORT_VERSION, Report, ShownPair, Side,
+    self, Both, CompareSummary, LossCurve, MARKDOWN_FILE, METHOD, PAGE_FILE, Pair, Pairs,
+    REPORT_FILE, REPORT_VERSION, Report, ShownPair, Side,
 };
 use espalier_core::id::{BatchId, JobId, JobKey};
 use espalier_core::layout;
-use espalier_core::spec::{CompareSpec, SpecDigest};
+use espalier_core::spec::CompareSpec;
+use espalier_core::time::Timestamp;
 use espalier_core::trace::{FileEntry, Manifest, SCHEMA_VERSION, Summary, sha256_hex};
 use espalier_proto::v1;
 use espalier_runtime::clock::Clock;
@@ -73,10 +75,26 @@ impl CompareHandler {
         if let Some(published) = adopted {
             return Ok(published);
         }
-        let (report, talks) = self.compare(grant, compare, context).await?;
+        let made = match compare.turns {
+            true => self.compare_turns(grant, compare, context).await?,
+            false => {
+                let (report, talks) = self.compare(grant, compare, context).await?;
+                made(report, talks).await?
+            }
+        };
         context.lease().publishing();
-        let files = self.write(grant, &report, talks).await?;
-        let manifest = self.manifest(grant, &spec, &report, compare, files);
+        let files = self.write(grant, made.files).await?;
+        let manifest = Manifest {
+            schema_version: SCHEMA_VERSION,
+            job: grant.key.clone(),
+            attempt: grant.attempt,
+            fence: grant.fence,
+            spec_sha256: Some(spec.clone()),
+            created_at_us: made.created_at,
+            files,
+            parents: parents(grant, compare),
+            summary: Summary::Compare(made.summary),
+        };
         let gate = ByLease(context);
         Ok(publish::create(&self.store, claim, &manifest, &gate).await?)
     }
@@ -191,25 +209,43 @@ impl CompareHandler {
         Ok(curve)
     }
 
+    /// The same of scores of turns.
+    async fn compare_turns(
+        &self,
+        grant: &Grant,
+        spec: &CompareSpec,
+        context: &JobContext,
+    ) -> Result<Made, CompareError> {
+        let gatherer = Gatherer {
+            key: &grant.key,
+            store: &self.store,
+            context,
+        };
+        let report = gatherer.turns(spec, self.clock.now()).await?;
+        let make = move || {
+            Ok::<_, serde_json::Error>(Made {
+                created_at: report.created_at_us,
+                summary: turns::summary(&report),
+                files: [
+                    (REPORT_FILE, serde_json::to_vec_pretty(&report)?),
+                    (MARKDOWN_FILE, turns::markdown(&report).into_bytes()),
+                    (PAGE_FILE, turns::html(&report).into_bytes()),
+                ],
+            })
+        };
+        let made = blocking("compare.write", make).await?;
+        made.map_err(CompareError::Encode)
+    }
+
     /// Numbers, text and page, in the store.
     async fn write(
         &self,
         grant: &Grant,
-        report: &Report,
-        talks: Vec<Both<Talk>>,
+        made: [(&'static str, Vec<u8>); 3],
     ) -> Result<Vec<FileEntry>, CompareError> {
-        let made = report.clone();
-        let make = blocking("compare.write", move || {
-            let numbers = serde_json::to_vec_pretty(&made)?;
-            Ok::<_, serde_json::Error>([
-                (REPORT_FILE, numbers),
-                (MARKDOWN_FILE, write::markdown(&made, &talks).into_bytes()),
-                (PAGE_FILE, page::html(&made, &talks).into_bytes()),
-            ])
-        });
         let folder = layout::report_files(&grant.key, grant.fence);
         let mut files = Vec::new();
-        for (name, content) in make.await?.map_err(CompareError::Encode)? {
+        for (name, content) in made {
             let entry = FileEntry::of(format!("{folder}{name}"), &content);
             let content = Bytes::from(content);
             let put = || async {
@@ -220,27 +256,29 @@ impl CompareHandler {
         }
         Ok(files)
     }
+}
 
-    fn manifest(
-        &self,
-        grant: &Grant,
-        spec: &SpecDigest,
-        report: &Report,
-        compare: &CompareSpec,
-        files: Vec<FileEntry>,
-    ) -> Manifest {
-        Manifest {
-            schema_version: SCHEMA_VERSION,
-            job: grant.key.clone(),
-            attempt: grant.attempt,
-            fence: grant.fence,
-            spec_sha256: Some(spec.clone()),
-            created_at_us: report.created_at_us,
-            files,
-            parents: parents(grant, compare),
-            summary: Summary::Compare(report.summary()),
-        }
-    }
+/// A report as it is stored.
+struct Made {
+    created_at: Timestamp,
+    summary: CompareSummary,
+    files: [(&'static str, Vec<u8>); 3],
+}
+
+async fn made(report: Report, talks: Vec<Both<Talk>>) -> Result<Made, CompareError> {
+    let make = move || {
+        Ok::<_, serde_json::Error>(Made {
+            created_at: report.created_at_us,
+            summary: report.summary(),
+            files: [
+                (REPORT_FILE, serde_json::to_vec_pretty(&report)?),
+                (MARKDOWN_FILE, write::markdown(&report, &talks).into_bytes()),
+                (PAGE_FILE, page::html(&report, &talks).into_bytes()),
+            ],
+        })
+    };
+    let made = blocking("compare.write", make).await?;
+    made.map_err(CompareError::Encode)
 }
 
 /// What the report was made from: batches, adapters, trainings. The report itself names each trace.

@@ -63,7 +63,7 @@ fn refuse(decision: Decision, text: String) -> Fate {
 }
 
 /// The arguments as an object. Some models write nothing where there are none, and some write the object as a string.
-fn parse_arguments(text: &str) -> Result<Map<String, Value>, String> {
+pub(crate) fn parse_arguments(text: &str) -> Result<Map<String, Value>, String> {
     if text.trim().is_empty() {
         return Ok(Map::new());
     }

@@ -46,10 +46,12 @@ use crate::mcp::McpHost;
 use crate::record::Recorder;
 use crate::verify::{Evidence, judge};
 
+pub(crate) use calls::parse_arguments;
 pub use conversation::{Approver, Conversation, Question, Scripted, Seen, UserTurn};
 pub use error::RolloutError;
 pub use probes::Hooks;
 pub use recorded::ReplayError;
+pub(crate) use recorded::load as load_recording;
 
 use calls::Fate;
 use decide::{Action, Event, Progress, decide};

@@ -48,7 +48,7 @@ pub enum ReplayError {
 
 impl ReplayError {
     /// What the queue has to know: what is stored is the same at the next try.
-    pub(super) fn class(&self) -> ErrorClass {
+    pub(crate) fn class(&self) -> ErrorClass {
         match self {
             Self::Store(error) | Self::Traces(TracesError::Store(error)) => {
                 match error.is_not_found() {
@@ -98,9 +98,10 @@ impl Recorded {
         let (mut recordings, mut bytes) = (Vec::new(), 0);
         for (i, (batch, job)) in names.iter().enumerate() {
             let job = JobKey::new(key.project.clone(), batch.clone(), job.clone());
-            let loaded = load(&traces, key, job, i).await?;
+            let field = format!("replay[{i}]");
+            let loaded = load(&traces, key, job, &field).await?;
             let found = read.get_or_insert_with(|| Self::like(&loaded, store, key));
-            found.add(&loaded, i)?;
+            found.add(&loaded, &field)?;
             let work = move || Recording::of(&loaded.trace);
             let recording = blocking("replay.read", work).await?;
             bytes += recording.bytes();
@@ -135,12 +136,12 @@ impl Recorded {
         }
     }
 
-    /// Takes note of one more recording, the `i`-th.
-    fn add(&mut self, loaded: &Loaded, i: usize) -> Result<(), FieldError> {
+    /// Takes note of one more recording, which `field` names.
+    fn add(&mut self, loaded: &Loaded, field: &str) -> Result<(), FieldError> {
         let header = &loaded.trace.header;
         if header.tools != self.tools {
             let rule = "must have been offered the same tools as the first recording";
-            return Err(FieldError::new(format!("replay[{i}]"), &header.job, rule));
+            return Err(FieldError::new(field, &header.job, rule));
         }
         for call in &loaded.trace.tool_calls {
             let origin = (call.server.clone(), call.tool.clone());
@@ -207,14 +208,20 @@ impl Recorded {
     }
 }
 
-/// A trace as it was recorded: corrections change what is learned from it, not what servers answered.
-async fn load(traces: &Traces, key: &JobKey, job: JobKey, i: usize) -> Result<Loaded, ReplayError> {
+/// A trace as it was recorded, for the job `key`: corrections change what is learned from it, not what servers answered.
+/// `field` names it.
+pub(crate) async fn load(
+    traces: &Traces,
+    key: &JobKey,
+    job: JobKey,
+    field: &str,
+) -> Result<Loaded, ReplayError> {
     let listed = Listed { job, patches: 0 };
     let load = || async { Ok::<_, ReplayError>(traces.load(&listed).await?) };
     match patiently(key, "recording", load).await {
         Err(ReplayError::Traces(TracesError::NotPublished(job))) => {
             let rule = "must be a rollout that is published; a job may wait for it with `after`";
-            Err(FieldError::new(format!("replay[{i}]"), job, rule).into())
+            Err(FieldError::new(field, job, rule).into())
         }
         other => other,
     }

@@ -213,6 +213,11 @@ fn join(path: &str, name: &str) -> String {
 
 type Scored = Result<(f64, String), ProbeError>;
 
+/// What a check of an answer finds in `answer`, in [0, 1].
+pub(crate) async fn answer_score(rule: &AnswerRule, answer: &str) -> Result<f64, ProbeError> {
+    Ok(self::answer(rule, answer).await?.0)
+}
+
 async fn answer(rule: &AnswerRule, answer: &str) -> Scored {
     match rule {
         AnswerRule::Text(rule) => Ok(rules::text(rule, answer, "the answer")),

@@ -3,6 +3,8 @@
 //! The command is expanded: each task becomes rollouts of both models, and a `compare` job that waits for them, all in one
 //! batch. Nothing is compared here; that is an agent worker's.
 
+mod batch;
+mod forced;
 mod recorded;
 pub mod show;
 
@@ -15,24 +17,15 @@ use espalier_core::id::{BatchId, JobKey, ProjectId};
 use espalier_core::spec::{
     AdapterRef, CompareArmDraft, CompareDraft, JobDraft, SamplingDraft, limits,
 };
-use espalier_proto::convert::draft_to_wire;
-use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
-use espalier_runtime::store::Store;
-use serde_json::{Value, json};
 
-use crate::client::Client;
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
-use crate::expand::{ARM_LABEL, Arm, Expanded, Plan, chunks};
-use crate::output::{count, facts, note, plain};
-use crate::submit::file::Refusal;
-use crate::submit::{
-    again, close_batch, default_batch, open, pair, refusal_json, refusal_table, rename,
-};
-use crate::waiting;
-use crate::{json as shown, uploads, watch};
-use show::Read;
+use crate::expand::{ARM_LABEL, Arm, Expanded, Plan};
+use crate::output::{count, note};
+use crate::submit::{default_batch, pair, refusal_table, rename};
+use crate::{uploads, watch};
+use batch::Evaluation;
 
 /// The job that compares.
 pub const JOB: &str = "compare";
@@ -46,8 +39,8 @@ pub struct Evaluate {
     #[arg(long = "model", value_name = "NAME", required = true)]
     pub models: Vec<String>,
     /// Tasks, in the form of `espalier submit`: JSONL with one a line, or TOML with [defaults] and [[jobs]]
-    #[arg(long, value_name = "FILE")]
-    pub tasks: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "replay")]
+    pub tasks: Option<PathBuf>,
     /// Scores without servers, by the rollouts of --from
     #[arg(long, value_enum, value_name = "HOW", requires = "from")]
     pub replay: Option<Replay>,
@@ -121,6 +114,8 @@ pub struct Evaluate {
 pub enum Replay {
     /// Rolls the tasks out: recorded answers stand in for the servers, and a call that was never recorded ends a rollout
     Recorded,
+    /// Asks for each turn after what was recorded before it, and holds what is said against what was
+    TeacherForced,
 }
 
 /// PROMPT,COMPLETION.
@@ -137,11 +132,20 @@ pub async fn run(context: &Context, args: &Evaluate) -> Outcome {
     let models = two_models(args)?;
     let batch = match &args.batch {
         Some(name) => BatchId::new(name).map_err(|error| Problem::from(rename(error)))?,
-        None => default_batch(&args.tasks, SystemClock.now())?,
+        None => {
+            let name = args.tasks.clone().unwrap_or_else(|| "turns".into());
+            default_batch(&name, SystemClock.now())?
+        }
     };
     let draft = compare_draft(args, &models, &batch);
     check(&draft)?;
-    let mut tasks = read_tasks(args, models)?;
+    let tasks = match args.replay {
+        Some(Replay::TeacherForced) => {
+            forced::check(args)?;
+            Expanded::default()
+        }
+        _ => read_tasks(args, models.clone())?,
+    };
     let project = match &args.project {
         Some(project) => project.clone(),
         None => context.project()?,
@@ -152,11 +156,7 @@ pub async fn run(context: &Context, args: &Evaluate) -> Outcome {
         store: uploads::open_store(context, args.store.as_deref()).await?,
         key: JobKey::new(project, batch, JOB.parse()?),
     };
-    if args.replay.is_some() {
-        let found = recorded::find(&evaluation.store, &evaluation.key.project, &args.from).await?;
-        recorded::name(&mut tasks, &found, &args.from);
-        check_count(args, &tasks)?;
-    }
+    let tasks = evaluation.replayed(args, &models, tasks).await?;
     let submitted = evaluation.submit(tasks, draft).await?;
     evaluation.tell_submitted(&submitted, args.detach)?;
     let exit = match submitted.refusals.is_empty() {
@@ -212,6 +212,7 @@ fn compare_draft(args: &Evaluate, models: &[String; 2], batch: &BatchId) -> Comp
         currency: args.currency.clone(),
         min_difference: args.min_difference,
         min_tasks: args.min_tasks,
+        turns: (args.replay == Some(Replay::TeacherForced)).then_some(true),
     }
 }
 
@@ -246,8 +247,12 @@ fn read_tasks(args: &Evaluate, models: [String; 2]) -> Result<Expanded, Problem>
         nameless: "task",
         rollouts_max: limits::AFTER_MANY_MAX as u64,
     };
+    let Some(file) = &args.tasks else {
+        let message = "`--replay recorded` tries tasks, and there is none";
+        return Err(Problem::refused(message).fix("name their file with --tasks FILE"));
+    };
     let vars = args.vars.iter().cloned().collect();
-    let tasks = Expanded::read(&args.tasks, vars, plan)?;
+    let tasks = Expanded::read(file, vars, plan)?;
     check_count(args, &tasks)?;
     Ok(tasks)
 }
@@ -270,201 +275,15 @@ fn check_count(args: &Evaluate, tasks: &Expanded) -> Result<(), Problem> {
             .split
             .as_deref()
             .map(|split| format!(" of split `{split}`"));
+        let file = args.tasks.as_ref().map(|file| file.display().to_string());
         let message = format!(
             "{} has no task{} that can be tried",
-            args.tasks.display(),
+            file.unwrap_or_default(),
             split.unwrap_or_default()
         );
         return Err(Problem::refused(message));
     }
     Ok(())
-}
-
-/// What became of the jobs.
-struct Submitted {
-    /// Rollouts that are in the queue.
-    rollouts: u64,
-    refusals: Vec<Refusal>,
-    /// Tasks of another split.
-    skipped: u64,
-    /// What compares them, should it have to be done again.
-    compare: CompareDraft,
-}
-
-/// An evaluation that is asked for.
-struct Evaluation<'a> {
-    context: &'a Context,
-    client: Client,
-    store: Store,
-    /// The job that compares.
-    key: JobKey,
-}
-
-impl Evaluation<'_> {
-    /// Repeating it changes nothing.
-    async fn submit(
-        &self,
-        mut tasks: Expanded,
-        compare: CompareDraft,
-    ) -> Result<Submitted, Problem> {
-        let batch = &self.key.batch;
-        open(&self.client, batch, v1::JobSpec::default()).await?;
-        uploads::check_project(&self.client, batch, &self.key.project).await?;
-        let mut submitted = Submitted {
-            rollouts: 0,
-            refusals: std::mem::take(&mut tasks.refusals),
-            skipped: tasks.skipped,
-            compare,
-        };
-        let mut after = Vec::new();
-        let mut chunk = 0;
-        for (jobs, places) in chunks(tasks.jobs.into_iter().zip(tasks.places)) {
-            after.extend(
-                self.submit_chunk(chunk, jobs, &places, &mut submitted)
-                    .await?,
-            );
-            chunk += 1;
-        }
-        submitted.rollouts = after.len() as u64;
-        if after.is_empty() {
-            close_batch(&self.client, batch).await?;
-            note(refusal_table(&submitted.refusals));
-            return Err(Problem::refused("no rollout was accepted"));
-        }
-        let job = JobDraft {
-            id: Some(JOB.to_owned()),
-            after,
-            compare: Some(submitted.compare.clone()),
-            ..JobDraft::default()
-        };
-        uploads::submit_all(&self.client, batch, chunk, &[draft_to_wire(&job)]).await?;
-        close_batch(&self.client, batch).await?;
-        Ok(submitted)
-    }
-
-    /// The ids of the jobs that were accepted.
-    async fn submit_chunk(
-        &self,
-        chunk: u32,
-        jobs: Vec<v1::JobSpec>,
-        places: &[u64],
-        submitted: &mut Submitted,
-    ) -> Result<Vec<String>, Problem> {
-        let request = v1::SubmitChunkRequest {
-            batch: self.key.batch.to_string(),
-            chunk,
-            jobs,
-        };
-        let answer = again(&self.client, || {
-            let (mut jobs, request) = (self.client.jobs(), request.clone());
-            async move { jobs.submit_chunk(request).await }
-        })
-        .await?;
-        let mut is_out = vec![false; request.jobs.len()];
-        for rejection in answer.rejected {
-            let index = rejection.index as usize;
-            if let Some(out) = is_out.get_mut(index) {
-                *out = true;
-            }
-            let place = places.get(index).copied().unwrap_or_default();
-            submitted
-                .refusals
-                .extend(rejection.errors.into_iter().map(|error| Refusal {
-                    place,
-                    id: rejection.id.clone(),
-                    error: FieldError {
-                        field: error.field,
-                        value: error.value,
-                        rule: error.rule,
-                    },
-                }));
-        }
-        let accepted = request.jobs.into_iter().zip(is_out);
-        let accepted = accepted.filter(|(_, out)| !out);
-        Ok(accepted.filter_map(|(job, _)| job.id).collect())
-    }
-
-    fn tell_submitted(&self, submitted: &Submitted, detach: bool) -> Result<(), Problem> {
-        let batch = self.key.batch.as_str();
-        if !self.context.out.json && !submitted.refusals.is_empty() {
-            note(refusal_table(&submitted.refusals));
-        }
-        let told = json!({
-            "batch": batch,
-            "job": JOB,
-            "rollouts": submitted.rollouts,
-            "skipped_tasks": submitted.skipped,
-            "refusals": submitted.refusals.iter().map(refusal_json).collect::<Vec<Value>>(),
-        });
-        match (self.context.out.json, detach) {
-            (true, _) => self.context.out.event(&told)?,
-            (false, true) => self.context.out.line(facts(&[
-                ("batch", batch.to_owned()),
-                ("rollouts", count(submitted.rollouts)),
-                ("watch it", format!("espalier watch {batch}")),
-            ]))?,
-            (false, false) => note(format!(
-                "batch {batch}: {} rollouts",
-                count(submitted.rollouts)
-            )),
-        }
-        Ok(())
-    }
-
-    /// Says what came of it. Where rollouts are dead, the comparison died with them, and what is there is compared.
-    async fn finish(&self, args: &Evaluate, submitted: &Submitted) -> Outcome {
-        let mut key = self.key.clone();
-        let mut job = waiting::job(&self.client, &key).await?;
-        if job.state() == v1::JobState::Dead && job.attempts == 0 {
-            note(
-                "some rollouts are dead, and the comparison with them: what is there is compared without them",
-            );
-            key = self.compare_rest(submitted).await?;
-            let bar = crate::progress::things(0, "comparing");
-            let look = || waiting::job(&self.client, &key);
-            job = waiting::wait(self.context, bar, look, waiting::in_words).await?;
-        }
-        if job.state() != v1::JobState::Succeeded {
-            let why = job.last_error.as_ref().map_or("", |error| &error.message);
-            let state = shown::state(job.state());
-            note(format!("error: the comparison is {state}: {}", plain(why)));
-            return Ok(Exit::Failed);
-        }
-        let read = Read::of(&self.store, &key).await?;
-        if let Some(folder) = &args.out {
-            read.write(folder)?;
-        }
-        match self.context.out.json {
-            true => self
-                .context
-                .out
-                .event(&json!({"evaluation": read.to_json()}))?,
-            false => self
-                .context
-                .out
-                .line(read.to_text(self.store.url(), args.out.as_ref()))?,
-        }
-        Ok(match args.gate && !read.report.gate.passed {
-            true => Exit::Failed,
-            false => Exit::Ok,
-        })
-    }
-
-    /// Compares in a batch of its own, which waits for nothing.
-    async fn compare_rest(&self, submitted: &Submitted) -> Result<JobKey, Problem> {
-        let stamp = crate::names::stamp(SystemClock.now());
-        let name = format!("compare-{stamp}-{}", self.key.batch);
-        let name: String = name.chars().take(128).collect();
-        let mut key = self.key.clone();
-        key.batch = BatchId::new(&name)?;
-        let job = JobDraft {
-            id: Some(JOB.to_owned()),
-            compare: Some(submitted.compare.clone()),
-            ..JobDraft::default()
-        };
-        uploads::submit_alone(&self.client, &key, &job).await?;
-        Ok(key)
-    }
 }
 
 #[cfg(test)]
@@ -474,9 +293,14 @@ mod tests {
     use super::*;
     use crate::args::{Cli, Command};
 
-    fn args(more: &str) -> Result<Evaluate, String> {
-        let words = ["espalier", "evaluate", "--tasks", "t.jsonl"];
-        let words = words.into_iter().chain(more.split_whitespace());
+    pub(super) fn args(more: &str) -> Result<Evaluate, String> {
+        let tasks = match more.contains("--replay") {
+            true => &[][..],
+            false => &["--tasks", "t.jsonl"],
+        };
+        let words = ["espalier", "evaluate"].into_iter();
+        let words = words.chain(tasks.iter().copied());
+        let words = words.chain(more.split_whitespace());
         match Cli::try_parse_from(words)
             .map_err(|error| error.to_string())?
             .command
@@ -533,6 +357,12 @@ mod tests {
             assert!(problem.message.contains(part), "{line}: {problem}");
             assert_eq!(problem.exit, Exit::Refused);
         }
+        assert!(args("--model a --model b --replay recorded").is_err());
+        assert!(args("--model a --model b --from r").is_err());
+        let found = args("--model a --model b --replay recorded --from r").unwrap();
+        let models = two_models(&found).unwrap();
+        let problem = read_tasks(&found, models).unwrap_err();
+        assert!(problem.message.contains("tries tasks"), "{problem}");
         assert!(args("--model a --model b --price 1").is_err());
         assert!(args("--model a --model b --samples 0").is_err());
     }

@@ -17,48 +17,75 @@ use crate::submit::file::Refusal;
 /// Manifests read at once: hides the latency of a store.
 const READS_MAX: usize = 16;
 
-/// Published rollouts of a task, as `batch/job`, in the order in which they are asked.
-pub type Recordings = BTreeMap<String, Vec<String>>;
+/// A published rollout.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    /// The job that made it.
+    pub job: JobKey,
+    /// Its task.
+    pub task: String,
+    /// Whether it solved it; none where it was not judged.
+    pub solved: Option<bool>,
+}
 
-/// The rollouts of `batches`, by their tasks.
+impl Recorded {
+    /// As jobs name it.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.job.batch, self.job.job)
+    }
+}
+
+/// The published rollouts of `batches`.
 pub async fn find(
     store: &Store,
     project: &ProjectId,
     batches: &[BatchId],
-) -> Result<Recordings, Problem> {
+) -> Result<Vec<Recorded>, Problem> {
     let traces = Traces::new(store.clone(), project.clone());
     let mut listed: Vec<Listed> = Vec::new();
     for batch in batches {
         listed.extend(traces.list(Some(batch)).await?);
     }
     let bar = progress::things(listed.len() as u64, "reading recordings");
-    let task = |listed: Listed| {
+    let one = |listed: Listed| {
         let (traces, bar) = (&traces, &bar);
         async move {
             let manifest = traces.summary(&listed).await?.manifest;
             bar.inc(1);
-            let task = manifest.summary.rollout().map(|it| it.task_id.clone());
-            Ok::<_, Problem>((task.unwrap_or_default(), listed.job))
+            let recorded = manifest.summary.rollout().map(|summary| Recorded {
+                task: task_of(&summary.task_id, listed.job.job.as_str()),
+                solved: summary.solved(),
+                job: listed.job,
+            });
+            Ok::<_, Problem>(recorded)
         }
     };
-    let tasks: Vec<(String, JobKey)> = stream::iter(listed)
-        .map(task)
+    let found = stream::iter(listed)
+        .map(one)
         .buffered(READS_MAX)
+        .try_filter_map(|recorded| std::future::ready(Ok(recorded)))
         .try_collect()
         .await?;
     bar.finish_and_clear();
-    let mut found = Recordings::new();
-    for (task, job) in tasks {
-        if !task.is_empty() {
-            let name = format!("{}/{}", job.batch, job.job);
-            found.entry(task).or_default().push(name);
-        }
-    }
     Ok(found)
 }
 
+/// A job that names no task is one by its own id, less the end by which samples are told apart.
+fn task_of(task: &str, job: &str) -> String {
+    let is_sample = |end: &str| end.parse::<u32>().is_ok();
+    match (task, job.rsplit_once(".s")) {
+        ("", Some((name, end))) if is_sample(end) => name.to_owned(),
+        ("", _) => job.to_owned(),
+        (task, _) => task.to_owned(),
+    }
+}
+
 /// Names them in the rollouts of their tasks. A task that was never recorded is left out and refused by its place.
-pub fn name(tasks: &mut Expanded, recordings: &Recordings, batches: &[BatchId]) {
+pub fn name(tasks: &mut Expanded, recorded: &[Recorded], batches: &[BatchId]) {
+    let mut recordings: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for one in recorded {
+        recordings.entry(&one.task).or_default().push(one.name());
+    }
     let batches: Vec<String> = batches.iter().map(|batch| format!("`{batch}`")).collect();
     let rule = format!("must have a published rollout in {}", batches.join(" or "));
     let jobs = std::mem::take(&mut tasks.jobs);
@@ -93,6 +120,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_job_without_a_task_is_one_by_its_id() {
+        for (task, job, expected) in [
+            ("t", "j.s1", "t"),
+            ("", "price-1.s12", "price-1"),
+            ("", "price-1", "price-1"),
+            ("", "shop.sale", "shop.sale"),
+        ] {
+            assert_eq!(task_of(task, job), expected, "{job}");
+        }
+    }
+
+    #[test]
     fn rollouts_name_the_recordings_of_their_task_and_others_are_refused_once() {
         let job = |line: &str| draft_to_wire(&parse_line(line.as_bytes()).unwrap());
         let mut tasks = Expanded {
@@ -104,9 +143,13 @@ mod tests {
             places: vec![1, 2, 2],
             ..Expanded::default()
         };
-        let many = (0..100).map(|n| format!("r/j{n}")).collect();
-        let recordings = Recordings::from([("t".to_owned(), many)]);
-        name(&mut tasks, &recordings, &["r".parse().unwrap()]);
+        let one = |n: usize| Recorded {
+            job: format!("p/r/j{n}").parse().unwrap(),
+            task: "t".to_owned(),
+            solved: Some(false),
+        };
+        let recorded: Vec<Recorded> = (0..100).map(one).collect();
+        name(&mut tasks, &recorded, &["r".parse().unwrap()]);
         assert_eq!((tasks.jobs.len(), tasks.places), (1, vec![1]));
         let named = &tasks.jobs[0].rollout.as_ref().unwrap().replay;
         assert_eq!((named.len(), &*named[63]), (limits::LIST_MAX, "r/j63"));

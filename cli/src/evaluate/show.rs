@@ -1,9 +1,11 @@
-//! What an evaluation came to: the tables of its report, and where the report is.
+//! What an evaluation came to: the tables of its report, of rollouts or of turns, and where the report is.
 
 use std::path::{Path, PathBuf};
 
+use espalier_core::compare::turns::{TurnsReport, agreement_table, arms_table};
 use espalier_core::compare::words::{self, Table};
 use espalier_core::compare::{MARKDOWN_FILE, PAGE_FILE, REPORT_FILE, Report};
+use espalier_core::error::FieldError;
 use espalier_core::id::JobKey;
 use espalier_core::layout;
 use espalier_core::trace::Manifest;
@@ -14,9 +16,9 @@ use crate::exit::Problem;
 use crate::output::{plain, rows_table};
 
 /// A report that was read and verified.
-pub struct Read {
+pub struct Read<R = Report> {
     /// Its numbers.
-    pub report: Report,
+    pub report: R,
     /// Object path of the folder that it lies in.
     pub folder: String,
     /// SHA-256 of `report.json`, in hex.
@@ -25,9 +27,13 @@ pub struct Read {
     pub files: Vec<(String, bytes::Bytes)>,
 }
 
-impl Read {
+impl<R> Read<R> {
     /// The report of a comparison that has ended well.
-    pub async fn of(store: &Store, key: &JobKey) -> Result<Self, Problem> {
+    async fn read(
+        store: &Store,
+        key: &JobKey,
+        parse: fn(&[u8]) -> Result<R, FieldError>,
+    ) -> Result<Self, Problem> {
         let manifest = store.get(&layout::manifest(key)).await?;
         let manifest = Manifest::parse(&manifest, key)?;
         let folder = layout::report_files(key, manifest.fence);
@@ -50,7 +56,7 @@ impl Read {
             files.push((name.to_owned(), content));
         }
         Ok(Self {
-            report: Report::parse(&files[0].1)?,
+            report: parse(&files[0].1)?,
             folder,
             sha256,
             files,
@@ -75,6 +81,50 @@ impl Read {
         Ok(())
     }
 
+    /// Where the page is.
+    fn place(&self, store: &str, out: Option<&PathBuf>) -> String {
+        match out {
+            Some(folder) => folder.join(PAGE_FILE).display().to_string(),
+            None => format!("{}/{}{PAGE_FILE}", store.trim_end_matches('/'), self.folder),
+        }
+    }
+}
+
+impl Read<TurnsReport> {
+    /// The report of a comparison of turns that has ended well.
+    pub async fn of_turns(store: &Store, key: &JobKey) -> Result<Self, Problem> {
+        Self::read(store, key, TurnsReport::parse).await
+    }
+
+    /// For people.
+    pub fn to_text(&self, store: &str, out: Option<&PathBuf>) -> String {
+        format!(
+            "{}\n\n{}\n\nreport: {}",
+            in_terminal(&agreement_table(&self.report)),
+            in_terminal(&arms_table(&self.report)),
+            self.place(store, out)
+        )
+    }
+
+    /// For programs.
+    pub fn to_json(&self) -> Value {
+        let report = &self.report;
+        json!({
+            "job": report.job,
+            "report": self.path(),
+            "report_sha256": self.sha256,
+            "arms": report.arms,
+            "turns": {"pooled": report.pooled, "kinds": report.kinds},
+        })
+    }
+}
+
+impl Read {
+    /// The report of a comparison of rollouts that has ended well.
+    pub async fn of(store: &Store, key: &JobKey) -> Result<Self, Problem> {
+        Self::read(store, key, Report::parse).await
+    }
+
     /// For people.
     pub fn to_text(&self, store: &str, out: Option<&PathBuf>) -> String {
         let report = &self.report;
@@ -91,14 +141,11 @@ impl Read {
         } else {
             "not passed"
         };
-        let place = match out {
-            Some(folder) => folder.join(PAGE_FILE).display().to_string(),
-            None => format!("{}/{}{PAGE_FILE}", store.trim_end_matches('/'), self.folder),
-        };
         format!(
-            "{}\n\ngate {passed}: {}\nreport: {place}",
+            "{}\n\ngate {passed}: {}\nreport: {}",
             tables.join("\n\n"),
-            plain(&report.gate.words)
+            plain(&report.gate.words),
+            self.place(store, out)
         )
     }
 

@@ -226,6 +226,7 @@ fn compare(config: &Config) -> CompareDraft {
         currency: evaluate.currency.clone(),
         min_difference: config.gate.min_difference,
         min_tasks: config.gate.min_tasks,
+        turns: None,
     }
 }
 

@@ -120,7 +120,7 @@ impl Report {
     fn work(&self) -> BTreeMap<&'static str, Work> {
         let mut work: BTreeMap<_, Work> = BTreeMap::new();
         for job in self.ended.values().filter(|job| !job.is_rollout()) {
-            work.entry(json::kind(job.work)).or_default().add(job);
+            work.entry(job.name()).or_default().add(job);
         }
         work
     }
@@ -394,6 +394,9 @@ impl Work {
             self.failed += generate.failed;
             self.tokens += generate.prompt_tokens + generate.completion_tokens;
         }
+        if let Some(score) = &summary.score {
+            self.tokens += score.prompt_tokens + score.completion_tokens;
+        }
         self.tokens += summary.train.as_ref().map_or(0, |train| train.tokens);
         self.tokens += summary.curate.as_ref().map_or(0, |curate| curate.tokens);
     }
@@ -426,7 +429,21 @@ impl Work {
 
 impl Ended {
     fn is_rollout(&self) -> bool {
-        self.work == v1::JobKind::Rollout
+        self.work == v1::JobKind::Rollout && !self.is_score()
+    }
+
+    /// Whether turns were scored, which takes the slot of a rollout.
+    fn is_score(&self) -> bool {
+        let summary = self.summary.as_ref();
+        summary.is_some_and(|summary| summary.score.is_some())
+    }
+
+    /// What it is called in the table of other jobs.
+    fn name(&self) -> &'static str {
+        match self.is_score() {
+            true => "score",
+            false => json::kind(self.work),
+        }
     }
 }
 

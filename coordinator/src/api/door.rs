@@ -260,7 +260,7 @@ fn implied_needs(work: &Work) -> Vec<String> {
         // Any worker that trains fetches what it needs.
         Work::Train(_) => Vec::new(),
         // Their sources are in the store.
-        Work::Curate(_) | Work::Compare(_) => Vec::new(),
+        Work::Curate(_) | Work::Compare(_) | Work::Score(_) => Vec::new(),
         // What it takes out is in the store, and what it needs besides it fetches.
         Work::Export(_) => Vec::new(),
     }

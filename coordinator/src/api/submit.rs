@@ -107,6 +107,10 @@ fn complete(draft: &mut JobDraft) {
                 ..CompareArmDraft::default()
             });
         }
+    } else if let Some(score) = &mut draft.score {
+        if score.traces.is_empty() {
+            score.traces.push(format!("{NAME}/{NAME}"));
+        }
     } else if let Some(generate) = &mut draft.generate {
         generate.requests.get_or_insert_with(name);
     } else if draft.prompt == PromptDraft::Absent {
@@ -373,6 +377,7 @@ mod tests {
             r#"{"curate":{"where":"reward > 0"}}"#,
             r#"{"curate":{"batches":["b"]}}"#,
             r#"{"compare":{"min_tasks":5}}"#,
+            r#"{"score":{"model":"m"}}"#,
             r#"{"compare":{"arms":[{"batches":["b"],"model":"m"}]}}"#,
         ] {
             assert_eq!(verdict(partial), Ok(()), "{partial}");

@@ -153,6 +153,11 @@ pub fn report_files(key: &JobKey, fence: Fence) -> String {
     format!("{}report/", attempt(key, fence))
 }
 
+/// What one attempt of a `score` job found.
+pub fn scores(key: &JobKey, fence: Fence) -> String {
+    format!("{}scores.json", attempt(key, fence))
+}
+
 /// All adapters of a project.
 pub fn adapters(project: &ProjectId) -> String {
     format!("{project}/adapters/")

@@ -13,6 +13,7 @@ pub fn from_wire(wire: v1::CompareSpec) -> CompareDraft {
         currency: wire.currency,
         min_difference: wire.min_difference,
         min_tasks: wire.min_tasks,
+        turns: wire.turns,
     }
 }
 
@@ -38,6 +39,7 @@ pub fn to_wire(draft: CompareDraft) -> v1::CompareSpec {
         currency: draft.currency,
         min_difference: draft.min_difference,
         min_tasks: draft.min_tasks,
+        turns: draft.turns,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use espalier_core::adapter::{Agreement, Difference, TrainSummary};
 use espalier_core::answers::GenerateSummary;
+use espalier_core::compare::turns::ScoreSummary;
 use espalier_core::compare::{CompareSummary, Estimate};
 use espalier_core::dataset::CurateSummary;
 use espalier_core::error::{ErrorClass, FieldError};
@@ -111,6 +112,16 @@ pub fn summary_to_wire(summary: &Summary) -> v1::RolloutSummary {
             }),
             ..v1::RolloutSummary::default()
         },
+        Summary::Score(summary) => v1::RolloutSummary {
+            score: Some(v1::ScoreSummary {
+                traces: summary.traces,
+                turns: summary.turns,
+                agreed: summary.agreed,
+                prompt_tokens: summary.prompt_tokens,
+                completion_tokens: summary.completion_tokens,
+            }),
+            ..v1::RolloutSummary::default()
+        },
     }
 }
 
@@ -161,6 +172,7 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
         export: None,
         curate: None,
         compare: None,
+        score: None,
     }
 }
 
@@ -169,6 +181,15 @@ fn rollout_to_wire(summary: &RolloutSummary) -> v1::RolloutSummary {
 /// # Errors
 /// Names a stop reason that this build does not know.
 pub fn summary_from_wire(summary: v1::RolloutSummary) -> Result<Summary, FieldError> {
+    if let Some(score) = summary.score {
+        return Ok(Summary::Score(ScoreSummary {
+            traces: score.traces,
+            turns: score.turns,
+            agreed: score.agreed,
+            prompt_tokens: score.prompt_tokens,
+            completion_tokens: score.completion_tokens,
+        }));
+    }
     if let Some(compare) = summary.compare {
         return Ok(Summary::Compare(CompareSummary {
             tasks: compare.tasks,

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::spec::{
     ExportDraft, GenerateDraft, JobDraft, LimitsDraft, McpServer, McpUseDraft, ObservationDraft,
-    PromptDraft, SamplingDraft, ToolPolicy,
+    PromptDraft, SamplingDraft, ScoreDraft, ToolPolicy,
 };
 use prost::Message;
 
@@ -66,6 +66,11 @@ pub fn draft_from_wire(spec: v1::JobSpec) -> Result<JobDraft, FieldError> {
         train: spec.train.map(train::from_wire),
         curate: spec.curate.map(curate::from_wire),
         compare: spec.compare.map(compare::from_wire),
+        score: spec.score.map(|score| ScoreDraft {
+            model: score.model,
+            traces: score.traces,
+            hints: score.hints,
+        }),
         export: spec.export.map(|export| ExportDraft {
             adapter: export.adapter,
             merged: export.merged,
@@ -125,6 +130,11 @@ pub fn draft_to_wire(draft: &JobDraft) -> v1::JobSpec {
         train: draft.train.map(train::to_wire),
         curate: draft.curate.map(curate::to_wire),
         compare: draft.compare.map(compare::to_wire),
+        score: draft.score.map(|score| v1::ScoreSpec {
+            model: score.model,
+            traces: score.traces,
+            hints: score.hints,
+        }),
         export: draft.export.map(|export| v1::ExportSpec {
             adapter: export.adapter,
             merged: export.merged,
@@ -320,11 +330,21 @@ mod tests {
     fn a_comparison_survives_the_wire() {
         let own = r#"{"compare":{"arms":[{"label":"old","model":"m","batches":["a","b"],"labels":{"x":"y"},"where":"solved",
             "prompt_price":0.5,"completion_price":1.5},{"adapter":"shop@v2","batches":["a"]}],"trainings":["t/train"],
-            "traces":3,"currency":"EUR","min_difference":-0.5,"min_tasks":7}}"#;
+            "traces":3,"currency":"EUR","min_difference":-0.5,"min_tasks":7,"turns":true}}"#;
         let own = parse_line(own.as_bytes()).unwrap();
         let granted = decode_draft(&[], &encode_draft(&own)).unwrap();
         assert_eq!(granted, own);
         assert!(granted.check().unwrap().compare().is_some());
+        assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&own));
+    }
+
+    #[test]
+    fn scores_survive_the_wire() {
+        let own = br#"{"score":{"model":"m","traces":["b/j","b/k"],"hints":true}}"#;
+        let own = parse_line(own).unwrap();
+        let granted = decode_draft(&[], &encode_draft(&own)).unwrap();
+        assert_eq!(granted, own);
+        assert!(granted.check().unwrap().score().is_some());
         assert_eq!(SpecDigest::of(&granted), SpecDigest::of(&own));
     }
 

@@ -144,7 +144,8 @@ impl Client {
             batch: batch.to_owned(),
             defaults: None,
         };
-        self.jobs.open_batch(open).await.map(drop)
+        // Boxed: a job has room for everything that jobs can do, and this one is held in the futures of most tests.
+        Box::pin(self.jobs.open_batch(open)).await.map(drop)
     }
 
     /// Submits one chunk.

@@ -9,6 +9,7 @@ pub mod markup;
 mod pairs;
 pub mod stats;
 mod tally;
+pub mod turns;
 pub mod words;
 
 use std::collections::BTreeMap;

@@ -168,7 +168,8 @@ pub fn points(difference: &Estimate) -> String {
     format!("{value:+.1} ({low:+.1} to {high:+.1})")
 }
 
-fn signed(difference: &Estimate) -> String {
+/// A number with its sign and its interval: `-1.50 (-2.00 to -1.00)`.
+pub fn signed(difference: &Estimate) -> String {
     let [value, low, high] = [difference.value, difference.low, difference.high].map(|x| {
         let sign = if x < 0.0 { "-" } else { "+" };
         format!("{sign}{}", number(x.abs()))

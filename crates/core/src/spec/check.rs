@@ -240,6 +240,11 @@ impl JobDraft {
             let compare = faults.take("compare", compare.check());
             return compare.map(|compare| Work::Compare(Box::new(compare)));
         }
+        if let Some(score) = &self.score {
+            alone(faults, "score");
+            let score = faults.take("score", score.check());
+            return score.map(|score| Work::Score(Box::new(score)));
+        }
         if let Some(generate) = &self.generate {
             alone(faults, "generate");
             return check_generate(faults, generate).map(Work::Generate);
@@ -263,7 +268,8 @@ impl JobDraft {
         let takes_long = self.generate.is_some()
             || self.export.is_some()
             || self.curate.is_some()
-            || self.compare.is_some();
+            || self.compare.is_some()
+            || self.score.is_some();
         let default = match takes_long {
             _ if self.train.is_some() => RUNTIME_S_MAX,
             // A large model takes hours to fetch and to send, a million traces hours to read.
@@ -317,7 +323,7 @@ impl JobDraft {
             model: self.model.clone(),
             sampling: check_sampling(faults, &self.sampling.clone().unwrap_or_default()),
             mcp,
-            replay: check_replay(faults, &self.replay),
+            replay: check_recordings(faults, "replay", &self.replay),
             tools,
             limits: self.check_limits(faults),
             observation: check_observation(faults, self.observation.as_ref()),
@@ -451,11 +457,16 @@ fn check_mcp(faults: &mut Faults, uses: &[McpUseDraft]) -> Vec<McpUse> {
     good
 }
 
-fn check_replay(faults: &mut Faults, names: &[String]) -> Vec<(BatchId, JobId)> {
-    faults.count("replay", names.len(), limits::LIST_MAX);
+/// Rollouts as `batch/job`.
+pub(super) fn check_recordings(
+    faults: &mut Faults,
+    field: &str,
+    names: &[String],
+) -> Vec<(BatchId, JobId)> {
+    faults.count(field, names.len(), limits::LIST_MAX);
     let mut good = Vec::new();
     for (i, name) in names.iter().enumerate() {
-        let field = format!("replay[{i}]");
+        let field = format!("{field}[{i}]");
         let parts = name.split_once('/');
         match parts.map(|(batch, job)| (BatchId::new(batch), JobId::new(job))) {
             Some((Ok(batch), Ok(job))) if good.contains(&(batch.clone(), job.clone())) => {

@@ -39,6 +39,8 @@ pub struct CompareDraft {
     pub min_difference: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_tasks: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub turns: Option<bool>,
 }
 
 /// See [`CompareArm`].
@@ -77,6 +79,8 @@ pub struct CompareSpec {
     pub currency: String,
     /// What the report asks of the second arm.
     pub gate: GateSettings,
+    /// Whether the arms are `score` jobs, whose turns are compared, and not rollouts. Default false.
+    pub turns: bool,
 }
 
 /// Rollouts that stand for one model.
@@ -151,6 +155,7 @@ impl CompareDraft {
                 traces,
                 currency: currency.to_owned(),
                 gate,
+                turns: self.turns.unwrap_or(false),
             }),
             None => Err(faults.0),
         }

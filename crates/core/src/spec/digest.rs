@@ -38,7 +38,8 @@ impl SpecDigest {
             && draft.train.is_none()
             && draft.export.is_none()
             && draft.curate.is_none()
-            && draft.compare.is_none();
+            && draft.compare.is_none()
+            && draft.score.is_none();
         if is_rollout {
             asked.prompt = PromptDraft::Turns(draft.prompt.turns().to_vec());
         }

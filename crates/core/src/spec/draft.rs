@@ -12,6 +12,7 @@ use super::compare::CompareDraft;
 use super::curate::CurateDraft;
 use super::export::ExportDraft;
 use super::mcp::{McpServer, ToolPolicy};
+use super::score::ScoreDraft;
 use super::train::TrainDraft;
 use super::verify::VerifyDraft;
 use crate::error::FieldError;
@@ -119,6 +120,10 @@ pub struct JobDraft {
     /// Rollouts to be compared, likewise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compare: Option<CompareDraft>,
+
+    /// Recorded rollouts whose turns a model is asked for, likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<ScoreDraft>,
 }
 
 /// See [`super::GenerateSpec`].

@@ -12,6 +12,7 @@ mod draft;
 mod export;
 mod mcp;
 pub mod pattern;
+mod score;
 mod train;
 mod verify;
 
@@ -34,6 +35,7 @@ pub use draft::{
 };
 pub use export::{AdapterRef, ExportDraft, ExportSpec, ExportSummary, ExportTarget, is_hub_repo};
 pub use mcp::{McpServer, McpTransport, McpUse, ToolPolicy};
+pub use score::{ScoreDraft, ScoreSpec};
 pub use train::{
     DatasetRef, LoraTarget, Optimizer, Schedule, TrainData, TrainDraft, TrainLength, TrainMethod,
     TrainSettings, TrainSettingsDraft, TrainSpec,
@@ -83,15 +85,17 @@ pub enum Work {
     Export(ExportSpec),
     /// A data set is built.
     Curate(Box<CurateSpec>),
-    /// Rollouts are compared.
+    /// Rollouts, or scores of turns, are compared.
     Compare(Box<CompareSpec>),
+    /// A model is asked for the turns of recorded rollouts. It takes the slot of a rollout: it asks a model, and waits.
+    Score(Box<ScoreSpec>),
 }
 
 impl Work {
     /// The sort of slot that it takes.
     pub fn kind(&self) -> JobKind {
         match self {
-            Self::Rollout(_) => JobKind::Rollout,
+            Self::Rollout(_) | Self::Score(_) => JobKind::Rollout,
             Self::Generate(_) => JobKind::Generate,
             Self::Train(_) => JobKind::Train,
             Self::Export(_) => JobKind::Export,
@@ -138,6 +142,14 @@ impl JobSpec {
     pub fn curate(&self) -> Option<&CurateSpec> {
         match &self.work {
             Work::Curate(curate) => Some(curate),
+            _ => None,
+        }
+    }
+
+    /// The turns that a model is asked for, if it is that.
+    pub fn score(&self) -> Option<&ScoreSpec> {
+        match &self.work {
+            Work::Score(score) => Some(score),
             _ => None,
         }
     }

@@ -9,6 +9,7 @@ use super::{SCHEMA_VERSION, StopReason, Totals};
 use crate::adapter::TrainSummary;
 use crate::answers::GenerateSummary;
 use crate::compare::CompareSummary;
+use crate::compare::turns::ScoreSummary;
 use crate::dataset::CurateSummary;
 use crate::error::FieldError;
 use crate::id::{Fence, JobKey};
@@ -58,6 +59,8 @@ pub enum Summary {
     Curate(CurateSummary),
     /// A comparison: the files are its report.
     Compare(CompareSummary),
+    /// Turns that a model was asked for: the file has each.
+    Score(ScoreSummary),
 }
 
 impl Summary {

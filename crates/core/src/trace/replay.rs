@@ -177,6 +177,12 @@ fn closest(followed: &[Followed]) -> Option<&Followed> {
     followed.iter().min_by_key(|one| Reverse(one.alike))
 }
 
+/// Whether a tool is called with the same arguments.
+pub fn same_arguments(one: &Map<String, Value>, other: &Map<String, Value>) -> bool {
+    let canonical = |arguments: &Map<String, Value>| canonical(&Value::Object(arguments.clone()));
+    canonical(one) == canonical(other)
+}
+
 /// The same JSON in one form: whole numbers are written as such. The order of keys does not count for equality.
 fn canonical(value: &Value) -> Value {
     match value {
