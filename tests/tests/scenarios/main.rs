@@ -28,6 +28,7 @@ mod many_coordinators;
 mod mcp_host;
 mod practice_tasks;
 mod python;
+mod replay;
 mod rollouts;
 mod run;
 mod serving;
