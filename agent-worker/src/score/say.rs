@@ -135,6 +135,7 @@ impl<'a> Asked<'a> {
                 ("return_token_ids".to_owned(), Value::Bool(true)),
             ]),
             affinity: &self.affinity,
+            project: self.trace.header.job.project.as_str(),
         };
         self.services.model.chat(&request, self.cancel).await
     }
