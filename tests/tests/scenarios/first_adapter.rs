@@ -1,4 +1,4 @@
-//! The guide to a first adapter (`docs/guide/first-adapter.md`) holds: its server, which is of MCP's Python SDK, answers what its
+//! The guide to a first adapter (`docs/guides/first-adapter.md`) holds: its server, which is of MCP's Python SDK, answers what its
 //! questions expect, and its pipeline is one.
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
@@ -93,7 +93,7 @@ async fn its_pipeline_is_whole_and_shown_in_the_guide_as_it_is() {
     let shown = String::from_utf8(plan.stdout).unwrap();
     let why = String::from_utf8_lossy(&plan.stderr);
     assert!(plan.status.success(), "{shown}{why}");
-    let guide = std::fs::read_to_string(root().join("docs/guide/first-adapter.md")).unwrap();
+    let guide = std::fs::read_to_string(root().join("docs/guides/first-adapter.md")).unwrap();
     assert!(guide.contains(shown.trim()), "{shown}");
     let file = std::fs::read_to_string(example("improve.toml")).unwrap();
     for line in file.lines().filter(|line| !line.starts_with('#')) {
