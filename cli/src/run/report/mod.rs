@@ -268,64 +268,53 @@ impl<'a> Story<'a> {
 
     /// The steps with what they came to and took.
     fn steps_table(&self) -> Table {
+        let header = [
+            "round",
+            "step",
+            "what came of it",
+            "jobs",
+            "tokens",
+            "cost",
+            "time",
+            "batch",
+        ];
         let row = |row: &Row| {
             let mut cells = vec![row.at.round.to_string(), row.at.step.to_string()];
-            let rest: [String; 6] = match &row.state {
-                State::Ended { record, .. } => [
-                    outcome(record),
-                    format!("{} of {}", record.counts.succeeded, record.counts.jobs),
-                    count(record.counts.prompt_tokens + record.counts.completion_tokens),
-                    money(self.plan, &record.counts).unwrap_or_default(),
-                    duration(record.took_ms()),
-                    record
-                        .batch
-                        .as_ref()
-                        .map(ToString::to_string)
-                        .unwrap_or_default(),
-                ],
-                State::Stopped { why } => [
-                    plain(why),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                ],
-                State::Past { what } => [
-                    plain(what),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                ],
-                _ => [
-                    "not reached".to_owned(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                ],
-            };
-            cells.extend(rest);
+            match &row.state {
+                State::Ended { record, .. } => cells.extend(self.ended(record)),
+                State::Stopped { why: told } | State::Past { what: told } => {
+                    cells.push(plain(told));
+                }
+                _ => cells.push("not reached".to_owned()),
+            }
+            cells.resize(header.len(), String::new());
             cells
         };
         Table {
-            header: [
-                "round",
-                "step",
-                "what came of it",
-                "jobs",
-                "tokens",
-                "cost",
-                "time",
-                "batch",
-            ]
-            .map(str::to_owned)
-            .to_vec(),
+            header: header.map(str::to_owned).to_vec(),
             rows: self.rows.iter().map(row).collect(),
         }
+    }
+
+    /// What a step came to, its jobs, tokens, cost, time and batch; empty where it has none.
+    fn ended(&self, record: &StepRecord) -> [String; 6] {
+        let counts = &record.counts;
+        let tokens = counts.prompt_tokens + counts.completion_tokens;
+        let jobs = format!("{} of {}", counts.succeeded, counts.jobs);
+        [
+            outcome(record),
+            Some(jobs).filter(|_| counts.jobs > 0).unwrap_or_default(),
+            Some(count(tokens))
+                .filter(|_| tokens > 0)
+                .unwrap_or_default(),
+            money(self.plan, counts).unwrap_or_default(),
+            duration(record.took_ms()),
+            record
+                .batch
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+        ]
     }
 
     /// How the rounds went.
