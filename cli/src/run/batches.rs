@@ -39,7 +39,9 @@ impl Engine<'_> {
                 .digest
                 .batch(&self.plan.pipeline, order.at.step, tries)?;
             match self.batch(&batch).await? {
-                Some(found) if is_cancelled(&found) => self.leave_behind(&batch, &found).await?,
+                Some(found) if self.is_cancelled(&found) => {
+                    self.leave_behind(&batch, &found).await?
+                }
                 found => return Ok((batch, found)),
             }
         }
@@ -116,9 +118,20 @@ impl Engine<'_> {
 
     /// Whether the dead jobs of a batch are put back before it is followed.
     pub(super) fn is_retried(&self, found: &v1::Batch) -> bool {
+        let dead = found.counts.unwrap_or_default().dead;
+        found.complete && dead > 0 && !self.has_enough(found)
+    }
+
+    fn has_enough(&self, found: &v1::Batch) -> bool {
         let counts = found.counts.unwrap_or_default();
-        let jobs = counts.succeeded + counts.dead;
-        found.complete && counts.dead > 0 && !is_enough(counts.succeeded, jobs, self.min_share)
+        let jobs = counts.succeeded + counts.dead + counts.cancelled;
+        is_enough(counts.succeeded, jobs, self.plan.min_share)
+    }
+
+    /// Whether somebody cancelled the batch, or so many of its jobs by their names or labels that it cannot count as done.
+    fn is_cancelled(&self, found: &v1::Batch) -> bool {
+        let cancelled = found.counts.unwrap_or_default().cancelled;
+        found.cancelled || found.complete && cancelled > 0 && !self.has_enough(found)
     }
 
     async fn submit(&self, batch: &BatchId, jobs: Vec<v1::JobSpec>) -> Result<(), Problem> {
@@ -231,7 +244,7 @@ impl Engine<'_> {
         let found = self.batch(batch).await?;
         let found = found
             .ok_or_else(|| Problem::failed(format!("the queue has forgotten batch {batch}")))?;
-        match is_cancelled(&found) {
+        match self.is_cancelled(&found) {
             true => Err(
                 Problem::failed(format!("jobs of batch {batch} were cancelled"))
                     .fix("the same command again begins the step anew, in another batch"),
@@ -239,11 +252,6 @@ impl Engine<'_> {
             false => Ok(found),
         }
     }
-}
-
-/// Whether somebody cancelled the batch, or some of its jobs by their names or labels: a step is done whole, or anew.
-fn is_cancelled(batch: &v1::Batch) -> bool {
-    batch.cancelled || batch.counts.is_some_and(|counts| counts.cancelled > 0)
 }
 
 /// Whether so many of the jobs of a step ended well that it counts as done: at least one, and the share that is asked for.
@@ -374,21 +382,6 @@ mod tests {
             let case = format!("{succeeded} of {jobs}, {share}");
             assert_eq!(is_enough(succeeded, jobs, share), expected, "{case}");
         }
-    }
-
-    #[test]
-    fn a_batch_of_which_a_job_was_cancelled_is_cancelled() {
-        let batch = |cancelled: bool, jobs: u64| v1::Batch {
-            cancelled,
-            counts: Some(v1::Counts {
-                succeeded: 3,
-                cancelled: jobs,
-                ..v1::Counts::default()
-            }),
-            ..v1::Batch::default()
-        };
-        assert!(is_cancelled(&batch(true, 0)) && is_cancelled(&batch(false, 1)));
-        assert!(!is_cancelled(&batch(false, 0)));
     }
 
     #[test]

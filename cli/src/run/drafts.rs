@@ -200,6 +200,7 @@ impl Drafts {
             rounds: config.rounds,
             steps,
             prices: config.evaluate.prices,
+            min_share: config.rollouts.min_share,
             currency: config
                 .evaluate
                 .currency

@@ -43,8 +43,6 @@ pub struct Engine<'a> {
     pub drafts: Option<&'a Drafts>,
     /// How long a version may take to be served.
     pub serve_deadline: Duration,
-    /// The share of a step's rollouts that must come to an end, solved or not.
-    pub min_share: f64,
     /// Where it is shown.
     pub screen: &'a Screen<'a>,
 }
@@ -180,7 +178,7 @@ impl Engine<'_> {
                 adapter,
                 dropped,
             } => {
-                let jobs = drafts.rollouts(order.at.step, model, dropped);
+                let jobs = || drafts.rollouts(order.at.step, model, dropped);
                 self.rollouts(&order, adapter.as_ref(), jobs).await
             }
             Work::Dataset { batches } => self.dataset(&order, drafts.dataset(batches)).await,

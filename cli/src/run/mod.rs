@@ -23,6 +23,7 @@ mod screen;
 mod steps;
 mod tally;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -42,7 +43,7 @@ use crate::uploads;
 use check::Checked;
 use config::Over;
 use engine::Engine;
-use plan::{Records, Resolved};
+use plan::{Records, Resolved, steps};
 use read::Faults;
 use records::Desk;
 use report::Story;
@@ -111,8 +112,12 @@ pub async fn run(context: &Context, args: &Run) -> Outcome {
         },
         name: config.name.clone(),
     };
-    plan.go_on_from(desk.plan().await?.as_ref(), &args.again)?;
+    if let Some(before) = desk.plan().await? {
+        plan.go_on_from(&before);
+    }
     let mut records = records(&desk).await?;
+    let ended = ended(&plan, &records);
+    plan.do_anew(&args.again, &ended)?;
     let screen = Screen::new(context, &plan);
     if args.dry_run {
         screen.resolved(&Resolved::new(&plan, &records), true)?;
@@ -127,7 +132,6 @@ pub async fn run(context: &Context, args: &Run) -> Outcome {
         plan: &plan,
         drafts: Some(&drafts),
         serve_deadline: config.serve_deadline,
-        min_share: config.rollouts.min_share,
         screen: &screen,
     };
     let ended = engine.run(&mut records).await;
@@ -136,6 +140,14 @@ pub async fn run(context: &Context, args: &Run) -> Outcome {
     let out = out.unwrap_or_else(|| PathBuf::from(format!("{}-report", config.name)));
     story.write(&out)?;
     story.tell(context, &out)
+}
+
+/// Steps that have ended in some round.
+fn ended(plan: &PipelinePlan, records: &Records) -> BTreeSet<Step> {
+    let resolved = Resolved::new(plan, records);
+    let all = steps(plan).into_iter();
+    let ended = all.filter(|at| resolved.record(*at).is_some());
+    ended.map(|at| at.step).collect()
 }
 
 /// The records that can be read.
@@ -179,8 +191,6 @@ async fn look_on(context: &Context, desk: Desk, plan: &PipelinePlan, once: bool)
         plan,
         drafts: None,
         serve_deadline: Duration::ZERO,
-        // Whoever runs it knows what is asked for.
-        min_share: 0.0,
         screen: &screen,
     };
     if once {

@@ -403,6 +403,7 @@ pub mod tests {
             rounds,
             steps: Step::ALL.into_iter().filter(wanted).map(planned).collect(),
             prices: None,
+            min_share: 0.9,
             currency: "USD".to_owned(),
             created_at_us: Timestamp(1),
         }

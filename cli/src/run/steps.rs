@@ -40,7 +40,7 @@ impl Engine<'_> {
         &self,
         order: &Order,
         adapter: Option<&AdapterRef>,
-        jobs: Vec<v1::JobSpec>,
+        jobs: impl Fn() -> Vec<v1::JobSpec>,
     ) -> Result<Known, Stop> {
         let (batch, found) = self.find(order).await?;
         let is_under_way = found
@@ -49,13 +49,12 @@ impl Engine<'_> {
         if let Some(adapter) = adapter.filter(|_| !is_under_way) {
             self.wait_until_served(order, adapter).await?;
         }
-        self.begin(order.at, &batch, found.as_ref(), || jobs.clone())
-            .await?;
+        self.begin(order.at, &batch, found.as_ref(), &jobs).await?;
         let (tally, ended) = self.follow(order.at, &batch).await?;
         self.check_share(&batch, &tally)?;
         let output = match order.at.step {
             Step::Probe => {
-                let (tasks, dropped) = tally.buckets(&jobs);
+                let (tasks, dropped) = tally.buckets(&jobs());
                 StepOutput::Probe { tasks, dropped }
             }
             _ => StepOutput::Rollouts,
@@ -67,21 +66,21 @@ impl Engine<'_> {
     /// What died says nothing of the model: a step of which too much did is not done.
     fn check_share(&self, batch: &BatchId, tally: &Tally) -> Result<(), Stop> {
         let StepCounts {
-            succeeded, dead, ..
+            succeeded, jobs, ..
         } = tally.counts();
-        let jobs = succeeded + dead;
-        if is_enough(succeeded, jobs, self.min_share) {
+        let dead = jobs - succeeded;
+        if is_enough(succeeded, jobs, self.plan.min_share) {
             return Ok(());
         }
         let why = plain(tally.error().unwrap_or("nothing was submitted"));
         let message = match succeeded {
             0 => format!("every rollout of batch {batch} is dead, most of them because: {why}"),
             _ => format!(
-                "{} of {} rollouts of batch {batch} are dead, and {} % must come to an end (`rollouts.min_share`); most of \
+                "{} of {} rollouts of batch {batch} are dead or cancelled, and {} % must come to an end (`rollouts.min_share`); most of \
                  them died because: {why}",
                 count(dead),
                 count(jobs),
-                self.min_share * 100.0
+                self.plan.min_share * 100.0
             ),
         };
         Err(again_retries(Problem::failed(message)).into())

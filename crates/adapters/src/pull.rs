@@ -21,7 +21,7 @@ use crate::watch::Watch;
 /// What is asked for at once, in bytes.
 const PIECE_BYTES: u64 = 32 << 20;
 /// What the names of folders begin with that go away.
-const PREFIX: &str = ".espalier-";
+const PREFIX: &str = ".espalier-pull-";
 /// How long a folder is left alone in which nothing changes: its owner may not have locked it yet.
 const NEW_FOR: Duration = Duration::from_secs(60);
 /// The page that goes with a version.
@@ -250,7 +250,7 @@ mod tests {
     fn only_what_nobody_holds_is_cleared() {
         let parent = tempfile::tempdir().unwrap();
         let held = Scratch::within(parent.path()).unwrap();
-        let left = parent.path().join(".espalier-left");
+        let left = parent.path().join(".espalier-pull-left");
         std::fs::create_dir(&left).unwrap();
         std::fs::write(left.join("weights"), "w").unwrap();
         let other = parent.path().join("other");

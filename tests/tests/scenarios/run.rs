@@ -600,7 +600,7 @@ async fn a_version_is_waited_for_and_checks_that_always_say_yes_publish_nothing(
     let _trainer = cluster.train_worker("trainer");
     let yes = json!({"answer": {"regex": "(?s).*"}});
     let more = "[serve]\ndeadline_s = 1\n[rollouts]\nsamples = 2\n[gate]\nmin_tasks = 2\n\
-                [evaluate]\nsampling = { completion_tokens = 64 }\n";
+                [evaluate]\nsampling = { completion_tokens = 400 }\n";
     let tasks = tasks(3, 4, Some(&yes));
     let pipeline = Pipeline::new(&cluster, &tasks, more);
     let output = pipeline.run(&[]).await;
@@ -628,10 +628,14 @@ async fn a_version_is_waited_for_and_checks_that_always_say_yes_publish_nothing(
     };
     let run = Process::start("run", pipeline.command(&[]), cluster.folder.path());
     let mut killed = serve().await;
-    wait_for("the evaluation", DEADLINE, || async {
+    wait_for("rollouts of the version", DEADLINE, || async {
         let batches = pipeline.batches().await;
-        let is_measured = |batch: &v1::Batch| batch.batch.contains(".evaluation.");
-        batches.iter().any(is_measured).then_some(()).ok_or(batches)
+        let is_under_way = |batch: &v1::Batch| {
+            let leased = batch.counts.unwrap_or_default().leased;
+            batch.batch.contains(".evaluation.") && leased > 0
+        };
+        let found = batches.iter().any(is_under_way);
+        found.then_some(()).ok_or(batches)
     })
     .await;
     killed.process.kill();

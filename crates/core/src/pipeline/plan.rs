@@ -1,5 +1,6 @@
 //! What a pipeline is about to do: which steps a round has and what each of them does, as digests.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,10 @@ fn is_zero(n: &u32) -> bool {
     *n == 0
 }
 
+fn is_none_asked(share: &f64) -> bool {
+    *share == 0.0
+}
+
 impl PlannedStep {
     /// What the step's digest is of: what it does, and which time it is done.
     pub fn content(&self) -> String {
@@ -65,6 +70,9 @@ pub struct PipelinePlan {
     pub prices: Option<Prices>,
     /// What prices are in.
     pub currency: String,
+    /// The share of a step's rollouts that must come to an end, solved or not.
+    #[serde(default, skip_serializing_if = "is_none_asked")]
+    pub min_share: f64,
     /// When it was written.
     pub created_at_us: Timestamp,
 }
@@ -104,20 +112,27 @@ impl PipelinePlan {
         self.steps.iter().find(|planned| planned.step == step)
     }
 
-    /// Takes over from the plan `before` what was asked to be done anew, so that it stays done, and asks it of `steps` once
-    /// more.
+    /// Takes over from the plan `before` what was asked to be done anew, so that it stays done.
+    pub fn go_on_from(&mut self, before: &Self) {
+        for planned in &mut self.steps {
+            let before = before.step(planned.step);
+            planned.again = before.map_or(0, |before| before.again);
+        }
+    }
+
+    /// Asks that `steps` be done anew, where they have `ended`: what has not is done anyway, so that the same command goes on
+    /// with what it began.
     ///
     /// # Errors
     /// The pipeline has no such step.
-    pub fn go_on_from(&mut self, before: Option<&Self>, steps: &[Step]) -> Result<(), FieldError> {
+    pub fn do_anew(&mut self, steps: &[Step], ended: &BTreeSet<Step>) -> Result<(), FieldError> {
         if let Some(step) = steps.iter().find(|step| self.step(**step).is_none()) {
             let rule = format!("must be a step of pipeline `{}`", self.pipeline);
             return Err(FieldError::new("again", step, rule));
         }
         for planned in &mut self.steps {
-            let before = before.and_then(|before| before.step(planned.step));
-            let more = u32::from(steps.contains(&planned.step));
-            planned.again = before.map_or(0, |before| before.again) + more;
+            let is_asked = steps.contains(&planned.step) && ended.contains(&planned.step);
+            planned.again += u32::from(is_asked);
         }
         Ok(())
     }
@@ -154,6 +169,7 @@ mod tests {
             steps: [Step::Rollouts, Step::Train].map(planned).to_vec(),
             prices: None,
             currency: "USD".to_owned(),
+            min_share: 0.0,
             created_at_us: Timestamp(1),
         }
     }
@@ -167,18 +183,23 @@ mod tests {
             PipelinePlan::parse(stored.as_bytes(), &first.pipeline),
             Ok(first.clone())
         );
+        let ended = BTreeSet::from([Step::Train]);
+        let mut begun = first.clone();
+        begun.do_anew(&[Step::Train], &BTreeSet::new()).unwrap();
+        assert_eq!(begun, first, "what has not ended is done anyway");
         let mut second = plan();
-        second.go_on_from(Some(&first), &[Step::Train]).unwrap();
+        second.go_on_from(&first);
+        second.do_anew(&[Step::Train], &ended).unwrap();
         let mut third = plan();
-        third.go_on_from(Some(&second), &[]).unwrap();
+        third.go_on_from(&second);
         assert_eq!(second, third);
         let content = |plan: &PipelinePlan, step| plan.step(step).unwrap().content();
         assert_eq!(content(&third, Step::Rollouts), "w");
         assert_ne!(content(&third, Step::Train), "w");
-        let mut fourth = plan();
-        fourth.go_on_from(Some(&third), &[Step::Train]).unwrap();
+        let mut fourth = third.clone();
+        fourth.do_anew(&[Step::Train], &ended).unwrap();
         assert_ne!(content(&fourth, Step::Train), content(&third, Step::Train));
-        let error = plan().go_on_from(None, &[Step::Probe]).unwrap_err();
+        let error = plan().do_anew(&[Step::Probe], &ended).unwrap_err();
         assert_eq!((&*error.field, &*error.value), ("again", "probe"));
     }
 }

@@ -220,8 +220,10 @@ mod tests {
             let regex = tokenizers::utils::SysRegex::new(pattern).unwrap();
             for run in runs {
                 let text = run.repeat(200_000) + "\u{1}";
-                let found: usize = regex.find_iter(&text).map(|(from, to)| to - from).sum();
-                assert!(found <= text.len(), "{pattern}: {run:?}");
+                // One that goes back over the run at each of its places takes longer than a test may.
+                let words = regex.find_iter(&text);
+                let is_forward = words.is_sorted_by(|a, b| a.1 <= b.0);
+                assert!(is_forward, "{pattern}: {run:?}");
             }
         }
     }

@@ -223,7 +223,7 @@ pub(super) fn has_fresh(
 }
 
 /// The endpoints that serve the model of a request. Those where it is another project's are left out while there are others:
-/// what has one name may be two models.
+/// what has one name may be two models. A version of an adapter is its project's alone.
 fn serving<'a>(
     endpoints: &'a [Arc<Member>],
     request: &ChatRequest<'_>,
@@ -231,7 +231,8 @@ fn serving<'a>(
 ) -> Vec<&'a Arc<Member>> {
     let all = endpoints.iter().filter(|m| m.serves(request.model, now));
     let (foreign, own): (Vec<_>, Vec<_>) = all.partition(|m| m.is_foreign(request.project));
-    match own.is_empty() {
+    let is_version = request.model.contains("@v");
+    match own.is_empty() && !is_version {
         true => foreign,
         false => own,
     }
