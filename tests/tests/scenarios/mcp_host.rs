@@ -410,7 +410,7 @@ async fn kill_9_leaves_nothing() {
     let mut holder = Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",
-            "hold_two_servers_until_killed",
+            "mcp_host::hold_two_servers_until_killed",
             "--ignored",
             "--nocapture",
         ])
