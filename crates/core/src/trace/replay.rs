@@ -8,8 +8,8 @@
 //!
 //! Arguments are compared as JSON: the order of keys does not count, nor whether a whole number is written as 1 or 1.0.
 //! Calls that were not run, because there is no such tool or somebody said no, change no world and do not count. What a
-//! check asks of the world at the end is known where a recording made just the calls of this rollout and no more: its
-//! verdict was found in the same state.
+//! check asks of the world at the end is known where a recording with servers made just the calls of this rollout and no
+//! more: its verdict was found in the same state.
 
 use std::cmp::Reverse;
 
@@ -28,7 +28,8 @@ pub struct RecordedCall {
     pub name: String,
     /// The whole result.
     pub answer: BlobRef,
-    arguments: Value,
+    /// In the form in which they are compared.
+    arguments: Box<str>,
 }
 
 /// What is kept of a trace.
@@ -47,7 +48,8 @@ pub struct RecordedEnd {
 }
 
 impl Recording {
-    /// The calls of a trace up to the first one whose result was not kept, and how it was judged after the last.
+    /// The calls of a trace up to the first one whose result was not kept, and how it was judged after the last. A trace
+    /// that was itself replayed tells no end: its verdict may take what nobody found out for what was found.
     pub fn of(trace: &Trace) -> Self {
         let was_run = |decision| matches!(decision, Decision::Allowed | Decision::Approved);
         let ran = trace
@@ -55,16 +57,16 @@ impl Recording {
             .iter()
             .filter(|call| was_run(call.decision));
         let mut calls = Vec::new();
-        let mut is_whole = true;
+        let mut is_end = trace.header.provenance.replay.is_empty();
         for call in ran {
             let Some(answer) = call.raw.clone() else {
-                is_whole = false;
+                is_end = false;
                 break;
             };
             calls.push(RecordedCall {
                 name: call.name.clone(),
                 answer,
-                arguments: canonical(&Value::Object(call.arguments.clone())),
+                arguments: canonical(&call.arguments),
             });
         }
         let checks = checks(trace.header.verify.as_ref(), trace.outcome.verdict.as_ref());
@@ -74,14 +76,15 @@ impl Recording {
         };
         Self {
             calls,
-            end: is_whole.then_some(end),
+            end: is_end.then_some(end),
         }
     }
 
-    /// About the memory that it takes, in bytes.
+    /// The memory that its calls take, in bytes.
     pub fn bytes(&self) -> usize {
         let each = self.calls.iter().map(|call| {
-            size_of::<RecordedCall>() + call.name.len() + call.arguments.to_string().len()
+            let answer = call.answer.sha256.len() + call.answer.media_type.len();
+            size_of::<RecordedCall>() + call.name.len() + call.arguments.len() + answer
         });
         each.sum()
     }
@@ -142,7 +145,7 @@ impl Replay {
 
     /// What answers the next call; none where it was never recorded, and then nothing follows.
     pub fn call(&mut self, name: &str, arguments: &Map<String, Value>) -> Option<&RecordedCall> {
-        let arguments = canonical(&Value::Object(arguments.clone()));
+        let arguments = canonical(arguments);
         let (recordings, made) = (&self.recordings, self.made);
         let next = |followed: &Followed| {
             let next = recordings[followed.recording].calls.get(made);
@@ -179,19 +182,27 @@ fn closest(followed: &[Followed]) -> Option<&Followed> {
 
 /// Whether a tool is called with the same arguments.
 pub fn same_arguments(one: &Map<String, Value>, other: &Map<String, Value>) -> bool {
-    let canonical = |arguments: &Map<String, Value>| canonical(&Value::Object(arguments.clone()));
     canonical(one) == canonical(other)
 }
 
-/// The same JSON in one form: whole numbers are written as such. The order of keys does not count for equality.
-fn canonical(value: &Value) -> Value {
+/// The same arguments as the same text: keys are sorted, and whole numbers are written as such.
+fn canonical(arguments: &Map<String, Value>) -> Box<str> {
+    sorted(arguments).to_string().into()
+}
+
+fn sorted(fields: &Map<String, Value>) -> Value {
+    let mut fields: Vec<(&String, &Value)> = fields.iter().collect();
+    fields.sort_by_key(|(name, _)| *name);
+    let fields = fields.into_iter();
+    let fields = fields.map(|(name, value)| (name.clone(), in_one_form(value)));
+    Value::Object(fields.collect())
+}
+
+fn in_one_form(value: &Value) -> Value {
     match value {
         Value::Number(number) => Value::Number(whole(number)),
-        Value::Array(items) => items.iter().map(canonical).collect(),
-        Value::Object(fields) => fields
-            .iter()
-            .map(|(name, value)| (name.clone(), canonical(value)))
-            .collect(),
+        Value::Array(items) => items.iter().map(in_one_form).collect(),
+        Value::Object(fields) => sorted(fields),
         other => other.clone(),
     }
 }
@@ -209,6 +220,7 @@ fn whole(number: &Number) -> Number {
 mod tests {
     use serde_json::json;
 
+    use super::super::ReplaySource;
     use super::*;
 
     const TRACE: &str = include_str!("../../tests/golden/trace-v1.json");
@@ -222,7 +234,7 @@ mod tests {
                 size: 1,
                 media_type: "application/json".to_owned(),
             },
-            arguments: canonical(arguments),
+            arguments: canonical(arguments.as_object().unwrap()),
         };
         Recording {
             calls: calls.iter().map(call).collect(),
@@ -399,5 +411,19 @@ mod tests {
         trace.tool_calls.push(with(Decision::Approved));
         let cut = Recording::of(&trace);
         assert_eq!((cut.calls.len(), cut.end), (1, None));
+    }
+
+    #[test]
+    fn a_replayed_rollout_tells_what_was_answered_and_not_how_it_ended() {
+        let mut trace = Trace::from_json(TRACE.as_bytes()).unwrap();
+        trace.tool_calls.retain(|call| call.raw.is_some());
+        let first = Recording::of(&trace);
+        assert!(first.end.is_some());
+        trace.header.provenance.replay = vec![ReplaySource {
+            job: trace.header.job.clone(),
+            sha256: String::new(),
+        }];
+        let second = Recording::of(&trace);
+        assert_eq!((second.calls, second.end), (first.calls, None));
     }
 }
