@@ -320,7 +320,7 @@ fn failed(error: McpError) -> ProbeError {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use axum::http::StatusCode;
@@ -328,7 +328,10 @@ mod tests {
     use super::*;
 
     /// A hook that answers with `status` for the first `failing` times; its address, and how often it was asked.
-    async fn hook(status: StatusCode, failing: usize) -> (Hooks, String, Arc<AtomicUsize>) {
+    pub(in crate::rollout) async fn hook(
+        status: StatusCode,
+        failing: usize,
+    ) -> (Hooks, String, Arc<AtomicUsize>) {
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
         let answer = move || async move {

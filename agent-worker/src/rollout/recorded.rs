@@ -87,7 +87,8 @@ pub(super) struct Recorded {
 }
 
 impl Recorded {
-    /// Reads the rollouts that `key` names, at least one.
+    /// Reads the rollouts that `key` names, at least one. Those that were offered other tools than the first are left out:
+    /// what they answered is of no use to who has the tools of the first.
     pub(super) async fn read(
         store: &Store,
         key: &JobKey,
@@ -100,8 +101,13 @@ impl Recorded {
             let job = JobKey::new(key.project.clone(), batch.clone(), job.clone());
             let field = format!("replay[{i}]");
             let loaded = load(&traces, key, job, &field).await?;
-            let found = read.get_or_insert_with(|| Self::like(&loaded, store, key));
-            found.add(&loaded, &field)?;
+            let first = read.get_or_insert_with(|| Self::like(&loaded, store, key));
+            let header = &loaded.trace.header;
+            if header.tools != first.tools {
+                tracing::warn!(job = %key, recording = %header.job, "a recording with other tools than the first is left out");
+                continue;
+            }
+            first.add(&loaded);
             let work = move || Recording::of(&loaded.trace);
             let recording = blocking("replay.read", work).await?;
             bytes += recording.bytes();
@@ -136,23 +142,17 @@ impl Recorded {
         }
     }
 
-    /// Takes note of one more recording, which `field` names.
-    fn add(&mut self, loaded: &Loaded, field: &str) -> Result<(), FieldError> {
-        let header = &loaded.trace.header;
-        if header.tools != self.tools {
-            let rule = "must have been offered the same tools as the first recording";
-            return Err(FieldError::new(field, &header.job, rule));
-        }
+    /// Takes note of one more recording.
+    fn add(&mut self, loaded: &Loaded) {
         for call in &loaded.trace.tool_calls {
             let origin = (call.server.clone(), call.tool.clone());
             self.origins.entry(call.name.clone()).or_insert(origin);
         }
         let file = loaded.manifest.trace_file();
         self.sources.push(ReplaySource {
-            job: header.job.clone(),
+            job: loaded.trace.header.job.clone(),
             sha256: file.map(|file| file.sha256.clone()).unwrap_or_default(),
         });
-        Ok(())
     }
 
     pub(super) fn offers(&self, name: &str) -> bool {
@@ -375,28 +375,34 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn recordings_that_cannot_stand_in_are_refused() {
+    async fn a_recording_that_is_not_there_is_refused() {
         let world = World::new().await;
-        world.model.will([says("5"), says("5")]);
-        record(&world, "all", json!({})).await;
+        let ran = replay(&world, &["r/none"], &json!({"answer": {"equals": "5"}})).await;
+        let error = ran.outcome.unwrap_err();
+        assert_eq!(error.class(), ErrorClass::Invalid);
+        let RolloutError::Replay(error) = error else {
+            panic!("{error}")
+        };
+        assert_eq!(
+            error.to_string(),
+            "`replay[0]` must be a rollout that is published; a job may wait for it with `after`, got `p/r/none`"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_recording_with_other_tools_is_left_out() {
+        let world = World::new().await;
+        world.model.will([says("5"), says("5"), says("5")]);
         record(&world, "few", json!({"tools": {"allow": ["echo"]}})).await;
-        for (names, words) in [
-            (
-                &["r/none"][..],
-                "`replay[0]` must be a rollout that is published; a job may wait for it with `after`, got `p/r/none`",
-            ),
-            (
-                &["r/all", "r/few"],
-                "`replay[1]` must have been offered the same tools as the first recording, got `p/r/few`",
-            ),
-        ] {
-            let ran = replay(&world, names, &json!({"answer": {"equals": "5"}})).await;
-            let error = ran.outcome.unwrap_err();
-            assert_eq!(error.class(), ErrorClass::Invalid);
-            let RolloutError::Replay(error) = error else {
-                panic!("{error}")
-            };
-            assert_eq!(error.to_string(), words);
-        }
+        record(&world, "all", json!({})).await;
+        record(&world, "more", json!({})).await;
+        let key: JobKey = "p/b/j".parse().unwrap();
+        let batch: BatchId = "r".parse().unwrap();
+        let names = ["all", "few", "more"].map(|name| (batch.clone(), name.parse().unwrap()));
+        let read = Recorded::read(&world.record.store, &key, &names).await;
+        let read = read.unwrap();
+        let sources: Vec<String> = read.sources.iter().map(|it| it.job.to_string()).collect();
+        assert_eq!(sources, ["p/r/all", "p/r/more"], "as the trace will say");
+        assert!(read.offers("add"));
     }
 }

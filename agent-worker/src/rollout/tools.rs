@@ -247,13 +247,15 @@ fn tool_span(server: Option<&str>, call: &ToolCall) -> tracing::Span {
     )
 }
 
+/// Measures a call, unless it was never recorded: nothing ran.
 fn count(name: &str, ran: &Result<Option<ToolOutcome>, RolloutError>, took: Duration) {
     let mut labels = vec![KeyValue::new(attribute::GEN_AI_TOOL_NAME, name.to_owned())];
     match ran {
         Ok(Some(outcome)) if outcome.is_error => {
             labels.push(KeyValue::new(attribute::ERROR_TYPE, "tool_error"));
         }
-        Ok(_) => {}
+        Ok(Some(_)) => {}
+        Ok(None) => return,
         Err(error) => labels.push(KeyValue::new(attribute::ERROR_TYPE, error.class().as_str())),
     }
     Metrics::record(&metrics().execute_tool_duration, took, &labels);
