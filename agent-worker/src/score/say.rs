@@ -29,7 +29,7 @@ pub(super) struct Asked<'a> {
     /// The rollout's own checks of an answer.
     checks: Vec<Verify>,
     affinity: String,
-    /// Whether the endpoint tells how likely a given turn is, as far as it was asked.
+    /// Whether the endpoint reads given turns, as far as it was asked.
     tells: AtomicBool,
 }
 
@@ -97,7 +97,7 @@ impl<'a> Asked<'a> {
         let recorded = &self.trace.messages[message];
         score.said = Some(self.compare(recorded, &turn, message).await?);
         if self.tells.load(Ordering::Relaxed) {
-            score.logprob = self.likelihood(&before, recorded).await?;
+            score.logprob = self.likelihood(&before, recorded, &turn).await?;
         }
         Ok(score)
     }
@@ -141,27 +141,29 @@ impl<'a> Asked<'a> {
     }
 
     /// The mean log-probability of the recorded turn; none where it is not told. An endpoint that knows nothing of given
-    /// turns says something else, or refuses, and is not asked again for this rollout.
+    /// turns says again what it `said` by itself, and is not asked again for this rollout. Whatever else goes wrong with one
+    /// turn says nothing of the next.
     async fn likelihood(
         &self,
         before: &[Message],
         recorded: &Message,
+        said: &ChatTurn,
     ) -> Result<Option<f64>, ScoreError> {
         let Some(turn) = as_forced(recorded, self.sampling.thinking) else {
             return Ok(None);
         };
         let told = match self.ask(before, Some(turn)).await {
             Ok(told) => told,
-            Err(ModelError::ContextLength { .. }) => return Ok(None),
-            Err(ModelError::BadRequest { .. }) => {
-                self.tells.store(false, Ordering::Relaxed);
+            Err(ModelError::ContextLength { .. } | ModelError::BadRequest { .. }) => {
                 return Ok(None);
             }
             Err(error) => return Err(error.into()),
         };
         let (content, calls) = parts(recorded);
         if told.content.trim() != content.trim() || calls_agree(calls, &told.tool_calls) != ALL {
-            self.tells.store(false, Ordering::Relaxed);
+            if says_again(said, &told) {
+                self.tells.store(false, Ordering::Relaxed);
+            }
             return Ok(None);
         }
         let logprobs = told.logprobs.filter(|logprobs| {
@@ -234,6 +236,15 @@ fn calls_agree(recorded: &[ToolCall], said: &[RawToolCall]) -> (bool, bool) {
     (tools, tools && recorded.iter().zip(said).all(same))
 }
 
+/// Whether an answer is the same as one before it, but for the ids of its calls.
+fn says_again(before: &ChatTurn, answer: &ChatTurn) -> bool {
+    let calls = |turn: &ChatTurn| -> Vec<(String, String)> {
+        let calls = turn.tool_calls.iter().cloned();
+        calls.map(|call| (call.name, call.arguments)).collect()
+    };
+    before.content == answer.content && calls(before) == calls(answer)
+}
+
 /// The turn as a server is given it. None where it cannot be told: arguments that were no JSON are written by no template.
 fn as_forced(message: &Message, thinking: bool) -> Option<Value> {
     let (_, calls) = parts(message);
@@ -295,6 +306,22 @@ mod tests {
         );
         let turn = Message::assistant(String::new(), None, vec![broken]);
         assert_eq!(as_forced(&turn, true), None);
+    }
+
+    #[test]
+    fn who_reads_no_given_turn_says_the_same_again() {
+        let turn = |content: &str, id: &str, arguments: &str| ChatTurn {
+            content: content.to_owned(),
+            tool_calls: vec![RawToolCall {
+                id: id.to_owned(),
+                ..said("open", arguments)
+            }],
+            ..ChatTurn::default()
+        };
+        let before = turn("x", "1", "{}");
+        assert!(says_again(&before, &turn("x", "2", "{}")));
+        assert!(!says_again(&before, &turn("y", "1", "{}")));
+        assert!(!says_again(&before, &turn("x", "1", "{ }")));
     }
 
     #[test]

@@ -149,16 +149,19 @@ impl ApiError {
 
     /// 413: a prompt that leaves no room for an answer. The words are those that clients look for.
     pub fn prompt_too_long(param: &str, prompt_tokens: usize, context_tokens: usize) -> Self {
+        let message = format!(
+            "This model's maximum context length is {context_tokens} tokens. However, your prompt has {prompt_tokens} \
+             tokens, and the answer needs at least one"
+        );
+        Self::context_length(param, message)
+    }
+
+    /// 413: what was sent does not fit into the model's context.
+    pub fn context_length(param: &str, message: String) -> Self {
         Self {
             param: Some(param.to_owned()),
             code: Some("context_length_exceeded"),
-            ..Self::new(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                format!(
-                    "This model's maximum context length is {context_tokens} tokens. However, your prompt has \
-                     {prompt_tokens} tokens, and the answer needs at least one"
-                ),
-            )
+            ..Self::new(StatusCode::PAYLOAD_TOO_LARGE, message)
         }
     }
 

@@ -256,15 +256,19 @@ fn forced(
     let (ChatPrompt::Conversation(conversation), Some(turn)) = (prompt, turn) else {
         return Ok(None);
     };
-    let refuse = |reason: String| ApiError::about("forced_message", reason);
+    let field = "forced_message";
     let ids = backend.turn(conversation, turn);
-    let ids = ids.map_err(|error| refuse(format!("`forced_message`: {error}")))?;
-    if ids.is_empty() || ids.len() > room {
-        let rule = format!(
-            "`forced_message` must have 1 to {room} tokens, which the prompt leaves, got {}",
-            ids.len()
+    let ids = ids.map_err(|error| ApiError::about(field, format!("`{field}`: {error}")))?;
+    let got = ids.len();
+    if got == 0 {
+        let rule = "must have at least one token";
+        return Err(ApiError::field(field, rule, turn));
+    }
+    if got > room {
+        let message = format!(
+            "`{field}` must have at most {room} tokens, which the prompt leaves, got {got}"
         );
-        return Err(refuse(rule));
+        return Err(ApiError::context_length(field, message));
     }
     Ok(Some(ids))
 }

@@ -117,6 +117,16 @@ async fn what_is_too_long_says_how_long_it_may_be() {
         "{message}"
     );
     assert!(message.contains("has 1000 tokens"), "{message}");
+    let turn = json!({"role": "assistant", "content": "x".repeat(998)});
+    let (status, error) = refused(server.chat("hi", json!({"forced_message": turn}))).await;
+    assert_eq!(
+        (status, &error["code"], &error["param"]),
+        (
+            413,
+            &json!("context_length_exceeded"),
+            &json!("forced_message")
+        )
+    );
     let (status, error) = refused(server.chat(&"x".repeat(17 << 20), json!({}))).await;
     assert_eq!(status, 413);
     assert!(

@@ -370,7 +370,11 @@ impl Backend for Scripted {
     }
 
     fn turn(&self, _: &Conversation, turn: &Value) -> Result<Vec<u32>, RenderError> {
-        let mut ids = ids_of(turn["content"].as_str().unwrap());
+        let mut text = turn["content"].as_str().unwrap().to_owned();
+        for call in turn["tool_calls"].as_array().into_iter().flatten() {
+            text.push_str(&format!("<tool_call>\n{}\n</tool_call>", call["function"]));
+        }
+        let mut ids = ids_of(&text);
         ids.push(END);
         Ok(ids)
     }

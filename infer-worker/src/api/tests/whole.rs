@@ -101,6 +101,23 @@ async fn a_forced_turn_is_the_answer_however_long_others_may_be() {
 }
 
 #[tokio::test]
+async fn a_forced_turn_may_call_tools() {
+    let server = Server::start().await;
+    let said = json!({"name": "open", "arguments": "{\"u\":\"é\"}"});
+    let turn = json!({"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": said}]});
+    let more = json!({"forced_message": turn, "tools": tools(), "return_token_ids": true, "logprobs": true});
+    let script = "<tool_call>\n{\"name\":\"open\",\"arguments\":{\"u\":\"é\"}}\n</tool_call>";
+    let body = server.chat_json(script, more).await;
+    let choice = &body["choices"][0];
+    let ids = [&ids_of(script)[..], &[256]].concat();
+    assert_eq!(choice["token_ids"], json!(ids));
+    let told = choice["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(told.len(), ids.len());
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    assert_eq!(choice["message"]["tool_calls"][0]["function"], said);
+}
+
+#[tokio::test]
 async fn a_long_answer_is_written_as_a_short_one_is() {
     let server = Server::start().await;
     let more = json!({"logprobs": true, "top_logprobs": 20, "n": 2, "return_token_ids": true});
