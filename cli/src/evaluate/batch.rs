@@ -2,7 +2,7 @@
 
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey};
-use espalier_core::spec::{CompareDraft, JobDraft};
+use espalier_core::spec::{CompareDraft, JobDraft, limits};
 use espalier_proto::convert::draft_to_wire;
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
@@ -54,7 +54,16 @@ impl Evaluation<'_> {
         };
         let recorded = recorded::find(&self.store, &self.key.project, &args.from).await?;
         match replay {
-            Replay::Recorded => recorded::name(&mut tasks, &recorded, &args.from),
+            Replay::Recorded => {
+                let cut = recorded::name(&mut tasks, &recorded, &args.from);
+                if cut > 0 {
+                    let max = limits::LIST_MAX;
+                    note(format!(
+                        "{} tasks have more than {max} recordings: the first {max} of each are used",
+                        count(cut as u64)
+                    ));
+                }
+            }
             Replay::TeacherForced => tasks = forced::jobs(args, models, &recorded)?,
         }
         check_count(args, &tasks)?;

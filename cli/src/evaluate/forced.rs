@@ -10,6 +10,8 @@ use crate::expand::{ARM_LABEL, Expanded};
 
 /// Recorded rollouts of a job: some hundred turns, which a worker asks for within minutes, and whose loss costs no more.
 const TRACES_EACH: usize = 16;
+/// What ids of the jobs have between their arm and their number.
+const TURNS: &str = ".turns-";
 
 /// Refuses options that say nothing of recorded turns.
 pub fn check(args: &Evaluate) -> Result<(), Problem> {
@@ -36,13 +38,22 @@ pub fn check(args: &Evaluate) -> Result<(), Problem> {
     }
 }
 
-/// The jobs of both models. Rollouts that did not solve their task are no measure and left out.
+/// Whether a job is one of those that `--replay teacher-forced` submits, by its id and its arm. The queue says of a job that
+/// came to nothing only that it took the slot of a rollout.
+pub fn scores_turns(id: &str, arm: Option<&str>) -> bool {
+    let number = arm.and_then(|arm| id.strip_prefix(arm)?.strip_prefix(TURNS));
+    number.is_some_and(|number| number.parse::<u32>().is_ok())
+}
+
+/// The jobs of both models. Rollouts that did not solve their task, or that nobody could go on with, are no measure and left
+/// out.
 pub fn jobs(
     args: &Evaluate,
     models: &[String; 2],
     recorded: &[Recorded],
 ) -> Result<Expanded, Problem> {
-    let wanted = recorded.iter().filter(|it| it.solved != Some(false));
+    let is_measure = |it: &&Recorded| it.solved != Some(false) && !it.unrecorded;
+    let wanted = recorded.iter().filter(is_measure);
     let names: Vec<String> = wanted.map(Recorded::name).collect();
     if names.is_empty() {
         let from: Vec<String> = args.from.iter().map(ToString::to_string).collect();
@@ -57,7 +68,7 @@ pub fn jobs(
     for (n, traces) in names.chunks(TRACES_EACH).enumerate() {
         for (arm, model) in ARMS.iter().zip(models) {
             let job = JobDraft {
-                id: Some(format!("{arm}.turns-{n:05}")),
+                id: Some(format!("{arm}{TURNS}{n:05}")),
                 labels: [(ARM_LABEL.to_owned(), (*arm).to_owned())].into(),
                 score: Some(ScoreDraft {
                     model: Some(model.clone()),
@@ -71,6 +82,7 @@ pub fn jobs(
     }
     Ok(Expanded {
         places: vec![0; jobs.len()],
+        rollouts: jobs.len() as u64,
         jobs,
         ..Expanded::default()
     })
@@ -89,13 +101,20 @@ mod tests {
             job: format!("p/r/j{n}").parse().unwrap(),
             task: String::new(),
             solved,
+            unrecorded: false,
         };
         let mut all: Vec<Recorded> = (0..17).map(|n| recorded(n, Some(true))).collect();
         all[0].solved = None;
         all.push(recorded(17, Some(false)));
+        all.push(Recorded {
+            unrecorded: true,
+            ..recorded(18, None)
+        });
         let models = ["a", "b"].map(str::to_owned);
-        let jobs = jobs(&args, &models, &all).unwrap().jobs;
-        let found: Vec<(&str, &str, usize)> = jobs
+        let made = jobs(&args, &models, &all).unwrap();
+        assert_eq!(made.rollouts, 4, "as many as are held against the limit");
+        let found: Vec<(&str, &str, usize)> = made
+            .jobs
             .iter()
             .map(|job| {
                 let score = job.score.as_ref().unwrap();
@@ -109,6 +128,12 @@ mod tests {
             ("b.turns-00001", "b", 1),
         ];
         assert_eq!(found, expected);
+        for (id, arm, _) in found {
+            assert!(scores_turns(id, Some(arm)), "{id}");
+        }
+        for (id, arm) in [("a.turns-00000", None), ("a.turns-1.s0", Some("a"))] {
+            assert!(!scores_turns(id, arm), "{id}");
+        }
         assert!(super::jobs(&args, &models, &all[17..]).is_err());
     }
 

@@ -8,6 +8,8 @@ mod forced;
 mod recorded;
 pub mod show;
 
+pub use forced::scores_turns;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -260,12 +262,16 @@ fn read_tasks(args: &Evaluate, models: [String; 2]) -> Result<Expanded, Problem>
 fn check_count(args: &Evaluate, tasks: &Expanded) -> Result<(), Problem> {
     let max = limits::AFTER_MANY_MAX as u64;
     if tasks.rollouts > max {
+        let (what, fix) = match args.replay {
+            Some(Replay::TeacherForced) => ("jobs", "name fewer batches with --from"),
+            _ => ("rollouts", "take fewer tasks, or fewer --samples"),
+        };
         let message = format!(
-            "an evaluation must have at most {} rollouts, got {}",
+            "an evaluation must have at most {} {what}, got {}",
             count(max),
             count(tasks.rollouts)
         );
-        return Err(Problem::refused(message).fix("take fewer tasks, or fewer --samples"));
+        return Err(Problem::refused(message).fix(fix));
     }
     if tasks.jobs.is_empty() {
         if !tasks.refusals.is_empty() {

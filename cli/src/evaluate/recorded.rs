@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, JobKey, ProjectId};
 use espalier_core::spec::limits;
+use espalier_core::trace::StopReason;
 use espalier_runtime::store::Store;
 use espalier_runtime::traces::{Listed, Traces};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -26,6 +27,8 @@ pub struct Recorded {
     pub task: String,
     /// Whether it solved it; none where it was not judged.
     pub solved: Option<bool>,
+    /// Whether it ended where nothing was recorded: nobody knows how it would have gone on.
+    pub unrecorded: bool,
 }
 
 impl Recorded {
@@ -55,6 +58,7 @@ pub async fn find(
             let recorded = manifest.summary.rollout().map(|summary| Recorded {
                 task: task_of(&summary.task_id, listed.job.job.as_str()),
                 solved: summary.solved(),
+                unrecorded: summary.stop == StopReason::Unrecorded,
                 job: listed.job,
             });
             Ok::<_, Problem>(recorded)
@@ -80,8 +84,9 @@ fn task_of(task: &str, job: &str) -> String {
     }
 }
 
-/// Names them in the rollouts of their tasks. A task that was never recorded is left out and refused by its place.
-pub fn name(tasks: &mut Expanded, recorded: &[Recorded], batches: &[BatchId]) {
+/// Names them in the rollouts of their tasks. A task that was never recorded is left out and refused by its place. Gives how
+/// many tasks have more recordings than a rollout may name: of these the first are named.
+pub fn name(tasks: &mut Expanded, recorded: &[Recorded], batches: &[BatchId]) -> usize {
     let mut recordings: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for one in recorded {
         recordings.entry(&one.task).or_default().push(one.name());
@@ -90,12 +95,15 @@ pub fn name(tasks: &mut Expanded, recorded: &[Recorded], batches: &[BatchId]) {
     let rule = format!("must have a published rollout in {}", batches.join(" or "));
     let jobs = std::mem::take(&mut tasks.jobs);
     let places = std::mem::take(&mut tasks.places);
-    let mut refused = BTreeSet::new();
+    let (mut refused, mut cut) = (BTreeSet::new(), BTreeSet::new());
     for (mut job, place) in jobs.into_iter().zip(places) {
         let id = job.id().to_owned();
         let rollout = job.rollout.get_or_insert_default();
         match recordings.get(rollout.task_id()) {
             Some(names) => {
+                if names.len() > limits::LIST_MAX {
+                    cut.insert(rollout.task_id().to_owned());
+                }
                 let most = names.iter().take(limits::LIST_MAX);
                 rollout.replay = most.cloned().collect();
                 tasks.jobs.push(job);
@@ -110,6 +118,7 @@ pub fn name(tasks: &mut Expanded, recorded: &[Recorded], batches: &[BatchId]) {
         }
     }
     tasks.refusals.sort_by_key(|refusal| refusal.place);
+    cut.len()
 }
 
 #[cfg(test)]
@@ -147,9 +156,11 @@ mod tests {
             job: format!("p/r/j{n}").parse().unwrap(),
             task: "t".to_owned(),
             solved: Some(false),
+            unrecorded: false,
         };
         let recorded: Vec<Recorded> = (0..100).map(one).collect();
-        name(&mut tasks, &recorded, &["r".parse().unwrap()]);
+        let cut = name(&mut tasks, &recorded, &["r".parse().unwrap()]);
+        assert_eq!(cut, 1, "of 100 recordings 64 are named");
         assert_eq!((tasks.jobs.len(), tasks.places), (1, vec![1]));
         let named = &tasks.jobs[0].rollout.as_ref().unwrap().replay;
         assert_eq!((named.len(), &*named[63]), (limits::LIST_MAX, "r/j63"));

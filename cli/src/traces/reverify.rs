@@ -6,8 +6,8 @@
 use clap::Args;
 use espalier_agent_worker::verify::{Evidence, Offline, judge};
 use espalier_core::id::{BatchId, JobKey};
-use espalier_core::trace::Verdict;
 use espalier_core::trace::edits::{Change, Patch};
+use espalier_core::trace::{StopReason, Verdict};
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::traces::Traces;
 use futures::StreamExt;
@@ -115,6 +115,9 @@ async fn again(found: &Found) -> Judged {
 /// What the checks find in the answer as it was corrected, and in the calls as they were made.
 async fn verdict(found: &Found) -> Result<Verdict, String> {
     let trace = &found.trace;
+    if trace.outcome.stop == StopReason::Unrecorded {
+        return Err("it ended where nothing was recorded".to_owned());
+    }
     let draft = trace
         .header
         .verify
@@ -252,5 +255,9 @@ mod tests {
         let mut unjudged = found(r#"{"answer":{"number":5}}"#);
         unjudged.trace.header.verify = None;
         assert!(matches!(again(&unjudged).await.result, Judgement::No(_)));
+        let mut unrecorded = found(r#"{"answer":{"number":5}}"#);
+        unrecorded.trace.outcome.stop = StopReason::Unrecorded;
+        let judged = again(&unrecorded).await;
+        assert!(matches!(judged.result, Judgement::No(reason) if reason.contains("recorded")));
     }
 }

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use espalier_proto::v1;
 use serde_json::{Value, json};
 
+use crate::evaluate::scores_turns;
+use crate::expand::ARM_LABEL;
 use crate::json;
 use crate::output::{count, cut, duration, table};
 
@@ -26,6 +28,8 @@ pub struct Report {
 struct Ended {
     state: v1::JobState,
     work: v1::JobKind,
+    /// Whether turns were scored, which takes the slot of a rollout.
+    is_score: bool,
     kind: String,
     why: String,
     summary: Option<v1::RolloutSummary>,
@@ -429,18 +433,12 @@ impl Work {
 
 impl Ended {
     fn is_rollout(&self) -> bool {
-        self.work == v1::JobKind::Rollout && !self.is_score()
-    }
-
-    /// Whether turns were scored, which takes the slot of a rollout.
-    fn is_score(&self) -> bool {
-        let summary = self.summary.as_ref();
-        summary.is_some_and(|summary| summary.score.is_some())
+        self.work == v1::JobKind::Rollout && !self.is_score
     }
 
     /// What it is called in the table of other jobs.
     fn name(&self) -> &'static str {
-        match self.is_score() {
+        match self.is_score {
             true => "score",
             false => json::kind(self.work),
         }
@@ -451,13 +449,17 @@ fn read(job: v1::Job) -> (String, Ended) {
     let state = job.state();
     let why = why(&job);
     let label = job.labels.get("task_kind").cloned();
-    let kind = job
-        .summary
-        .as_ref()
-        .map(|summary| summary.task_kind.clone());
+    let summary = job.summary.as_ref();
+    let kind = summary.map(|summary| summary.task_kind.clone());
+    let arm = job.labels.get(ARM_LABEL).map(String::as_str);
+    let is_score = match summary {
+        Some(summary) => summary.score.is_some(),
+        None => scores_turns(&job.id, arm),
+    };
     let ended = Ended {
         state,
         work: job.kind(),
+        is_score,
         kind: kind.or(label).unwrap_or_default(),
         why,
         summary: job.summary.filter(|_| state == v1::JobState::Succeeded),
@@ -631,6 +633,19 @@ mod tests {
         assert_eq!(report.to_text(Some("file:///s")), expected.join("\n"));
         let json = report.to_json(None);
         assert_eq!(json["report"]["work"]["generate"]["requests"], 40);
+        assert_eq!(json["report"]["kinds"], json!({}));
+    }
+
+    #[test]
+    fn turns_that_were_not_scored_are_no_rollout() {
+        let mut dead = job("b.turns-00001", v1::JobState::Dead, "", None, "");
+        dead.labels = [(ARM_LABEL.to_owned(), "b".to_owned())].into();
+        let counts = v1::Counts {
+            dead: 1,
+            ..Default::default()
+        };
+        let json = report(vec![dead], counts).to_json(None);
+        assert_eq!(json["report"]["work"]["score"]["dead"], 1);
         assert_eq!(json["report"]["kinds"], json!({}));
     }
 
