@@ -24,6 +24,19 @@ const PIECE_BYTES: u64 = 32 << 20;
 /// Objects read at once.
 const READS_MAX: usize = 4;
 
+/// Jobs, with the SHA-256 of the trace of each where that was written down.
+type Named = BTreeSet<(JobKey, Option<String>)>;
+
+/// Traces of one batch.
+#[derive(Default)]
+struct Batch {
+    nodes: Vec<Node>,
+    /// Who spoke in them.
+    models: BTreeSet<String>,
+    /// What stood in for their servers.
+    recordings: Named,
+}
+
 /// What walks.
 pub struct Walker<'a> {
     pub store: &'a Store,
@@ -146,7 +159,7 @@ impl Walker<'_> {
             Ok(manifest) => manifest,
             Err(why) => return vec![Node::broken("sources", &file.path, why)],
         };
-        let (mut jobs, mut uploads) = (BTreeMap::new(), BTreeMap::new());
+        let (mut jobs, mut uploads) = (BTreeSet::new(), BTreeMap::new());
         for source in manifest
             .sources
             .iter()
@@ -156,7 +169,7 @@ impl Walker<'_> {
             let sha256 = source.sha256.clone();
             match name.parse::<JobKey>() {
                 Ok(job) if job.project == *self.project => {
-                    jobs.insert(job, sha256);
+                    jobs.insert((job, sha256));
                 }
                 _ => {
                     uploads.insert(name.to_owned(), sha256);
@@ -164,7 +177,7 @@ impl Walker<'_> {
             }
         }
         self.bar.inc_length(jobs.len() as u64);
-        let mut nodes = self.traces(jobs).await;
+        let mut nodes = self.traces("batch", jobs).await;
         for (upload, sha256) in uploads {
             let named = upload.strip_prefix("uploads/").map(UploadName::new);
             let Some(Ok(named)) = named else {
@@ -184,46 +197,51 @@ impl Walker<'_> {
         nodes
     }
 
-    /// The traces of some jobs, by batch, each held against its manifest.
-    async fn traces(&self, jobs: BTreeMap<JobKey, Option<String>>) -> Vec<Node> {
+    /// The traces of some jobs, by batch, each held against its manifest. Recordings that stood in for servers come before
+    /// the traces of their batch, each once.
+    async fn traces(&self, kind: &'static str, jobs: Named) -> Vec<Node> {
         let reads = jobs
             .into_iter()
             .map(|(job, sha256)| self.trace(job, sha256));
         let mut reads = stream::iter(reads).buffered(READS_MAX);
-        let mut batches: BTreeMap<String, (BTreeSet<String>, Vec<Node>)> = BTreeMap::new();
-        while let Some((job, models, node)) = reads.next().await {
+        let mut batches: BTreeMap<String, Batch> = BTreeMap::new();
+        while let Some((job, read)) = reads.next().await {
             self.bar.inc(1);
-            let (known, nodes) = batches
-                .entry(layout::batch(&job.project, &job.batch))
-                .or_default();
-            known.extend(models);
-            nodes.push(node);
+            let path = layout::batch(&job.project, &job.batch);
+            let batch = batches.entry(path).or_default();
+            batch.models.extend(read.models);
+            batch.recordings.extend(read.recordings);
+            batch.nodes.extend(read.nodes);
         }
-        let batch = |(path, (models, nodes)): (String, (BTreeSet<String>, Vec<Node>))| {
-            let count = nodes.len();
-            let models: Vec<String> = models.into_iter().collect();
-            Node {
+        let mut nodes = Vec::new();
+        for (path, batch) in batches {
+            let count = batch.nodes.len();
+            let models: Vec<String> = batch.models.into_iter().collect();
+            self.bar.inc_length(batch.recordings.len() as u64);
+            let mut children = Box::pin(self.traces("recordings", batch.recordings)).await;
+            children.extend(batch.nodes);
+            nodes.push(Node {
                 detail: format!("{count} traces by {}", models.join(", ")),
-                children: nodes,
-                ..Node::new("batch", path, State::Read)
-            }
-        };
-        batches.into_iter().map(batch).collect()
+                children,
+                ..Node::new(kind, path, State::Read)
+            });
+        }
+        nodes
     }
 
-    /// A trace, and the models that spoke in it. It is held against its own manifest and against what the data set wrote
-    /// down.
-    async fn trace(&self, job: JobKey, sha256: Option<String>) -> (JobKey, BTreeSet<String>, Node) {
+    /// A trace, as a batch of one. It is held against its own manifest and against the digest that was written down where it
+    /// was used.
+    async fn trace(&self, job: JobKey, sha256: Option<String>) -> (JobKey, Batch) {
         let traces = Traces::new(self.store.clone(), job.project.clone());
         let listed = Listed {
             job: job.clone(),
             patches: 0,
         };
-        let mut models = BTreeSet::new();
+        let mut batch = Batch::default();
         let node = match traces.load(&listed).await {
             Ok(loaded) => {
                 let header = &loaded.trace.header;
-                models.insert(header.provenance.model.clone());
+                batch.models.insert(header.provenance.model.clone());
                 for adapter in loaded
                     .trace
                     .model_calls
@@ -231,25 +249,34 @@ impl Walker<'_> {
                     .filter_map(|call| call.adapter.as_ref())
                 {
                     let digest = adapter.sha256.as_deref().unwrap_or("unknown");
-                    models.insert(format!("{} (adapter, sha256 {digest})", adapter.name));
+                    let name = format!("{} (adapter, sha256 {digest})", adapter.name);
+                    batch.models.insert(name);
                 }
                 let file = loaded.manifest.trace_file();
                 let node = Node {
                     sha256: file.map(|file| file.sha256.clone()),
                     ..Node::new("trace", job.to_string(), State::Verified)
                 };
-                match sha256 {
+                let node = match sha256 {
                     Some(sha256) => written_down(node, Some(&sha256)),
                     // It is what its manifest names, at least.
                     None => node,
+                };
+                // What another trace than the one that was used names was not used, and may lead in a circle.
+                if node.state == State::Verified {
+                    let recordings = header.provenance.replay.iter();
+                    let named = recordings.map(|it| (it.job.clone(), Some(it.sha256.clone())));
+                    batch.recordings.extend(named);
                 }
+                node
             }
             Err(error @ TracesError::NotPublished(_)) => {
                 Node::broken("trace", job.to_string(), error.to_string())
             }
             Err(error) => Node::broken("trace", job.to_string(), error_chain(&error)),
         };
-        (job, models, node)
+        batch.nodes.push(node);
+        (job, batch)
     }
 
     /// A job by its manifest: its files, that `own` are among them, and that it names `parents`.
