@@ -45,6 +45,9 @@ pub enum Unfit {
     /// It would take more than the training has room for.
     #[error("no token was sampled within the first {0}, and more are not computed at once")]
     TooLong(usize),
+    /// Traces before it take the room.
+    #[error("no token was sampled within the first {0}, which is the room that other traces leave")]
+    NoRoom(usize),
     /// It is no sample.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -75,42 +78,28 @@ impl Sampled {
     /// # Errors
     /// The trace says nothing; then nothing was taken.
     pub fn add(&mut self, trace: &Trace, tokenizer: &Tokenizer, rules: Rules) -> Result<(), Unfit> {
-        let before = self.logprobs.len();
+        let name = trace.header.job.to_string();
+        let mut room = TOKENS_MAX - self.samples.tokens();
+        let (mut rows, mut logprobs) = (Vec::new(), Vec::new());
         for document in documents(trace, tokenizer, rules.vocabulary)? {
-            self.push(document, &trace.header.job.to_string(), rules)?;
-        }
-        if self.logprobs.len() == before {
-            return Err(Unfit::TooLong(rules.max_length));
-        }
-        self.traces += 1;
-        Ok(())
-    }
-
-    fn push(&mut self, document: Document, name: &str, rules: Rules) -> Result<(), DataError> {
-        let Document { mut ids, said } = document;
-        let room = rules.max_length.min(TOKENS_MAX - self.samples.tokens());
-        let mut supervised = Vec::new();
-        let mut logprobs = Vec::new();
-        for (start, of_tokens) in said {
-            // The first token is predicted from nothing.
-            let (first, end) = (start.max(1), room.min(start + of_tokens.len()));
-            if first < end {
-                supervised.push([first as u32, end as u32]);
-                logprobs.extend_from_slice(&of_tokens[first - start..end - start]);
+            if let Some((row, recorded)) = document.row(&name, rules.max_length.min(room)) {
+                room -= row.ids.len();
+                rows.push(row);
+                logprobs.extend(recorded);
             }
         }
-        let Some([_, end]) = supervised.last() else {
-            return Ok(());
-        };
-        ids.truncate(*end as usize);
-        let row = Row {
-            id: name.to_owned(),
-            ids,
-            supervised,
-        };
-        self.samples
-            .push(row, rules, format_args!("a trace's document"))?;
+        if rows.is_empty() {
+            return Err(match room < rules.max_length {
+                true => Unfit::NoRoom(room),
+                false => Unfit::TooLong(rules.max_length),
+            });
+        }
+        for row in rows {
+            self.samples
+                .push(row, rules, format_args!("a trace's document"))?;
+        }
         self.logprobs.extend(logprobs);
+        self.traces += 1;
         Ok(())
     }
 
@@ -139,6 +128,32 @@ struct Document {
     ids: Vec<u32>,
     /// Where sampled tokens begin, and the log-probability of each.
     said: Vec<(usize, Vec<f32>)>,
+}
+
+impl Document {
+    /// Its first `room` tokens up to the last sampled one, and what was recorded of the sampled ones; none where there are
+    /// none of these.
+    fn row(self, name: &str, room: usize) -> Option<(Row, Vec<f32>)> {
+        let Self { mut ids, said } = self;
+        let mut supervised = Vec::new();
+        let mut logprobs = Vec::new();
+        for (start, of_tokens) in said {
+            // The first token is predicted from nothing.
+            let (first, end) = (start.max(1), room.min(start + of_tokens.len()));
+            if first < end {
+                supervised.push([first as u32, end as u32]);
+                logprobs.extend_from_slice(&of_tokens[first - start..end - start]);
+            }
+        }
+        let [_, end] = *supervised.last()?;
+        ids.truncate(end as usize);
+        let row = Row {
+            id: name.to_owned(),
+            ids,
+            supervised,
+        };
+        Some((row, logprobs))
+    }
 }
 
 fn documents(
@@ -305,6 +320,29 @@ mod tests {
             sampled.add(&trace(), tokenizer(), RULES).unwrap();
         }
         assert_eq!(sampled.traces, TRACES_MAX);
+    }
+
+    #[test]
+    fn who_finds_no_room_is_told_so() {
+        let mut sampled = Sampled::default();
+        let said = TOKENS_MAX - 4;
+        let mut long = trace();
+        long.model_calls.truncate(1);
+        long.messages[0] = Message::assistant(" a".repeat(said), None, vec![]);
+        let ids = tokenizer().encode(&" a".repeat(said));
+        assert_eq!(ids.len(), said);
+        long.model_calls[0].prompt = Some(PromptTokens::tell(&[5], None));
+        long.model_calls[0].logprobs = Some(vec![-1.0; said]);
+        long.model_calls[0].completion_ids = Some(ids);
+        let rules = Rules {
+            max_length: TOKENS_MAX,
+            ..RULES
+        };
+        sampled.add(&long, tokenizer(), rules).unwrap();
+        let left = TOKENS_MAX - sampled.samples.tokens();
+        let error = sampled.add(&trace(), tokenizer(), RULES).unwrap_err();
+        assert_eq!((error, sampled.traces), (Unfit::NoRoom(left), 1));
+        assert_eq!(sampled.samples.len(), 1);
     }
 
     #[test]
