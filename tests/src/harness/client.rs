@@ -204,9 +204,22 @@ impl Client {
 
     /// Waits until `at_least` jobs of `batch` have succeeded, over times at which nobody can tell.
     pub async fn wait_until_succeeded(&self, batch: &str, at_least: u64, deadline: Duration) {
-        wait_for("some jobs to succeed", deadline, || async {
+        let is_so = |counts: &v1::Counts| counts.succeeded >= at_least;
+        self.wait_until_counts("some jobs to succeed", batch, deadline, is_so)
+            .await;
+    }
+
+    /// Waits until the counters of `batch` are so in one look, over times at which nobody can tell.
+    pub async fn wait_until_counts(
+        &self,
+        what: &str,
+        batch: &str,
+        deadline: Duration,
+        is_so: impl Fn(&v1::Counts) -> bool,
+    ) {
+        wait_for(what, deadline, || async {
             match self.try_counts(batch).await {
-                Ok(counts) if counts.succeeded >= at_least => Ok(()),
+                Ok(counts) if is_so(&counts) => Ok(()),
                 other => Err(other),
             }
         })

@@ -9,7 +9,7 @@ use espalier_core::chat::Message;
 use espalier_core::compare::{Both, Report};
 use espalier_core::layout;
 use espalier_core::trace::{StopReason, Trace};
-use espalier_proto::v1::JobState;
+use espalier_proto::v1::{Counts, JobState};
 use espalier_tests::harness::client::Client;
 use espalier_tests::harness::cluster::{Cluster, Setup};
 use espalier_tests::harness::model::{self, sum_job};
@@ -208,7 +208,11 @@ async fn kills_change_nothing_of_rollouts_with_recorded_tools_and_seeds() {
     run(&mut client, "calm", &jobs).await;
 
     client.submit("torn", &jobs).await;
-    client.wait_until_succeeded("torn", 1, DEADLINE).await;
+    // Both places of the worker are taken, and more jobs wait for them.
+    let is_amid = |counts: &Counts| counts.succeeded > 0 && counts.leased > 1 && counts.ready > 0;
+    client
+        .wait_until_counts("work to be under way", "torn", DEADLINE, is_amid)
+        .await;
     cluster.coordinators[0].process.kill();
     worker.kill(DEADLINE).await;
     cluster.restart_coordinator(0).await;
