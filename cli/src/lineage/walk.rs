@@ -420,3 +420,71 @@ fn base(base: &BaseModel) -> Node {
         ..Node::unverified("model", format!("{}{revision}", base.name), why)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use espalier_core::spec::parse_line;
+    use espalier_core::trace::ReplaySource;
+    use espalier_runtime::clock::{Clock, SystemClock};
+    use espalier_runtime::traces::workshop;
+    use serde_json::json;
+
+    use super::*;
+
+    fn key(name: &str) -> JobKey {
+        format!("default/b/{name}").parse().unwrap()
+    }
+
+    /// Publishes a rollout with these recordings. Gives the digest of its trace.
+    async fn publish(traces: &Traces, name: &str, replay: Vec<ReplaySource>) -> String {
+        let spec = parse_line(br#"{"prompt":"x"}"#).unwrap().check().unwrap();
+        let sampling = spec.rollout().unwrap().sampling.clone();
+        let file = json!({
+            "timestamp": "20250529_130900", "model": "m", "tools": [],
+            "messages": [{"role": "user", "content": name}, {"role": "assistant", "content": "5"}],
+        });
+        let file = file.to_string();
+        let mut trace = workshop::read(file.as_bytes(), key(name), sampling).unwrap();
+        trace.header.provenance.replay = replay;
+        let published = traces.publish(trace, Vec::new(), SystemClock.now()).await;
+        published.unwrap();
+        let listed = Listed {
+            job: key(name),
+            patches: 0,
+        };
+        let loaded = traces.load(&listed).await.unwrap();
+        loaded.manifest.trace_file().unwrap().sha256.clone()
+    }
+
+    #[tokio::test]
+    async fn recordings_are_held_against_what_a_replayed_trace_says_of_them() {
+        let store = Store::open("memory://").await.unwrap();
+        let project: ProjectId = "default".parse().unwrap();
+        let traces = Traces::new(store.clone(), project.clone());
+        let source = |name: &str, sha256: String| ReplaySource {
+            job: key(name),
+            sha256,
+        };
+        let first = publish(&traces, "first", vec![]).await;
+        let second = publish(&traces, "second", vec![source("first", first)]).await;
+        let wrong = source("first", "0".repeat(64));
+        let third = publish(&traces, "third", vec![source("second", second), wrong]).await;
+        let bar = ProgressBar::hidden();
+        let walker = Walker {
+            store: &store,
+            project: &project,
+            bar: &bar,
+        };
+        let jobs = Named::from([(key("third"), Some(third))]);
+        let nodes = walker.traces("batch", jobs).await;
+        let [batch] = &nodes[..] else {
+            panic!("{nodes:?}")
+        };
+        assert_eq!(batch.counts(), [3, 0, 1], "{}", batch.to_text());
+        let recordings = &batch.children[0];
+        assert_eq!(
+            (recordings.kind, recordings.children.len()),
+            ("recordings", 3)
+        );
+    }
+}
