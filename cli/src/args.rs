@@ -246,7 +246,12 @@ mod tests {
     fn global_options_may_follow_the_command() {
         let cli = Cli::try_parse_from(["espalier", "watch", "b1", "--json"]).unwrap();
         assert!(cli.global.json);
-        for line in ["watch --once", "watch --every 60", "watch b1", "watch b1 --once"] {
+        for line in [
+            "watch --once",
+            "watch --every 60",
+            "watch b1",
+            "watch b1 --once",
+        ] {
             let words = ["espalier"].into_iter().chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");
         }
