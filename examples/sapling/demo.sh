@@ -23,10 +23,13 @@ tasks train 90 24 >"$data/train.jsonl"
 tasks eval 63 24 >"$data/eval.jsonl"
 cp "$here/improve.toml" "$data/improve.toml"
 
-start site "$bin/espalier" practice site --listen 127.0.0.1:0 --seed "$seed" --ready-file "$data/site.ready"
+# The site's address is part of every task: given again, the demonstration goes on where it was.
+port=$(cat "$data/site.port" 2>/dev/null || echo 0)
+start site "$bin/espalier" practice site --listen "127.0.0.1:$port" --seed "$seed" --ready-file "$data/site.ready"
 start up "$bin/espalier" up --data-dir "$data/up" --listen 127.0.0.1:0 --model examples/sapling/model --slots 4 \
   --ready-file "$data/up.ready"
 
+sed -E 's/.*:([0-9]+).*/\1/' "$data/site.ready" >"$data/site.port"
 # Pages are reached as `localhost`, as a person would type it.
 site=$(sed 's/127\.0\.0\.1/localhost/' "$data/site.ready")
 "$bin/espalier" run "$data/improve.toml" --data-dir "$data/up" --var "site=$site" --out "$data/report"
