@@ -10,6 +10,7 @@ pub mod faults;
 pub mod history;
 pub mod model;
 pub mod otlp;
+pub mod pipeline;
 pub mod practice;
 pub mod serving;
 pub mod soak;

@@ -31,6 +31,7 @@ mod python;
 mod replay;
 mod rollouts;
 mod run;
+mod run_replayed;
 mod serving;
 mod serving_follow;
 mod serving_hub;

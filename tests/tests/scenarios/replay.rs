@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Runs a batch to its end.
-async fn run(client: &mut Client, batch: &str, jobs: &[Value]) {
+pub async fn run(client: &mut Client, batch: &str, jobs: &[Value]) {
     let answer = client.submit(batch, jobs).await;
     assert!(answer.rejected.is_empty(), "{:?}", answer.rejected);
     let result = client.wait(batch, DEADLINE).await;
@@ -156,10 +156,10 @@ async fn models_are_scored_by_what_a_server_said_once() {
 
 /// Makes a model with random weights call one tool in each turn: of a boolean and a call it may say either, and the mark
 /// of a call is far ahead.
-const CALLS: &str = r#"{ guided_json = { type = "boolean" }, logit_bias = { "151657" = 100 }, parallel_tool_calls = false }"#;
+pub const CALLS: &str = r#"{ guided_json = { type = "boolean" }, logit_bias = { "151657" = 100 }, parallel_tool_calls = false }"#;
 
 /// A rollout of such a model: what it says means nothing, and comes from its seed alone.
-fn drawn(n: usize, more: &Value) -> Value {
+pub fn drawn(n: usize, more: &Value) -> Value {
     let mut job = json!({
         "id": format!("j{n}"), "mcp": ["toy"], "model": "tiny", "prompt": "Go.", "limits": {"turns": 3},
         "tools": {"allow": ["add"]}, "verify": {"tool_called": {"name": "add"}},
@@ -172,7 +172,7 @@ fn drawn(n: usize, more: &Value) -> Value {
 }
 
 /// Token ids of every call, and the conversation.
-fn ids(trace: &Trace) -> Value {
+pub fn ids(trace: &Trace) -> Value {
     let calls = trace.model_calls.iter();
     let calls = calls.map(|call| json!([call.prompt, call.completion_ids]));
     json!([

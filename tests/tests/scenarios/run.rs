@@ -3,19 +3,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
 use std::time::Duration;
 
-use espalier_core::adapter::{Agreement, LatestEntry};
-use espalier_core::layout;
+use espalier_core::adapter::Agreement;
 use espalier_core::pipeline::{StepOutput, StepRecord};
 use espalier_proto::v1::{self, JobState};
 use espalier_tests::harness::cluster::{Cluster, Setup};
 use espalier_tests::harness::model::{self, sum_job};
+use espalier_tests::harness::pipeline::{Pipeline, output, said};
 use espalier_tests::harness::process::Process;
 use espalier_tests::harness::serving::Serving;
-use espalier_tests::harness::{tiny, wait_for};
+use espalier_tests::harness::wait_for;
 use serde_json::{Value, json};
 
 /// Long enough for two busy cores.
@@ -68,135 +67,17 @@ async fn cluster(versions: &[&str]) -> Cluster {
     .await
 }
 
-/// A file of a pipeline, and how it is run.
-struct Pipeline<'a> {
-    cluster: &'a Cluster,
-    folder: PathBuf,
+/// What stands in every pipeline's file; `more` of a test comes behind.
+fn head() -> String {
+    format!(
+        "model = \"{CARELESS}\"\n[tasks]\ntrain = \"tasks.jsonl\"\neval = \"tasks.jsonl\"\nvars = {{ what = \"Do it\" }}\n\
+         [train]\nrank = 4\nbatch = 2\naccumulation = 1\n[dataset]\nkeep_near = true\neval_share = 0\n\
+         tokenizer = \"qwen3\"\n"
+    )
 }
 
-impl<'a> Pipeline<'a> {
-    /// Writes the files; `more` stands at the end of the pipeline's.
-    fn new(cluster: &'a Cluster, tasks: &str, more: &str) -> Self {
-        let folder = cluster.folder.path().join("pipeline");
-        std::fs::create_dir_all(&folder).unwrap();
-        let base = folder.join("base");
-        if !base.exists() {
-            tiny::write_model(&base);
-        }
-        std::fs::write(folder.join("tasks.jsonl"), tasks).unwrap();
-        let pipeline = Self { cluster, folder };
-        pipeline.write(more);
-        pipeline
-    }
-
-    fn write(&self, more: &str) {
-        let base = self.folder.join("base");
-        let text = format!(
-            "name = \"shop\"\nbase = {base:?}\nmodel = \"{CARELESS}\"\n[tasks]\ntrain = \"tasks.jsonl\"\neval = \"tasks.jsonl\"\n\
-             vars = {{ what = \"Do it\" }}\n[train]\nrank = 4\nbatch = 2\naccumulation = 1\n[dataset]\nkeep_near = true\n\
-             eval_share = 0\ntokenizer = \"qwen3\"\n{more}"
-        );
-        std::fs::write(self.file(), text).unwrap();
-    }
-
-    fn file(&self) -> PathBuf {
-        self.folder.join("improve.toml")
-    }
-
-    fn out(&self) -> PathBuf {
-        self.folder.join("report")
-    }
-
-    fn command(&self, more: &[&str]) -> Command {
-        self.command_with(&self.out(), more)
-    }
-
-    fn command_with(&self, out: &Path, more: &[&str]) -> Command {
-        let mut command = self.cluster.user();
-        command.arg("run").arg(self.file());
-        command.args(["--store", &self.cluster.store_url()]);
-        command.arg("--out").arg(out).args(more);
-        command
-    }
-
-    async fn run(&self, more: &[&str]) -> Output {
-        output(self.command(more)).await
-    }
-
-    /// Runs it for programs; gives the exit code, the events and the report.
-    async fn json(&self) -> (Option<i32>, Vec<Value>, Value) {
-        let output = self.run(&["--json"]).await;
-        let said = String::from_utf8_lossy(&output.stderr);
-        let lines = String::from_utf8_lossy(&output.stdout);
-        let lines: Vec<Value> = lines
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
-            .collect();
-        let report = lines
-            .last()
-            .map_or(Value::Null, |last| last["report"].clone());
-        assert!(report.is_object(), "{lines:#?} {said}");
-        let events = lines.iter().map(|line| line["event"].clone()).collect();
-        (output.status.code(), events, report)
-    }
-
-    /// The records of its steps, by the name of the step.
-    fn records(&self) -> Vec<StepRecord> {
-        let project = "default".parse().unwrap();
-        let name = "shop".parse().unwrap();
-        let folder = self
-            .cluster
-            .object(&layout::pipeline_steps(&project, &name));
-        let read = |entry: std::fs::DirEntry| {
-            let bytes = std::fs::read(entry.path()).unwrap();
-            let file = entry.file_name().into_string().unwrap();
-            let digest = file.strip_suffix(".json").unwrap().parse().unwrap();
-            StepRecord::parse(&bytes, &name, &digest).unwrap()
-        };
-        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-        let mut records: Vec<StepRecord> = entries.map(read).collect();
-        records.sort_by_key(|record| (record.step.as_str(), record.round));
-        records
-    }
-
-    fn steps(&self) -> Vec<&'static str> {
-        self.records()
-            .iter()
-            .map(|record| record.step.as_str())
-            .collect()
-    }
-
-    /// What became `latest`, in order.
-    fn latest(&self) -> Vec<LatestEntry> {
-        let project = "default".parse().unwrap();
-        let name = "shop".parse().unwrap();
-        let read = |seq| {
-            let path = layout::adapter_latest(&project, &name, seq);
-            let bytes = std::fs::read(self.cluster.object(&path)).ok()?;
-            Some(LatestEntry::parse(&bytes, &name, seq).unwrap())
-        };
-        (1..).map_while(read).collect()
-    }
-
-    /// The batches of the coordinator, which must be those of the records.
-    async fn batches(&self) -> Vec<v1::Batch> {
-        let mut client = self.cluster.client().await;
-        let request = v1::ListBatchesRequest::default();
-        let listed = client.jobs.list_batches(request).await.unwrap();
-        let mut batches = listed.into_inner().batches;
-        batches.sort_by(|a, b| a.batch.cmp(&b.batch));
-        batches
-    }
-}
-
-async fn output(mut command: Command) -> Output {
-    let run = tokio::task::spawn_blocking(move || command.output());
-    run.await.unwrap().unwrap()
-}
-
-fn said(output: &Output) -> String {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    text(&output.stdout) + &text(&output.stderr)
+fn shop<'a>(cluster: &'a Cluster, tasks: &str, more: &str) -> Pipeline<'a> {
+    Pipeline::new(cluster, tasks, &head(), more)
 }
 
 const PROBED: &str = "[probe]\nsamples = 2\n[rollouts]\nsamples = 4\n[evaluate]\nprices = { prompt = 1.0, completion = 2.0 }\n\
@@ -207,7 +88,7 @@ async fn a_model_learns_from_what_it_solved_and_takes_the_place_of_the_one_befor
     let cluster = cluster(&["shop@v1"]).await;
     let mut worker = cluster.worker_with_cpu_slots("a", 6);
     let _trainer = cluster.train_worker("trainer");
-    let pipeline = Pipeline::new(&cluster, &tasks(6, 10, None), PROBED);
+    let pipeline = shop(&cluster, &tasks(6, 10, None), PROBED);
 
     let dry = pipeline.run(&["--dry-run"]).await;
     assert!(dry.status.success(), "{}", said(&dry));
@@ -397,7 +278,7 @@ async fn whoever_is_killed_costs_nothing_that_has_ended() {
     let trainer = cluster.train_worker("trainer");
     let more = "[rollouts]\nsamples = 4\n[gate]\nmin_tasks = 8\n";
     let tasks = tasks(6, 10, None);
-    let pipeline = Pipeline::new(&cluster, &tasks, more);
+    let pipeline = shop(&cluster, &tasks, more);
 
     // The client goes while its rollouts run, then a worker with some of them, then the coordinator.
     let mut first = Process::start("run", pipeline.command(&[]), cluster.folder.path());
@@ -415,7 +296,7 @@ async fn whoever_is_killed_costs_nothing_that_has_ended() {
     worker.kill(DEADLINE).await;
     cluster.coordinators[0].process.kill();
     cluster.restart_coordinator(0).await;
-    let pipeline = Pipeline::new(&cluster, &tasks, more);
+    let pipeline = shop(&cluster, &tasks, more);
     let mut worker = cluster.worker_with_cpu_slots("b", 4);
 
     // The second client goes when the training has begun, and the trainer with it.
@@ -459,7 +340,7 @@ async fn two_at_once_do_everything_once_over_two_rounds() {
     let _trainer = cluster.train_worker("trainer");
     // Whatever is not worse passes.
     let more = "[rollouts]\nsamples = 4\n[gate]\nmin_tasks = 8\nmin_difference = -0.9\n";
-    let pipeline = Pipeline::new(&cluster, &tasks(6, 10, None), more);
+    let pipeline = shop(&cluster, &tasks(6, 10, None), more);
     let rounds = ["--rounds", "2", "--json"];
     let one = pipeline.command(&rounds);
     let two = pipeline.command_with(&pipeline.folder.join("other"), &rounds);
@@ -529,7 +410,7 @@ async fn two_at_once_do_everything_once_over_two_rounds() {
 async fn every_mistake_is_named_and_nothing_is_submitted() {
     let cluster = cluster(&[]).await;
     let bad = tasks(2, 2, None) + "{\"id\":\"x\",\"split\":\"train\",\"promt\":\"y\"}\n";
-    let pipeline = Pipeline::new(&cluster, &bad, "");
+    let pipeline = shop(&cluster, &bad, "");
     let text = std::fs::read_to_string(pipeline.file()).unwrap();
     let text = text.replace("rank = 4", "rnak = 4\nlr = 7")
         + "where = \"reward >=\"\n[gate]\nmin_tasks = 0\n";
@@ -562,7 +443,7 @@ async fn checks_that_always_say_no_leave_nothing_to_learn() {
     let cluster = cluster(&[]).await;
     let mut worker = cluster.worker_with_cpu_slots("a", 6);
     let no = json!({"answer": {"equals": "never said"}});
-    let pipeline = Pipeline::new(&cluster, &tasks(2, 3, Some(&no)), "");
+    let pipeline = shop(&cluster, &tasks(2, 3, Some(&no)), "");
     let (code, events, report) = pipeline.json().await;
     assert_eq!(
         (code, &report["end"]),
@@ -602,7 +483,7 @@ async fn a_version_is_waited_for_and_checks_that_always_say_yes_publish_nothing(
     let more = "[serve]\ndeadline_s = 1\n[rollouts]\nsamples = 2\n[gate]\nmin_tasks = 2\n\
                 [evaluate]\nsampling = { completion_tokens = 400 }\n";
     let tasks = tasks(3, 4, Some(&yes));
-    let pipeline = Pipeline::new(&cluster, &tasks, more);
+    let pipeline = shop(&cluster, &tasks, more);
     let output = pipeline.run(&[]).await;
     let told = said(&output);
     assert_eq!(output.status.code(), Some(1), "{told}");
