@@ -52,6 +52,7 @@ setup-servers: setup ## Installs what a cluster needs on top: Redis, an S3 serve
 
 setup-test: setup-servers ## Installs what testing needs on top: cargo-nextest, Python's gRPC tools, the compiler of CUDA kernels, clocks that are wrong
 	$(call need,faketime,faketime)
+	$(call need,ip,iproute2)
 	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked
 
 $(PLAYWRIGHT): agent-worker/playwright/package-lock.json

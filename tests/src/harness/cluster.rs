@@ -4,6 +4,7 @@
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_core::id::{Fence, JobKey};
@@ -16,6 +17,7 @@ use tempfile::TempDir;
 use super::client::Client;
 use super::disk::SmallDisk;
 use super::history::{self, Event};
+use super::hosts::{Hosts, There};
 use super::process::{Process, binary};
 use super::trail::Trail;
 use super::wait_for;
@@ -27,6 +29,8 @@ pub const PROJECTS: [&str; 2] = ["default", "other"];
 const CLIENT_TOKENS: [&str; 2] = ["client-of-a-test-cluster", "client-of-another-project"];
 const OPERATOR_TOKEN: &str = "operator-of-a-test-cluster";
 const WORKER_TOKEN: &str = "worker-of-a-test-cluster";
+/// Of a coordinator that has a host of its own.
+const COORDINATOR_PORT: u16 = 7411;
 
 /// Running coordinators, and what workers need to join them.
 #[derive(Debug)]
@@ -57,6 +61,8 @@ pub struct Setup {
     pub environment: Vec<(String, String)>,
     /// Further sections of each coordinator's configuration.
     pub more: String,
+    /// Where everybody has a host of their own: `coordinator-0`, and the name of each worker. Otherwise all are on this one.
+    pub hosts: Option<Arc<Hosts>>,
 }
 
 impl Setup {
@@ -71,8 +77,26 @@ impl Setup {
             store_url: None,
             environment: Vec::new(),
             more: String::new(),
+            hosts: None,
         }
     }
+
+    /// What is started while this is held is on the host of that name.
+    fn enter(&self, host: &str) -> Option<There> {
+        self.hosts.as_ref().map(|hosts| hosts.enter(host))
+    }
+
+    fn address(&self, number: usize) -> SocketAddr {
+        match &self.hosts {
+            Some(hosts) => hosts.address(&host(number), COORDINATOR_PORT),
+            None => free_address(),
+        }
+    }
+}
+
+/// The host of a coordinator, and what its log is called.
+fn host(number: usize) -> String {
+    format!("coordinator-{number}")
 }
 
 /// A running coordinator.
@@ -132,7 +156,7 @@ impl Cluster {
         let folder = TempDir::new().expect("a temporary folder");
         let start = |number| {
             // A restart has to find the same port, so that workers find it again.
-            let address = free_address();
+            let address = setup.address(number);
             let config = coordinator_config(folder.path(), address, &setup);
             std::fs::write(config_file(folder.path(), number), config)
                 .expect("the test's folder is writable");
@@ -245,6 +269,7 @@ impl Cluster {
                 command
             }
         };
+        let _there = self.setup.enter(name);
         Worker {
             process: Process::start(name, command, self.folder.path()),
             trail,
@@ -553,5 +578,6 @@ fn spawn_coordinator(folder: &Path, number: usize, setup: &Setup) -> Process {
     command.arg("--config").arg(config_file(folder, number));
     command.env("ESPALIER_LOG", history::log::filter());
     command.envs(setup.environment.iter().cloned());
-    Process::start(&format!("coordinator-{number}"), command, folder)
+    let _there = setup.enter(&host(number));
+    Process::start(&host(number), command, folder)
 }

@@ -203,6 +203,34 @@ impl World {
         self.expect_holes();
     }
 
+    /// Lets a worker end in good order, and then starts another in its place.
+    pub async fn restart_worker(&mut self, number: usize) {
+        self.workers[number].terminate(STOP_DEADLINE).await;
+        self.workers[number] = self.new_worker(self.parts.clocks[number]);
+    }
+
+    /// Lets a coordinator end in good order, and starts it again.
+    pub async fn restart_coordinator(&mut self, number: usize) {
+        let process = &mut self.cluster.coordinators[number].process;
+        let status = process.terminate(STOP_DEADLINE).await;
+        assert!(status.success(), "{status:?}");
+        self.cluster.restart_coordinator(number).await;
+    }
+
+    /// Lets Redis end in good order, and starts it again. Answers that were on their way are lost.
+    pub async fn restart_redis(&mut self) {
+        self.expect_holes();
+        self.redis.cli(&["SHUTDOWN"]).await;
+        self.redis.restart().await;
+    }
+
+    /// Starts the store again, where it is a server.
+    pub async fn restart_store(&mut self) {
+        if let Some(store) = &mut self.store {
+            store.server.restart().await;
+        }
+    }
+
     /// Of what happened to batches that are judged from now on, everything is told again.
     pub fn close_holes(&mut self) {
         self.holes = false;

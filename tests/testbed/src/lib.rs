@@ -4,6 +4,7 @@
 //! It knows nothing of Espalier, so that any crate may use it for its own tests. Nothing that is shipped depends on
 //! it, and nothing here judges: a helper that cannot do its part panics with what to do about it.
 
+pub mod hosts;
 pub mod hub;
 pub mod ports;
 pub mod process;

@@ -1,7 +1,7 @@
 //! A real S3 server, SeaweedFS, as a process of its own, that can be killed, paused and started again.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -42,6 +42,7 @@ const SERVICES: [(&str, u16); 5] = [
 #[derive(Debug)]
 pub struct S3Server {
     process: Process,
+    ip: IpAddr,
     ports: Ports,
     folder: TempDir,
 }
@@ -49,11 +50,17 @@ pub struct S3Server {
 impl S3Server {
     /// Starts one with the empty bucket [`BUCKET`].
     pub async fn start() -> Self {
+        Self::start_at(Ipv4Addr::LOCALHOST.into()).await
+    }
+
+    /// The same at an address of the host on which this thread is.
+    pub async fn start_at(ip: IpAddr) -> Self {
         let folder = TempDir::new().expect("a temporary folder");
         let ports = Ports::claim();
-        let process = spawn(folder.path(), &ports);
+        let process = spawn(folder.path(), ip, &ports);
         let mut server = Self {
             process,
+            ip,
             ports,
             folder,
         };
@@ -63,10 +70,10 @@ impl S3Server {
 
     /// Where it listens; the same after a restart.
     pub fn address(&self) -> SocketAddr {
-        self.ports.address(0)
+        (self.ip, self.ports.port(0)).into()
     }
 
-    /// The endpoint for clients, as `http://127.0.0.1:PORT`.
+    /// The endpoint for clients, such as `http://127.0.0.1:12000`.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address())
     }
@@ -101,7 +108,7 @@ impl S3Server {
     /// A kill, because a server that was asked to end still answers for two seconds and would be taken for the new one.
     pub async fn restart(&mut self) {
         self.process.kill();
-        self.process = spawn(self.folder.path(), &self.ports);
+        self.process = spawn(self.folder.path(), self.ip, &self.ports);
         self.wait_until_ready().await;
     }
 
@@ -116,7 +123,7 @@ impl S3Server {
     }
 
     async fn wait_until_ready(&mut self) {
-        let (address, process) = (self.ports.address(0), &mut self.process);
+        let (address, process) = (self.address(), &mut self.process);
         wait_for("the S3 server to be ready", READY_DEADLINE, || {
             let ended = process.ended();
             assert!(ended.is_none(), "it ended: {}", process.log());
@@ -131,7 +138,7 @@ impl S3Server {
     }
 }
 
-fn spawn(folder: &Path, ports: &Ports) -> Process {
+fn spawn(folder: &Path, ip: IpAddr, ports: &Ports) -> Process {
     let data = folder.join("data");
     std::fs::create_dir_all(&data).expect("the test's folder is writable");
     let mut command = Command::new(installed("weed"));
@@ -140,7 +147,8 @@ fn spawn(folder: &Path, ports: &Ports) -> Process {
         .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
         .arg("mini")
         .arg(format!("-dir={}", data.display()))
-        .args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1"])
+        .arg(format!("-ip={ip}"))
+        .arg(format!("-ip.bind={ip}"))
         .arg(format!("-bucket={BUCKET}"))
         .args(["-master.telemetry=false", "-admin.ui=false"])
         .args(["-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"])
