@@ -177,9 +177,11 @@ pub fn signed(difference: &Estimate) -> String {
     format!("{value} ({low} to {high})")
 }
 
-/// Two digits of what is small, none of what is large.
+/// Two digits of what is small, none of what is large; of what is smaller still, those that tell it from nothing.
 fn number(x: f64) -> String {
     match x.abs() {
+        tiny if tiny > 0.0 && tiny < 0.001 => format!("{x:.1e}"),
+        small if small > 0.0 && small < 0.01 => format!("{x:.4}"),
         large if large >= 1000.0 => format!("{x:.0}"),
         middle if middle >= 100.0 => format!("{x:.1}"),
         _ => format!("{x:.2}"),
@@ -202,6 +204,10 @@ mod tests {
         assert_eq!(
             signed(&of(-1.5, -2000.4, 120.25)),
             "-1.50 (-2000 to +120.2)"
+        );
+        assert_eq!(
+            signed(&of(-0.00042, -0.0031, 0.0)),
+            "-4.2e-4 (-0.0031 to +0.00)"
         );
         assert_eq!(kind_name(""), "(none)");
     }
