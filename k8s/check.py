@@ -9,11 +9,13 @@ import copy
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
 
 import dashboards
+import guide
 import rules
 import schemas
 import source
@@ -46,6 +48,15 @@ def check_values(binary, file):
     if refused:
         return [f"helm template: {refused.strip()}"], []
     return schemas.faults(things) + rules.faults(things) + source.faults(things), things
+
+
+def check_example(binary):
+    """Whether what the guide has a reader copy is as good as the files of k8s/ci."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(guide.example())
+        file.flush()
+        told, _ = check_values(binary, file.name)
+    return [f"the example of {guide.GUIDE.name}: {fault}" for fault in told]
 
 
 def check_refused(binary, case):
@@ -96,7 +107,7 @@ def main(binary):
             faults += [f"refused.yaml: {fault}" for fault in told]
             passed += not told
     told = source.faults_of_the_schema(json.loads((CHART / "values.schema.json").read_text()))
-    for told in (told, dashboards.faults()):
+    for told in (told, dashboards.faults(), guide.faults(), check_example(binary)):
         faults += told
         passed += not told
     for fault in faults:

@@ -4,6 +4,7 @@
 mod adapters;
 mod bad_input;
 mod bench_redis;
+mod browser_compose;
 mod browser_faults;
 mod browser_kill;
 mod browser_loop;
