@@ -134,6 +134,7 @@ pub fn worker_json(worker: &v1::Worker) -> Value {
         "coordinator": worker.coordinator,
         "last_seen_us": worker.last_seen_us,
         "granted": worker.granted,
+        "instance": worker.instance,
         "serving": worker.serving.as_ref().map(|serving| json!({
             "url": serving.url,
             "models": serving.models,

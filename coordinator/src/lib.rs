@@ -15,6 +15,7 @@ mod peers;
 pub mod questions;
 pub mod queue;
 pub mod registry;
+pub mod scaler;
 mod serve;
 mod session;
 

@@ -39,6 +39,8 @@ pub struct Connected {
     pub worker: WorkerId,
     /// Whose session it is.
     pub process: WorkerId,
+    /// The name of the instance that a scaler started it as; empty: nobody's.
+    pub instance: String,
     /// Tells this stream from an earlier or later one of the same worker.
     pub number: u64,
     /// What it said that it offers.
@@ -73,6 +75,8 @@ pub struct Introduction {
     pub worker: WorkerId,
     /// Whose session it is.
     pub process: WorkerId,
+    /// The name of the instance that a scaler started it as; empty: nobody's.
+    pub instance: String,
     /// What it offers.
     pub tags: BTreeSet<String>,
     /// The kinds of jobs that it takes.
@@ -168,6 +172,7 @@ impl Connected {
             granted: self.granted.load(Ordering::Relaxed),
             serving,
             process: self.process.to_string(),
+            instance: self.instance.clone(),
         }
     }
 }
@@ -240,6 +245,7 @@ impl Registry {
             granted: AtomicU64::new(0),
             heard_at_us: AtomicU64::new(connected_at.0),
             process: who.process,
+            instance: who.instance,
             worker: who.worker.clone(),
         });
         if let Some(older) = inner.connected.insert(who.worker, Arc::clone(&connected)) {
@@ -348,6 +354,7 @@ mod tests {
         let who = Introduction {
             worker: worker.parse().unwrap(),
             process: worker.parse().unwrap(),
+            instance: String::new(),
             tags: tags.iter().map(|t| (*t).to_owned()).collect(),
             kinds: [JobKind::Rollout].into(),
             capacity: 1,

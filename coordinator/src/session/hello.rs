@@ -19,7 +19,7 @@ use crate::registry::{Connected, Introduction};
 
 /// Most tags of a worker, as many as the queue takes.
 const TAGS_MAX: usize = 256;
-/// Longest tag or version, in bytes.
+/// Longest tag, version or name of an instance, in bytes.
 const TAG_BYTES_MAX: usize = 256;
 /// Most jobs that one worker runs at once, and most leases that it may hold from before.
 const CAPACITY_MAX: u32 = 10_000;
@@ -66,6 +66,7 @@ fn check(hello: &v1::Hello) -> Result<Introduction, FieldError> {
         check_text(&format!("tags[{i}]"), tag)?;
     }
     check_text("version", &hello.version)?;
+    check_text("instance", &hello.instance)?;
     if hello.capacity == 0 || hello.capacity > CAPACITY_MAX {
         let rule = format!("must be in 1..={CAPACITY_MAX}");
         return Err(FieldError::new("capacity", hello.capacity, rule));
@@ -86,6 +87,7 @@ fn check(hello: &v1::Hello) -> Result<Introduction, FieldError> {
     Ok(Introduction {
         worker,
         process,
+        instance: hello.instance.clone(),
         tags: hello.tags.iter().cloned().collect(),
         kinds,
         capacity: hello.capacity,
@@ -198,6 +200,7 @@ mod tests {
         assert_eq!(with(|h| h.capacity = 0), "capacity");
         assert_eq!(with(|h| h.kinds.clear()), "kinds");
         assert_eq!(with(|h| h.kinds = vec![77]), "kind");
+        assert_eq!(with(|h| h.instance = "a\nb".to_owned()), "instance");
         assert_eq!(with(|h| h.tags = vec!["a\nb".to_owned()]), "tags[0]");
         let lease = v1::Lease::default();
         assert_eq!(held(&[lease]).unwrap_err().field, "held[0].job");

@@ -216,6 +216,7 @@ pub fn hello(id: &str, capacity: u32) -> v1::Hello {
         held: Vec::new(),
         version: "test".to_owned(),
         process: String::new(),
+        instance: String::new(),
     }
 }
 

@@ -54,6 +54,9 @@ pub use serving::Serving;
 /// Most jobs that one worker runs at once: what one message may renew.
 pub const SLOTS_MAX: u32 = 1_000;
 
+/// The variable in which a scaler tells a worker which of its instances it is.
+pub const INSTANCE_VARIABLE: &str = "ESPALIER_INSTANCE";
+
 /// Does one kind of job.
 pub trait Handler: Send + Sync + 'static {
     /// The kind of job that it does. Slots are counted per kind, so a process that does several kinds runs a loop for
@@ -209,10 +212,16 @@ pub async fn run<H: Handler>(
     }
     let id = fresh_id();
     tracing::info!(worker = %id, process = %config.process, slots = config.slots, coordinators = %config.coordinators, "worker started");
-    session::Session::new(handler, config, deps, shutdown, id)
+    session::Session::new(handler, config, deps, shutdown, id, instance())
         .run()
         .await;
     Ok(())
+}
+
+/// As a scaler started this process; empty: none did. What is no text was refused when the process began.
+fn instance() -> String {
+    let mut environment = crate::config::environment().unwrap_or_default();
+    environment.remove(INSTANCE_VARIABLE).unwrap_or_default()
 }
 
 /// A restarted process is a new worker: it holds none of the old one's leases.

@@ -84,6 +84,8 @@ pub(super) struct Session<H> {
     deps: WorkerDeps,
     shutdown: Shutdown,
     id: WorkerId,
+    /// As which a scaler started the process; empty: none did.
+    instance: String,
     book: Book,
     events: mpsc::Receiver<Event>,
     events_in: mpsc::Sender<Event>,
@@ -103,6 +105,7 @@ impl<H: Handler> Session<H> {
         deps: WorkerDeps,
         shutdown: Shutdown,
         id: WorkerId,
+        instance: String,
     ) -> Self {
         let (events_in, events) = mpsc::channel(EVENTS_MAX);
         let links = Links::new(id.clone(), config.clone());
@@ -114,6 +117,7 @@ impl<H: Handler> Session<H> {
             deps,
             shutdown,
             id,
+            instance,
             book,
             events,
             events_in,
@@ -134,7 +138,10 @@ impl<H: Handler> Session<H> {
             if self.is_over() {
                 break;
             }
-            let hello = || hello(self.handler.kind(), &self.id, &self.config, &self.book);
+            let hello = || v1::Hello {
+                instance: self.instance.clone(),
+                ..hello(self.handler.kind(), &self.id, &self.config, &self.book)
+            };
             self.links.connect_if_due(now, hello);
             self.send_what_is_due(now);
             match self.wait().await {
@@ -464,5 +471,6 @@ fn hello(kind: v1::JobKind, id: &WorkerId, config: &WorkerConfig, book: &Book) -
         held: book.leases(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         process: config.process.to_string(),
+        ..v1::Hello::default()
     }
 }
