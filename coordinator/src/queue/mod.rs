@@ -16,14 +16,15 @@ mod limits;
 mod presence;
 mod redis;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::error::{ErrorClass, FieldError};
 use espalier_core::id::{BatchId, CoordinatorId, Fence, JobKey, ProjectId};
 use espalier_core::queue::{
-    BatchSeq, BatchView, Cancelled, Event, Grant, ItemResult, JobFilter, JobView, LeaseRequest,
-    NewBatch, NewJob, QueueStats, Refusal, RenewReply, Selector, Ticked,
+    BatchSeq, BatchView, Cancelled, Event, Grant, ItemResult, JobFilter, JobKind, JobView,
+    LeaseRequest, NewBatch, NewJob, QueueStats, Refusal, RenewReply, Selector, Ticked,
 };
 use futures::future::BoxFuture;
 use tokio::sync::broadcast;
@@ -40,6 +41,9 @@ pub const SUMMARY_BYTES_MAX: usize = 4 * 1024;
 pub const MANIFEST_BYTES_MAX: usize = 1_024;
 /// Most rows that one read returns, whatever was asked.
 pub const PAGE_MAX: usize = 1_000;
+
+/// Most delayed jobs that [`Queue::due_soon`] looks at, of each part of the queue.
+pub const DUE_LOOK_MAX: usize = 1_000;
 
 /// How long what a coordinator shows is seen after the last time it announced something, by the queue's clock.
 pub const PRESENCE_TTL: Duration = Duration::from_secs(15);
@@ -87,6 +91,8 @@ pub enum Table {
     Questions,
     /// What operators and people have decided, for whoever it concerns.
     Orders,
+    /// The providers of workers that they may ask.
+    Scalers,
 }
 
 impl Table {
@@ -97,6 +103,7 @@ impl Table {
             Self::Servers => "servers",
             Self::Questions => "questions",
             Self::Orders => "orders",
+            Self::Scalers => "scalers",
         }
     }
 }
@@ -426,6 +433,10 @@ pub trait Queue: Send + Sync + std::fmt::Debug + 'static {
 
     /// Depths, ages and counts.
     fn stats(&self) -> Answer<'_, QueueStats>;
+
+    /// How many jobs of each kind are delayed until a moment that is at most `within` from now. The [`DUE_LOOK_MAX`] that are
+    /// due first are counted, so that the price has a bound; what comes after them counts when it is ready.
+    fn due_soon(&self, within: Duration) -> Answer<'_, BTreeMap<JobKind, u64>>;
 
     /// Says that coordinator `by` is here, and changes what it shows: at most [`ANNOUNCE_MAX`] entries at once, or none.
     /// All that it shows is taken away [`PRESENCE_TTL`] after it last said so. False: nothing of what it showed before

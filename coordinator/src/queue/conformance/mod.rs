@@ -108,6 +108,7 @@ macro_rules! conformance_tests {
             read: a_watcher_resumes_after_what_it_saw,
             read: complete_batches_are_purged_and_no_others,
             read: statistics_count_by_project_and_kind,
+            read: delayed_jobs_are_told_by_kind_when_they_are_due_soon,
             read: what_is_unknown_is_none,
             read: the_newest_batches_come_first_and_page_by_number,
             submit: a_project_has_so_many_open_batches_until_idle_ones_are_closed,

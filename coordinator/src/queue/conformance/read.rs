@@ -160,6 +160,32 @@ pub async fn statistics_count_by_project_and_kind(f: Fixture) {
     assert_eq!(f.queue.stats().await.unwrap().expired_leases, 1);
 }
 
+pub async fn delayed_jobs_are_told_by_kind_when_they_are_due_soon(f: Fixture) {
+    f.open("p", "b").await;
+    let in_s = |id: &str, kind, seconds| NewJob {
+        not_before: Some(f.now() + seconds * SECOND),
+        kind,
+        ..new_job(id)
+    };
+    let jobs = vec![
+        in_s("a", JobKind::Rollout, 10),
+        in_s("b", JobKind::Rollout, 60),
+        in_s("c", JobKind::Train, 60),
+        in_s("d", JobKind::Export, 61),
+        new_job("ready"),
+    ];
+    f.submit(0, jobs).await;
+    let due = async |seconds| f.queue.due_soon(seconds * SECOND).await.unwrap();
+    assert_eq!(due(9).await, [].into());
+    assert_eq!(due(10).await, [(JobKind::Rollout, 1)].into());
+    let both = [(JobKind::Rollout, 2), (JobKind::Train, 1)];
+    assert_eq!(due(60).await, both.into());
+    f.advance(10 * SECOND);
+    f.tick().await;
+    let later = [(JobKind::Rollout, 1), (JobKind::Train, 1)];
+    assert_eq!(due(50).await, later.into(), "what is ready waits no more");
+}
+
 pub async fn what_is_unknown_is_none(f: Fixture) {
     assert_eq!(f.queue.job(key("p/b/a")).await.unwrap(), None);
     assert_eq!(f.queue.spec(key("p/b/a")).await.unwrap(), None);

@@ -11,6 +11,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -20,9 +21,9 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, CoordinatorId, JobId, JobKey, ProjectId};
 use espalier_core::queue::{
-    BatchSeq, BatchView, Cancelled, Cursor, EndedJob, Event, FinishReply, Grant, JobFilter, JobSeq,
-    JobView, LeaseRequest, Machine, MachineConfig, Outcome as Bare, QueueStats, Refusal,
-    RenewReply, Selector, Ticked,
+    BatchSeq, BatchView, Cancelled, Cursor, EndedJob, Event, FinishReply, Grant, JobFilter,
+    JobKind, JobSeq, JobView, LeaseRequest, Machine, MachineConfig, Outcome as Bare, QueueStats,
+    Refusal, RenewReply, Selector, Ticked,
 };
 use espalier_core::time::Timestamp;
 use espalier_runtime::clock::Clock;
@@ -33,9 +34,9 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::limits::{check_changes, check_defaults, check_result, parted};
 use super::presence::Presence;
 use super::{
-    Answer, Change, Chunk, ChunkReply, Condition, EndedPage, Finish, FinishAck, Granted, Intake,
-    JobDetail, JobResult, JobSpec, OpenBatch, Outcome, PAGE_MAX, Queue, QueueError, Renewal, Shown,
-    Table,
+    Answer, Change, Chunk, ChunkReply, Condition, DUE_LOOK_MAX, EndedPage, Finish, FinishAck,
+    Granted, Intake, JobDetail, JobResult, JobSpec, OpenBatch, Outcome, PAGE_MAX, Queue,
+    QueueError, Renewal, Shown, Table,
 };
 use engine::{Call, Chain, Engine, QueueClock, Reply, Turn};
 use store::{OpenDatabase, Reader, StoreError};
@@ -558,6 +559,10 @@ impl Queue for Embedded {
 
     fn stats(&self) -> Answer<'_, QueueStats> {
         self.ask(|machine, now| Ok(machine.stats(now)))
+    }
+
+    fn due_soon(&self, within: Duration) -> Answer<'_, BTreeMap<JobKind, u64>> {
+        self.ask(move |machine, now| Ok(machine.due_soon(now, within, DUE_LOOK_MAX)))
     }
 
     fn announce(&self, by: CoordinatorId, changes: Vec<Change>) -> Answer<'_, bool> {

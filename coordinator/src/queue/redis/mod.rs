@@ -45,8 +45,8 @@ use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::{BatchId, CoordinatorId, JobId, JobKey, ProjectId};
 use espalier_core::queue::{
-    BatchSeq, BatchView, Cancelled, Event, JobFilter, LeaseRequest, MachineConfig, QueueStats,
-    RenewReply, Selector, Ticked,
+    BatchSeq, BatchView, Cancelled, Event, JobFilter, JobKind, LeaseRequest, MachineConfig,
+    QueueStats, RenewReply, Selector, Ticked,
 };
 use espalier_runtime::clock::Clock;
 use espalier_runtime::config::Secret;
@@ -585,6 +585,19 @@ impl Queue for Redis {
             }
             all.lines
                 .sort_by(|a, b| (&a.project, a.kind).cmp(&(&b.project, b.kind)));
+            Ok(all)
+        }
+        .boxed()
+    }
+
+    fn due_soon(&self, within: Duration) -> Answer<'_, BTreeMap<JobKind, u64>> {
+        async move {
+            let mut all = BTreeMap::new();
+            for shard in self.open_shards()? {
+                for (kind, jobs) in shard.core.due_soon(within).await? {
+                    *all.entry(kind).or_default() += jobs;
+                }
+            }
             Ok(all)
         }
         .boxed()

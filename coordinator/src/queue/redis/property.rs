@@ -26,8 +26,8 @@ use tokio::sync::broadcast::Receiver;
 use super::commands::{Command, How, Sent, batches, command, key, lease_request, names, selector};
 use super::{Acknowledge, Redis, RedisConfig};
 use crate::queue::{
-    Chunk, Finish, FinishAck, Intake, JobDetail, JobResult, OpenBatch, Outcome, Queue, QueueError,
-    Renewal, Submission,
+    Chunk, DUE_LOOK_MAX, Finish, FinishAck, Intake, JobDetail, JobResult, OpenBatch, Outcome,
+    Queue, QueueError, Renewal, Submission,
 };
 
 const START: u64 = 1_700_000_000_000_000;
@@ -298,6 +298,9 @@ impl World {
         futures::future::join_all((0..batches()).map(|n| self.check_batch(n))).await;
         let now = self.clock.now().max(self.machine.newest_time());
         same(Ok(self.machine.stats(now)), self.queue().stats().await);
+        let soon = Duration::from_secs(5);
+        let due = self.machine.due_soon(now, soon, DUE_LOOK_MAX);
+        same(Ok(due), self.queue().due_soon(soon).await);
         self.check_events().await;
     }
 

@@ -1,6 +1,7 @@
 //! Reading: jobs, batches, and the whole in numbers.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use bytes::Bytes;
 use espalier_core::id::{BatchId, JobId, JobKey, ProjectId};
@@ -14,7 +15,7 @@ use super::core::Core;
 use super::decode::{self, JobReader, Reader};
 use super::encode;
 use super::script::SCRIPTS;
-use crate::queue::{EndedPage, Intake, JobDetail, JobSpec, PAGE_MAX, QueueError};
+use crate::queue::{DUE_LOOK_MAX, EndedPage, Intake, JobDetail, JobSpec, PAGE_MAX, QueueError};
 
 /// Jobs with their end numbers, and their batch.
 type Jobs = (BatchView, Vec<(u64, JobDetail)>);
@@ -259,6 +260,21 @@ impl Core {
             Value::Nil => Ok(None),
             value => decode::digest(value).map(Some),
         }
+    }
+
+    pub async fn due_soon(&self, within: Duration) -> Result<BTreeMap<JobKind, u64>, QueueError> {
+        let mut cmd = self.cmd(&SCRIPTS.read_due);
+        cmd.arg(u64::try_from(within.as_micros()).unwrap_or(u64::MAX))
+            .arg(DUE_LOOK_MAX);
+        let mut answer = Reader::of(self.link.run(&cmd).await?)?;
+        let mut due = BTreeMap::new();
+        for kind in JobKind::ALL {
+            match answer.number()? {
+                0 => {}
+                jobs => drop(due.insert(kind, jobs)),
+            }
+        }
+        Ok(due)
     }
 
     pub async fn stats(&self) -> Result<QueueStats, QueueError> {

@@ -79,6 +79,7 @@ scripts! {
     read_newest: Reads, READS, "read_newest.lua";
     read_intakes: Reads, READS, "read_intakes.lua";
     read_digests: Reads, READS, "read_digests.lua";
+    read_due: Reads, READS, "read_due.lua";
     read_stats: Reads, READS, "read_stats.lua";
     announce: Moves, BARE, "announce.lua";
     shown: Reads, BARE, "shown.lua";

@@ -1,5 +1,6 @@
 //! Reading: one job, one batch, pages of them, and the whole in numbers. Nothing here changes anything.
 
+use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::time::Duration;
 
@@ -116,6 +117,22 @@ impl Machine {
         of_kinds
             .flat_map(|counters| states.map(|state| counters.get(state)))
             .sum()
+    }
+
+    /// How many jobs of each kind wait for a moment that is at most `within` from `now`, of the first `limit` of them.
+    pub fn due_soon(
+        &self,
+        now: Timestamp,
+        within: Duration,
+        limit: usize,
+    ) -> BTreeMap<JobKind, u64> {
+        let until = now + within;
+        let delayed = self.delayed.iter().take(limit);
+        let mut due = BTreeMap::new();
+        for (_, seq) in delayed.take_while(|(at, _)| *at <= until) {
+            *due.entry(self.jobs[seq].kind).or_default() += 1;
+        }
+        due
     }
 
     /// The whole queue in numbers, as of `now`.
