@@ -64,6 +64,8 @@ pub struct Connected {
     outbox: Outbox,
     running: Mutex<HashMap<JobKey, Fence>>,
     serving: Mutex<Option<v1::Serving>>,
+    /// The queue is being asked for jobs for it, or those that it gave are on their way.
+    granting: AtomicBool,
     granted: AtomicU64,
     heard_at_us: AtomicU64,
 }
@@ -108,9 +110,15 @@ impl Connected {
         offers
     }
 
+    /// Notes that the queue is asked for jobs for the worker from now on, or no longer. To be said before
+    /// [`takes_no_more`](Self::takes_no_more) is asked: then whoever sees a drained worker without a job sees the truth.
+    pub fn grants(&self, now: bool) {
+        self.granting.store(now, Ordering::SeqCst);
+    }
+
     /// Whether nothing is granted on this stream any more.
     pub fn takes_no_more(&self) -> bool {
-        self.draining.load(Ordering::Relaxed) || self.moving.load(Ordering::Relaxed)
+        self.draining.load(Ordering::SeqCst) || self.moving.load(Ordering::Relaxed)
     }
 
     /// The way to the worker.
@@ -153,9 +161,12 @@ impl Connected {
     }
 
     fn view(&self) -> v1::Worker {
-        let draining = self.draining.load(Ordering::Relaxed);
+        let draining = self.draining.load(Ordering::SeqCst);
+        // A grant that was under way when it was drained may still bring a job. Looked at before the jobs, since such a grant
+        // becomes one of those. Of others this says nothing, so that they need not be shown each time.
+        let granting = draining && self.granting.load(Ordering::SeqCst);
         let serving = lock(&self.serving).clone().filter(|_| !draining);
-        let running = lock(&self.running).len();
+        let running = lock(&self.running).len() + usize::from(granting);
         let heard_at_us = self.heard_at_us.load(Ordering::Relaxed);
         v1::Worker {
             worker: self.worker.to_string(),
@@ -242,6 +253,7 @@ impl Registry {
             ended,
             outbox,
             running: Mutex::default(),
+            granting: AtomicBool::new(false),
             granted: AtomicU64::new(0),
             heard_at_us: AtomicU64::new(connected_at.0),
             process: who.process,
@@ -298,7 +310,7 @@ impl Registry {
 
     /// Gives a worker no more jobs on this stream, and nobody goes to what it serves any more.
     pub fn drains(&self, connected: &Connected) {
-        connected.draining.store(true, Ordering::Relaxed);
+        connected.draining.store(true, Ordering::SeqCst);
         self.serving_changed.notify_one();
     }
 
@@ -407,6 +419,21 @@ mod tests {
         assert_eq!(first.kinds, [i32::from(v1::JobKind::Rollout)]);
         worker.heard(Timestamp(14_999_999));
         assert_eq!(registry.list()[0], *first);
+    }
+
+    #[test]
+    fn a_drained_worker_has_no_job_only_when_none_is_on_its_way() {
+        let registry = Registry::default();
+        let worker = enter(&registry, "w", &[]);
+        worker.grants(true);
+        assert_eq!(worker.view().running, 0, "it may as well come to nothing");
+        registry.drain(&worker.worker);
+        assert_eq!(worker.view().running, 1);
+        worker.granted("p/b/j".parse().unwrap(), Fence(1));
+        worker.grants(false);
+        assert_eq!(worker.view().running, 1);
+        worker.stopped(&"p/b/j".parse().unwrap(), Fence(1));
+        assert_eq!(worker.view().running, 0);
     }
 
     #[test]

@@ -61,7 +61,7 @@ impl v1::admin_service_server::AdminService for AdminApi {
         self.0
             .auth
             .everything(request.metadata(), Call::ListWorkers)?;
-        let workers = self.workers().await?;
+        let workers = self.0.workers().await.map_err(queue_error)?;
         let mut page = page_of_workers(workers, request.get_ref())?;
         page.now_us = self.0.now().0;
         Ok(Response::new(page))
@@ -107,20 +107,6 @@ impl v1::admin_service_server::AdminService for AdminApi {
 }
 
 impl AdminApi {
-    /// The workers of all coordinators, ordered by id. One that has just moved is where it came to last.
-    async fn workers(&self) -> Result<Vec<v1::Worker>, ApiError> {
-        let others = self.0.peers.workers().await.map_err(queue_error)?;
-        let mut all = (*others).clone();
-        for mut worker in self.0.registry.list() {
-            worker.coordinator = self.0.peers.me().to_string();
-            let newer = all.get(&worker.worker);
-            if newer.is_none_or(|other| other.connected_at_us <= worker.connected_at_us) {
-                all.insert(worker.worker.clone(), worker);
-            }
-        }
-        Ok(all.into_values().collect())
-    }
-
     /// Batches that are not complete, newest first, and how many questions are open, of the projects that have most to
     /// do: each costs a call of the queue.
     async fn in_progress(

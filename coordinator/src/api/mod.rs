@@ -80,6 +80,20 @@ impl Shared {
         self.clock.now()
     }
 
+    /// The workers of all coordinators, ordered by id. One that has just moved is where it came to last.
+    pub async fn workers(&self) -> Result<Vec<v1::Worker>, QueueError> {
+        let others = self.peers.workers().await?;
+        let mut all = (*others).clone();
+        for mut worker in self.registry.list() {
+            worker.coordinator = self.peers.me().to_string();
+            let newer = all.get(&worker.worker);
+            if newer.is_none_or(|other| other.connected_at_us <= worker.connected_at_us) {
+                all.insert(worker.worker.clone(), worker);
+            }
+        }
+        Ok(all.into_values().collect())
+    }
+
     /// Names of MCP servers that a job may use: those of the configuration and of workers, wherever they are connected.
     pub async fn mcp_servers(&self) -> Result<BTreeSet<String>, QueueError> {
         let mut names = self.registry.mcp_servers();

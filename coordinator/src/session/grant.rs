@@ -63,6 +63,13 @@ impl Session {
     /// Grants once; false: there is no room or no job.
     async fn grant_some(&self, kind: JobKind) -> bool {
         let _granting = self.granting.lock().await;
+        self.connected.grants(true);
+        let some = self.grant_room(kind).await;
+        self.connected.grants(false);
+        some
+    }
+
+    async fn grant_room(&self, kind: JobKind) -> bool {
         let Some(n) = self.room(kind) else {
             return false;
         };
