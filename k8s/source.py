@@ -31,7 +31,7 @@ SET = {
 # Keys that mean nothing in a cluster, or that the environment sets for all processes alike.
 NOT_SET = {"coordinator": {"data_dir", "telemetry"}, "agent-worker": {"mcp_servers", "telemetry"}}
 # What the programs are still to have.
-AWAITED = {"coordinator": {"scaler"}, "train-worker": {"--once"}}
+AWAITED = {"train-worker": {"--once"}}
 VALUES = {"coordinator": "coordinator", "agent-worker": "agentWorker"}
 
 

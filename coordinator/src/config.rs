@@ -19,6 +19,7 @@ use serde::Deserialize;
 use crate::auth::TokenConfig;
 use crate::endpoints::{self, ModelEndpoint};
 use crate::queue::Acknowledge;
+use crate::scaler::ScalerConfig;
 
 /// Every key as a variable begins with this.
 pub const ENV_PREFIX: &str = "ESPALIER_COORDINATOR_";
@@ -120,6 +121,9 @@ pub struct CoordinatorConfig {
     /// Names of keys that workers which serve models may ask others for: each is sent to wherever such a worker says.
     #[serde(default)]
     pub worker_key_names: BTreeSet<String>,
+    /// Makes workers when jobs wait, and tells KEDA how many there should be.
+    #[serde(default)]
+    pub scaler: Option<ScalerConfig>,
     /// Logs, traces and metrics.
     #[serde(default)]
     pub telemetry: TelemetryConfig,
@@ -207,6 +211,7 @@ impl CoordinatorConfig {
             drain_limit_s: default_drain_limit_s(),
             model_endpoints: Vec::new(),
             worker_key_names: BTreeSet::new(),
+            scaler: None,
             telemetry: TelemetryConfig::default(),
         }
     }
@@ -240,6 +245,10 @@ impl CoordinatorConfig {
             return Err(FieldError::new("mcp_servers", self.mcp_servers.len(), rule));
         }
         endpoints::validate(&self.model_endpoints)?;
+        if let Some(scaler) = &self.scaler {
+            let checked = scaler.validate(&self.data_dir);
+            checked.map_err(|error| error.under("scaler"))?;
+        }
         self.validate_tokens()
     }
 
@@ -351,6 +360,10 @@ mod tests {
                 "`open_batches_max` must be in 1..=1000000",
             ),
             ("queue_acknowledge = \"never\"", "queue_acknowledge"),
+            (
+                "[scaler]\ninterval_s = 0",
+                "`scaler.interval_s` must be in 1..=3600",
+            ),
             ("watches_max = 0", "`watches_max` must be in 1..=10000"),
             (
                 "lease_ttl_ms = 5",

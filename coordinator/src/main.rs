@@ -45,6 +45,8 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_C
   model_endpoints    endpoints for workers that have none of their own: name, model, url, …
   worker_key_names   names of keys (`model_keys` of agent workers) that workers which serve models may ask for
   drain_limit_s      how long a drain may take [10]
+  scaler             interval_s; keda: listen; local: pools, a list of name, kinds, jobs_per_worker, min, max, idle_s, start_s,
+                     grace_s, command, env and pass_env
   telemetry          otlp_endpoint, log_format, log_filter, resource, metric_interval_s";
 
 /// Accepts, orders and leases jobs.

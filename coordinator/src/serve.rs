@@ -29,6 +29,7 @@ use crate::peers::Peers;
 use crate::questions::Questions;
 use crate::queue::{ConnectError, Embedded, EmbeddedConfig, OpenError, Queue, Redis, RedisConfig};
 use crate::registry::Registry;
+use crate::scaler;
 use crate::session::WorkerApi;
 
 /// How long tasks may take to end once everything lets go.
@@ -145,6 +146,9 @@ pub enum RunError {
     /// Opening the queue did not come back.
     #[error("an internal task failed")]
     Blocking(#[from] BlockingFailed),
+    /// Workers cannot be made.
+    #[error("scaling cannot begin")]
+    Scaler(#[from] scaler::StartError),
     /// A task without which the process is of no use ended.
     #[error("task `{0}` failed; the log has the details")]
     Task(&'static str),
@@ -167,6 +171,7 @@ pub async fn run(
     let shared = share(config, deps, shutdown)?;
     let (health, router) = services(server, &shared).await?;
     maintenance::start(&shared, health.clone());
+    scaler::start(&shared).await?;
     if let Ok(address) = listener.local_addr() {
         tracing::info!(%address, "coordinator serves");
     }

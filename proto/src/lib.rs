@@ -1,4 +1,5 @@
-//! The public API of Espalier: the generated types of `espalier.v1`, and their conversion to and from domain types.
+//! The public API of Espalier: the generated types of `espalier.v1`, and their conversion to and from domain types. Beside it
+//! the API by which KEDA asks, which is KEDA's.
 
 pub mod convert;
 pub mod status;
@@ -13,6 +14,12 @@ pub mod status;
 )]
 pub mod v1 {
     tonic::include_proto!("espalier.v1");
+}
+
+/// What KEDA asks, generated as [`v1`] is.
+#[allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code")]
+pub mod keda {
+    tonic::include_proto!("externalscaler");
 }
 
 /// Descriptors of all services, for gRPC reflection.

@@ -120,7 +120,7 @@ impl Peers {
 
 /// A list as it was last read. Whoever comes while it is read waits for that.
 #[derive(Debug)]
-struct Read<T>(Mutex<Option<(Instant, Arc<T>)>>);
+pub struct Read<T>(Mutex<Option<(Instant, Arc<T>)>>);
 
 impl<T> Default for Read<T> {
     fn default() -> Self {
@@ -129,7 +129,8 @@ impl<T> Default for Read<T> {
 }
 
 impl<T> Read<T> {
-    async fn get(
+    /// The list, read again by `read` where it is too old.
+    pub async fn get(
         &self,
         read: impl Future<Output = Result<T, QueueError>>,
     ) -> Result<Arc<T>, QueueError> {

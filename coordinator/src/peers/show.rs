@@ -12,6 +12,7 @@ use super::Peers;
 use super::order::Order;
 use crate::api::Shared;
 use crate::queue::{ANNOUNCE_MAX, Change, QueueError, Table};
+use crate::scaler;
 
 /// How often it is said that this process is here, at least: a third of the time after which it is forgotten.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -126,6 +127,13 @@ pub fn wanted(shared: &Shared, now: Timestamp) -> Entries {
         // A question is plain text and numbers, which are always written.
         if let Ok(value) = serde_json::to_vec(&question) {
             entries.insert((Table::Questions, id), value.into());
+        }
+    }
+    // Whoever is about to end leaves providers to others.
+    if !shared.shutdown.is_draining() {
+        let scaler = shared.config.scaler.iter();
+        for provider in scaler.flat_map(scaler::keys) {
+            entries.insert((Table::Scalers, provider.to_owned()), Bytes::new());
         }
     }
     let drained = shared.registry.drained().into_iter();

@@ -27,6 +27,9 @@ pub trait Provider: Send + Sync + Debug {
 
     /// Ends an instance and forgets it; that it is gone already is no error.
     fn delete<'a>(&'a self, instance: &'a Instance) -> Answer<'a, ()>;
+
+    /// This process ends: tells instances that live no longer than it does to end. Most live on.
+    fn close(&self) {}
 }
 
 /// A machine or a process that runs one worker.

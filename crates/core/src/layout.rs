@@ -15,6 +15,7 @@
 //! {project}/uploads/batches/{batch}/…                 the same for one batch alone: garbage after retention
 //! .probe/{id}…                                        deleted as soon as it is created
 //! _journal/q-{queue}/{project}/{batch}/…              what a shared queue was given, until the batch has ended
+//! _scaler/q-{queue}/{provider}.json                   what instances of a provider have cost today: replaced
 //! ```
 
 use std::fmt;
@@ -448,6 +449,11 @@ pub fn journal(queue: &str) -> String {
     format!("_journal/q-{queue}/")
 }
 
+/// What instances of `provider` have cost that coordinators of the queue with this name made.
+pub fn scaler_ledger(queue: &str, provider: &str) -> String {
+    format!("_scaler/q-{queue}/{provider}.json")
+}
+
 /// All that they keep of one batch.
 pub fn journal_batch(queue: &str, project: &ProjectId, batch: &BatchId) -> String {
     format!("{}{project}/{batch}/", journal(queue))
@@ -751,5 +757,8 @@ mod tests {
             assert_eq!(journal_entry_of("main", &path), None, "{path}");
         }
         assert!("_journal".parse::<ProjectId>().is_err());
+        let ledger = scaler_ledger("main", "runpod");
+        assert_eq!(ledger, "_scaler/q-main/runpod.json");
+        assert!("_scaler".parse::<ProjectId>().is_err());
     }
 }

@@ -91,6 +91,14 @@ pub mod attribute {
     pub const TRACE_PATH: &str = "espalier.trace.path";
     /// Name of a wait that has a deadline.
     pub const WAIT: &str = "espalier.wait";
+    /// A pool of workers, as the configuration names it.
+    pub const SCALER_POOL: &str = "espalier.scaler.pool";
+    /// Who makes its workers: `local`, …
+    pub const SCALER_PROVIDER: &str = "espalier.scaler.provider";
+    /// How an instance is: `starting`, `running` or `failed`.
+    pub const SCALER_STATE: &str = "espalier.scaler.state";
+    /// Why an instance is ended: `idle`, `unneeded`, `duplicate`, `failed` or `lost`.
+    pub const SCALER_REASON: &str = "espalier.scaler.reason";
     /// Operation on the object store: `create`, `get`, …
     pub const STORE_OPERATION: &str = "espalier.store.operation";
 }
@@ -174,6 +182,25 @@ pub mod metric {
     pub const ROLLOUT_TURNS: &str = "espalier.rollout.turns";
     /// Histogram, `s`: time of a turn that is neither the model's nor a tool's.
     pub const ROLLOUT_TURN_OVERHEAD: &str = "espalier.rollout.turn.overhead";
+    /// Gauge, `{instance}`: instances that a scaler has, by provider, pool and state. As of all gauges of scalers: the one
+    /// coordinator that asks the provider tells it, and the others tell nothing or 0: read it with `max`.
+    pub const SCALER_INSTANCES: &str = "espalier.scaler.instances";
+    /// Gauge, `{instance}`: instances that a pool should have, by provider and pool.
+    pub const SCALER_WANTED: &str = "espalier.scaler.wanted";
+    /// Gauge, `{job}`: jobs, waiting and running, that decide about a pool, by provider and pool.
+    pub const SCALER_DEMAND: &str = "espalier.scaler.demand";
+    /// Gauge, `{USD}/h`: what the instances of a pool cost, by provider and pool.
+    pub const SCALER_PRICE: &str = "espalier.scaler.price";
+    /// Gauge, `{USD}`: what instances have cost since midnight in UTC, by provider.
+    pub const SCALER_SPENT_TODAY: &str = "espalier.scaler.spent_today";
+    /// Gauge, `{USD}`: what they may cost in a day, by provider, where there is a bound.
+    pub const SCALER_BUDGET_DAY: &str = "espalier.scaler.budget_day";
+    /// Counter, `{instance}`: instances that were asked for, by provider and pool.
+    pub const SCALER_CREATES: &str = "espalier.scaler.creates";
+    /// Counter, `{instance}`: instances that were ended, by provider, pool and reason.
+    pub const SCALER_DELETES: &str = "espalier.scaler.deletes";
+    /// Counter, `{error}`: answers of providers that were none, by provider and class.
+    pub const SCALER_ERRORS: &str = "espalier.scaler.errors";
     /// Counter, `{connection}`: sessions with a coordinator that a worker lost and took up again.
     pub const WORKER_RECONNECTS: &str = "espalier.worker.reconnects";
     /// Counter, `{timeout}`: waits that came to their deadline, by name.

@@ -1,0 +1,181 @@
+//! What the plan remembers from look to look. Lost with the process: a coordinator that takes over counts the times of
+//! idleness and absence anew, so that it ends nothing too early.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use espalier_core::time::Timestamp;
+
+use super::plan::Look;
+use super::provider::Instance;
+
+/// How long an instance that was asked for counts though the provider does not list it: replies are lost, and lists lag.
+const ASKED_FOR: Duration = Duration::from_secs(60);
+/// The wait after the first failure of a pool; each further one doubles it.
+const WAIT_FIRST: Duration = Duration::from_secs(10);
+/// The longest wait.
+const WAIT_MAX: Duration = Duration::from_secs(600);
+
+/// See the module.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    /// By id.
+    instances: BTreeMap<String, Kept>,
+    /// By name.
+    asked: BTreeMap<String, Asked>,
+    /// By pool.
+    trouble: BTreeMap<String, Trouble>,
+    /// The highest price that was seen of an instance, by pool; $ per hour.
+    prices: BTreeMap<String, f64>,
+}
+
+#[derive(Clone, Debug)]
+struct Kept {
+    /// When it last had a job, or came back.
+    busy_at: Timestamp,
+    /// When its worker was last seen.
+    here_at: Timestamp,
+    /// It was seen at the last look.
+    here: bool,
+    /// It was decided that it goes.
+    leaving: bool,
+    /// Its failure is counted.
+    failed: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Asked {
+    pool: String,
+    at: Timestamp,
+}
+
+#[derive(Clone, Debug)]
+struct Trouble {
+    failures: u32,
+    last: Timestamp,
+}
+
+impl Trouble {
+    fn wait(&self) -> Duration {
+        let doublings = self.failures.saturating_sub(1).min(16);
+        (WAIT_FIRST * 2_u32.pow(doublings)).min(WAIT_MAX)
+    }
+}
+
+impl Memory {
+    /// Takes a look in, before it is decided upon.
+    pub(super) fn see(&mut self, look: &Look<'_>) {
+        let now = look.now;
+        self.instances
+            .retain(|id, _| look.instances.iter().any(|i| i.id == *id));
+        self.asked.retain(|name, asked| {
+            let listed = look.instances.iter().any(|i| i.name == *name);
+            !listed && now.since(asked.at) < ASKED_FOR
+        });
+        self.trouble
+            .retain(|_, trouble| now.since(trouble.last) < WAIT_MAX * 2);
+        for instance in look.instances {
+            let kept = self.instances.entry(instance.id.clone()).or_insert(Kept {
+                busy_at: now,
+                here_at: now,
+                here: false,
+                leaving: false,
+                failed: false,
+            });
+            let seen = look.workers.get(&instance.name);
+            // What it did while it was away nobody knows.
+            let came = seen.is_some() && !kept.here;
+            if came || seen.is_some_and(|seen| seen.running > 0) {
+                kept.busy_at = now;
+            }
+            kept.here = seen.is_some();
+            if kept.here {
+                kept.here_at = now;
+            }
+            if instance.price_per_hour > 0.0 {
+                let price = self.prices.entry(instance.pool.clone()).or_default();
+                *price = price.max(instance.price_per_hour);
+            }
+        }
+    }
+
+    /// An instance of `pool` was asked for under `name`.
+    pub fn created(&mut self, pool: &str, name: &str, now: Timestamp) {
+        let asked = Asked {
+            pool: pool.to_owned(),
+            at: now,
+        };
+        self.asked.insert(name.to_owned(), asked);
+    }
+
+    /// An instance of `pool` cannot be had: the next one is asked for after a wait that grows.
+    pub fn refused(&mut self, pool: &str, now: Timestamp) {
+        let trouble = self.trouble.entry(pool.to_owned()).or_insert(Trouble {
+            failures: 0,
+            last: Timestamp::default(),
+        });
+        // Many that fail at one look are one failure.
+        if trouble.failures == 0 || trouble.last != now {
+            trouble.failures += 1;
+            trouble.last = now;
+        }
+    }
+
+    /// An instance failed; counts once.
+    pub(super) fn failed(&mut self, instance: &Instance, now: Timestamp) {
+        let kept = self.instances.get_mut(&instance.id);
+        if kept.is_some_and(|kept| !std::mem::replace(&mut kept.failed, true)) {
+            self.refused(&instance.pool, now);
+        }
+    }
+
+    /// It is decided that an instance goes.
+    pub(super) fn leaves(&mut self, instance: &Instance) {
+        if let Some(kept) = self.instances.get_mut(&instance.id) {
+            kept.leaving = true;
+        }
+    }
+
+    pub(super) fn is_leaving(&self, instance: &Instance) -> bool {
+        let kept = self.instances.get(&instance.id);
+        kept.is_some_and(|kept| kept.leaving)
+    }
+
+    /// For how long its worker has not been seen.
+    pub(super) fn away(&self, instance: &Instance, now: Timestamp) -> Duration {
+        let kept = self.instances.get(&instance.id);
+        kept.map_or(Duration::ZERO, |kept| now.since(kept.here_at))
+    }
+
+    /// For how long it has had no job.
+    pub(super) fn idle(&self, instance: &Instance, now: Timestamp) -> Duration {
+        let kept = self.instances.get(&instance.id);
+        kept.map_or(Duration::ZERO, |kept| now.since(kept.busy_at))
+    }
+
+    /// How many of `pool` were asked for and are not listed.
+    pub(super) fn asked(&self, pool: &str) -> usize {
+        self.asked.values().filter(|a| a.pool == pool).count()
+    }
+
+    pub(super) fn has_asked(&self, name: &str) -> bool {
+        self.asked.contains_key(name)
+    }
+
+    /// Whether `pool` asks for nothing now, since it failed.
+    pub(super) fn waits(&self, pool: &str, now: Timestamp) -> bool {
+        let trouble = self.trouble.get(pool);
+        trouble.is_some_and(|trouble| now.since(trouble.last) < trouble.wait())
+    }
+
+    /// What an instance of `pool` costs, as far as one was seen; $ per hour.
+    pub(super) fn price(&self, pool: &str) -> Option<f64> {
+        self.prices.get(pool).copied()
+    }
+
+    /// What those cost that were asked for and are not listed; $ per hour.
+    pub(super) fn price_of_asked(&self) -> f64 {
+        let asked = self.asked.values();
+        asked.filter_map(|asked| self.price(&asked.pool)).sum()
+    }
+}
