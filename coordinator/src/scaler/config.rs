@@ -35,6 +35,7 @@ const NAME_BYTES_MAX: usize = 32;
 /// jobs_per_worker = 4
 /// max = 20
 /// command = ["espalier-agent-worker", "--config", "agent.toml"]
+/// env = { ESPALIER_AGENT_WORKER_DATA_DIR = "/var/lib/espalier/{instance}" }
 /// ```
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -92,9 +93,10 @@ pub struct LocalPool {
     /// Seconds that a process has to end when it is told to, before it is killed; from 1 to 3,600 (default 60).
     #[serde(default = "default_grace_s")]
     pub grace_s: u64,
-    /// The program and its arguments. The program is searched in `PATH` where it has no slash.
+    /// The program and its arguments, in which `{instance}` stands for the name of the instance. The program is searched in
+    /// `PATH` where it has no slash.
     pub command: Vec<String>,
-    /// Variables that it is given, each a text, `{ file = "…" }` or `{ env = "…" }`.
+    /// Variables that it is given, each a text, `{ file = "…" }` or `{ env = "…" }`; `{instance}` stands for the same.
     #[serde(default)]
     pub env: BTreeMap<String, Secret>,
     /// Names of variables that it takes over from the coordinator, besides `PATH`, `HOME`, the locale, proxies and

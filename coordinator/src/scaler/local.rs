@@ -147,7 +147,7 @@ impl Local {
         command
             .args(["-c", KEEPER, "espalier-keeper"])
             .arg(pool.grace_s.to_string())
-            .args(&pool.command)
+            .args(pool.command.iter().map(|word| named(word, name)))
             .env_clear();
         for (variable, value) in &self.environment {
             if INHERITED.contains(&&**variable) || pool.pass_env.contains(variable) {
@@ -155,7 +155,7 @@ impl Local {
             }
         }
         for (variable, value) in &pool.env {
-            command.env(variable, value.expose());
+            command.env(variable, named(value.expose(), name));
         }
         command
             .env(INSTANCE_VARIABLE, name)
@@ -289,6 +289,11 @@ impl Kept {
         }
         self.status
     }
+}
+
+/// `text` with the name of the instance where it is asked for.
+fn named(text: &str, name: &str) -> String {
+    text.replace("{instance}", name)
 }
 
 fn in_words(status: ExitStatus) -> String {

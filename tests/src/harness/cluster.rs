@@ -28,9 +28,10 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 pub const PROJECTS: [&str; 2] = ["default", "other"];
 const CLIENT_TOKENS: [&str; 2] = ["client-of-a-test-cluster", "client-of-another-project"];
 const OPERATOR_TOKEN: &str = "operator-of-a-test-cluster";
-const WORKER_TOKEN: &str = "worker-of-a-test-cluster";
 /// Of a coordinator that has a host of its own.
 const COORDINATOR_PORT: u16 = 7411;
+/// The token of the workers.
+pub const WORKER_TOKEN: &str = "worker-of-a-test-cluster";
 
 /// Running coordinators, and what workers need to join them.
 #[derive(Debug)]
@@ -59,7 +60,8 @@ pub struct Setup {
     pub store_url: Option<String>,
     /// Variables of every process, such as those by which a store is reached.
     pub environment: Vec<(String, String)>,
-    /// Further sections of each coordinator's configuration.
+    /// Further sections of each coordinator's configuration, in which `{folder}` stands for the cluster's folder and
+    /// `{address}` for where that coordinator listens.
     pub more: String,
     /// Where everybody has a host of their own: `coordinator-0`, and the name of each worker. Otherwise all are on this one.
     pub hosts: Option<Arc<Hosts>>,
@@ -222,6 +224,14 @@ impl Cluster {
         self.spawn_worker(name, slots, addresses, Where::WithClock(offset))
     }
 
+    /// Writes the configuration of such a worker to `{folder}/{name}.toml`, for whoever starts it.
+    pub fn write_worker_config(&self, name: &str, slots: u32) {
+        let config_file = self.folder.path().join(format!("{name}.toml"));
+        let data_dir = self.folder.path().join(name);
+        let config = self.worker_config(&data_dir, slots, &self.addresses());
+        std::fs::write(config_file, config).expect("the test's folder is writable");
+    }
+
     /// A connection for a test that plays a worker of the first coordinator.
     pub fn worker_channel(&self) -> AuthorizedChannel {
         let endpoint = format!("http://{}", self.coordinators[0].address);
@@ -366,6 +376,12 @@ impl Cluster {
     /// The same, of whichever coordinator is behind `address`.
     pub async fn client_at(&self, address: SocketAddr) -> Client {
         Client::connect(&format!("http://{address}"), CLIENT_TOKENS[0]).await
+    }
+
+    /// A client of the first coordinator that may look after the system.
+    pub async fn operator_client(&self) -> Client {
+        let address = self.coordinators[0].address;
+        Client::connect(&format!("http://{address}"), OPERATOR_TOKEN).await
     }
 
     /// A client of each of [`PROJECTS`], of whichever coordinator is behind `address`.
@@ -565,7 +581,10 @@ fn coordinator_config(folder: &Path, address: SocketAddr, setup: &Setup) -> Stri
         lease_ttl_ms = setup.lease_ttl_ms,
         operator = sha256_hex(OPERATOR_TOKEN.as_bytes()),
         worker = sha256_hex(WORKER_TOKEN.as_bytes()),
-        more = setup.more,
+        more = setup
+            .more
+            .replace("{folder}", &folder.display().to_string())
+            .replace("{address}", &address.to_string()),
     )
 }
 

@@ -29,9 +29,13 @@ impl Trail {
     /// Makes `command` leave it. MCP servers inherit little of the worker's environment; the name of the user is a part
     /// of it.
     pub fn lay(&self, command: &mut Command) {
-        command
-            .env("LOGNAME", &self.user)
-            .env("TMPDIR", &self.temp_dir);
+        command.envs(self.variables());
+    }
+
+    /// The variables by which a process leaves it, and those that it starts.
+    pub fn variables(&self) -> [(&'static str, String); 2] {
+        let temp_dir = self.temp_dir.display().to_string();
+        [("LOGNAME", self.user.clone()), ("TMPDIR", temp_dir)]
     }
 
     /// Ids and command lines of what is still there, the process itself included. The children of a browser write their

@@ -35,6 +35,7 @@ mod rolling_restart;
 mod rollouts;
 mod run;
 mod run_replayed;
+mod scaler;
 mod serving;
 mod serving_follow;
 mod serving_hub;

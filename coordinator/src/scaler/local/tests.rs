@@ -19,7 +19,7 @@ fn local(folder: &TempDir, script: &str) -> Local {
             .into(),
         env: [(
             "GIVEN".to_owned(),
-            espalier_runtime::config::Secret::new("hunter2"),
+            espalier_runtime::config::Secret::new("hunter2 of {instance}"),
         )]
         .into(),
         pass_env: ["PASSED".to_owned()].into(),
@@ -70,7 +70,7 @@ fn in_folder(folder: &TempDir, script: &str) -> String {
 #[tokio::test]
 async fn a_process_knows_its_instance_and_none_of_the_coordinators_secrets() {
     let folder = TempDir::new().unwrap();
-    let script = "env > e; echo >> e; exec sleep 600";
+    let script = "env > e; echo {instance} >> e; exec sleep 600";
     let local = local(&folder, &in_folder(&folder, script));
     assert_eq!(local.list().await.unwrap(), []);
     local.create("a", "local-a-0").await.unwrap();
@@ -83,7 +83,8 @@ async fn a_process_knows_its_instance_and_none_of_the_coordinators_secrets() {
     let environment = written(&folder, "e").await;
     for line in [
         "ESPALIER_INSTANCE=local-a-0",
-        "GIVEN=hunter2",
+        "GIVEN=hunter2 of local-a-0",
+        "local-a-0",
         "PASSED=of the coordinator",
     ] {
         assert!(environment.lines().any(|l| l == line), "{environment}");
