@@ -81,7 +81,7 @@ const INHERITED: [&str; 23] = [
     "LD_LIBRARY_PATH",
     "ESPALIER_LOG",
 ];
-/// How long a process that was told to end is waited for before the next look.
+/// How long a process that was told to end is waited for, so that most are gone at the next look.
 const END_WAIT: Duration = Duration::from_secs(5);
 /// How often it is looked at meanwhile.
 const END_LOOK: Duration = Duration::from_millis(20);
@@ -227,9 +227,9 @@ impl Local {
                     Some(None) => {}
                 }
             }
+            // Its keeper goes on; it is listed until it is gone.
             if Instant::now() >= until {
-                let reason = "the process was told to end and has not ended yet";
-                return Err(ProviderError::Unavailable(reason.to_owned()));
+                return Ok(());
             }
             tokio::time::sleep(END_LOOK).await;
         }

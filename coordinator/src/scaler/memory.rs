@@ -11,6 +11,8 @@ use super::provider::Instance;
 
 /// How long an instance that was asked for counts though the provider does not list it: replies are lost, and lists lag.
 const ASKED_FOR: Duration = Duration::from_secs(60);
+/// How long an instance that the provider was told to end may be listed before it is told again.
+const ENDED_FOR: Duration = Duration::from_secs(60);
 /// The wait after the first failure of a pool; each further one doubles it.
 const WAIT_FIRST: Duration = Duration::from_secs(10);
 /// The longest wait.
@@ -41,6 +43,8 @@ struct Kept {
     leaving: bool,
     /// Its failure is counted.
     failed: bool,
+    /// When the provider was told to end it.
+    ended_at: Option<Timestamp>,
 }
 
 #[derive(Clone, Debug)]
@@ -81,6 +85,7 @@ impl Memory {
                 here: false,
                 leaving: false,
                 failed: false,
+                ended_at: None,
             });
             let seen = look.workers.get(&instance.name);
             // What it did while it was away nobody knows.
@@ -119,6 +124,20 @@ impl Memory {
             trouble.failures += 1;
             trouble.last = now;
         }
+    }
+
+    /// The provider was told to end an instance.
+    pub fn ended(&mut self, instance: &Instance, now: Timestamp) {
+        if let Some(kept) = self.instances.get_mut(&instance.id) {
+            kept.ended_at = Some(now);
+        }
+    }
+
+    /// Whether the provider need not be told yet again.
+    pub(super) fn has_ended(&self, instance: &Instance, now: Timestamp) -> bool {
+        let kept = self.instances.get(&instance.id);
+        let ended_at = kept.and_then(|kept| kept.ended_at);
+        ended_at.is_some_and(|at| now.since(at) < ENDED_FOR)
     }
 
     /// An instance failed; counts once.

@@ -194,6 +194,10 @@ pub fn plan(look: &Look<'_>, memory: &mut Memory) -> Plan {
         release(look, memory, instances, spare, idle, &mut actions);
     }
     create(look, memory, &wanted, &supply, &mut actions);
+    actions.retain(|action| match action {
+        Action::Delete { instance, .. } => !memory.has_ended(instance, look.now),
+        Action::Create { .. } | Action::Drain { .. } => true,
+    });
     Plan { wanted, actions }
 }
 

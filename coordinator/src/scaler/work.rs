@@ -285,10 +285,13 @@ impl Work {
             .buffered(CALLS_MAX)
             .collect()
             .await;
-        let mut failed = None;
+        let (now, mut failed) = (self.shared.now(), None);
         for (instance, why, done) in calls {
             match done {
-                Ok(()) => self.tell.deleted(instance, why),
+                Ok(()) => {
+                    self.memory.ended(instance, now);
+                    self.tell.deleted(instance, why);
+                }
                 Err(error) => failed = Some(error),
             }
         }

@@ -9,6 +9,7 @@ mod access;
 mod jobs;
 mod moving;
 mod questions;
+mod scaler;
 mod shared_queue;
 mod support;
 mod tls;

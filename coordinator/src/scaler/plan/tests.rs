@@ -167,6 +167,15 @@ fn an_idle_instance_goes_after_a_while_drained_first_and_ended_when_it_still_has
         ["delete x-a-1 idle", "delete x-a-2 idle"],
         "until it is gone"
     );
+    for instance in scene.instances.clone() {
+        scene.memory.ended(&instance, scene.now);
+    }
+    assert_eq!(
+        scene.after(59 * SECOND),
+        [""; 0],
+        "the provider takes its time"
+    );
+    assert_eq!(scene.after(SECOND).len(), 2, "it is told again");
 }
 
 #[test]
