@@ -102,6 +102,9 @@ pub struct AgentWorkerConfig {
     /// How long running rollouts may go on when the process drains, in seconds.
     #[serde(default = "default_grace_s")]
     pub grace_s: u64,
+    /// Where `/health` and `/ready` are served over plain HTTP, such as `127.0.0.1:7414`. Absent: nowhere.
+    #[serde(default)]
+    pub health_listen: Option<SocketAddr>,
     /// Logs, traces and metrics.
     #[serde(default)]
     pub telemetry: TelemetryConfig,
@@ -134,6 +137,7 @@ impl fmt::Debug for AgentWorkerConfig {
             .field("tags", &self.tags)
             .field("http_hook_hosts", &self.http_hook_hosts)
             .field("grace_s", &self.grace_s)
+            .field("health_listen", &self.health_listen)
             .field("telemetry", &self.telemetry)
             .finish()
     }
@@ -209,6 +213,7 @@ impl AgentWorkerConfig {
             tags: Vec::new(),
             http_hook_hosts: Vec::new(),
             grace_s: default_grace_s(),
+            health_listen: None,
             telemetry: TelemetryConfig::default(),
         }
     }

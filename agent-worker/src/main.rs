@@ -37,6 +37,7 @@ Keys of the configuration (each also as a variable: `model_name` is ESPALIER_AGE
   tags               what the worker offers beyond its MCP servers
   http_hook_hosts    hosts whose hooks verifiers may ask
   grace_s            time for running rollouts when the process drains [30]
+  health_listen      address where /health and /ready are served over plain HTTP, such as 127.0.0.1:7414 [nowhere]
   telemetry          otlp_endpoint, log_format, log_filter, resource, metric_interval_s";
 
 /// Runs rollouts, and makes data sets, comparisons and exports beside them.

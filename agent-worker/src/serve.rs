@@ -10,6 +10,7 @@ use espalier_core::spec::{JobDraft, RolloutSpec};
 use espalier_qwen3_text::Tokenizer;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::Environment;
+use espalier_runtime::health::{self, Health, ListenError};
 use espalier_runtime::model::{ModelClient, ModelError};
 use espalier_runtime::publish::{NoLease, Published};
 use espalier_runtime::shutdown::Shutdown;
@@ -106,6 +107,9 @@ pub enum RunError {
     /// The loop could not begin.
     #[error("the worker loop cannot start")]
     Worker(#[from] WorkerError),
+    /// The port of its health cannot be had.
+    #[error(transparent)]
+    Health(#[from] ListenError),
     /// Work off the async threads failed.
     #[error(transparent)]
     Blocking(#[from] BlockingFailed),
@@ -254,9 +258,16 @@ pub async fn run(
         slots: config.slots,
         grace: config.grace(),
         tell_every: None,
+        once: None,
+    };
+    let health = Health::default();
+    let served = match config.health_listen {
+        Some(address) => Some(health::serve(address, health.clone(), &agent.tasks).await?),
+        None => None,
     };
     let loop_deps = WorkerDeps {
         store: deps.store.clone(),
+        health,
         tasks: agent.tasks.clone(),
     };
     let cpu = WorkerConfig {
@@ -280,6 +291,7 @@ pub async fn run(
         Box::pin(exporting)
     );
     let ended = ended.map(drop);
+    drop(served);
     agent.end().await;
     Ok(ended?)
 }

@@ -1,5 +1,6 @@
 //! The options of the process, checked before anything is opened.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -64,6 +65,19 @@ pub struct Options {
     /// Seconds that a training has to end its step and store a checkpoint when the process is told to end.
     #[arg(long, value_name = "SECONDS", default_value_t = 300, env = "ESPALIER_TRAIN_WORKER_SHUTDOWN_TIMEOUT", value_parser = clap::value_parser!(u32).range(0..=86_400))]
     pub shutdown_timeout: u32,
+    /// Ends after the first job, whatever became of it, with exit code 0: for a process that is started for each job.
+    #[arg(long, env = "ESPALIER_TRAIN_WORKER_ONCE")]
+    pub once: bool,
+    /// With --once: seconds after which it ends, with exit code 0, where no job came.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, env = "ESPALIER_TRAIN_WORKER_ONCE_WAIT", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub once_wait: u32,
+    /// Where /health and /ready are served over plain HTTP, such as 127.0.0.1:7414 [nowhere].
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        env = "ESPALIER_TRAIN_WORKER_HEALTH_LISTEN"
+    )]
+    pub health_listen: Option<SocketAddr>,
     /// Where traces, metrics and logs go, by OTLP over gRPC, such as http://localhost:4317 [the variable
     /// OTEL_EXPORTER_OTLP_ENDPOINT].
     #[arg(long, value_name = "URL")]
@@ -104,11 +118,19 @@ impl Options {
         })
     }
 
+    /// How long the process waits for its only job; none: it takes one after the other.
+    pub fn once(&self) -> Option<Duration> {
+        let wait = Duration::from_secs(self.once_wait.into());
+        self.once.then_some(wait)
+    }
+
     /// What jobs may do.
     pub fn permissions(&self) -> Permissions {
         Permissions {
             allow_local_models: self.allow_local_models,
             grace: self.grace(),
+            once: self.once(),
+            health_listen: self.health_listen,
         }
     }
 
@@ -159,9 +181,16 @@ mod tests {
         assert_eq!(loader.peak_flops(), Some(2e12));
         assert_eq!(read(&[]).unwrap().device, DeviceChoice::Auto);
         assert_eq!(options.grace().as_secs(), 300);
+        assert_eq!((options.once(), options.health_listen), (None, None));
+        let once = read(&["--once"]).unwrap().once();
+        assert_eq!(once, Some(Duration::from_secs(300)));
+        let once = read(&["--once", "--once-wait=7"]).unwrap().once();
+        assert_eq!(once, Some(Duration::from_secs(7)));
         assert!(!options.permissions().allow_local_models);
         for (bad, said) in [
             (["--cpu-threads", "0"], "--cpu-threads"),
+            (["--once-wait", "0"], "--once-wait"),
+            (["--health-listen", "7414"], "--health-listen"),
             (["--device", "gpu"], "must be auto, cpu or cuda:N"),
             (["--peak-flops", "nan"], "must be a number above 0"),
             (["--peak-flops", "-1"], "must be a number above 0"),

@@ -1,5 +1,6 @@
 //! The process: takes `train` jobs, one at a time, until it drains.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use espalier_runtime::clock::SystemClock;
 use espalier_runtime::config::Secret;
 use espalier_runtime::fetch::Fetcher;
+use espalier_runtime::health::{self, Health, ListenError};
 use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
@@ -35,12 +37,16 @@ pub struct Source {
     pub store: Store,
 }
 
-/// What a process may do, beside where its jobs come from.
+/// What a process may do and how long, beside where its jobs come from.
 pub struct Permissions {
     /// Whether jobs may name folders of this machine as base models.
     pub allow_local_models: bool,
     /// How long a training that runs may take to store its checkpoint once the process drains.
     pub grace: Duration,
+    /// Ends the process after its first job, or when none came for so long; none: it takes one after the other.
+    pub once: Option<Duration>,
+    /// Where it serves how it does; none: nowhere.
+    pub health_listen: Option<SocketAddr>,
 }
 
 /// Why a process ended that was not told to.
@@ -49,13 +55,17 @@ pub enum RunError {
     /// The settings cannot work.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+    /// The port of its health cannot be had.
+    #[error(transparent)]
+    Health(#[from] ListenError),
     /// The device has failed; the job was handed back.
     #[error("the device that trains is lost: start the worker again, or look with `nvidia-smi`")]
     DeviceLost,
 }
 
 /// Takes jobs and trains until `shutdown` drains. A training that runs then ends after its step, stores a checkpoint and
-/// goes back to the queue. A device that fails drains `shutdown`.
+/// goes back to the queue. A device that fails drains `shutdown`, and so does the end of the only job of
+/// [`Permissions::once`].
 ///
 /// # Errors
 /// The settings cannot work, or the device has failed. Coordinators that are away are no error: they are tried for ever.
@@ -77,9 +87,16 @@ pub async fn run(
         slots: 1,
         grace: permissions.grace,
         tell_every: Some(TELL_EVERY),
+        once: permissions.once,
+    };
+    let health = Health::default();
+    let served = match permissions.health_listen {
+        Some(address) => Some(health::serve(address, health.clone(), &tasks).await?),
+        None => None,
     };
     let deps = WorkerDeps {
         store: source.store.clone(),
+        health,
         tasks: tasks.clone(),
     };
     let device_lost = Arc::<AtomicBool>::default();
@@ -94,6 +111,7 @@ pub async fn run(
         machine: Arc::new(Semaphore::new(1)),
     };
     let ended = Box::pin(worker::run(Arc::new(workshop), config, deps, shutdown)).await;
+    drop(served);
     if let Err(unfinished) = tasks.join_all(TASKS_END_LIMIT).await {
         tracing::warn!(error = %unfinished, "not every job ended in time");
     }

@@ -35,6 +35,8 @@ pub(super) fn worker(
     let permissions = Permissions {
         allow_local_models: true,
         grace,
+        once: None,
+        health_listen: None,
     };
     let fetcher = Fetcher::new(parts.environment, None);
     let device = match serves_here {

@@ -11,6 +11,7 @@ use espalier_core::trace::{RolloutSummary, StopReason, Summary, Totals};
 use espalier_proto::v1;
 use espalier_runtime::clock::{Clock, SystemClock};
 use espalier_runtime::config::Secret;
+use espalier_runtime::health::Health;
 use espalier_runtime::model::Served;
 use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
@@ -109,11 +110,13 @@ fn start(coordinators: &[&Coordinator]) -> (Arc<Work>, Tasks) {
         slots: SLOTS,
         grace: Duration::ZERO,
         tell_every: None,
+        once: None,
     };
     let shutdown = Shutdown::new();
     let tasks = Tasks::new(shutdown.clone());
     let deps = WorkerDeps {
         store: coordinators[0].store.clone(),
+        health: Health::default(),
         tasks: tasks.clone(),
     };
     let work = Arc::new(Work::default());

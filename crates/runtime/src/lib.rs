@@ -9,6 +9,7 @@ pub mod clock;
 pub mod config;
 pub mod datasets;
 pub mod fetch;
+pub mod health;
 pub mod hub;
 pub mod ids;
 pub mod memory;

@@ -7,6 +7,7 @@
 
 mod addresses;
 mod incoming;
+mod own;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::config::Secret;
 
 pub use addresses::{Addresses, Place, choose};
 pub use incoming::{Connection, Incoming};
+pub use own::{OwnTls, own_address, own_channel};
 
 /// Largest message of our protocols, in bytes, to be set on every generated client and server. A chunk of a
 /// thousand job specs fits.
@@ -121,6 +123,17 @@ pub enum NetError {
         /// Why.
         source: std::io::Error,
     },
+    /// A certificate or key cannot be read.
+    #[error("PEM file `{}` cannot be used", file.display())]
+    Pem {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: rustls::pki_types::pem::Error,
+    },
+    /// Certificate and key of a client do not make a TLS configuration.
+    #[error("the client's certificate and key are refused")]
+    OwnTls(#[source] rustls::Error),
     /// Certificate and key do not make a TLS configuration.
     #[error(
         "the TLS settings are refused: certificate, key or authority is malformed, or they do not match"

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use espalier_runtime::config::Secret;
-use espalier_runtime::net::{self, ClientTls, ServerTls};
+use espalier_runtime::net::{self, ClientTls, OwnTls, ServerTls};
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::tasks::{OnFailure, Tasks};
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_client::TraceServiceClient;
@@ -107,4 +107,29 @@ async fn tls_lets_in_who_trusts_the_certificate_and_shows_one() {
     call(&endpoint, Some(&other_authority), None)
         .await
         .unwrap_err();
+}
+
+#[tokio::test]
+async fn a_server_of_this_machine_is_asked_whatever_certificate_it_shows() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server_cert, server_key) = certificate(folder.path(), "espalier.test");
+    let (client_cert, client_key) = certificate(folder.path(), "probe.test");
+    let key_file = folder.path().join("probe.key");
+    std::fs::write(&key_file, client_key.expose()).unwrap();
+    let server_tls = ServerTls {
+        cert: server_cert,
+        key: server_key,
+        client_ca: Some(client_cert.clone()),
+    };
+    let endpoint = serve(Seen::default(), Some(&server_tls)).await;
+    let address = endpoint.strip_prefix("https://").unwrap().parse().unwrap();
+    let call = async |tls: Option<&OwnTls>| {
+        let channel = net::own_channel(address, tls).unwrap();
+        let mut client = TraceServiceClient::new(channel);
+        client.export(ExportTraceServiceRequest::default()).await
+    };
+    let identity = Some((client_cert, key_file));
+    call(Some(&OwnTls { identity })).await.unwrap();
+    call(Some(&OwnTls::default())).await.unwrap_err();
+    call(None).await.unwrap_err();
 }

@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use espalier_runtime::clock::SystemClock;
 use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::health;
 use espalier_runtime::ids::UuidIds;
 use espalier_runtime::net::{Addresses, ClientTls};
 use espalier_runtime::shutdown::Shutdown;
@@ -139,9 +140,12 @@ pub async fn run(answering: Answering, source: Source) -> Result<(), WorkerError
         // Nobody waits for the lines that run, and what is in the store is not lost.
         grace: Duration::ZERO,
         tell_every: None,
+        once: None,
     };
     let deps = WorkerDeps {
         store: source.store.clone(),
+        // Of the engine, which jobs and requests share, tells `/health` of the API.
+        health: health::Health::default(),
         tasks: tasks.clone(),
     };
     let mut health = answering.health.clone();

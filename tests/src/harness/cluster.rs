@@ -322,6 +322,11 @@ impl Cluster {
 
     /// The same on another device, or on what it finds.
     pub fn train_worker_on(&self, name: &str, device: &str) -> Process {
+        self.train_worker_with(name, device, &[])
+    }
+
+    /// The same with further options.
+    pub fn train_worker_with(&self, name: &str, device: &str, more: &[&str]) -> Process {
         let urls: Vec<String> = self
             .addresses()
             .iter()
@@ -331,7 +336,7 @@ impl Cluster {
         command.args(["--coordinator-url", &urls.join(",")]);
         command.args(["--store-url", &self.store_url()]);
         command.args(["--allow-local-models", "--cpu-threads", "2"]);
-        command.args(["--device", device]);
+        command.args(["--device", device]).args(more);
         command.env("ESPALIER_TRAIN_WORKER_TOKEN", WORKER_TOKEN);
         command.env("HOME", self.folder.path());
         command.envs(self.setup.environment.iter().cloned());

@@ -50,3 +50,4 @@ mod train;
 mod train_agreement;
 mod train_dataset;
 mod train_faults;
+mod train_once;

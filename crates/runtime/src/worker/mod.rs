@@ -17,11 +17,13 @@
 //! - A grant beyond the credit that was given is handed back, never run.
 //! - A result is sent until it is acknowledged, or until its lease is known to be lost.
 //! - A panic of the handler is a failure of the job, never of the process.
+//! - A worker that takes one job only asks for no second one, whatever became of the first.
 
 mod book;
 mod job;
 mod lease;
 mod link;
+mod once;
 pub mod serving;
 mod session;
 #[cfg(test)]
@@ -40,6 +42,7 @@ use espalier_proto::v1;
 use tokio::sync::watch;
 
 use crate::config::Secret;
+use crate::health::Health;
 use crate::ids::{IdSource, UuidIds};
 use crate::model::Served;
 use crate::net::{Addresses, ClientTls, NetError};
@@ -166,6 +169,8 @@ pub struct WorkerConfig {
     /// How long what a job says of its progress may wait until the coordinator hears of it; none: until its lease is
     /// renewed anyway. For few and long jobs that people watch.
     pub tell_every: Option<Duration>,
+    /// Drains the process after its first job, or when none came for so long; none: takes jobs until it is told to end.
+    pub once: Option<Duration>,
 }
 
 /// What the loop stands on.
@@ -173,6 +178,8 @@ pub struct WorkerConfig {
 pub struct WorkerDeps {
     /// Holds large specs.
     pub store: Store,
+    /// Told of how the loop does.
+    pub health: Health,
     /// The set that jobs run in.
     pub tasks: Tasks,
 }
@@ -191,7 +198,8 @@ pub enum WorkerError {
     },
 }
 
-/// Takes and does jobs until `shutdown` drains, then finishes or hands back what it holds.
+/// Takes and does jobs until `shutdown` drains, then finishes or hands back what it holds. With [`WorkerConfig::once`] it
+/// drains `shutdown` itself.
 ///
 /// # Errors
 /// The settings cannot work. Coordinators that are away are no error: they are tried for ever.

@@ -16,7 +16,9 @@ use super::book::{Book, LeaseId};
 use super::job::{self, Event};
 use super::lease::{Lease, Stop};
 use super::link::{Heard, Links};
+use super::once::Once;
 use super::{Handler, JobOutcome, Serving, WorkerConfig, WorkerDeps};
+use crate::health::{Turn, Watched};
 use crate::model::Served;
 use crate::shutdown::Shutdown;
 use crate::tasks::OnFailure;
@@ -96,6 +98,8 @@ pub(super) struct Session<H> {
     /// By question id, or by job and fence for manifests.
     requests: HashMap<String, Request>,
     serving: Option<watch::Receiver<Serving>>,
+    once: Option<Once>,
+    health: Watched,
 }
 
 impl<H: Handler> Session<H> {
@@ -110,8 +114,11 @@ impl<H: Handler> Session<H> {
         let (events_in, events) = mpsc::channel(EVENTS_MAX);
         let links = Links::new(id.clone(), config.clone());
         let book = Book::new(config.tell_every);
+        let kind = handler.kind().as_str_name().trim_start_matches("JOB_KIND_");
         Self {
             serving: handler.serving(),
+            once: config.once.map(|wait| Once::new(Instant::now() + wait)),
+            health: deps.health.watch(kind.to_lowercase()),
             handler,
             config,
             deps,
@@ -138,6 +145,8 @@ impl<H: Handler> Session<H> {
             if self.is_over() {
                 break;
             }
+            self.end_once(now);
+            self.health.turned(self.turn());
             let hello = || v1::Hello {
                 instance: self.instance.clone(),
                 ..hello(self.handler.kind(), &self.id, &self.config, &self.book)
@@ -191,6 +200,11 @@ impl<H: Handler> Session<H> {
         if matches!(self.phase, Phase::Delivering(_)) && now < self.linger_until {
             wake_at = wake_at.min(self.linger_until);
         }
+        // When that is past, what it still holds wakes it.
+        let until = self.once.as_ref().and_then(Once::waits_until);
+        if let Some(until) = until.filter(|until| *until > now) {
+            wake_at = wake_at.min(until);
+        }
         wake_at
     }
 
@@ -216,6 +230,24 @@ impl<H: Handler> Session<H> {
         if let Some(serving) = &mut self.serving {
             let told = serving.borrow_and_update().to_wire();
             self.links.send(ToCoordinator::Serving(told));
+        }
+    }
+
+    fn turn(&self) -> Turn {
+        match (self.phase, self.links.is_up()) {
+            (Phase::Working, true) => Turn::Connected,
+            (Phase::Working, false) => Turn::Apart,
+            _ => Turn::Ending,
+        }
+    }
+
+    /// A worker that takes one job drains when it has had it, or when none came.
+    fn end_once(&mut self, now: Instant) {
+        let held = self.book.running() + self.book.unacked();
+        let Some(once) = &self.once else { return };
+        if self.phase == Phase::Working && once.is_over(now, held) {
+            tracing::info!(worker = %self.id, had_a_job = once.took(), "takes no more jobs");
+            self.shutdown.drain();
         }
     }
 
@@ -271,6 +303,7 @@ impl<H: Handler> Session<H> {
 
     fn send_credit(&mut self) {
         let free = self.book.free(self.config.slots);
+        let free = self.once.as_ref().map_or(free, |once| once.limit(free));
         let jobs = self.links.credit_to_give(free);
         if jobs > 0 {
             let kind = self.handler.kind().into();
@@ -390,6 +423,9 @@ impl<H: Handler> Session<H> {
         let Some((id, lease)) = self.enter(&grant) else {
             return;
         };
+        if let Some(once) = &mut self.once {
+            once.take();
+        }
         tracing::info!(job = %id.job, fence = id.fence.0, attempt = grant.attempt, "job granted");
         let handler = Arc::clone(&self.handler);
         let (deps, events) = (self.deps.clone(), self.events_in.clone());

@@ -1,6 +1,7 @@
 //! The loop against coordinators that the test plays by hand, over real gRPC.
 
 mod moving;
+mod once;
 
 use std::pin::Pin;
 use std::sync::Mutex;
@@ -218,6 +219,7 @@ struct World {
     shutdown: Shutdown,
     store: Store,
     faults: Faults,
+    health: Health,
     worker: TaskHandle,
     _tasks: Tasks,
 }
@@ -229,6 +231,10 @@ impl World {
 
     /// A worker of `n` coordinators, and of those at `others`.
     async fn beside(slots: u32, n: usize, others: &[String]) -> Self {
+        Self::with(slots, n, others, None).await
+    }
+
+    async fn with(slots: u32, n: usize, others: &[String], once: Option<Duration>) -> Self {
         let shutdown = Shutdown::new();
         let tasks = Tasks::new(shutdown.clone());
         let (to, sessions) = mpsc::channel(4);
@@ -251,12 +257,15 @@ impl World {
             slots,
             grace: Duration::ZERO,
             tell_every: None,
+            once,
         };
         let faults = Faults::new(|_, _| None);
         let store = Store::open("memory://").await.unwrap();
         let store = store.with_faults(faults.clone());
+        let health = Health::default();
         let deps = WorkerDeps {
             store: store.clone(),
+            health: health.clone(),
             tasks: tasks.clone(),
         };
         let handler = Arc::new(ById::default());
@@ -268,6 +277,7 @@ impl World {
             shutdown,
             store,
             faults,
+            health,
             worker,
             _tasks: tasks,
         }
