@@ -137,7 +137,7 @@ pub struct ProjectConfig {
     pub weight: u32,
 }
 
-fn default_listen() -> SocketAddr {
+pub(crate) fn default_listen() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, PORT_DEFAULT))
 }
 

@@ -9,6 +9,7 @@ pub mod api;
 pub mod auth;
 pub mod config;
 pub mod endpoints;
+pub mod health;
 mod journal;
 mod maintenance;
 mod peers;

@@ -1,17 +1,21 @@
 //! The process `espalier-coordinator`: its configuration, and what it makes of [`espalier_coordinator::run`].
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use espalier_coordinator::config::ENV_PREFIX;
-use espalier_coordinator::{CoordinatorConfig, Deps};
+use espalier_coordinator::health::Place;
+use espalier_coordinator::{CoordinatorConfig, Deps, health};
 use espalier_runtime::config::{self, Environment};
+use espalier_runtime::net::OwnTls;
 use espalier_runtime::process::{self, Told};
 use espalier_runtime::shutdown::Shutdown;
-use espalier_runtime::tasks::Tasks;
+use espalier_runtime::tasks::{self, Tasks};
+use espalier_runtime::telemetry::error_chain;
 use tokio::net::TcpListener;
 
 /// Time for the drain itself to end in order before the process lets go of everything.
@@ -54,7 +58,7 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_C
 #[command(name = "espalier-coordinator", version, after_help = KEYS)]
 struct Arguments {
     /// The configuration, in TOML; every key can be set as ESPALIER_COORDINATOR_… too.
-    #[arg(long, env = "ESPALIER_COORDINATOR_CONFIG")]
+    #[arg(long, global = true, env = "ESPALIER_COORDINATOR_CONFIG")]
     config: Option<PathBuf>,
     /// `embedded`, or the address of a Redis. One with a password is better given as ESPALIER_COORDINATOR_QUEUE or in the
     /// configuration, where the list of processes does not show it.
@@ -64,8 +68,31 @@ struct Arguments {
     #[arg(long, value_name = "URL")]
     store: Option<String>,
     /// Where it listens, such as 0.0.0.0:7411.
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, global = true, value_name = "ADDRESS")]
     listen: Option<String>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Asks the coordinator of this configuration, on this machine, how it does: exit code 0, or 1 and why
+    Health(Ask),
+}
+
+/// What `health` asks, and as whom.
+#[derive(Args)]
+struct Ask {
+    /// What has to be served: `liveness`; `espalier.v1.WorkerService`, while the queue is there; or `espalier.v1.JobService`,
+    /// while it has room too.
+    #[arg(long, value_name = "NAME", default_value = "liveness")]
+    service: String,
+    /// PEM file of a certificate of `tls.client_ca`, where the configuration has one.
+    #[arg(long, value_name = "FILE", requires = "client_key")]
+    client_cert: Option<PathBuf>,
+    /// The key of that certificate, in PEM.
+    #[arg(long, value_name = "FILE", requires = "client_cert")]
+    client_key: Option<PathBuf>,
 }
 
 impl Arguments {
@@ -87,7 +114,34 @@ impl Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    process::run("espalier-coordinator", || load(&arguments), serve)
+    match &arguments.command {
+        Some(Command::Health(ask)) => tell_health(&arguments, ask),
+        None => process::run("espalier-coordinator", || load(&arguments), serve),
+    }
+}
+
+/// Whoever probes reads the exit code, and people the line.
+fn tell_health(arguments: &Arguments, ask: &Ask) -> ExitCode {
+    match look(arguments, ask) {
+        Ok(listen) => {
+            println!("{} is served at {listen}", ask.service);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("espalier-coordinator health: {}", error_chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Where it is served.
+fn look(arguments: &Arguments, ask: &Ask) -> anyhow::Result<SocketAddr> {
+    let environment = arguments.over(config::environment()?);
+    let place: Place = config::load(arguments.config.as_deref(), ENV_PREFIX, &environment)?;
+    let identity = ask.client_cert.clone().zip(ask.client_key.clone());
+    let tls = OwnTls { identity };
+    tasks::block_on(health::ask(&place, &ask.service, &tls))??;
+    Ok(place.listen)
 }
 
 fn load(arguments: &Arguments) -> anyhow::Result<Told<CoordinatorConfig>> {

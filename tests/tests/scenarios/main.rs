@@ -25,6 +25,7 @@ mod faults_redis;
 mod faults_store;
 mod first_adapter;
 mod generate;
+mod health;
 mod hosts;
 mod many_coordinators;
 mod mcp_host;
