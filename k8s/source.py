@@ -25,13 +25,13 @@ SET = {
     "coordinator": {"listen", "queue", "store_url", "drain_limit_s", "tokens", "tls", "scaler"},
     "agent-worker": {
         "coordinator_url", "token", "tls", "data_dir", "store_url", "model_keys", "model_name", "mcp_config",
-        "playwright_dir", "slots", "cpu_slots", "grace_s",
+        "playwright_dir", "slots", "cpu_slots", "grace_s", "health_listen",
     },
 }  # fmt: skip
 # Keys that mean nothing in a cluster, or that the environment sets for all processes alike.
 NOT_SET = {"coordinator": {"data_dir", "telemetry"}, "agent-worker": {"mcp_servers", "telemetry"}}
 # What the programs are still to have.
-AWAITED = {"train-worker": {"--once"}}
+AWAITED = {}
 VALUES = {"coordinator": "coordinator", "agent-worker": "agentWorker"}
 
 

@@ -226,3 +226,31 @@ securityContext:
 {{ $key }} = {{ include "espalier.toml.value" (index $ $key) }}
 {{ end -}}
 {{- end }}
+
+{{/* Port and probes of a worker that serves its health. A training or a browser may keep a machine busy for a while. */}}
+{{- define "espalier.healthProbes" -}}
+ports:
+  - {name: health, containerPort: 7414}
+startupProbe:
+  httpGet: {path: /health, port: health}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 60
+# Nobody is sent to a worker by it: it says in `kubectl get pods` whether the worker has its coordinators.
+readinessProbe:
+  httpGet: {path: /ready, port: health}
+  periodSeconds: 10
+  timeoutSeconds: 5
+livenessProbe:
+  httpGet: {path: /health, port: health}
+  periodSeconds: 20
+  timeoutSeconds: 10
+  failureThreshold: 6
+{{- end }}
+
+{{/* Asks a coordinator with TLS whether a service is served. */}}
+{{- define "espalier.coordinatorProbe" -}}
+exec:
+  command: [espalier-coordinator, health, --config=/etc/espalier/coordinator.toml, --service={{ . }}]
+timeoutSeconds: 5
+{{- end }}

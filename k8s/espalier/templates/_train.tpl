@@ -41,12 +41,15 @@ spec:
         - name: ESPALIER_TRAIN_WORKER_COORDINATOR_CA
           value: /etc/espalier/ca/ca.crt
         {{- end }}
+        - name: ESPALIER_TRAIN_WORKER_HEALTH_LISTEN
+          value: "0.0.0.0:7414"
         - name: ESPALIER_TRAIN_WORKER_STORE_URL
           value: {{ $root.Values.store.url | quote }}
         {{- include "espalier.secretEnv" (list "ESPALIER_TRAIN_WORKER_TOKEN" $root.Values.workerToken.existingSecret $root.Values.workerToken.key) | nindent 8 }}
         {{- with $v.extraEnv }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
+      {{- include "espalier.healthProbes" . | nindent 6 }}
       resources:
         {{- include "espalier.resources" $v | nindent 8 }}
       volumeMounts:
