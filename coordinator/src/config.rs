@@ -18,6 +18,7 @@ use serde::Deserialize;
 
 use crate::auth::TokenConfig;
 use crate::endpoints::{self, ModelEndpoint};
+use crate::prices::Prices;
 use crate::queue::Acknowledge;
 use crate::scaler::ScalerConfig;
 
@@ -124,6 +125,9 @@ pub struct CoordinatorConfig {
     /// Makes workers when jobs wait, and tells KEDA how many there should be.
     #[serde(default)]
     pub scaler: Option<ScalerConfig>,
+    /// What tokens and workers cost, for metrics.
+    #[serde(default)]
+    pub prices: Prices,
     /// Logs, traces and metrics.
     #[serde(default)]
     pub telemetry: TelemetryConfig,
@@ -212,6 +216,7 @@ impl CoordinatorConfig {
             model_endpoints: Vec::new(),
             worker_key_names: BTreeSet::new(),
             scaler: None,
+            prices: Prices::default(),
             telemetry: TelemetryConfig::default(),
         }
     }
@@ -249,6 +254,7 @@ impl CoordinatorConfig {
             let checked = scaler.validate(&self.data_dir);
             checked.map_err(|error| error.under("scaler"))?;
         }
+        self.prices.validate()?;
         self.validate_tokens()
     }
 

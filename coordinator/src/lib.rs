@@ -13,6 +13,7 @@ pub mod health;
 mod journal;
 mod maintenance;
 mod peers;
+pub mod prices;
 pub mod questions;
 pub mod queue;
 pub mod registry;

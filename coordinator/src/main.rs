@@ -48,6 +48,8 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_C
   session_max_age_s  age at which a worker is asked to move to another stream [1800]
   model_endpoints    endpoints for workers that have none of their own: name, model, url, …
   worker_key_names   names of keys (`model_keys` of agent workers) that workers which serve models may ask for
+  prices             dollars for metrics: models.NAME.input and .output of a million tokens, workers.KIND of an hour,
+                     budget_per_day [none]
   drain_limit_s      how long a drain may take [10]
   scaler             interval_s; keda: listen; local: pools, a list of name, kinds, jobs_per_worker, min, max, idle_s, start_s,
                      grace_s, command, env and pass_env

@@ -337,6 +337,12 @@ impl Registry {
         inner.connected.values().map(|c| c.view()).collect()
     }
 
+    /// The kinds of jobs that each session takes.
+    pub fn kinds(&self) -> Vec<BTreeSet<JobKind>> {
+        let inner = lock(&self.inner);
+        inner.connected.values().map(|c| c.kinds.clone()).collect()
+    }
+
     /// Names of the MCP servers that connected workers offer.
     pub fn mcp_servers(&self) -> BTreeSet<String> {
         let inner = lock(&self.inner);

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use espalier_proto::v1;
 use espalier_runtime::publish::{PublishError, stopped_outcome};
-use espalier_runtime::telemetry::error_chain;
+use espalier_runtime::telemetry::{error_chain, metrics};
 use espalier_runtime::worker::{Grant, Handler, JobContext, JobOutcome};
 
 use crate::attempt::Workshop;
@@ -16,6 +16,7 @@ impl Handler for Workshop {
     }
 
     async fn run(&self, grant: Grant, context: JobContext) -> JobOutcome {
+        let _running = Running::begin();
         let stopped = context.lease().stopped();
         let attempt = Box::pin(self.attempt(&grant, &context));
         match stopped.run_until_cancelled(attempt).await {
@@ -34,5 +35,21 @@ impl Handler for Workshop {
             }
             Some(Err(error)) => JobOutcome::failed(error.class(), error_chain(&error)),
         }
+    }
+}
+
+/// Counts a training as running until it is dropped, however it ends.
+struct Running;
+
+impl Running {
+    fn begin() -> Self {
+        metrics().trainings_running.add(1, &[]);
+        Self
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        metrics().trainings_running.add(-1, &[]);
     }
 }

@@ -92,6 +92,8 @@ impl v1::admin_service_server::AdminService for AdminApi {
     ) -> Result<Response<v1::Info>, Status> {
         self.0.auth.everything(request.metadata(), Call::GetInfo)?;
         let mcp_servers = self.0.mcp_servers().await.map_err(queue_error)?;
+        let worker_prices = self.0.config.prices.workers.iter();
+        let worker_prices = worker_prices.map(|(kind, price)| (kind.to_string(), *price));
         Ok(Response::new(v1::Info {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             store_url: self.0.store.url().to_owned(),
@@ -102,6 +104,7 @@ impl v1::admin_service_server::AdminService for AdminApi {
             }
             .to_owned(),
             mcp_servers: mcp_servers.into_iter().collect(),
+            worker_prices: worker_prices.collect(),
         }))
     }
 }

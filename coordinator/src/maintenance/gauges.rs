@@ -15,6 +15,8 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Measures until the process aborts.
 pub async fn run(shared: Arc<Shared>) {
+    // Told from the start, so that the first one is an increase.
+    metrics().queue_failovers.add(0, &[]);
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {

@@ -1,6 +1,7 @@
-//! What a coordinator does by itself: follow the queue's events, end what has run out, measure, forget what is
+//! What a coordinator does by itself: follow the queue's events, end what has run out, measure, count what it costs, forget what is
 //! old, give the queue again what it lost, and tell others what it has, where models are and how it is. One file a task; each is idempotent, so that any number of coordinators may run them.
 
+mod costs;
 mod endpoints;
 mod events;
 mod gauges;
@@ -37,6 +38,11 @@ pub fn start(shared: &Arc<Shared>, health: HealthReporter) {
         "maintenance.gauges",
         OnFailure::Log,
         gauges::run(Arc::clone(shared)),
+    );
+    tasks.spawn(
+        "maintenance.costs",
+        OnFailure::Log,
+        costs::run(Arc::clone(shared)),
     );
     tasks.spawn(
         "maintenance.retention",

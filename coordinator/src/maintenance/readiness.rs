@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use espalier_runtime::telemetry::metrics;
 use tokio::time::MissedTickBehavior;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
@@ -65,5 +66,6 @@ pub async fn report(health: &HealthReporter, all: bool, workers: bool) {
         health.set_service_status(service, status(all)).await;
     }
     health.set_service_status(WORKERS, status(workers)).await;
+    metrics().coordinator_ready.record(workers.into(), &[]);
     health.set_service_status(LIVENESS, status(true)).await;
 }

@@ -10,13 +10,11 @@ use espalier_proto::v1::coordinator_message::Message;
 use espalier_proto::v1::result::Outcome as Said;
 use espalier_proto::v1::result_ack::Verdict;
 use espalier_runtime::tasks;
-use espalier_runtime::telemetry::{self, names::attribute};
-use opentelemetry::KeyValue;
 use prost::Message as _;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-use super::{ENTRIES_MAX, QUEUE_BACKOFF, Session, history, lease_from_wire};
+use super::{ENTRIES_MAX, QUEUE_BACKOFF, Session, counts, history, lease_from_wire};
 use crate::api::door::{Admitted, Door, in_clients_terms};
 use crate::api::{queue_error, view};
 use crate::queue::{Finish, FinishAck, JobResult, Outcome, Submission};
@@ -306,12 +304,6 @@ impl Session {
         // Our own workers have a session for each kind of job. Of one that takes several here, none is told.
         let kinds = &self.connected.kinds;
         let kind = kinds.first().filter(|_| kinds.len() == 1);
-        let kind = kind.map_or("", |kind| kind.as_str());
-        let labels = [
-            KeyValue::new(attribute::PROJECT, key.project.to_string()),
-            KeyValue::new(attribute::JOB_KIND, kind),
-            KeyValue::new(attribute::OUTCOME, history::outcome_name(outcome)),
-        ];
-        telemetry::metrics().job_finishes.add(1, &labels);
+        counts::finished(key, kind.map_or("", |kind| kind.as_str()), outcome);
     }
 }

@@ -7,6 +7,7 @@
 //! Fences are the queue's business: a session reports what the queue said. A stream that ends revokes nothing; what
 //! it was granted and provably never sent goes back at once.
 
+mod counts;
 mod finish;
 mod grant;
 mod hello;

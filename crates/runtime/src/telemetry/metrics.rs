@@ -49,6 +49,12 @@ pub struct Metrics {
     pub lease_stale_fences: Counter<u64>,
     pub job_finishes: Counter<u64>,
     pub job_submissions: Counter<u64>,
+    pub rollout_verdicts: Counter<u64>,
+    pub dataset_conversations: Counter<u64>,
+    pub workers_connected: Gauge<u64>,
+    pub cost_workers: Counter<f64>,
+    pub cost_token_price: Gauge<f64>,
+    pub cost_budget: Gauge<f64>,
     pub auth_failures: Counter<u64>,
     pub rollouts_running: UpDownCounter<i64>,
     pub rollout_turns: Counter<u64>,
@@ -82,6 +88,8 @@ pub struct Metrics {
     pub infer_preemptions: Counter<u64>,
     pub infer_prefix_queries: Counter<u64>,
     pub infer_prefix_hits: Counter<u64>,
+    pub coordinator_ready: Gauge<u64>,
+    pub trainings_running: UpDownCounter<i64>,
     pub train_step: Gauge<u64>,
     pub train_loss: Gauge<f64>,
     pub train_eval_loss: Gauge<f64>,
@@ -127,6 +135,15 @@ impl Metrics {
             lease_stale_fences: counter(metric::LEASE_STALE_FENCES, "{request}"),
             job_finishes: counter(metric::JOB_FINISHES, "{attempt}"),
             job_submissions: counter(metric::JOB_SUBMISSIONS, "{job}"),
+            rollout_verdicts: counter(metric::ROLLOUT_VERDICTS, "{rollout}"),
+            dataset_conversations: counter(metric::DATASET_CONVERSATIONS, "{conversation}"),
+            workers_connected: gauge(metric::WORKERS_CONNECTED, "{worker}"),
+            cost_workers: meter
+                .f64_counter(metric::COST_WORKERS)
+                .with_unit("{USD}")
+                .build(),
+            cost_token_price: number(metric::COST_TOKEN_PRICE, "{USD}"),
+            cost_budget: number(metric::COST_BUDGET, "{USD}"),
             auth_failures: counter(metric::AUTH_FAILURES, "{call}"),
             rollouts_running: meter
                 .i64_up_down_counter(metric::ROLLOUTS_RUNNING)
@@ -170,6 +187,11 @@ impl Metrics {
             infer_preemptions: counter(metric::INFER_PREEMPTIONS, "{preemption}"),
             infer_prefix_queries: counter(metric::INFER_PREFIX_QUERIES, "{token}"),
             infer_prefix_hits: counter(metric::INFER_PREFIX_HITS, "{token}"),
+            coordinator_ready: gauge(metric::COORDINATOR_READY, "{coordinator}"),
+            trainings_running: meter
+                .i64_up_down_counter(metric::TRAININGS_RUNNING)
+                .with_unit("{training}")
+                .build(),
             train_step: gauge(metric::TRAIN_STEP, "{step}"),
             train_loss: number(metric::TRAIN_LOSS, "1"),
             train_eval_loss: number(metric::TRAIN_EVAL_LOSS, "1"),

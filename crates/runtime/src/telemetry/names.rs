@@ -85,6 +85,8 @@ pub mod attribute {
     pub const TASK_KIND: &str = "espalier.task.kind";
     /// How it ended: `succeeded`, `dead`, `infra`, …
     pub const OUTCOME: &str = "espalier.outcome";
+    /// `solved`, `failed` or `unjudged` of a rollout; `accepted` or `dropped` of what a data set looked at.
+    pub const VERDICT: &str = "espalier.verdict";
     /// The verifier's verdict in [0, 1].
     pub const REWARD: &str = "espalier.reward";
     /// Path of the trace object in the store.
@@ -151,8 +153,29 @@ pub mod metric {
     pub const LEASE_STALE_FENCES: &str = "espalier.lease.stale_fences";
     /// Counter, `{attempt}`: finished attempts, by project, kind and outcome.
     pub const JOB_FINISHES: &str = "espalier.job.finishes";
+    /// Counter, `{rollout}`: results of rollouts that were taken, by project and verdict: `solved`, `failed`, or `unjudged`
+    /// where there was nothing to judge by.
+    pub const ROLLOUT_VERDICTS: &str = "espalier.rollout.verdicts";
+    /// Counter, `{conversation}`: conversations that were looked at for data sets, by project and verdict: `accepted` or
+    /// `dropped`.
+    pub const DATASET_CONVERSATIONS: &str = "espalier.dataset.conversations";
+    /// Gauge, `{worker}`: sessions of workers that are connected, by kind of job. Each coordinator has its own: read it with
+    /// `sum`.
+    pub const WORKERS_CONNECTED: &str = "espalier.worker.connected";
+    /// Counter, `{USD}`: what workers cost while they were connected, by kind of job, where the configuration has a price.
+    pub const COST_WORKERS: &str = "espalier.cost.workers";
+    /// Gauge, `{USD}`: price of a token, by model and type, where the configuration has one. Each coordinator tells the same:
+    /// read it with `max`. Times `gen_ai.client.token.usage` it is what tokens cost.
+    pub const COST_TOKEN_PRICE: &str = "espalier.cost.token.price";
+    /// Gauge, `{USD}`: what a day may cost, where the configuration says. Read it with `max`.
+    pub const COST_BUDGET: &str = "espalier.cost.budget";
     /// Counter, `{job}`: jobs accepted, by project and kind.
     pub const JOB_SUBMISSIONS: &str = "espalier.job.submissions";
+    /// Gauge, `{coordinator}`: 1 while a coordinator serves workers, 0 while its queue is away or it drains. Read it with `sum`
+    /// for how many do.
+    pub const COORDINATOR_READY: &str = "espalier.coordinator.ready";
+    /// Up-down counter, `{training}`: trainings that run now, 0 or 1 of each worker.
+    pub const TRAININGS_RUNNING: &str = "espalier.train.running";
     /// Gauge, `{step}`: optimizer steps that the training of this worker has done. As of all gauges of trainings: a worker
     /// has one training at a time.
     pub const TRAIN_STEP: &str = "espalier.train.step";
