@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+import alerts
 import dashboards
 import guide
 import rules
@@ -107,7 +108,7 @@ def main(binary):
             faults += [f"refused.yaml: {fault}" for fault in told]
             passed += not told
     told = source.faults_of_the_schema(json.loads((CHART / "values.schema.json").read_text()))
-    for told in (told, dashboards.faults(), guide.faults(), check_example(binary)):
+    for told in (told, dashboards.faults(), alerts.faults(), guide.faults(), check_example(binary)):
         faults += told
         passed += not told
     for fault in faults:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 WORKLOADS = {"Deployment", "ScaledJob"}
-SERVERS = {"coordinator", "infer-worker"}
 REDIS_PORTS = {6379, 26379}
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 
 
 @dataclass
@@ -73,13 +73,16 @@ def container_faults(pod, container):
         (capabilities.get("drop") == ["ALL"] and not capabilities.get("add"), "must have no capabilities"),
         ("memory" in limits, "must have a limit of memory"),
         ("cpu" in requests and "memory" in requests, "must request cores and memory"),
+        (all(name in container for name in PROBES), "must have probes"),
         ("@sha256:" in image or (tag and tag != "latest"), "must have an image of one version"),
     ]
-    if pod.component in SERVERS:
-        probes = all(name in container for name in ("startupProbe", "readinessProbe", "livenessProbe"))
-        rules.append((probes, "must have probes"))
     for holds, rule in rules:
         expect(found, where, holds, rule)
+    ports = {key: port for port in container.get("ports", []) for key in (port["name"], port["containerPort"])}
+    for name in PROBES:
+        probe = container.get(name, {})
+        asked = [probe[how]["port"] for how in ("grpc", "httpGet", "tcpSocket") if how in probe]
+        expect(found, where, set(asked) <= set(ports), f"{name} asks port {asked}, which it has not")
     mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
     volumes = {volume["name"] for volume in pod.spec["volumes"]}
     expect(found, where, mounted == volumes, f"mounts {sorted(mounted)}, but the volumes are {sorted(volumes)}")
@@ -209,6 +212,8 @@ SPOILT = [
     ("capabilities", in_container(lambda c: c["securityContext"].update(capabilities={"add": ["SYS_ADMIN"]})), "capabilities"),
     ("no limit", in_container(lambda c: c["resources"]["limits"].pop("memory")), "limit of memory"),
     ("no request", in_container(lambda c: c["resources"]["requests"].pop("cpu")), "request cores"),
+    ("no probe", in_container(lambda c: c.pop("livenessProbe")), "must have probes"),
+    ("a probe of another port", lambda t: first(t, "Deployment", "agent-worker")["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"].update(port=1), "asks port"),
     ("latest", in_container(lambda c: c.update(image="registry.example/x:latest")), "one version"),
     ("a misspelt field", in_container(lambda c: c.update(argz=[])), "argz"),
     ("an unknown option", in_container(lambda c: c["args"].append("--no-such")), "--no-such"),
@@ -221,5 +226,6 @@ SPOILT = [
     ("a misspelt field in a job", lambda t: job(t).update(backofLimit=1), "backofLimit"),
     ("a port that is not there", lambda t: first(t, "Service", "coordinator")["spec"]["ports"][0].update(targetPort="x"), "port x"),
     ("a misspelt field of Prometheus", lambda t: first(t, "PodMonitor")["spec"].update(endpoints=[]), "endpoints"),
+    ("a misspelt field of an alert", lambda t: first(t, "PrometheusRule")["spec"]["groups"][0]["rules"][0].update(fro="1m"), "fro"),
     ("too little time to checkpoint", lambda t: job(t)["template"]["spec"].update(terminationGracePeriodSeconds=60), "needs"),
 ]
