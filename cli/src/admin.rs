@@ -38,15 +38,15 @@ pub async fn workers(context: &Context) -> Outcome {
     Ok(Exit::Ok)
 }
 
-/// The workers of all coordinators by id, and the moment by the clock that their times are of.
-pub async fn all_workers(client: &Client) -> Result<(Vec<v1::Worker>, u64), Status> {
-    let (sessions, now_us) = sessions(client).await?;
+/// Sessions as workers, by id.
+pub fn as_workers(sessions: Vec<v1::Worker>) -> Vec<v1::Worker> {
     let workers = by_process(sessions).into_iter();
-    Ok((workers.map(|(worker, _)| worker).collect(), now_us))
+    workers.map(|(worker, _)| worker).collect()
 }
 
-/// The sessions of all workers: one that takes several kinds of jobs may have one for each.
-async fn sessions(client: &Client) -> Result<(Vec<v1::Worker>, u64), Status> {
+/// The sessions of all workers of all coordinators, of which one that takes several kinds of jobs may have one for each;
+/// and the moment by the clock that their times are of.
+pub async fn sessions(client: &Client) -> Result<(Vec<v1::Worker>, u64), Status> {
     let mut request = v1::ListWorkersRequest {
         page_size: PAGE_SIZE,
         page_token: String::new(),

@@ -10,7 +10,7 @@ use crate::jobs::JobCommand;
 use crate::practice::Practice;
 use crate::traces::TracesCommand;
 use crate::{
-    admin, chat, doctor, evaluate, generate, jobs, lineage, questions, run, submit, train, up,
+    admin, chat, doctor, evaluate, generate, jobs, lineage, questions, run, submit, top, train, up,
     watch,
 };
 
@@ -78,6 +78,8 @@ pub enum Command {
     Run(run::Run),
     /// Follow a batch to its end, then what was solved, what failed, and why; without one, watch the whole system
     Watch(watch::Watch),
+    /// Watch the whole system on a screen with keys: queues, batches, pipelines, workers, models, what an hour costs
+    Top(top::Top),
     /// List the jobs of a batch
     Jobs(jobs::Jobs),
     /// Show, cancel or retry one job

@@ -33,6 +33,7 @@ mod run;
 mod scenarios;
 mod servers;
 mod submit;
+mod top;
 mod traces;
 mod train;
 mod up;
@@ -90,6 +91,7 @@ async fn perform(context: &Context, command: &Command) -> Outcome {
         Command::Evaluate(args) => evaluate::run(context, args).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Watch(args) => watch::run(context, args).await,
+        Command::Top(args) => top::run(context, args).await,
         Command::Jobs(args) => jobs::list(context, args).await,
         Command::Job(command) => jobs::one(context, command).await,
         Command::Batches(args) => jobs::batches(context, args).await,

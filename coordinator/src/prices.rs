@@ -137,6 +137,16 @@ mod tests {
         }
     }
 
+    /// What the guide shows is taken.
+    #[test]
+    fn the_guides_example_is_a_configuration() {
+        let guide = include_str!("../../docs/guides/operations.md");
+        let (_, example) = guide.split_once("```toml\n[prices]\n").unwrap();
+        let (example, _) = example.split_once("```").unwrap();
+        let prices = parse(&example.replace("[prices.", "[")).unwrap();
+        assert_eq!((prices.models.len(), prices.workers.len()), (1, 3));
+    }
+
     #[test]
     fn a_session_of_several_kinds_costs_once() {
         let prices = parse(GOOD).unwrap();

@@ -20,6 +20,7 @@ use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, note, plain};
 use crate::{json, progress, run};
+pub use live::top;
 pub use report::Report;
 
 /// How long a coordinator may be away before we give up: longer than a restart takes.

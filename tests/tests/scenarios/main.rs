@@ -47,6 +47,7 @@ mod serving_tokenizer;
 mod telemetry;
 mod tidy;
 mod token_exactness;
+mod top;
 mod train;
 mod train_agreement;
 mod train_dataset;

@@ -9,7 +9,7 @@ use espalier_proto::v1::coordinator_message::Message as Heard;
 use espalier_proto::v1::worker_message::Message as Said;
 use espalier_proto::v1::worker_service_client::WorkerServiceClient;
 use espalier_runtime::telemetry::names::{attribute, metric, operation, provider, span};
-use espalier_tests::harness::cluster::Cluster;
+use espalier_tests::harness::cluster::{Cluster, Setup};
 use espalier_tests::harness::model::{self, toy_job};
 use espalier_tests::harness::otlp::{Sink, attribute as value_of};
 use espalier_tests::harness::serving::{Serving, chat};
@@ -56,6 +56,9 @@ async fn one_rollout_is_one_trace_linked_to_its_submission() {
         metric::QUEUE_DEPTH,
         metric::LEASE_GRANTS,
         metric::JOB_FINISHES,
+        metric::ROLLOUT_VERDICTS,
+        metric::WORKERS_CONNECTED,
+        metric::COORDINATOR_READY,
         metric::GEN_AI_TOKEN_USAGE,
         metric::GEN_AI_EXECUTE_TOOL_DURATION,
         metric::ROLLOUT_TURNS,
@@ -63,6 +66,8 @@ async fn one_rollout_is_one_trace_linked_to_its_submission() {
     for name in expected {
         assert!(found.contains(name), "{name} is not in {found:?}");
     }
+    let solved = sink.largest(metric::ROLLOUT_VERDICTS, attribute::VERDICT, "solved");
+    assert_eq!(solved, Some(1.0));
     assert!(!sink.log_texts().is_empty(), "logs are exported too");
     for secret in [SECRET, token.as_str()] {
         assert!(
@@ -166,6 +171,44 @@ async fn a_lease_that_ends_a_result_that_comes_late_and_a_job_that_waits_are_see
     // The job is ready again, and nobody takes it.
     wait_for_more(&sink, metric::QUEUE_OLDEST_READY_AGE, 1.0).await;
     wait_for_more(&sink, metric::QUEUE_DEPTH, 0.0).await;
+}
+
+#[tokio::test]
+async fn what_workers_cost_and_what_tokens_are_worth_is_told() {
+    let (sink, address) = Sink::start().await;
+    let more = format!(
+        "[telemetry]\notlp_endpoint = {address:?}\nmetric_interval_s = 1\n\
+         [prices]\nbudget_per_day = 20.0\nmodels.scripted = {{ input = 0.5, output = 2.0 }}\n\
+         workers.train = 3600.0\n"
+    );
+    let cluster = Cluster::start_with(Setup {
+        more,
+        ..Setup::new("embedded", "http://127.0.0.1:1/v1")
+    })
+    .await;
+    let mut worker = cluster.train_worker("trainer");
+    let largest = |name: &str, key: &str, value: &str| sink.largest(name, key, value);
+    // A dollar a second.
+    wait_for("some seconds of the worker", DEADLINE, || {
+        let cost = largest(metric::COST_WORKERS, attribute::JOB_KIND, "train");
+        async move { cost.filter(|cost| *cost > 2.0).ok_or(cost) }
+    })
+    .await;
+    let connected = |kind| largest(metric::WORKERS_CONNECTED, attribute::JOB_KIND, kind);
+    assert_eq!(
+        (connected("train"), connected("rollout")),
+        (Some(1.0), Some(0.0))
+    );
+    let price = |kind| largest(metric::COST_TOKEN_PRICE, attribute::GEN_AI_TOKEN_TYPE, kind);
+    assert_eq!((price("input"), price("output")), (Some(5e-7), Some(2e-6)));
+    let rollouts = largest(metric::COST_WORKERS, attribute::JOB_KIND, "rollout");
+    assert_eq!(rollouts, None, "what has no price costs nothing");
+    let names = sink.metric_names();
+    assert!(
+        names.iter().any(|name| name == metric::COST_BUDGET),
+        "{names:?}"
+    );
+    assert!(worker.terminate(DEADLINE).await.success());
 }
 
 /// The lease of the first job that the worker is given.

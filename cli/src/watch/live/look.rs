@@ -1,7 +1,10 @@
 //! One look at the system: the queue, the batches in progress, the open questions and the workers of all coordinators.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
+use espalier_core::id::PipelineName;
+use espalier_core::pipeline::{Step, step_of_batch};
 use espalier_proto::v1;
 use espalier_runtime::tasks::with_deadline;
 use serde_json::{Value, json};
@@ -32,6 +35,8 @@ pub struct Look {
     pub open_questions: u32,
     /// The workers, by id; none where the token is of one project, whose holder does not see them.
     pub workers: Option<Vec<v1::Worker>>,
+    /// Dollars that an hour of these workers costs; none where the coordinator has no prices.
+    pub dollars_per_hour: Option<f64>,
 }
 
 /// Looks.
@@ -46,12 +51,19 @@ async fn ask(client: &Client) -> Result<Look, Status> {
     let request = v1::GetQueuesRequest {
         batches_max: BATCHES_MAX,
     };
-    let queues = client.admin().get_queues(request).await?.into_inner();
-    let (workers, now_us) = match admin::all_workers(client).await {
-        Ok((workers, now_us)) => (Some(workers), now_us),
-        Err(status) if status.code() == Code::PermissionDenied => (None, 0),
-        Err(status) => return Err(status),
-    };
+    let (mut of_queues, mut of_info) = (client.admin(), client.admin());
+    let (queues, sessions, info) = tokio::join!(
+        of_queues.get_queues(request),
+        admin::sessions(client),
+        of_info.get_info(v1::GetInfoRequest {}),
+    );
+    let queues = queues?.into_inner();
+    let (sessions, now_us) = shown(sessions)?.unwrap_or_default();
+    let info = shown(info)?.map(tonic::Response::into_inner);
+    let prices = info.as_ref().map(|info| &info.worker_prices);
+    let prices = prices.filter(|prices| !prices.is_empty());
+    let dollars_per_hour = prices.map(|prices| per_hour(&sessions, prices));
+    let workers = info.is_some().then(|| admin::as_workers(sessions));
     Ok(Look {
         at: Instant::now(),
         now_us,
@@ -59,10 +71,43 @@ async fn ask(client: &Client) -> Result<Look, Status> {
         batches: queues.batches,
         open_questions: queues.open_questions,
         workers,
+        dollars_per_hour,
     })
 }
 
+/// None: that is shown to tokens for all projects alone.
+fn shown<T>(answer: Result<T, Status>) -> Result<Option<T>, Status> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(status) if status.code() == Code::PermissionDenied => Ok(None),
+        Err(status) => Err(status),
+    }
+}
+
+/// What an hour of these sessions costs: each as the dearest of its kinds.
+fn per_hour(sessions: &[v1::Worker], prices: &BTreeMap<String, f64>) -> f64 {
+    let of_session = |session: &v1::Worker| {
+        let kinds = session.kinds().map(json::kind);
+        let prices = kinds.filter_map(|kind| prices.get(kind).copied());
+        prices.fold(0.0, f64::max)
+    };
+    sessions.iter().map(of_session).sum()
+}
+
 impl Look {
+    /// Of a system without anything.
+    pub fn empty() -> Self {
+        Self {
+            at: Instant::now(),
+            now_us: 0,
+            queues: Vec::new(),
+            batches: Vec::new(),
+            open_questions: 0,
+            workers: None,
+            dollars_per_hour: None,
+        }
+    }
+
     /// How many coordinators have workers.
     pub fn coordinators(&self) -> usize {
         let mut ids: Vec<&str> = self
@@ -101,16 +146,66 @@ impl Look {
             value["grants_per_s"] = json!(rates.of_worker(worker));
             value
         };
+        let pipeline = |(pipeline, step, at): (PipelineName, Step, &v1::Batch)| {
+            let mut value = batch(at);
+            value["pipeline"] = json!(pipeline);
+            value["step"] = json!(step);
+            value
+        };
+        let model = |served: &Served| json!({"model": served.model, "workers": served.workers, "urls": served.urls});
         let workers = self.workers.as_ref();
         json!({
             "queues": self.queues.iter().map(queue).collect::<Vec<_>>(),
             "batches": self.batches.iter().map(batch).collect::<Vec<_>>(),
             "workers": workers.map(|all| all.iter().map(worker).collect::<Vec<_>>()),
+            "pipelines": pipelines(&self.batches).map(pipeline).collect::<Vec<_>>(),
+            "models": models(self.workers.iter().flatten()).iter().map(model).collect::<Vec<_>>(),
+            "dollars_per_hour": self.dollars_per_hour,
             "open_questions": self.open_questions,
             "grants_per_s": rates.grants,
             "ends_per_s": rates.ends,
         })
     }
+}
+
+/// Those of the batches that are steps of pipelines.
+pub fn pipelines(batches: &[v1::Batch]) -> impl Iterator<Item = (PipelineName, Step, &v1::Batch)> {
+    batches.iter().filter_map(|batch| {
+        let (pipeline, step) = step_of_batch(&batch.batch)?;
+        Some((pipeline, step, batch))
+    })
+}
+
+/// A model, and who serves it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Served {
+    /// Its name.
+    pub model: String,
+    /// Workers that serve it.
+    pub workers: usize,
+    /// Where, in their order.
+    pub urls: Vec<String>,
+    /// Jobs that these workers run.
+    pub running: u32,
+}
+
+/// The models that workers serve, by name.
+pub fn models<'a>(workers: impl Iterator<Item = &'a v1::Worker>) -> Vec<Served> {
+    let mut found: BTreeMap<&str, Served> = BTreeMap::new();
+    for (worker, serving) in workers.filter_map(|worker| Some((worker, worker.serving.as_ref()?))) {
+        for model in &serving.models {
+            let served = found.entry(model).or_insert_with(|| Served {
+                model: model.clone(),
+                workers: 0,
+                urls: Vec::new(),
+                running: 0,
+            });
+            served.workers += 1;
+            served.urls.push(serving.url.clone());
+            served.running += worker.running;
+        }
+    }
+    found.into_values().collect()
 }
 
 /// Jobs of a batch that have ended.
@@ -123,4 +218,48 @@ pub fn done(batch: &v1::Batch) -> u64 {
 pub fn open(batch: &v1::Batch) -> u64 {
     let counts = batch.counts.unwrap_or_default();
     counts.blocked + counts.delayed + counts.ready + counts.leased
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn serving(models: &[&str]) -> v1::Worker {
+        v1::Worker {
+            serving: Some(v1::Serving {
+                url: "http://10.0.0.7:8000/v1".to_owned(),
+                models: models.iter().map(|model| (*model).to_owned()).collect(),
+                ..v1::Serving::default()
+            }),
+            running: 2,
+            ..v1::Worker::default()
+        }
+    }
+
+    #[test]
+    fn models_are_told_with_all_who_serve_them() {
+        let workers = [serving(&["b", "a"]), v1::Worker::default(), serving(&["b"])];
+        let found = models(workers.iter());
+        let told: Vec<(&str, usize, u32)> = found
+            .iter()
+            .map(|served| (&*served.model, served.workers, served.running))
+            .collect();
+        assert_eq!(told, [("a", 1, 2), ("b", 2, 4)]);
+        assert_eq!(found[1].urls.len(), 2);
+    }
+
+    #[test]
+    fn an_hour_costs_each_session_once() {
+        let session = |kinds: &[v1::JobKind]| v1::Worker {
+            kinds: kinds.iter().map(|kind| (*kind).into()).collect(),
+            ..v1::Worker::default()
+        };
+        let sessions = [
+            session(&[v1::JobKind::Rollout]),
+            session(&[v1::JobKind::Curate]),
+            session(&[v1::JobKind::Train, v1::JobKind::Rollout]),
+        ];
+        let prices = [("rollout".to_owned(), 0.5), ("train".to_owned(), 2.0)].into();
+        assert_eq!(per_hour(&sessions, &prices), 2.5);
+    }
 }

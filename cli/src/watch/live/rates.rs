@@ -172,6 +172,7 @@ pub mod tests {
                 ..Default::default()
             }],
             open_questions: 0,
+            dollars_per_hour: None,
             workers: Some(vec![v1::Worker {
                 worker: "w".to_owned(),
                 coordinator: "0198-aaaaaaaaaaaa".to_owned(),

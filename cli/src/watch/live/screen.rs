@@ -1,44 +1,108 @@
 //! A look as lines of text that fit a width and a height. Pure.
-//!
-//! What has no room is counted ("… 12 more"); columns that have none are left out, the least telling first; names are cut
-//! in their middle, since their ends tell them apart.
 
-use console::{measure_text_width, truncate_str};
-use espalier_proto::v1;
-
-use super::look::{Look, done, open};
+use super::look::Look;
+use super::parts;
 use super::rates::Rates;
-use crate::json;
-use crate::output::{count, duration, plain};
+use super::table::{Table, fit, per_second};
+use super::view::{Part, View};
+use crate::output::count;
 
-/// Names are not cut below this many columns; rather a column is left out.
-const NAME_MIN: usize = 16;
-/// Between two columns.
-const GAP: usize = 2;
-/// Of a coordinator's id, its last characters tell it apart.
-const COORDINATOR_CHARS: usize = 8;
-/// A worker is heard every few seconds, and told of in steps of five.
-const NOW_MS: u64 = 10_000;
-
-/// Rows under a header, the most telling columns first; what to say where there are none.
-struct Table {
-    header: &'static [&'static str],
-    rows: Vec<Vec<String>>,
-    none: &'static str,
-}
+/// Below this many lines there is no room to say which keys there are.
+const HELP_ROWS_MIN: usize = 6;
 
 /// Lays a look out in at most `height` lines of at most `width` columns.
 pub fn lay_out(look: &Look, rates: &Rates, width: usize, height: usize) -> Vec<String> {
-    let tables = [
-        queues(look, rates),
-        batches(look, rates),
-        workers(look, rates),
+    let tables = vec![
+        parts::queues(look, rates),
+        parts::batches(look, rates),
+        parts::workers(look, rates),
     ];
-    let mut lines: Vec<String> = head(look, rates).iter().map(|l| fit(l, width)).collect();
+    under_each_other(&head(look, rates), tables, width, height)
+}
+
+/// The same as somebody chose to see it, without a word of keys.
+pub fn lay_out_view(
+    look: &Look,
+    rates: &Rates,
+    view: &View,
+    width: usize,
+    height: usize,
+) -> Vec<String> {
+    let chosen = |table: Table| {
+        let table = table.filtered(&view.filter);
+        match view.sort {
+            Some(column) => table.sorted(column, view.reversed),
+            None => table,
+        }
+    };
+    let tables = match view.part {
+        Part::All => all(look, rates)
+            .into_iter()
+            .map(|table| table.filtered(&view.filter))
+            .collect(),
+        part => vec![chosen(table(look, rates, part)).after(view.skipped)],
+    };
+    under_each_other(&head(look, rates), tables, width, height)
+}
+
+/// As on a terminal that is watched, with the keys in the last line.
+pub fn lay_out_live(
+    look: &Look,
+    rates: &Rates,
+    view: &View,
+    width: usize,
+    height: usize,
+) -> Vec<String> {
+    if height < HELP_ROWS_MIN {
+        return lay_out_view(look, rates, view, width, height);
+    }
+    let mut lines = lay_out_view(look, rates, view, width, height - 1);
+    lines.resize(height - 1, String::new());
+    lines.push(fit(&view.help(), width));
+    lines
+}
+
+/// How many columns a part has.
+pub fn columns(part: Part) -> usize {
+    match part {
+        Part::All => 0,
+        part => table(&Look::empty(), &Rates::default(), part).header.len(),
+    }
+}
+
+/// A part by itself.
+fn table(look: &Look, rates: &Rates, part: Part) -> Table {
+    match part {
+        Part::All | Part::Queues => parts::queues(look, rates),
+        Part::Batches => parts::batches(look, rates),
+        Part::Pipelines => parts::steps(look, rates),
+        Part::Workers => parts::workers(look, rates),
+        Part::Models => parts::served(look),
+    }
+}
+
+/// All parts, without those that few systems have where there is nothing of them.
+fn all(look: &Look, rates: &Rates) -> Vec<Table> {
+    let mut tables: Vec<Table> = Part::EACH[1..]
+        .iter()
+        .map(|part| table(look, rates, *part))
+        .collect();
+    let mut seldom = [false, false, true, false, true].into_iter();
+    tables.retain(|table| !seldom.next().unwrap_or_default() || !table.rows.is_empty());
+    tables
+}
+
+fn under_each_other(
+    head: &[String],
+    tables: Vec<Table>,
+    width: usize,
+    height: usize,
+) -> Vec<String> {
+    let mut lines: Vec<String> = head.iter().map(|line| fit(line, width)).collect();
     // An empty line and a header for each.
     let left = height.saturating_sub(lines.len() + 2 * tables.len());
-    let needs = tables.each_ref().map(|table| table.rows.len());
-    for (table, rows) in tables.iter().zip(shares(needs, left)) {
+    let needs: Vec<usize> = tables.iter().map(|table| table.rows.len()).collect();
+    for (table, rows) in tables.iter().zip(shares(&needs, left)) {
         lines.push(String::new());
         lines.extend(table.lines(width, rows));
     }
@@ -46,18 +110,13 @@ pub fn lay_out(look: &Look, rates: &Rates, width: usize, height: usize) -> Vec<S
     lines
 }
 
-/// `text`, cut to `width` columns.
-pub fn fit(text: &str, width: usize) -> String {
-    truncate_str(&plain(text), width, "…").into_owned()
-}
-
 /// What is left of `budget` for each of those that need so much: what one does not need is for the others.
-fn shares<const N: usize>(needs: [usize; N], mut budget: usize) -> [usize; N] {
-    let mut order: Vec<usize> = (0..N).collect();
+fn shares(needs: &[usize], mut budget: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..needs.len()).collect();
     order.sort_by_key(|n| needs[*n]);
-    let mut shares = [0; N];
+    let mut shares = vec![0; needs.len()];
     for (place, n) in order.into_iter().enumerate() {
-        shares[n] = needs[n].min(budget / (N - place));
+        shares[n] = needs[n].min(budget / (needs.len() - place));
         budget -= shares[n];
     }
     shares
@@ -70,13 +129,17 @@ fn head(look: &Look, rates: &Rates) -> Vec<String> {
     if let Some(workers) = &look.workers {
         let running: u32 = workers.iter().map(|worker| worker.running).sum();
         let capacity: u32 = workers.iter().map(|worker| worker.capacity).sum();
-        lines.push(format!(
+        let mut there = format!(
             " workers: {} at {} coordinators · {} of {} slots in use",
             count(workers.len() as u64),
             look.coordinators(),
             count(running.into()),
             count(capacity.into())
-        ));
+        );
+        if let Some(dollars) = look.dollars_per_hour {
+            there.push_str(&format!(" · {dollars:.2} $/h"));
+        }
+        lines.push(there);
         happens.push(format!("{} grants/s", maybe(rates.grants)));
     }
     happens.push(format!("{} ends/s", maybe(rates.ends)));
@@ -88,216 +151,14 @@ fn head(look: &Look, rates: &Rates) -> Vec<String> {
     lines
 }
 
-fn queues(look: &Look, rates: &Rates) -> Table {
-    let mut queues: Vec<&v1::QueueStats> = look.queues.iter().collect();
-    let open = |queue: &v1::QueueStats| queue.ready + queue.leased + queue.delayed + queue.blocked;
-    queues.sort_by_key(|queue| std::cmp::Reverse(open(queue)));
-    let row = |queue: &&v1::QueueStats| {
-        let oldest = match queue.oldest_ready_ms {
-            0 => "-".to_owned(),
-            ms => duration(ms),
-        };
-        vec![
-            queue.project.clone(),
-            json::kind(queue.kind()).to_owned(),
-            count(queue.ready),
-            count(queue.leased),
-            count(queue.dead),
-            maybe(rates.ends_of(queue)),
-            oldest,
-            count(queue.delayed),
-            count(queue.blocked),
-            count(queue.succeeded),
-            count(queue.cancelled),
-        ]
-    };
-    Table {
-        header: &[
-            "project",
-            "kind",
-            "ready",
-            "running",
-            "dead",
-            "ends/s",
-            "oldest waits",
-            "delayed",
-            "blocked",
-            "succeeded",
-            "cancelled",
-        ],
-        rows: queues.iter().map(row).collect(),
-        none: "no jobs",
-    }
-}
-
-fn batches(look: &Look, rates: &Rates) -> Table {
-    let mut batches: Vec<&v1::Batch> = look.batches.iter().collect();
-    // Newest first they come, and those of which something runs are to be seen first.
-    batches.sort_by_key(|batch| batch.counts.is_none_or(|counts| counts.leased == 0));
-    let row = |batch: &v1::Batch| {
-        let counts = batch.counts.unwrap_or_default();
-        let left = rates.left_s(batch);
-        vec![
-            batch.batch.clone(),
-            format!(
-                "{} of {}",
-                count(done(batch)),
-                count(done(batch) + open(batch))
-            ),
-            count(counts.leased),
-            count(counts.dead),
-            maybe(rates.of_batch(batch)),
-            left.map_or_else(|| "-".to_owned(), |s| duration((s * 1_000.0) as u64)),
-            batch.project.clone(),
-        ]
-    };
-    Table {
-        header: &[
-            "batch", "done", "running", "dead", "ends/s", "left", "project",
-        ],
-        rows: batches.into_iter().map(row).collect(),
-        none: "no batch in progress",
-    }
-}
-
-fn workers(look: &Look, rates: &Rates) -> Table {
-    let row = |worker: &v1::Worker| {
-        let kinds: Vec<&str> = worker.kinds().map(json::kind).collect();
-        let seen = match look.silent_ms(worker) {
-            0..NOW_MS => "now".to_owned(),
-            ms => format!("{} ago", duration(ms - ms % 1_000)),
-        };
-        vec![
-            worker.worker.clone(),
-            format!("{} of {}", worker.running, worker.capacity),
-            if worker.draining { "draining" } else { "ready" }.to_owned(),
-            seen,
-            end_of(&worker.coordinator),
-            maybe(rates.of_worker(worker)),
-            kinds.join(" "),
-            worker.version.clone(),
-        ]
-    };
-    Table {
-        header: &[
-            "worker",
-            "running",
-            "state",
-            "heard",
-            "coordinator",
-            "grants/s",
-            "kinds",
-            "version",
-        ],
-        rows: look.workers.iter().flatten().map(row).collect(),
-        none: match look.workers {
-            Some(_) => "no workers are connected",
-            None => "workers are shown to tokens for all projects",
-        },
-    }
-}
-
-impl Table {
-    /// The header and at most `rows` lines under it.
-    fn lines(&self, width: usize, rows: usize) -> Vec<String> {
-        if self.rows.is_empty() {
-            return vec![fit(&format!(" {}", self.none), width)];
-        }
-        let all = self.rows.len();
-        // The line that counts the rest takes the place of a row.
-        let shown = if rows < all {
-            rows.saturating_sub(1)
-        } else {
-            all
-        };
-        let header: Vec<String> = self.header.iter().map(|name| name.to_uppercase()).collect();
-        let mut cells: Vec<Vec<String>> = vec![header];
-        let seen = self.rows.iter().take(shown);
-        cells.extend(seen.map(|row| row.iter().map(|cell| plain(cell)).collect()));
-        let widths = widths(&cells, width);
-        let mut lines: Vec<String> = cells.iter().map(|row| line(row, &widths)).collect();
-        if shown < all && rows > 0 {
-            lines.push(fit(
-                &format!(" … {} more", count((all - shown) as u64)),
-                width,
-            ));
-        }
-        lines.iter().map(|line| fit(line, width)).collect()
-    }
-}
-
-/// Widths of the columns that have room, the first of which may be cut.
-fn widths(cells: &[Vec<String>], width: usize) -> Vec<usize> {
-    let columns = cells.first().map_or(0, Vec::len);
-    let widest = |n: usize| cells.iter().map(|row| measure_text_width(&row[n])).max();
-    let mut widths: Vec<usize> = (0..columns).filter_map(widest).collect();
-    let others = |widths: &[usize]| widths.iter().skip(1).map(|w| w + GAP).sum::<usize>() + 1;
-    let name = widths.first().copied().unwrap_or_default();
-    while widths.len() > 1 && others(&widths) + name.min(NAME_MIN) > width {
-        widths.pop();
-    }
-    let room = width.saturating_sub(others(&widths));
-    if let Some(first) = widths.first_mut() {
-        *first = name.min(room);
-    }
-    widths
-}
-
-fn line(row: &[String], widths: &[usize]) -> String {
-    let mut text = String::from(" ");
-    for (n, (cell, width)) in row.iter().zip(widths).enumerate() {
-        let cell = if n == 0 {
-            cut_middle(cell, *width)
-        } else {
-            cell.clone()
-        };
-        let pad = width.saturating_sub(measure_text_width(&cell)) + GAP;
-        text.push_str(&cell);
-        text.extend(std::iter::repeat_n(' ', pad));
-    }
-    text.trim_end().to_owned()
-}
-
-/// `text` in `width` columns, without its middle where it is longer.
-fn cut_middle(text: &str, width: usize) -> String {
-    if measure_text_width(text) <= width {
-        return text.to_owned();
-    }
-    let all: Vec<char> = text.chars().collect();
-    // Wide characters take more room than one, so that the cut goes on until it fits.
-    for kept in (0..width.min(all.len())).rev() {
-        let (head, tail) = (kept.div_ceil(2), kept / 2);
-        let cut: String = all[..head]
-            .iter()
-            .chain(&['…'])
-            .chain(&all[all.len() - tail..])
-            .collect();
-        if measure_text_width(&cut) <= width {
-            return cut;
-        }
-    }
-    String::new()
-}
-
-fn end_of(id: &str) -> String {
-    let skipped = id.chars().count().saturating_sub(COORDINATOR_CHARS);
-    id.chars().skip(skipped).collect()
-}
-
 fn maybe(rate: Option<f64>) -> String {
     rate.map_or_else(|| "-".to_owned(), per_second)
 }
 
-fn per_second(rate: f64) -> String {
-    match rate {
-        100.0.. => count(rate.round() as u64),
-        1.0.. => format!("{rate:.1}"),
-        _ => format!("{rate:.2}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use console::measure_text_width;
+    use espalier_proto::v1;
     use tokio::time::Instant;
 
     use super::super::rates::tests::look;
@@ -367,12 +228,12 @@ mod tests {
         running.batch = "older".to_owned();
         running.counts.as_mut().unwrap().leased = 1;
         look.batches.push(running);
-        let rows = batches(&look, &Rates::default()).rows;
-        assert_eq!([&rows[0][0], &rows[1][0]], ["older", "b"]);
+        let lines = lay_out(&look, &Rates::default(), 80, 24).join("\n");
+        assert!(lines.find(" older ") < lines.find(" b "), "{lines}");
     }
 
     #[test]
-    fn names_lose_their_middle_and_columns_go_from_the_right() {
+    fn columns_go_from_the_right() {
         let lines = lay_out(&many(1), &Rates::default(), 40, 24);
         let worker = lines.last().unwrap();
         assert!(
@@ -383,16 +244,13 @@ mod tests {
             worker.contains("ready") && !worker.contains("0.1.0"),
             "{worker}"
         );
-        assert_eq!(cut_middle("abcdefgh", 5), "ab…gh");
-        assert_eq!(cut_middle("日本語日本語", 5), "日…語");
-        assert_eq!(cut_middle("abc", 0), "");
     }
 
     #[test]
     fn what_one_does_not_need_is_for_the_others() {
-        assert_eq!(shares([1, 2, 3], 100), [1, 2, 3]);
-        assert_eq!(shares([50, 1, 50], 21), [10, 1, 10]);
-        assert_eq!(shares([5, 5], 0), [0, 0]);
+        assert_eq!(shares(&[1, 2, 3], 100), [1, 2, 3]);
+        assert_eq!(shares(&[50, 1, 50], 21), [10, 1, 10]);
+        assert_eq!(shares(&[5, 5], 0), [0, 0]);
     }
 
     #[test]
@@ -412,9 +270,95 @@ mod tests {
         assert!(lines.contains("tokens for all projects"), "{lines}");
     }
 
+    fn view(part: Part) -> View {
+        View {
+            part,
+            ..View::default()
+        }
+    }
+
+    /// A system with a pipeline, a served model and prices.
+    fn busy() -> Look {
+        let mut look = many(3);
+        look.batches.push(v1::Batch {
+            batch: "shop.train.0123456789ab".to_owned(),
+            project: "shop".to_owned(),
+            ..look.batches[0].clone()
+        });
+        look.dollars_per_hour = Some(4.125);
+        let serving = v1::Serving {
+            url: "http://10.0.0.7:8000/v1".to_owned(),
+            models: vec!["qwen".to_owned()],
+            ..v1::Serving::default()
+        };
+        look.workers.as_mut().unwrap()[0].serving = Some(serving);
+        look
+    }
+
     #[test]
-    fn rates_are_as_exact_as_they_are_large() {
-        let shown = [0.066, 0.0, 4.24, 99.96, 1234.5].map(per_second);
-        assert_eq!(shown, ["0.07", "0.00", "4.2", "100.0", "1,235"]);
+    fn a_part_is_shown_alone_as_it_was_chosen() {
+        let (look, rates) = (busy(), Rates::default());
+        let all = lay_out_view(&look, &rates, &View::default(), 200, 60).join("\n");
+        for word in [
+            "4.13 $/h",
+            "READY",
+            "BATCH",
+            "PIPELINE  STEP",
+            "WORKER",
+            "http://10.0.0.7:8000/v1",
+        ] {
+            assert!(all.contains(word), "{word}: {all}");
+        }
+        let alone = lay_out_view(&look, &rates, &view(Part::Pipelines), 200, 60);
+        assert_eq!(alone.len(), 5, "{alone:#?}");
+        assert!(
+            alone[4].starts_with(" shop      train  10 of 100"),
+            "{alone:#?}"
+        );
+        let mut sorted = view(Part::Workers);
+        (sorted.sort, sorted.reversed) = (Some(0), true);
+        let lines = lay_out_view(&look, &rates, &sorted, 200, 60);
+        assert!(
+            lines[3].contains("WORKER▲") && lines[4].contains("-0002"),
+            "{lines:#?}"
+        );
+        sorted.filter = "0001".to_owned();
+        let lines = lay_out_view(&look, &rates, &sorted, 200, 60);
+        assert!(lines.len() == 5 && lines[4].contains("-0001"), "{lines:#?}");
+        sorted.filter.clear();
+        sorted.skipped = 2;
+        let lines = lay_out_view(&look, &rates, &sorted, 200, 60);
+        assert!(lines.len() == 5 && lines[4].contains("-0000"), "{lines:#?}");
+    }
+
+    #[test]
+    fn what_few_systems_have_is_left_out_where_there_is_none() {
+        let look = look(Instant::now(), 0, 10, 0);
+        let lines = lay_out_view(&look, &Rates::default(), &View::default(), 200, 60);
+        let text = lines.join("\n");
+        assert!(
+            !text.contains("pipeline") && !text.contains("model"),
+            "{text}"
+        );
+        let lines = lay_out_view(&look, &Rates::default(), &view(Part::Models), 200, 60);
+        assert_eq!(lines[3], " no worker serves a model");
+    }
+
+    #[test]
+    fn the_last_line_has_the_keys_where_there_is_room() {
+        let look = busy();
+        for height in [1, 5, 6, 24, 60] {
+            for part in Part::EACH {
+                let lines = lay_out_live(&look, &Rates::default(), &view(part), 80, height);
+                assert!(lines.len() <= height);
+                assert_eq!(lines.last().unwrap().contains("space stop"), height > 5);
+                assert!(lines.iter().all(|line| measure_text_width(line) <= 80));
+            }
+        }
+    }
+
+    #[test]
+    fn every_column_can_be_sorted_by() {
+        assert_eq!(Part::EACH.map(columns), [0, 11, 7, 8, 9, 4]);
     }
 }

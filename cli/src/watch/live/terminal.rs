@@ -7,6 +7,8 @@ use console::Term;
 use super::look::Look;
 use super::rates::Rates;
 use super::screen;
+use super::table;
+use super::view::{Key, Pressed, View};
 
 /// The second page, without a cursor.
 const ENTER: &str = "\u{1b}[?1049h\u{1b}[?25l";
@@ -22,17 +24,24 @@ pub fn columns() -> Option<usize> {
     io::stdout().is_terminal().then_some(usize::from(columns))
 }
 
+/// Whether standard output is a terminal.
+pub fn is_there() -> bool {
+    io::stdout().is_terminal()
+}
+
 /// The screen. Dropping it gives the terminal back as it was.
 #[derive(Debug)]
 pub struct Terminal {
     term: Term,
     last: Option<(Look, Rates)>,
     remark: String,
+    /// What somebody chose with keys; none where there are none.
+    view: Option<View>,
 }
 
 impl Terminal {
-    /// Takes the terminal; none where standard output is none.
-    pub fn open() -> Option<Self> {
+    /// Takes the terminal, with a view that `keys` change; none where standard output is none.
+    pub fn open(keys: bool) -> Option<Self> {
         if !io::stdout().is_terminal() {
             return None;
         }
@@ -42,16 +51,31 @@ impl Terminal {
             term: Term::stdout(),
             last: None,
             remark: String::new(),
+            view: keys.then(View::default),
         })
     }
 
     /// Shows a look, or goes on showing the last one, with a remark above it.
     pub fn show(&mut self, look: Option<(&Look, &Rates)>, remark: &str) -> io::Result<()> {
-        if let Some((look, rates)) = look {
+        let stands = self.view.as_ref().is_some_and(|view| view.paused);
+        if let Some((look, rates)) = look.filter(|_| !stands) {
             self.last = Some((look.clone(), rates.clone()));
         }
         remark.clone_into(&mut self.remark);
         self.draw()
+    }
+
+    /// A key was pressed. False: somebody wants an end.
+    pub fn press(&mut self, key: Key) -> io::Result<bool> {
+        let Some(view) = &mut self.view else {
+            return Ok(true);
+        };
+        match view.press(key, screen::columns(view.part)) {
+            Pressed::Draw => self.draw()?,
+            Pressed::Nothing => {}
+            Pressed::End => return Ok(false),
+        }
+        Ok(true)
     }
 
     /// Draws what there is in the size that the terminal has now.
@@ -60,11 +84,14 @@ impl Terminal {
         let (rows, columns) = (usize::from(rows), usize::from(columns));
         let mut lines = Vec::new();
         if !self.remark.is_empty() {
-            lines.push(screen::fit(&self.remark, columns));
+            lines.push(table::fit(&self.remark, columns));
         }
         if let Some((look, rates)) = &self.last {
             let left = rows.saturating_sub(lines.len());
-            lines.extend(screen::lay_out(look, rates, columns, left));
+            lines.extend(match &self.view {
+                Some(view) => screen::lay_out_live(look, rates, view, columns, left),
+                None => screen::lay_out(look, rates, columns, left),
+            });
         }
         lines.truncate(rows);
         // Each line is emptied before it is written: behind one that fills it, the cursor stands on its last character.

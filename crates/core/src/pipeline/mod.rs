@@ -121,6 +121,20 @@ impl StepDigest {
     }
 }
 
+/// The pipeline and the step whose batch this is, by how [`StepDigest::batch`] names it; none where it is another's.
+pub fn step_of_batch(batch: &str) -> Option<(PipelineName, Step)> {
+    let named = |name: &str| {
+        let (rest, digest) = name.rsplit_once('.')?;
+        digest.parse::<StepDigest>().ok()?;
+        let (pipeline, step) = rest.rsplit_once('.')?;
+        let step = Step::ALL.into_iter().find(|known| known.as_str() == step)?;
+        Some((PipelineName::new(pipeline).ok()?, step))
+    };
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let (first, tries) = batch.rsplit_once('.')?;
+    named(batch).or_else(|| named(first).filter(|_| is_number(tries)))
+}
+
 impl fmt::Display for StepDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -387,6 +401,18 @@ mod tests {
         let batch = |tries| digest.batch(&name, Step::Train, tries).unwrap().to_string();
         assert_eq!(batch(1), "shop.train.0123456789ab");
         assert_eq!(batch(3), "shop.train.0123456789ab.3");
+        for tries in [1, 3] {
+            let found = step_of_batch(&batch(tries));
+            assert_eq!(found, Some((name.clone(), Step::Train)));
+        }
+        for other in [
+            "shop",
+            "shop.train",
+            "shop.trane.0123456789ab",
+            "a.train.0123456789ab.x",
+        ] {
+            assert_eq!(step_of_batch(other), None, "{other}");
+        }
         let longest = PipelineName::new("x".repeat(PIPELINE_NAME_BYTES_MAX)).unwrap();
         for step in Step::ALL {
             assert!(digest.batch(&longest, step, u32::MAX).is_ok());
