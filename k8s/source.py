@@ -30,8 +30,6 @@ SET = {
 }  # fmt: skip
 # Keys that mean nothing in a cluster, or that the environment sets for all processes alike.
 NOT_SET = {"coordinator": {"data_dir", "telemetry"}, "agent-worker": {"mcp_servers", "telemetry"}}
-# What the programs are still to have.
-AWAITED = {}
 VALUES = {"coordinator": "coordinator", "agent-worker": "agentWorker"}
 
 
@@ -59,11 +57,6 @@ def options(component):
     return found, set(re.findall(r'"(ESPALIER_[A-Z_]+)"', body))
 
 
-def known(component, name, names):
-    """A name that is awaited is known until the source has it: then it must leave the list."""
-    return name in names or name in AWAITED.get(component, set())
-
-
 def variable_faults(pod, variable):
     if not variable.startswith("ESPALIER_") or variable in COMMON:
         return []
@@ -73,7 +66,7 @@ def variable_faults(pod, variable):
     if pod.component in CONFIGS:
         prefix = CONFIGS[pod.component][0]
         key = variable.removeprefix(prefix).split("__")[0].lower()
-        if variable.startswith(prefix) and known(pod.component, key, keys(pod.component)):
+        if variable.startswith(prefix) and key in keys(pod.component):
             return []
     return [f"{pod.where}: the program has no variable {variable}"]
 
@@ -108,7 +101,7 @@ def read_config(pod, things):
                 config = tomllib.loads(thing["data"][name])
             except tomllib.TOMLDecodeError as error:
                 return {}, [f"{pod.where}: {name} is no TOML: {error}"]
-            unknown = [key for key in config if not known(pod.component, key, keys(pod.component))]
+            unknown = [key for key in config if key not in keys(pod.component)]
             return config, [f"{pod.where}: the configuration has no key {key}" for key in unknown]
     return {}, []
 
@@ -121,7 +114,7 @@ def faults(things):
         for container in pod.containers:
             for argument in container.get("args", []):
                 name = argument.partition("=")[0]
-                if name.startswith("--") and not known(pod.component, name, options(pod.component)[0]):
+                if name.startswith("--") and name not in options(pod.component)[0]:
                     found.append(f"{pod.where}: the program has no option {name}")
             for variable in container.get("env", []):
                 found += variable_faults(pod, variable["name"])
@@ -135,12 +128,9 @@ def faults_of_the_schema(schema):
     found = []
     for component, values in VALUES.items():
         free = set(schema["properties"][values]["properties"]["config"]["properties"])
-        have = keys(component) | AWAITED.get(component, set())
+        have = keys(component)
         accounted = free | SET[component] | NOT_SET[component]
         found += [f"values.schema.json: {values}.config must have the key {key}" for key in sorted(have - accounted)]
         found += [f"{values}: the configuration has no key {key}" for key in sorted(accounted - have)]
         found += [f"{values}.config: the chart sets {key} itself" for key in sorted(free & SET[component])]
-    for component, names in AWAITED.items():
-        have = (keys(component) if component in CONFIGS else set()) | options(component)[0]
-        found += [f"{component} has {name} now: take it out of AWAITED" for name in sorted(names & have)]
     return found
