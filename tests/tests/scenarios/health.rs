@@ -29,10 +29,10 @@ async fn answers(url: &str, status: u16) -> String {
 #[tokio::test]
 async fn workers_tell_whether_they_live_and_whether_they_have_a_coordinator() {
     let ports = Ports::claim();
-    let (agent, train) = (ports.address(0), ports.address(1));
+    let at = [ports.address(0), ports.address(1)];
     let environment = (
         "ESPALIER_AGENT_WORKER_HEALTH_LISTEN".to_owned(),
-        agent.to_string(),
+        at[0].to_string(),
     );
     let mut cluster = Cluster::start_with(Setup {
         environment: vec![environment],
@@ -40,36 +40,35 @@ async fn workers_tell_whether_they_live_and_whether_they_have_a_coordinator() {
     })
     .await;
     cluster.coordinators[0].process.kill();
-    let mut workers = [
-        cluster.worker("agent", 2).process,
-        cluster.train_worker_with("train", "cpu", &["--health-listen", &train.to_string()]),
-    ];
-    for at in [agent, train] {
+    let mut agent = cluster.worker("agent", 2);
+    let train = ["--health-listen", &at[1].to_string()];
+    let mut train = cluster.train_worker_with("train", "cpu", &train);
+    for at in at {
         let said = answers(&format!("http://{at}/ready"), 503).await;
         assert!(said.contains("not connected yet"), "{said}");
         answers(&format!("http://{at}/health"), 200).await;
     }
     cluster.restart_coordinator(0).await;
-    for at in [agent, train] {
+    for at in at {
         answers(&format!("http://{at}/ready"), 200).await;
     }
     // A coordinator that restarts makes no worker unready.
     cluster.coordinators[0].process.kill();
-    let log = |worker: &espalier_tests::harness::process::Process| worker.log();
-    for worker in &workers {
+    for worker in [&agent.process, &train] {
         wait_for("the stream to be missed", DEADLINE, || {
-            let missed = log(worker).contains("no connection to a coordinator");
+            let log = worker.log();
+            let last = log.rsplit("connected to a coordinator").next();
+            let missed = last.is_some_and(|last| last.contains("no connection to a coordinator"));
             async move { missed.then_some(()).ok_or("it is not") }
         })
         .await;
     }
-    for at in [agent, train] {
+    for at in at {
         answers(&format!("http://{at}/ready"), 200).await;
     }
-    for worker in &mut workers {
-        let status = worker.terminate(DEADLINE).await;
-        assert!(status.success(), "{status:?}");
-    }
+    agent.terminate(DEADLINE).await;
+    let status = train.terminate(DEADLINE).await;
+    assert!(status.success(), "{status:?}");
 }
 
 #[tokio::test]
