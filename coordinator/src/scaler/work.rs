@@ -355,6 +355,8 @@ impl Work {
         self.failures = self.failures.saturating_add(1);
         let wait = match error {
             ProviderError::RateLimited { retry_after } => *retry_after,
+            // Nobody else is kept busy by being asked.
+            _ if self.source.is_own => Duration::ZERO,
             _ => PROVIDER_BACKOFF.jittered(self.failures),
         };
         self.not_before = Instant::now() + wait;
