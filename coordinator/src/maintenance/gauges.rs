@@ -9,6 +9,7 @@ use espalier_runtime::telemetry::{metrics, names::attribute};
 use opentelemetry::KeyValue;
 
 use crate::api::Shared;
+use crate::session;
 
 /// Time between two looks; exports are rarer.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -48,7 +49,11 @@ fn record(stats: &QueueStats) {
         }
     }
     for (project, age) in oldest {
+        session::tell_counters(project);
         let label = KeyValue::new(attribute::PROJECT, project.to_owned());
+        metrics()
+            .lease_expiries
+            .add(0, std::slice::from_ref(&label));
         metrics()
             .queue_oldest_ready_age
             .record(age.as_secs_f64(), &[label]);

@@ -17,7 +17,7 @@ use crate::queue::Outcome;
 pub fn finished(key: &JobKey, kind: &'static str, outcome: &Outcome) {
     let project = KeyValue::new(attribute::PROJECT, key.project.to_string());
     let labels = [
-        project.clone(),
+        project,
         KeyValue::new(attribute::JOB_KIND, kind),
         KeyValue::new(attribute::OUTCOME, history::outcome_name(outcome)),
     ];
@@ -30,38 +30,62 @@ pub fn finished(key: &JobKey, kind: &'static str, outcome: &Outcome) {
     let Some(summary) = wire.ok().and_then(|wire| summary_from_wire(wire).ok()) else {
         return;
     };
-    for came in came_to(&summary) {
+    count(&key.project.to_string(), came_to(&summary));
+}
+
+/// Tells the counters of a project from the start, so that what is counted first is an increase of them.
+pub fn tell_counters(project: &str) {
+    let rollouts = [SOLVED, FAILED, UNJUDGED].map(|verdict| Came::Rollouts(verdict, 0));
+    let conversations = [ACCEPTED, DROPPED].map(|verdict| Came::Conversations(verdict, 0));
+    count(project, rollouts.into_iter().chain(conversations));
+}
+
+fn count(project: &str, what: impl IntoIterator<Item = Came>) {
+    let metrics = telemetry::metrics();
+    for came in what {
         let (counter, verdict, count) = match came {
-            Came::Rollout(verdict) => (&metrics.rollout_verdicts, verdict, 1),
+            Came::Rollouts(verdict, n) => (&metrics.rollout_verdicts, verdict, n),
             Came::Conversations(verdict, n) => (&metrics.dataset_conversations, verdict, n),
         };
-        let verdict = KeyValue::new(attribute::VERDICT, verdict);
-        counter.add(count, &[project.clone(), verdict]);
+        let project = KeyValue::new(attribute::PROJECT, project.to_owned());
+        counter.add(
+            count,
+            &[project, KeyValue::new(attribute::VERDICT, verdict)],
+        );
     }
 }
+
+const SOLVED: &str = "solved";
+const FAILED: &str = "failed";
+const UNJUDGED: &str = "unjudged";
+const ACCEPTED: &str = "accepted";
+const DROPPED: &str = "dropped";
 
 /// What is counted of a result.
 #[derive(Debug, PartialEq)]
 enum Came {
-    /// A rollout with this verdict.
-    Rollout(&'static str),
+    /// So many rollouts with this verdict.
+    Rollouts(&'static str, u64),
     /// So many conversations that a data set took or did not.
     Conversations(&'static str, u64),
 }
 
 fn came_to(summary: &Summary) -> Vec<Came> {
     match summary {
-        Summary::Rollout(rollout) => vec![Came::Rollout(match rollout.solved() {
-            Some(true) => "solved",
-            Some(false) => "failed",
-            None => "unjudged",
-        })],
+        Summary::Rollout(rollout) => {
+            let verdict = match rollout.solved() {
+                Some(true) => SOLVED,
+                Some(false) => FAILED,
+                None => UNJUDGED,
+            };
+            vec![Came::Rollouts(verdict, 1)]
+        }
         Summary::Curate(curate) => {
             let dropped: u64 = curate.dropped.values().sum();
             let accepted = curate.sources.saturating_sub(dropped);
             vec![
-                Came::Conversations("accepted", accepted),
-                Came::Conversations("dropped", dropped),
+                Came::Conversations(ACCEPTED, accepted),
+                Came::Conversations(DROPPED, dropped),
             ]
         }
         _ => Vec::new(),
@@ -92,7 +116,7 @@ mod tests {
             (Some(0.5), "failed"),
             (None, "unjudged"),
         ] {
-            assert_eq!(came_to(&rollout(reward)), [Came::Rollout(verdict)]);
+            assert_eq!(came_to(&rollout(reward)), [Came::Rollouts(verdict, 1)]);
         }
         let curate = CurateSummary {
             sources: 10,

@@ -39,6 +39,8 @@ use crate::auth::Call;
 use crate::queue::{Finish, Outcome};
 use crate::registry::{Connected, Outbox};
 
+pub use counts::tell_counters;
+
 pub use outgoing::Outgoing;
 
 /// Messages to a worker that wait for it to read: a few rounds of grants and answers.

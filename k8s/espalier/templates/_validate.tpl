@@ -32,6 +32,13 @@ said by values.schema.json.
 {{- if and $v.keda.enabled (not $v.coordinator.enabled) }}
 {{- fail "keda.enabled must be false where coordinator.enabled is: KEDA asks the coordinators of this release" }}
 {{- end }}
+{{- $s := $v.agentWorker.scaling }}
+{{- if gt (int $s.minReplicas) (int $s.maxReplicas) }}
+{{- fail (printf "agentWorker.scaling.minReplicas must be at most maxReplicas, which is %d, got %d" (int $s.maxReplicas) (int $s.minReplicas)) }}
+{{- end }}
+{{- if and $v.keda.enabled (le (int $s.cooldownSeconds) (mul 2 (int $v.keda.pollingSeconds))) }}
+{{- fail (printf "agentWorker.scaling.cooldownSeconds must be more than twice keda.pollingSeconds, which is %d, got %d: KEDA would end busy pods where one of two kinds of jobs has none left" (int $v.keda.pollingSeconds) (int $s.cooldownSeconds)) }}
+{{- end }}
 {{- range $name := list "agentWorker" "inferWorker" "trainWorker" "coordinator" }}
 {{- $limits := (index $v $name).resources.limits }}
 {{- if not (and $limits $limits.memory) }}

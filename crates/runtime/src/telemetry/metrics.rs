@@ -154,7 +154,7 @@ impl Metrics {
             scaler_instances: gauge(metric::SCALER_INSTANCES, "{instance}"),
             scaler_wanted: gauge(metric::SCALER_WANTED, "{instance}"),
             scaler_demand: gauge(metric::SCALER_DEMAND, "{job}"),
-            scaler_price: number(metric::SCALER_PRICE, "{USD}/h"),
+            scaler_price: number(metric::SCALER_PRICE, "{USD}"),
             scaler_spent_today: number(metric::SCALER_SPENT_TODAY, "{USD}"),
             scaler_budget_day: number(metric::SCALER_BUDGET_DAY, "{USD}"),
             scaler_creates: counter(metric::SCALER_CREATES, "{instance}"),

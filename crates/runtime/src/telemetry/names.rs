@@ -212,8 +212,8 @@ pub mod metric {
     pub const SCALER_WANTED: &str = "espalier.scaler.wanted";
     /// Gauge, `{job}`: jobs, waiting and running, that decide about a pool, by provider and pool.
     pub const SCALER_DEMAND: &str = "espalier.scaler.demand";
-    /// Gauge, `{USD}/h`: what the instances of a pool cost, by provider and pool.
-    pub const SCALER_PRICE: &str = "espalier.scaler.price";
+    /// Gauge, `{USD}`: what the instances of a pool cost in an hour, by provider and pool.
+    pub const SCALER_PRICE: &str = "espalier.scaler.hourly_price";
     /// Gauge, `{USD}`: what instances have cost since midnight in UTC, by provider.
     pub const SCALER_SPENT_TODAY: &str = "espalier.scaler.spent_today";
     /// Gauge, `{USD}`: what they may cost in a day, by provider, where there is a bound.
