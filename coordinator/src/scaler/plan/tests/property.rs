@@ -27,6 +27,8 @@ enum Step {
     Lag(u64),
     /// Replies to what is asked for are lost, and half of it is not made.
     LoseReplies(bool),
+    /// Workers that are drained were just being given a job.
+    Cross(bool),
     /// Another coordinator takes over.
     Forget,
 }
@@ -45,6 +47,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => which.prop_map(Step::Vanish),
         1 => (0..100_u64).prop_map(Step::Lag),
         1 => any::<bool>().prop_map(Step::LoseReplies),
+        1 => any::<bool>().prop_map(Step::Cross),
         1 => Just(Step::Forget),
     ]
 }
@@ -68,6 +71,7 @@ struct World {
     made: u64,
     lag: u64,
     lose_replies: bool,
+    cross: bool,
     memory: Memory,
     pools: Vec<Pool>,
 }
@@ -81,6 +85,7 @@ impl World {
             made: 0,
             lag: 0,
             lose_replies: false,
+            cross: false,
             memory: Memory::default(),
             pools: vec![pool("a", 0, MAX)],
         };
@@ -114,6 +119,7 @@ impl World {
             Step::Wait(seconds) => self.now = now + Duration::from_secs(seconds),
             Step::Lag(lag) => self.lag = lag,
             Step::LoseReplies(lose) => self.lose_replies = lose,
+            Step::Cross(cross) => self.cross = cross,
             Step::Forget => self.memory = Memory::default(),
             Step::Vanish(n) => {
                 if !self.all.is_empty() {
@@ -213,7 +219,10 @@ impl World {
             }
             Action::Drain { workers, .. } => {
                 for real in &mut self.all {
-                    real.drained |= workers.iter().any(|w| w.as_str() == real.instance.id);
+                    if workers.iter().any(|w| w.as_str() == real.instance.id) {
+                        real.drained = true;
+                        real.running += u64::from(self.cross);
+                    }
                 }
             }
             Action::Delete { instance, why } => {
@@ -234,7 +243,7 @@ impl World {
     /// Everything works from now on: instances start, connect, and have jobs where there are some. Gives how much was
     /// done at the last look.
     fn settle(&mut self) -> usize {
-        (self.lag, self.lose_replies) = (0, false);
+        (self.lag, self.lose_replies, self.cross) = (0, false, false);
         let mut done = 0;
         for _ in 0..300 {
             for real in &mut self.all {
