@@ -70,7 +70,7 @@ fn in_folder(folder: &TempDir, script: &str) -> String {
 #[tokio::test]
 async fn a_process_knows_its_instance_and_none_of_the_coordinators_secrets() {
     let folder = TempDir::new().unwrap();
-    let script = "env > e; echo {instance} >> e; exec sleep 600";
+    let script = "{ env; echo {instance}; } > part; mv part e; exec sleep 600";
     let local = local(&folder, &in_folder(&folder, script));
     assert_eq!(local.list().await.unwrap(), []);
     local.create("a", "local-a-0").await.unwrap();
