@@ -64,7 +64,8 @@ pub struct Connected {
     outbox: Outbox,
     running: Mutex<HashMap<JobKey, Fence>>,
     serving: Mutex<Option<v1::Serving>>,
-    /// The queue is being asked for jobs for it, or those that it gave are on their way.
+    /// It may have jobs that are not listed: the queue is being asked for some for it, those that it gave are on their way, or
+    /// the leases that it came with are not renewed yet.
     granting: AtomicBool,
     granted: AtomicU64,
     heard_at_us: AtomicU64,
@@ -227,7 +228,8 @@ impl Registry {
         self.last_number.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Enters a worker. An older stream of the same worker ends: the worker has reconnected.
+    /// Enters a worker. An older stream of the same worker ends: the worker has reconnected. Until [`Connected::grants`] is told
+    /// otherwise it may have jobs that are not listed.
     pub fn enter(
         &self,
         who: Introduction,
@@ -253,7 +255,7 @@ impl Registry {
             ended,
             outbox,
             running: Mutex::default(),
-            granting: AtomicBool::new(false),
+            granting: AtomicBool::new(true),
             granted: AtomicU64::new(0),
             heard_at_us: AtomicU64::new(connected_at.0),
             process: who.process,

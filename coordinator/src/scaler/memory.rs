@@ -4,9 +4,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use espalier_core::id::WorkerId;
 use espalier_core::time::Timestamp;
 
-use super::plan::Look;
+use super::plan::{Look, Seen, Why};
 use super::provider::Instance;
 
 /// How long an instance that was asked for counts though the provider does not list it: replies are lost, and lists lag.
@@ -29,16 +30,30 @@ pub struct Memory {
     trouble: BTreeMap<String, Trouble>,
     /// The highest price that was seen of an instance, by pool; $ per hour.
     prices: BTreeMap<String, f64>,
+    /// Sessions of workers, by the name of their instance.
+    sessions: BTreeMap<String, BTreeMap<WorkerId, Session>>,
+    looked_at: Option<Timestamp>,
+}
+
+/// A session with a coordinator. A worker has one for each sort of jobs, and may lose them one by one.
+#[derive(Clone, Debug)]
+struct Session {
+    first_at: Timestamp,
+    /// The first look at which it was missing. Not the last one at which it was there: nobody may have looked for long.
+    missing_since: Option<Timestamp>,
 }
 
 #[derive(Clone, Debug)]
 struct Kept {
-    /// When it last had a job, or came back.
+    /// When it last had a job, or might have had one.
     busy_at: Timestamp,
-    /// When its worker was last seen.
-    here_at: Timestamp,
-    /// It was seen at the last look.
-    here: bool,
+    /// The first look at which its worker was missing.
+    away_since: Option<Timestamp>,
+    known_at: Timestamp,
+    /// It was there before the first look, so that nobody knows which sessions it has.
+    adopted: bool,
+    /// A worker has said that it is this instance.
+    named: bool,
     /// It was decided that it goes.
     leaving: bool,
     /// Its failure is counted.
@@ -59,6 +74,22 @@ struct Trouble {
     last: Timestamp,
 }
 
+impl Kept {
+    /// Whether it is not known yet which sessions it has, any of which may have jobs.
+    fn is_new(&self, now: Timestamp, lease: Duration) -> bool {
+        self.adopted && now.since(self.known_at) < lease
+    }
+}
+
+/// Whether a session is missing that may have jobs, since its leases may last.
+fn misses(known: Option<&BTreeMap<WorkerId, Session>>, seen: Option<&Seen>) -> bool {
+    known.is_some_and(|known| known.keys().any(|id| !has(seen, id)))
+}
+
+fn has(seen: Option<&Seen>, id: &WorkerId) -> bool {
+    seen.is_some_and(|seen| seen.sessions().any(|session| session == id))
+}
+
 impl Trouble {
     fn wait(&self) -> Duration {
         let doublings = self.failures.saturating_sub(1).min(16);
@@ -70,6 +101,7 @@ impl Memory {
     /// Takes a look in, before it is decided upon.
     pub(super) fn see(&mut self, look: &Look<'_>) {
         let now = look.now;
+        self.see_sessions(look);
         self.instances
             .retain(|id, _| look.instances.iter().any(|i| i.id == *id));
         self.asked.retain(|name, asked| {
@@ -81,27 +113,95 @@ impl Memory {
         for instance in look.instances {
             let kept = self.instances.entry(instance.id.clone()).or_insert(Kept {
                 busy_at: now,
-                here_at: now,
-                here: false,
+                away_since: Some(now),
+                known_at: now,
+                adopted: self.looked_at.is_none(),
+                named: false,
                 leaving: false,
                 failed: false,
                 ended_at: None,
             });
             let seen = look.workers.get(&instance.name);
             // What it did while it was away nobody knows.
-            let came = seen.is_some() && !kept.here;
-            if came || seen.is_some_and(|seen| seen.running > 0) {
+            let came = seen.is_some() && kept.away_since.is_some();
+            kept.named |= seen.is_some();
+            kept.away_since = match seen {
+                Some(_) => None,
+                None => kept.away_since.or(Some(now)),
+            };
+            let misses = misses(self.sessions.get(&instance.name), seen);
+            if came
+                || misses
+                || kept.is_new(now, look.lease)
+                || seen.is_some_and(|seen| seen.running > 0)
+            {
                 kept.busy_at = now;
-            }
-            kept.here = seen.is_some();
-            if kept.here {
-                kept.here_at = now;
             }
             if instance.price_per_hour > 0.0 {
                 let price = self.prices.entry(instance.pool.clone()).or_default();
                 *price = price.max(instance.price_per_hour);
             }
         }
+        self.looked_at = Some(now);
+    }
+
+    fn see_sessions(&mut self, look: &Look<'_>) {
+        for (name, seen) in look.workers {
+            let known = self.sessions.entry(name.clone()).or_default();
+            for id in seen.sessions() {
+                let session = known.entry(id.clone()).or_insert(Session {
+                    first_at: look.now,
+                    missing_since: None,
+                });
+                session.missing_since = None;
+            }
+        }
+        for (name, known) in &mut self.sessions {
+            let seen = look.workers.get(name);
+            known.retain(|id, session| {
+                if has(seen, id) {
+                    return true;
+                }
+                let since = *session.missing_since.get_or_insert(look.now);
+                look.now.since(since) < look.lease
+            });
+        }
+        self.sessions.retain(|_, known| !known.is_empty());
+    }
+
+    /// Whether an instance may be ended for that reason, by what is seen of its worker right now.
+    pub(super) fn may_end(
+        &self,
+        instance: &Instance,
+        why: Why,
+        seen: Option<&Seen>,
+        now: Timestamp,
+        lease: Duration,
+    ) -> bool {
+        let sessions = self.sessions.get(&instance.name);
+        match why {
+            Why::Idle => {
+                let kept = self.instances.get(&instance.id);
+                let is_new = kept.is_none_or(|kept| kept.is_new(now, lease));
+                seen.is_some_and(Seen::is_done) && !is_new && !misses(sessions, seen)
+            }
+            Why::Unneeded | Why::Lost => seen.is_none(),
+            // Whose the worker is tells whether it was there before.
+            Why::Duplicate => seen.is_none_or(|seen| {
+                let knew = |id| {
+                    let session = sessions.and_then(|known| known.get(id));
+                    session.is_some_and(|session| Some(session.first_at) < self.looked_at)
+                };
+                seen.processes.len() <= 1 && seen.sessions().all(knew)
+            }),
+            Why::Failed => seen.is_none_or(|seen| seen.running == 0),
+        }
+    }
+
+    /// Whether a worker has said that it is the instance, as far as is remembered.
+    pub(super) fn was_named(&self, instance: &Instance) -> bool {
+        let kept = self.instances.get(&instance.id);
+        kept.is_some_and(|kept| kept.named)
     }
 
     /// An instance of `pool` was asked for under `name`.
@@ -163,7 +263,8 @@ impl Memory {
     /// For how long its worker has not been seen.
     pub(super) fn away(&self, instance: &Instance, now: Timestamp) -> Duration {
         let kept = self.instances.get(&instance.id);
-        kept.map_or(Duration::ZERO, |kept| now.since(kept.here_at))
+        let since = kept.and_then(|kept| kept.away_since);
+        since.map_or(Duration::ZERO, |since| now.since(since))
     }
 
     /// For how long it has had no job.

@@ -3,8 +3,8 @@
 //!
 //! Rules, which the property tests hold:
 //! - No instance is ended whose worker has a job, or may get one. An idle one is drained first and ended at a later look, at
-//!   which it is drained and still has none. One that is not connected may have jobs, and is left alone for as long as a
-//!   lease of its may last.
+//!   which it is drained and still has none. One that is not connected, with all of its sessions, may have jobs, and is left
+//!   alone for as long as a lease of its may last.
 //! - A pool has at most `max` instances, those that are on their way out among them.
 //! - Instances are asked for by the names of free slots, so that one which is asked for twice is seen as such.
 //! - Nothing is asked for beyond the budget. What runs is not ended for the budget's sake, but takes no more jobs.
@@ -57,8 +57,8 @@ pub struct Budget {
 pub struct Seen {
     /// Sessions that may be given jobs.
     pub open: Vec<WorkerId>,
-    /// How many are drained.
-    pub drained: usize,
+    /// Sessions that are drained.
+    pub drained: Vec<WorkerId>,
     /// Jobs that they have.
     pub running: u64,
     /// Processes that say they are this instance.
@@ -67,8 +67,12 @@ pub struct Seen {
 
 impl Seen {
     /// It has no job and gets none.
-    fn is_done(&self) -> bool {
-        self.drained > 0 && self.open.is_empty() && self.running == 0
+    pub(super) fn is_done(&self) -> bool {
+        !self.drained.is_empty() && self.open.is_empty() && self.running == 0
+    }
+
+    pub(super) fn sessions(&self) -> impl Iterator<Item = &WorkerId> {
+        self.open.iter().chain(&self.drained)
     }
 }
 
@@ -112,7 +116,7 @@ pub enum Action {
         /// Which.
         workers: Vec<WorkerId>,
     },
-    /// End an instance, if [`may_end`] still says so.
+    /// End an instance, if [`Memory::may_end`] still says so.
     Delete {
         /// Which.
         instance: Instance,
@@ -146,16 +150,6 @@ impl Why {
             Self::Failed => "failed",
             Self::Lost => "lost",
         }
-    }
-}
-
-/// Whether an instance may be ended for that reason, by what is seen of its worker right now.
-pub fn may_end(why: Why, seen: Option<&Seen>) -> bool {
-    match why {
-        Why::Idle => seen.is_some_and(Seen::is_done),
-        Why::Unneeded | Why::Lost => seen.is_none(),
-        Why::Duplicate => seen.is_none_or(|seen| seen.processes.len() <= 1),
-        Why::Failed => seen.is_none_or(|seen| seen.running == 0),
     }
 }
 
@@ -225,7 +219,7 @@ fn sort_out<'a>(look: &Look<'a>, memory: &mut Memory, actions: &mut Vec<Action>)
         instances.retain(|i| matches!(i.state, InstanceState::Failed(_)));
         for failed in instances {
             memory.failed(failed, look.now);
-            delete(failed, Why::Failed, seen, actions);
+            delete(look, memory, failed, Why::Failed, actions);
         }
         // One that has not begun to run has no worker. Of two that run nobody knows whose the worker is: both go when
         // whoever is connected under their name has no job.
@@ -234,16 +228,16 @@ fn sort_out<'a>(look: &Look<'a>, memory: &mut Memory, actions: &mut Vec<Action>)
         }
         let first = usize::from(running.is_empty()).min(starting.len());
         for younger in starting.split_off(first) {
-            delete(younger, Why::Duplicate, seen, actions);
+            delete(look, memory, younger, Why::Duplicate, actions);
         }
         let mut asked = false;
         for instance in running.into_iter().chain(starting) {
-            if memory.is_leaving(instance) || seen.is_some_and(|seen| seen.drained > 0) {
+            if memory.is_leaving(instance) || seen.is_some_and(|seen| !seen.drained.is_empty()) {
                 memory.leaves(instance);
                 leave(look, memory, instance, &mut asked, actions);
             } else if is_lost(look, memory, instance) {
                 memory.failed(instance, look.now);
-                delete(instance, Why::Lost, seen, actions);
+                delete(look, memory, instance, Why::Lost, actions);
             } else {
                 supply.entry(&instance.pool).or_default().push(instance);
             }
@@ -253,8 +247,15 @@ fn sort_out<'a>(look: &Look<'a>, memory: &mut Memory, actions: &mut Vec<Action>)
 }
 
 /// Ends an instance, where what is seen lets it.
-fn delete(instance: &Instance, why: Why, seen: Option<&Seen>, actions: &mut Vec<Action>) {
-    if may_end(why, seen) {
+fn delete(
+    look: &Look<'_>,
+    memory: &Memory,
+    instance: &Instance,
+    why: Why,
+    actions: &mut Vec<Action>,
+) {
+    let seen = look.workers.get(&instance.name);
+    if memory.may_end(instance, why, seen, look.now, look.lease) {
         let instance = instance.clone();
         actions.push(Action::Delete { instance, why });
     }
@@ -270,9 +271,11 @@ fn leave(
 ) {
     let seen = look.workers.get(&instance.name);
     match seen {
-        None if is_lost(look, memory, instance) => delete(instance, Why::Lost, seen, actions),
+        None if is_lost(look, memory, instance) => {
+            delete(look, memory, instance, Why::Lost, actions)
+        }
         None => {}
-        Some(seen) if seen.open.is_empty() => delete(instance, Why::Idle, Some(seen), actions),
+        Some(seen) if seen.open.is_empty() => delete(look, memory, instance, Why::Idle, actions),
         Some(seen) if !*asked => {
             *asked = true;
             actions.push(Action::Drain {
@@ -379,7 +382,7 @@ fn release(
                 name: instance.name.clone(),
                 workers: seen.open.clone(),
             }),
-            None => delete(instance, Why::Unneeded, None, actions),
+            None => delete(look, memory, instance, Why::Unneeded, actions),
         }
     }
 }

@@ -8,7 +8,7 @@ use opentelemetry::KeyValue;
 
 use super::Source;
 use super::plan::{Plan, Wanted, Why};
-use super::provider::{Instance, InstanceState, ProviderError};
+use super::provider::{INSTANCE_VARIABLE, Instance, InstanceState, ProviderError};
 
 /// See the module.
 pub(super) struct Tell {
@@ -123,7 +123,16 @@ impl Tell {
         metrics().scaler_creates.add(1, &self.labels(pool));
     }
 
-    pub(super) fn deleted(&self, instance: &Instance, why: Why) {
+    /// `was_named`: whether a worker has ever said that it is the instance.
+    pub(super) fn deleted(&self, instance: &Instance, why: Why, was_named: bool) {
+        if why == Why::Lost && !was_named {
+            tracing::warn!(
+                provider = self.provider,
+                instance = instance.name,
+                "no worker has said that it is this instance: it did not start, cannot reach a coordinator, or was started \
+                 without {INSTANCE_VARIABLE}, which a wrapper such as sudo, ssh or docker has to pass on"
+            );
+        }
         let (provider, name, why) = (self.provider, &instance.name, why.as_str());
         match &instance.state {
             InstanceState::Failed(reason) => {

@@ -19,7 +19,7 @@ use super::Source;
 use super::demand::{self, Demand};
 use super::ledger::Ledger;
 use super::memory::Memory;
-use super::plan::{Action, Look, Plan, Seen, Why, may_end, plan};
+use super::plan::{Action, Look, Plan, Seen, Why, plan};
 use super::provider::{Answer, Instance, ProviderError};
 use super::tell::Tell;
 use crate::api::Shared;
@@ -119,7 +119,17 @@ impl Work {
     }
 
     async fn round(&mut self) -> Result<(), RoundError> {
-        let leads = with_deadline("scaler.leader", QUEUE_LIMIT, self.leads()).await??;
+        let leads = with_deadline("scaler.leader", QUEUE_LIMIT, self.leads()).await;
+        let leads = match leads.map_err(RoundError::from).and_then(|leads| Ok(leads?)) {
+            Ok(Some(leads)) => leads,
+            // Nobody has said yet that they may, this one neither.
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                // Another one may lead meanwhile, and keep the books.
+                self.books = None;
+                return Err(error);
+            }
+        };
         if !leads && !self.source.is_own {
             self.rest();
             return Ok(());
@@ -143,12 +153,12 @@ impl Work {
     }
 
     /// Whether this coordinator is the one that asks the provider: the first of those that say they may, by their ids, so
-    /// that the oldest goes on until it ends.
-    async fn leads(&self) -> Result<bool, QueueError> {
+    /// that the oldest goes on until it ends. None: nobody says so.
+    async fn leads(&self) -> Result<Option<bool>, QueueError> {
         let shown = self.shared.queue.shown(Table::Scalers).await?;
         let able = shown.iter().filter(|shown| shown.key == self.source.key);
         let first = able.map(|shown| shown.by.as_str()).min();
-        Ok(first == Some(self.shared.peers.me().as_str()))
+        Ok(first.map(|first| first == self.shared.peers.me().as_str()))
     }
 
     /// Another coordinator does the work: what this one knows gets old.
@@ -164,6 +174,12 @@ impl Work {
         Ok(by_instance(&workers))
     }
 
+    /// A time after which no lease holds that was not renewed.
+    fn lease(&self) -> Duration {
+        let lease = self.shared.config.lease_ttl().unwrap_or_default() * 2;
+        lease.max(LEASE_MIN)
+    }
+
     fn decide(
         &mut self,
         demand: Option<&Demand>,
@@ -171,7 +187,6 @@ impl Work {
         workers: &BTreeMap<String, Seen>,
         spent_today: f64,
     ) -> Plan {
-        let lease = self.shared.config.lease_ttl().unwrap_or_default() * 2;
         let look = Look {
             now: self.shared.now(),
             prefix: &self.source.prefix,
@@ -179,7 +194,7 @@ impl Work {
             demand,
             instances,
             workers,
-            lease: lease.max(LEASE_MIN),
+            lease: self.lease(),
             budget: self.source.budget,
             spent_today,
         };
@@ -275,7 +290,11 @@ impl Work {
             }
         };
         let provider = &self.source.provider;
-        let may = |(instance, why): &(Instance, Why)| may_end(*why, workers.get(&instance.name));
+        let (now, lease) = (self.shared.now(), self.lease());
+        let may = |(instance, why): &(Instance, Why)| {
+            let seen = workers.get(&instance.name);
+            self.memory.may_end(instance, *why, seen, now, lease)
+        };
         let calls = deletes.iter().filter(|delete| may(delete));
         let calls = calls.map(|(instance, why)| async move {
             let done = within("scaler.delete", provider.delete(instance)).await;
@@ -289,8 +308,9 @@ impl Work {
         for (instance, why, done) in calls {
             match done {
                 Ok(()) => {
+                    self.tell
+                        .deleted(instance, why, self.memory.was_named(instance));
                     self.memory.ended(instance, now);
-                    self.tell.deleted(instance, why);
                 }
                 Err(error) => failed = Some(error),
             }
@@ -378,7 +398,9 @@ fn by_instance(workers: &[v1::Worker]) -> BTreeMap<String, Seen> {
         let seen = all.entry(worker.instance.clone()).or_default();
         match (worker.draining, worker.worker.parse()) {
             (false, Ok(id)) => seen.open.push(id),
-            _ => seen.drained += 1,
+            (true, Ok(id)) => seen.drained.push(id),
+            // Coordinators have checked it.
+            (_, Err(_)) => {}
         }
         seen.running += u64::from(worker.running);
         seen.processes.insert(worker.process.clone());
@@ -408,7 +430,7 @@ mod tests {
         ]);
         let first = Seen {
             open: vec!["w1".parse().unwrap()],
-            drained: 1,
+            drained: vec!["w2".parse().unwrap()],
             running: 3,
             processes: ["p1".to_owned()].into(),
         };

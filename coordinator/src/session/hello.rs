@@ -150,6 +150,7 @@ async fn welcome(
             }
         }
     }
+    connected.grants(false);
     let ttl = shared.config.lease_ttl();
     let shortest = connected.kinds.iter().map(|kind| kind.lease_ttl()).min();
     let ttl = ttl.or(shortest).unwrap_or_default();

@@ -46,6 +46,15 @@ impl Scene {
             spent_today: 0.0,
             memory: Memory::default(),
         }
+        .empty()
+    }
+
+    /// What comes after the first look is new, and was not there before anybody looked.
+    fn empty(mut self) -> Self {
+        let pools = std::mem::take(&mut self.pools);
+        self.look();
+        self.pools = pools;
+        self
     }
 
     fn look(&mut self) -> Plan {
@@ -88,7 +97,7 @@ impl Scene {
         self.instance(name, name, InstanceState::Running);
         let seen = Seen {
             open: vec![name.parse().unwrap()],
-            drained: 0,
+            drained: Vec::new(),
             running,
             processes: [name.to_owned()].into(),
         };
@@ -101,8 +110,7 @@ impl Scene {
 
     fn is_drained(&mut self, name: &str) {
         let seen = self.workers.get_mut(name).unwrap();
-        seen.drained += seen.open.len();
-        seen.open.clear();
+        seen.drained.append(&mut seen.open);
     }
 }
 
@@ -299,8 +307,78 @@ fn one_that_is_still_starting_goes_when_it_is_wanted_no_more() {
     assert_eq!(scene.after(SECOND), [""; 0]);
     assert_eq!(scene.after(60 * SECOND), ["delete 1 unneeded"]);
     // It began to run in the meantime.
+    let (memory, instance) = (&scene.memory, &scene.instances[0]);
     let seen = Seen::default();
-    assert!(!may_end(Why::Unneeded, Some(&seen)));
+    assert!(!memory.may_end(instance, Why::Unneeded, Some(&seen), scene.now, LEASE));
+}
+
+#[test]
+fn a_session_that_is_missing_may_have_jobs_for_as_long_as_a_lease() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    scene.pools[0].idle = Duration::ZERO;
+    scene.worker("x-a-0", 3);
+    let cpu = "cpu".parse::<WorkerId>().unwrap();
+    scene
+        .workers
+        .get_mut("x-a-0")
+        .unwrap()
+        .open
+        .push(cpu.clone());
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    let seen = scene.workers.get_mut("x-a-0").unwrap();
+    (seen.open, seen.running) = (vec![cpu], 0);
+    for _ in 0..24 {
+        assert_eq!(scene.after(10 * SECOND), [""; 0]);
+    }
+    assert_eq!(scene.after(10 * SECOND), ["drain x-a-0"]);
+    scene.is_drained("x-a-0");
+    assert_eq!(scene.after(10 * SECOND), ["delete x-a-0 idle"]);
+}
+
+#[test]
+fn a_time_at_which_nobody_looked_is_no_absence() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    scene.jobs = 4;
+    scene.worker("x-a-0", 1);
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    let seen = scene.workers.remove("x-a-0").unwrap();
+    assert_eq!(
+        scene.after(10_000 * SECOND),
+        [""; 0],
+        "it is between two streams"
+    );
+    scene.workers.insert("x-a-0".to_owned(), seen);
+    assert_eq!(scene.after(SECOND), [""; 0]);
+}
+
+#[test]
+fn of_two_of_one_name_none_goes_whose_worker_may_be_the_one_that_came() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    scene.jobs = 4;
+    scene.instance("1", "x-a-0", InstanceState::Running);
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    scene.instance("2", "x-a-0", InstanceState::Starting);
+    let seen = Seen {
+        open: vec!["w".parse().unwrap()],
+        running: 1,
+        processes: ["w".to_owned()].into(),
+        ..Seen::default()
+    };
+    scene.workers.insert("x-a-0".to_owned(), seen);
+    assert_eq!(scene.after(SECOND), [""; 0], "it may be the second one's");
+}
+
+#[test]
+fn whoever_takes_over_ends_nothing_before_every_session_had_time_to_come() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    scene.pools[0].idle = Duration::ZERO;
+    scene.worker("x-a-0", 0);
+    scene.is_drained("x-a-0");
+    scene.memory = Memory::default();
+    for _ in 0..24 {
+        assert_eq!(scene.after(10 * SECOND), [""; 0]);
+    }
+    assert_eq!(scene.after(10 * SECOND), ["delete x-a-0 idle"]);
 }
 
 #[test]

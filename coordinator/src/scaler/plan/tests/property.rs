@@ -31,10 +31,15 @@ enum Step {
     Cross(bool),
     /// Another coordinator takes over.
     Forget,
+    /// The session with the jobs is lost, and another one of the same worker is not.
+    Part(usize),
+    /// Nobody looks for so many steps.
+    Blind(u8),
 }
 
 fn step() -> impl Strategy<Value = Step> {
     let which = 0..8_usize;
+    let which_more = which.clone();
     prop_oneof![
         3 => (0..40_u64).prop_map(Step::Jobs),
         6 => (1..200_u64).prop_map(Step::Wait),
@@ -49,6 +54,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<bool>().prop_map(Step::LoseReplies),
         1 => any::<bool>().prop_map(Step::Cross),
         1 => Just(Step::Forget),
+        2 => which_more.prop_map(Step::Part),
+        1 => (1..12_u8).prop_map(Step::Blind),
     ]
 }
 
@@ -58,7 +65,10 @@ struct Real {
     instance: Instance,
     listed_at: Timestamp,
     connected: bool,
+    /// Of the session with the jobs.
     away_since: Timestamp,
+    /// Its session with the jobs is away, and another one is not.
+    parted: bool,
     drained: bool,
     running: u64,
 }
@@ -69,6 +79,7 @@ struct World {
     jobs: u64,
     all: Vec<Real>,
     made: u64,
+    blind: u8,
     lag: u64,
     lose_replies: bool,
     cross: bool,
@@ -83,6 +94,7 @@ impl World {
             jobs: 0,
             all: Vec::new(),
             made: 0,
+            blind: 0,
             lag: 0,
             lose_replies: false,
             cross: false,
@@ -107,6 +119,7 @@ impl World {
             listed_at: self.now + Duration::from_secs(self.lag),
             connected: false,
             away_since: self.now,
+            parted: false,
             drained: false,
             running: 0,
         });
@@ -121,6 +134,7 @@ impl World {
             Step::LoseReplies(lose) => self.lose_replies = lose,
             Step::Cross(cross) => self.cross = cross,
             Step::Forget => self.memory = Memory::default(),
+            Step::Blind(steps) => self.blind = steps,
             Step::Vanish(n) => {
                 if !self.all.is_empty() {
                     self.all.remove(n % self.all.len());
@@ -133,14 +147,20 @@ impl World {
             }),
             Step::Connect(n) => self.change(n, |real| {
                 real.connected = real.instance.state == InstanceState::Running;
+                real.parted = false;
+            }),
+            Step::Part(n) => self.change(n, |real| {
+                if real.connected && !std::mem::replace(&mut real.parted, true) {
+                    real.away_since = now;
+                }
             }),
             Step::Disconnect(n) => self.change(n, |real| {
-                if std::mem::take(&mut real.connected) {
+                if std::mem::take(&mut real.connected) && !std::mem::take(&mut real.parted) {
                     real.away_since = now;
                 }
             }),
             Step::Grant(n) => self.change(n, |real| {
-                if real.connected && !real.drained {
+                if real.connected && !real.parted && !real.drained {
                     real.running += 1;
                 }
             }),
@@ -166,11 +186,15 @@ impl World {
         let mut all: BTreeMap<String, Seen> = BTreeMap::new();
         for real in self.all.iter().filter(|real| real.connected) {
             let seen = all.entry(real.instance.name.clone()).or_default();
-            match real.drained {
-                true => seen.drained += 1,
-                false => seen.open.push(real.instance.id.parse().unwrap()),
+            let sessions = match real.drained {
+                true => &mut seen.drained,
+                false => &mut seen.open,
+            };
+            sessions.push(format!("{}-cpu", real.instance.id).parse().unwrap());
+            if !real.parted {
+                sessions.push(real.instance.id.parse().unwrap());
+                seen.running += real.running;
             }
-            seen.running += real.running;
             seen.processes.insert(real.instance.id.clone());
         }
         all
@@ -219,21 +243,23 @@ impl World {
             }
             Action::Drain { workers, .. } => {
                 for real in &mut self.all {
-                    if workers.iter().any(|w| w.as_str() == real.instance.id) {
+                    let cpu = format!("{}-cpu", real.instance.id);
+                    if workers.iter().any(|w| w.as_str() == cpu) {
                         real.drained = true;
-                        real.running += u64::from(self.cross);
+                        real.running += u64::from(self.cross && !real.parted);
                     }
                 }
             }
             Action::Delete { instance, why } => {
                 let seen = self.seen();
-                if !may_end(why, seen.get(&instance.name)) {
+                let seen = seen.get(&instance.name);
+                if !self.memory.may_end(&instance, why, seen, self.now, LEASE) {
                     return;
                 }
                 if let Some(n) = self.all.iter().position(|r| r.instance.id == instance.id) {
                     let real = self.all.remove(n);
                     let away = self.now.since(real.away_since);
-                    let is_over = !real.connected && away >= LEASE;
+                    let is_over = (!real.connected || real.parted) && away >= LEASE;
                     assert!(real.running == 0 || is_over, "a victim: {why:?} {real:?}");
                 }
             }
@@ -251,6 +277,7 @@ impl World {
                     real.instance.state = InstanceState::Running;
                 }
                 real.connected = real.instance.state == InstanceState::Running;
+                real.parted = false;
                 real.running = u64::from(self.jobs > 0 && real.connected && !real.drained);
             }
             done = self.round();
@@ -288,7 +315,10 @@ proptest! {
         let mut world = World::new();
         for step in steps {
             world.take(step);
-            world.round();
+            match world.blind {
+                0 => drop(world.round()),
+                _ => world.blind -= 1,
+            }
         }
         world.jobs = 0;
         world.settle();
