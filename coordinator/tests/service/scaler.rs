@@ -5,11 +5,14 @@ use std::time::Duration;
 
 use espalier_coordinator::CoordinatorConfig;
 use espalier_coordinator::scaler::ScalerConfig;
-use espalier_coordinator::scaler::config::{LocalConfig, LocalPool};
+use espalier_coordinator::scaler::config::{KedaConfig, LocalConfig, LocalPool};
 use espalier_core::queue::JobKind;
 use espalier_proto::v1;
 use espalier_testbed::redis::RedisServer;
 use espalier_testbed::wait_for;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::support::*;
 
@@ -111,6 +114,42 @@ async fn an_instance_lives_as_long_as_its_worker_has_a_job_wherever_that_is_conn
         process(folder.path(), "local-a-1").is_some(),
         "it has a job"
     );
+}
+
+#[tokio::test]
+async fn kedas_port_tells_its_health_and_nothing_of_ours() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = listener.local_addr().unwrap();
+    drop(listener);
+    let coordinator = Coordinator::start_with(|config| {
+        config.scaler = Some(ScalerConfig {
+            interval_s: 1,
+            keda: Some(KedaConfig { listen }),
+            local: None,
+        });
+    })
+    .await;
+    let endpoint = format!("http://{listen}");
+    wait_for("KEDA to be answered", SEEN_DEADLINE, || async {
+        let mut health = HealthClient::connect(endpoint.clone()).await?;
+        for service in ["", "externalscaler.ExternalScaler"] {
+            let service = service.to_owned();
+            let answer = health.check(HealthCheckRequest { service }).await.unwrap();
+            assert_eq!(answer.into_inner().status(), ServingStatus::Serving);
+        }
+        Ok::<(), tonic::transport::Error>(())
+    })
+    .await;
+    // A token opens nothing there.
+    let channel = espalier_runtime::net::channel(
+        &endpoint,
+        None,
+        Some(&espalier_runtime::config::Secret::new(ADMIN)),
+    );
+    let mut admin = v1::admin_service_client::AdminServiceClient::new(channel.unwrap());
+    let refused = admin.list_workers(v1::ListWorkersRequest::default()).await;
+    assert_eq!(refused.unwrap_err().code(), tonic::Code::Unimplemented);
+    coordinator.end().await.unwrap();
 }
 
 /// The end of a job for good.

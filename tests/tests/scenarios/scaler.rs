@@ -177,12 +177,12 @@ async fn agent_workers_come_and_go_with_the_jobs() {
     assert!(scaled.agents().is_empty());
     let mut client = scaled.cluster.client().await;
     // More than are done before the last of them is up.
-    client.submit("b", &sleepers(60, 4_000)).await;
+    client.submit("b", &sleepers(44, 4_000)).await;
     scaled
         .wait_until_agents("20 agent workers", |n| n == 20)
         .await;
     let result = client.wait("b", DEADLINE).await;
-    check(&scaled.cluster, "b", &result, 60);
+    check(&scaled.cluster, "b", &result, 44);
     scaled.wait_until_agents("all to be gone", |n| n == 0).await;
     assert_eq!(scaled.logged("an instance was asked for", "agents"), 20);
     assert_eq!(scaled.logged("\"why\":\"idle\"", "agents"), 20);
