@@ -8,6 +8,8 @@ use espalier_coordinator::scaler::ScalerConfig;
 use espalier_coordinator::scaler::config::{KedaConfig, LocalConfig, LocalPool};
 use espalier_core::queue::JobKind;
 use espalier_proto::v1;
+use espalier_runtime::config::Secret;
+use espalier_runtime::net;
 use espalier_testbed::redis::RedisServer;
 use espalier_testbed::wait_for;
 use tonic_health::pb::HealthCheckRequest;
@@ -130,23 +132,19 @@ async fn kedas_port_tells_its_health_and_nothing_of_ours() {
     })
     .await;
     let endpoint = format!("http://{listen}");
+    // With a token, which opens nothing there.
+    let channel = net::channel(&endpoint, None, Some(&Secret::new(ADMIN))).unwrap();
     wait_for("KEDA to be answered", SEEN_DEADLINE, || async {
-        let mut health = HealthClient::connect(endpoint.clone()).await?;
+        let mut health = HealthClient::new(channel.clone());
         for service in ["", "externalscaler.ExternalScaler"] {
             let service = service.to_owned();
-            let answer = health.check(HealthCheckRequest { service }).await.unwrap();
+            let answer = health.check(HealthCheckRequest { service }).await?;
             assert_eq!(answer.into_inner().status(), ServingStatus::Serving);
         }
-        Ok::<(), tonic::transport::Error>(())
+        Ok::<(), tonic::Status>(())
     })
     .await;
-    // A token opens nothing there.
-    let channel = espalier_runtime::net::channel(
-        &endpoint,
-        None,
-        Some(&espalier_runtime::config::Secret::new(ADMIN)),
-    );
-    let mut admin = v1::admin_service_client::AdminServiceClient::new(channel.unwrap());
+    let mut admin = v1::admin_service_client::AdminServiceClient::new(channel);
     let refused = admin.list_workers(v1::ListWorkersRequest::default()).await;
     assert_eq!(refused.unwrap_err().code(), tonic::Code::Unimplemented);
     coordinator.end().await.unwrap();
