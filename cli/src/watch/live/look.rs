@@ -41,7 +41,9 @@ pub struct Look {
 
 /// Looks.
 pub async fn take(client: &Client) -> Result<Look, Status> {
-    match with_deadline("watch.look", LIMIT, ask(client)).await {
+    // Boxed: three calls at once are much to carry around.
+    let asked = Box::pin(ask(client));
+    match with_deadline("watch.look", LIMIT, asked).await {
         Ok(looked) => looked,
         Err(timeout) => Err(Status::unavailable(timeout.to_string())),
     }
@@ -95,19 +97,6 @@ fn per_hour(sessions: &[v1::Worker], prices: &BTreeMap<String, f64>) -> f64 {
 }
 
 impl Look {
-    /// Of a system without anything.
-    pub fn empty() -> Self {
-        Self {
-            at: Instant::now(),
-            now_us: 0,
-            queues: Vec::new(),
-            batches: Vec::new(),
-            open_questions: 0,
-            workers: None,
-            dollars_per_hour: None,
-        }
-    }
-
     /// How many coordinators have workers.
     pub fn coordinators(&self) -> usize {
         let mut ids: Vec<&str> = self

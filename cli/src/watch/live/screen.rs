@@ -4,7 +4,7 @@ use super::look::Look;
 use super::parts;
 use super::rates::Rates;
 use super::table::{Table, fit, per_second};
-use super::view::{Part, View};
+use super::view::{Part, Size, View};
 use crate::output::count;
 
 /// Below this many lines there is no room to say which keys there are.
@@ -62,11 +62,15 @@ pub fn lay_out_live(
     lines
 }
 
-/// How many columns a part has.
-pub fn columns(part: Part) -> usize {
-    match part {
-        Part::All => 0,
-        part => table(&Look::empty(), &Rates::default(), part).header.len(),
+/// How large the part is that is shown.
+pub fn size(look: &Look, rates: &Rates, view: &View) -> Size {
+    if view.part == Part::All {
+        return Size::default();
+    }
+    let table = table(look, rates, view.part).filtered(&view.filter);
+    Size {
+        columns: table.header.len(),
+        rows: table.rows.len(),
     }
 }
 
@@ -358,7 +362,12 @@ mod tests {
     }
 
     #[test]
-    fn every_column_can_be_sorted_by() {
-        assert_eq!(Part::EACH.map(columns), [0, 11, 7, 8, 9, 4]);
+    fn every_column_can_be_sorted_by_and_every_row_be_reached() {
+        let look = busy();
+        let of = |part| size(&look, &Rates::default(), &view(part));
+        let columns = Part::EACH.map(|part| of(part).columns);
+        assert_eq!(columns, [0, 11, 7, 8, 9, 4]);
+        let rows = Part::EACH.map(|part| of(part).rows);
+        assert_eq!(rows, [0, 1, 2, 1, 3, 1]);
     }
 }

@@ -8,7 +8,7 @@ use super::look::Look;
 use super::rates::Rates;
 use super::screen;
 use super::table;
-use super::view::{Key, Pressed, View};
+use super::view::{Key, Pressed, Size, View};
 
 /// The second page, without a cursor.
 const ENTER: &str = "\u{1b}[?1049h\u{1b}[?25l";
@@ -70,7 +70,11 @@ impl Terminal {
         let Some(view) = &mut self.view else {
             return Ok(true);
         };
-        match view.press(key, screen::columns(view.part)) {
+        let size = match &self.last {
+            Some((look, rates)) => screen::size(look, rates, view),
+            None => Size::default(),
+        };
+        match view.press(key, size) {
             Pressed::Draw => self.draw()?,
             Pressed::Nothing => {}
             Pressed::End => return Ok(false),

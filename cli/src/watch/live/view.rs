@@ -94,6 +94,15 @@ impl Part {
     }
 }
 
+/// How large a part is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    /// Columns that it can be sorted by.
+    pub columns: usize,
+    /// Rows, as far as the filter lets them be seen.
+    pub rows: usize,
+}
+
 /// What is wanted after a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pressed {
@@ -125,8 +134,8 @@ pub struct View {
 }
 
 impl View {
-    /// A key was pressed, where the part that is shown has so many columns.
-    pub fn press(&mut self, key: Key, columns: usize) -> Pressed {
+    /// A key was pressed, where the part that is shown is so large.
+    pub fn press(&mut self, key: Key, size: Size) -> Pressed {
         if self.typing {
             return self.write(key);
         }
@@ -137,16 +146,16 @@ impl View {
             Key::Char('r') => self.reversed = !self.reversed,
             Key::Char('s') => {
                 let next = self.sort.map_or(0, |column| column + 1);
-                self.sort = Some(next).filter(|next| *next < columns);
+                self.sort = Some(next).filter(|next| *next < size.columns);
             }
             Key::Char(digit @ '0'..='5') => {
                 let at = digit as usize - '0' as usize;
                 self.turn_to(Part::EACH[at]);
             }
             Key::Tab => self.turn_to(self.part.next()),
-            Key::Char('k') => self.scroll(1),
-            Key::Char('j') => self.scroll(-1),
-            Key::Up(rows) => self.scroll(rows),
+            Key::Char('k') => self.scroll(1, size),
+            Key::Char('j') => self.scroll(-1, size),
+            Key::Up(rows) => self.scroll(rows, size),
             Key::Escape if !self.filter.is_empty() => self.filter.clear(),
             Key::Escape => self.turn_to(Part::All),
             Key::Char(_) | Key::Enter | Key::Backspace => return Pressed::Nothing,
@@ -177,8 +186,10 @@ impl View {
         (self.sort, self.reversed, self.skipped) = (None, false, 0);
     }
 
-    fn scroll(&mut self, rows: isize) {
-        self.skipped = self.skipped.saturating_add_signed(-rows);
+    /// The last row stays.
+    fn scroll(&mut self, rows: isize, size: Size) {
+        let to = self.skipped.saturating_add_signed(-rows);
+        self.skipped = to.min(size.rows.saturating_sub(1));
     }
 
     /// The line that says which keys there are, or what is being written.
@@ -207,10 +218,15 @@ impl View {
 mod tests {
     use super::*;
 
+    const SIZE: Size = Size {
+        columns: 3,
+        rows: 50,
+    };
+
     fn after(pressed: &str) -> View {
         let mut view = View::default();
         for key in keys(pressed.as_bytes()) {
-            view.press(key, 3);
+            view.press(key, SIZE);
         }
         view
     }
@@ -261,10 +277,14 @@ mod tests {
     fn rows_are_scrolled_and_the_screen_stops() {
         assert_eq!(after("jjjk").skipped, 2);
         assert_eq!(after("kk").skipped, 0);
+        assert_eq!(after("\u{1b}[6~\u{1b}[6~\u{1b}[6~").skipped, 49);
         assert_eq!(after("\u{1b}[6~\u{1b}[A").skipped, 19);
         assert_eq!(after("jj/x").skipped, 0);
         assert!(after(" ").help().contains("STOPPED"));
-        assert_eq!(View::default().press(Key::Char('q'), 3), Pressed::End);
-        assert_eq!(View::default().press(Key::Char('z'), 3), Pressed::Nothing);
+        assert_eq!(View::default().press(Key::Char('q'), SIZE), Pressed::End);
+        assert_eq!(
+            View::default().press(Key::Char('z'), SIZE),
+            Pressed::Nothing
+        );
     }
 }
