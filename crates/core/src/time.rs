@@ -18,6 +18,12 @@ impl Timestamp {
         Self(ms.saturating_mul(1000))
     }
 
+    /// Reads RFC 3339, such as `2026-03-13T20:00:00Z`; none where it is something else, or lies before the epoch.
+    pub fn parse(text: &str) -> Option<Self> {
+        let time = chrono::DateTime::parse_from_rfc3339(text).ok()?;
+        u64::try_from(time.timestamp_micros()).ok().map(Self)
+    }
+
     /// How long `self` lies after `earlier`; zero if it does not.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0))
@@ -57,6 +63,17 @@ mod tests {
             Timestamp::from_ms(1_700_000_000_123).to_string(),
             "2023-11-14T22:13:20.123000Z"
         );
+    }
+
+    #[test]
+    fn reads_what_it_shows() {
+        let time = Timestamp::from_ms(1_700_000_000_123);
+        assert_eq!(Timestamp::parse(&time.to_string()), Some(time));
+        let zoned = Timestamp::parse("2023-11-14T23:13:20.123+01:00");
+        assert_eq!(zoned, Some(time));
+        for wrong in ["", "2023-11-14", "1969-12-31T23:59:59Z", "yesterday"] {
+            assert_eq!(Timestamp::parse(wrong), None, "{wrong}");
+        }
     }
 
     #[test]
