@@ -1,5 +1,5 @@
 //! What tests of every crate stand on: processes that die with their test, real Redis and S3 servers, a TCP proxy
-//! that shows faults, a stand-in for the Hugging Face hub, and waits that say what they waited for.
+//! that shows faults, stand-ins for the Hugging Face hub and for RunPod, and waits that say what they waited for.
 //!
 //! It knows nothing of Espalier, so that any crate may use it for its own tests. Nothing that is shipped depends on
 //! it, and nothing here judges: a helper that cannot do its part panics with what to do about it.
@@ -10,6 +10,7 @@ pub mod ports;
 pub mod process;
 pub mod proxy;
 pub mod redis;
+pub mod runpod;
 pub mod s3;
 
 use std::fmt::Debug;
