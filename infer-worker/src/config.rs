@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use espalier_core::id::AdapterName;
 use espalier_kernels::cpu::Form;
-use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::config::{self, Environment, Secret};
 use espalier_runtime::telemetry::TelemetryConfig;
 use espalier_runtime::worker::serving::check_url;
 
@@ -45,7 +45,8 @@ pub struct Options {
     /// Name of that key in the configuration of agent workers (`model_keys`), which coordinators tell them.
     #[arg(long, value_name = "NAME", requires = "coordinator_url")]
     pub api_key_name: Option<String>,
-    /// Where other workers reach this one, which coordinators tell them [http://HOST:PORT/v1].
+    /// Where other workers reach this one, which coordinators tell them [http://HOST:PORT/v1]. `${NAME}` stands for a variable
+    /// of the environment: a pod of RunPod is at https://${RUNPOD_POD_ID}-8000.proxy.runpod.net/v1.
     #[arg(
         long,
         value_name = "URL",
@@ -174,6 +175,20 @@ impl Options {
             ..TelemetryConfig::default()
         };
         config.or_from(environment)
+    }
+
+    /// Puts variables of the environment where options name them.
+    ///
+    /// # Errors
+    /// Names the option and the variable that is not set.
+    pub fn expand(&mut self, environment: &Environment) -> Result<(), String> {
+        let Some(url) = &mut self.advertise_url else {
+            return Ok(());
+        };
+        *url = config::expand(url, environment).map_err(|name| {
+            format!("`--advertise-url` must name variables that are set, got `${{{name}}}`")
+        })?;
+        Ok(())
     }
 
     /// Rules that concern more than one option.
@@ -435,6 +450,25 @@ mod tests {
             error.contains("`--store-url` must be given with `--follow`"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_pod_is_told_by_its_id() {
+        let mut environment = Environment::new();
+        let mut options = Options::of("m").unwrap();
+        options.expand(&environment).unwrap();
+        let url = "https://${RUNPOD_POD_ID}-8000.proxy.runpod.net/v1";
+        options.advertise_url = Some(url.to_owned());
+        let error = options.expand(&environment).unwrap_err();
+        assert!(
+            error.contains("must name variables that are set, got `${RUNPOD_POD_ID}`"),
+            "{error}"
+        );
+        environment.insert("RUNPOD_POD_ID".to_owned(), "7h9k2m".to_owned());
+        options.expand(&environment).unwrap();
+        let expanded = options.advertise_url.as_deref();
+        assert_eq!(expanded, Some("https://7h9k2m-8000.proxy.runpod.net/v1"));
+        check_url(expanded.unwrap()).unwrap();
     }
 
     #[test]

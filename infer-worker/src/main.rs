@@ -20,9 +20,10 @@ fn main() -> ExitCode {
     process::run("espalier-infer-worker", || load(options), serve)
 }
 
-fn load(options: Options) -> anyhow::Result<Told<(Options, Environment)>> {
-    options.check().map_err(anyhow::Error::msg)?;
+fn load(mut options: Options) -> anyhow::Result<Told<(Options, Environment)>> {
     let environment = config::environment()?;
+    options.expand(&environment).map_err(anyhow::Error::msg)?;
+    options.check().map_err(anyhow::Error::msg)?;
     Ok(Told {
         telemetry: options.telemetry(&environment),
         drain_limit: options.drain_limit() + DRAIN_MARGIN,

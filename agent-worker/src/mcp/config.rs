@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use espalier_core::error::FieldError;
 use espalier_core::spec::McpServer;
+use espalier_runtime::config::expand;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -419,22 +420,6 @@ fn expand_all(
         })?;
     }
     Ok(())
-}
-
-/// `text` with each `${NAME}` replaced, or the name that is not set.
-fn expand(text: &str, env: &BTreeMap<String, String>) -> Result<String, String> {
-    let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once("${") {
-        let Some((name, after)) = after.split_once('}') else {
-            break;
-        };
-        out.push_str(before);
-        out.push_str(env.get(name).ok_or_else(|| name.to_owned())?);
-        rest = after;
-    }
-    out.push_str(rest);
-    Ok(out)
 }
 
 #[cfg(test)]

@@ -255,6 +255,25 @@ fn describe_syntax(text: &str, error: &toml::de::Error) -> String {
     format!("line {line}, column {column}: {}", error.message())
 }
 
+/// `text` with each `${NAME}` replaced by the variable of that name.
+///
+/// # Errors
+/// The name that is not set.
+pub fn expand(text: &str, environment: &Environment) -> Result<String, String> {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("${") {
+        let Some((name, after)) = after.split_once('}') else {
+            break;
+        };
+        out.push_str(before);
+        out.push_str(environment.get(name).ok_or_else(|| name.to_owned())?);
+        rest = after;
+    }
+    out.push_str(rest);
+    Ok(out)
+}
+
 /// A refusal of the merged table, before its value and origin are looked up.
 struct Refused {
     key: String,

@@ -233,3 +233,15 @@ fn an_environment_reference_outside_a_configuration_is_refused() {
     let error = serde_json::from_str::<Secret>(r#"{"env": "HOME"}"#).unwrap_err();
     assert!(error.to_string().contains("configuration only"), "{error}");
 }
+
+#[test]
+fn variables_stand_in_texts() {
+    let environment = Environment::from([("POD".to_owned(), "a1".to_owned())]);
+    let expanded = |text| expand(text, &environment);
+    assert_eq!(
+        expanded("https://${POD}-8000.x/${POD}"),
+        Ok("https://a1-8000.x/a1".to_owned())
+    );
+    assert_eq!(expanded("$POD ${POD"), Ok("$POD ${POD".to_owned()));
+    assert_eq!(expanded("${POD}${NOPE}"), Err("NOPE".to_owned()));
+}
