@@ -52,7 +52,8 @@ Keys of the configuration (each also as a variable: `lease_ttl_ms` is ESPALIER_C
                      budget_per_day [none]
   drain_limit_s      how long a drain may take [10]
   scaler             interval_s; keda: listen; local: pools, a list of name, kinds, jobs_per_worker, min, max, idle_s, start_s,
-                     grace_s, command, env and pass_env
+                     grace_s, command, env and pass_env; runpod: name, api_key, url, max_per_hour, max_per_day and pools,
+                     as docs/guides/runpod.md has them
   telemetry          otlp_endpoint, log_format, log_filter, resource, metric_interval_s";
 
 /// Accepts, orders and leases jobs.

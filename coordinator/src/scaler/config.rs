@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use super::plan::Pool;
 use super::provider::INSTANCE_VARIABLE;
+use super::runpod::RunpodConfig;
 
 /// Most pools of one provider.
 const POOLS_MAX: usize = 64;
@@ -49,6 +50,9 @@ pub struct ScalerConfig {
     /// Starts workers as processes beside the coordinator. For one coordinator with a machine of its own.
     #[serde(default)]
     pub local: Option<LocalConfig>,
+    /// Starts workers in pods of RunPod.
+    #[serde(default)]
+    pub runpod: Option<RunpodConfig>,
 }
 
 /// Where KEDA asks. It needs no token and is told numbers only: a network policy or a firewall guards the port.
@@ -143,6 +147,9 @@ impl ScalerConfig {
                 let within = format!("local.pools[{i}]");
                 pool.validate().map_err(|e| e.under(&within))?;
             }
+        }
+        if let Some(runpod) = &self.runpod {
+            runpod.validate().map_err(|e| e.under("runpod"))?;
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ mod local;
 mod memory;
 mod plan;
 pub mod provider;
+pub mod runpod;
 mod tell;
 mod work;
 
@@ -31,6 +32,8 @@ use crate::api::Shared;
 pub use config::ScalerConfig;
 pub use plan::{Budget, Pool};
 pub use provider::{Instance, InstanceState, Provider, ProviderError};
+
+use runpod::{ApiError, Runpod, RunpodPool};
 
 /// A provider, and what is asked of it.
 #[derive(Debug)]
@@ -54,13 +57,15 @@ pub struct Source {
 /// Keys of the providers that a configuration has.
 pub fn keys(config: &ScalerConfig) -> Vec<&'static str> {
     let local = config.local.is_some().then_some(LOCAL);
-    local.into_iter().collect()
+    let runpod = config.runpod.is_some().then_some(RUNPOD);
+    local.into_iter().chain(runpod).collect()
 }
 
 const LOCAL: &str = "local";
+const RUNPOD: &str = "runpod";
 
 /// The providers of the coordinator.
-fn sources(shared: &Shared, config: &ScalerConfig) -> Vec<Source> {
+fn sources(shared: &Shared, config: &ScalerConfig) -> Result<Vec<Source>, StartError> {
     let mut sources = Vec::new();
     if let Some(local) = &config.local {
         // What is no text was refused when the process began.
@@ -76,7 +81,21 @@ fn sources(shared: &Shared, config: &ScalerConfig) -> Vec<Source> {
             provider: Arc::new(local::Local::new(local, data_dir, environment, clock)),
         });
     }
-    sources
+    if let Some(runpod) = &config.runpod {
+        sources.push(Source {
+            key: RUNPOD,
+            task: "scaler.runpod",
+            prefix: runpod.name.clone(),
+            pools: runpod.pools.iter().map(RunpodPool::pool).collect(),
+            budget: Budget {
+                per_hour: Some(runpod.max_per_hour),
+                per_day: Some(runpod.max_per_day),
+            },
+            is_own: false,
+            provider: Arc::new(Runpod::new(runpod.clone())?),
+        });
+    }
+    Ok(sources)
 }
 
 /// Why scaling cannot begin.
@@ -90,12 +109,15 @@ pub enum StartError {
         /// Why.
         source: NetError,
     },
+    /// RunPod cannot be asked.
+    #[error("RunPod cannot be asked for pods")]
+    Runpod(#[from] ApiError),
 }
 
 /// Starts what the configuration asks for. It ends when the coordinator drains.
 ///
 /// # Errors
-/// KEDA's port cannot be served.
+/// KEDA's port cannot be served, or requests to a provider cannot be made.
 pub async fn start(shared: &Arc<Shared>) -> Result<(), StartError> {
     let Some(config) = &shared.config.scaler else {
         return Ok(());
@@ -107,7 +129,7 @@ pub async fn start(shared: &Arc<Shared>) -> Result<(), StartError> {
             source,
         })?;
     }
-    for source in sources(shared, config) {
+    for source in sources(shared, config)? {
         let (task, interval) = (source.task, config.interval());
         let work = work::Work::new(Arc::clone(shared), source, interval);
         shared.tasks.spawn(task, OnFailure::ShutDown, work.run());
