@@ -8,6 +8,7 @@ use crate::context::Global;
 use crate::dataset::DatasetCommand;
 use crate::jobs::JobCommand;
 use crate::practice::Practice;
+use crate::runpod::RunpodCommand;
 use crate::traces::TracesCommand;
 use crate::{
     admin, chat, doctor, evaluate, generate, jobs, lineage, questions, run, submit, top, train, up,
@@ -39,6 +40,7 @@ Environment:
   ESPALIER_PROJECT              project whose traces are meant [default: default]
   ESPALIER_UP_…                 keys of the file of `up` and `chat`: `slots` is ESPALIER_UP_SLOTS
   ESPALIER_PLAYWRIGHT_DIR       folder that holds node_modules/@playwright/mcp, for `up` and `chat`
+  RUNPOD_API_KEY                the account of RunPod, for `runpod`
   HF_TOKEN, HF_ENDPOINT, …      the Hugging Face hub, as its own clients read them
   NO_COLOR                      no colours";
 
@@ -115,6 +117,9 @@ pub enum Command {
     /// The practice site, and tasks on it with known answers
     #[command(subcommand)]
     Practice(Practice),
+    /// Workers in pods of RunPod: start them, see what they cost, end them
+    #[command(subcommand)]
+    Runpod(RunpodCommand),
     /// Talk to an agent with tools in this terminal; it asks before each call and records a trace
     #[command(after_help = CHAT_HELP)]
     Chat(Box<chat::Chat>),

@@ -29,6 +29,7 @@ mod questions;
 mod render;
 mod rollout_args;
 mod run;
+mod runpod;
 #[cfg(test)]
 mod scenarios;
 mod servers;
@@ -107,6 +108,7 @@ async fn perform(context: &Context, command: &Command) -> Outcome {
         Command::Adapters(command) => adapters::run(context, command).await,
         Command::Lineage(args) => lineage::run(context, args).await,
         Command::Practice(command) => practice::run(context, command).await,
+        Command::Runpod(command) => runpod::run(context, command).await,
         Command::Chat(args) => chat::run(context, args).await,
         Command::Bench(command) => bench::run(context, command).await,
         Command::Doctor(args) => doctor::run(context, args).await,
