@@ -21,4 +21,6 @@ pub mod trail;
 pub mod up;
 pub mod world;
 
-pub use espalier_testbed::{hosts, hub, ports, process, proxy, redis, s3, wait_for};
+pub use espalier_testbed::{
+    hosts, hub, ports, process, proxy, redis, runpod, s3, wait_for,
+};

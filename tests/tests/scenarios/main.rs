@@ -36,6 +36,8 @@ mod rolling_restart;
 mod rollouts;
 mod run;
 mod run_replayed;
+mod runpod;
+mod runpod_scaler;
 mod scaler;
 mod serving;
 mod serving_follow;
