@@ -137,3 +137,58 @@ fn offer<'a>(
 pub fn is_over(sum: f64, max_per_hour: f64) -> bool {
     sum > max_per_hour + PRICE_EPSILON
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scaler::runpod::config::Cloud;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    /// A type of GPU of the secure cloud alone.
+    fn gpu(id: &str, price: f64, availability: &str) -> GpuType {
+        let gpu = json!({
+            "id": id, "secure": true, "community": false, "price": {"secure": price, "community": 0.0},
+            "maxCount": {"secure": 2, "community": 0}, "availability": availability,
+        });
+        serde_json::from_value(gpu).unwrap()
+    }
+
+    #[test]
+    fn what_a_cloud_does_not_have_is_passed_over_for_good() {
+        let mut pool = RunpodPool::new("a", None, vec!["x".to_owned()]);
+        pool.cloud = Cloud::Community;
+        let found = offers(&pool, &[gpu("x", 0.3, "HIGH")], 1.0, 1.0);
+        assert_eq!(found.says(), "`x` is not in the community cloud");
+        assert!(found.offers.is_empty() && !found.may_change());
+    }
+
+    proptest! {
+        #[test]
+        fn each_type_is_offered_in_its_place_or_passed_over_with_a_reason(
+            prices in prop::collection::vec(0.05..4.0_f64, 1..6),
+            known in prop::collection::vec(any::<(bool, bool)>(), 6),
+            left in -1.0..5.0_f64,
+            max_price in prop::option::of(0.1..4.0_f64),
+            count in 1..4_u32,
+        ) {
+            let ids: Vec<String> = (0..prices.len()).map(|n| format!("gpu-{n}")).collect();
+            let mut pool = RunpodPool::new("a", None, ids.clone());
+            (pool.gpu_count, pool.max_price) = (count, max_price);
+            let catalogue = ids.iter().zip(&prices).zip(&known).filter(|(_, known)| known.0);
+            let catalogue: Vec<GpuType> = catalogue
+                .map(|((id, price), (_, has))| gpu(id, *price, if *has { "LOW" } else { "NONE" }))
+                .collect();
+            let found = offers(&pool, &catalogue, left, 4.0);
+            prop_assert_eq!(found.offers.len() + found.passed_over.len(), ids.len());
+            let places = found.offers.iter().map(|offer| ids.iter().position(|id| id == offer.gpu));
+            let places: Vec<_> = places.collect();
+            prop_assert!(places.is_sorted() && places.iter().all(Option::is_some));
+            for offer in &found.offers {
+                prop_assert!(!is_over(offer.price, left.min(4.0)), "{:?} with {} left", offer, left);
+                prop_assert!(max_price.is_none_or(|max| !is_over(offer.price, max)));
+                prop_assert!(count <= 2);
+            }
+        }
+    }
+}
