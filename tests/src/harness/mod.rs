@@ -21,6 +21,4 @@ pub mod trail;
 pub mod up;
 pub mod world;
 
-pub use espalier_testbed::{
-    hosts, hub, ports, process, proxy, redis, runpod, s3, wait_for,
-};
+pub use espalier_testbed::{hosts, hub, ports, process, proxy, redis, runpod, s3, wait_for};
