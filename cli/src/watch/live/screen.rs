@@ -289,7 +289,7 @@ mod tests {
             project: "shop".to_owned(),
             ..look.batches[0].clone()
         });
-        look.dollars_per_hour = Some(4.125);
+        look.dollars_per_hour = Some(4.12);
         let serving = v1::Serving {
             url: "http://10.0.0.7:8000/v1".to_owned(),
             models: vec!["qwen".to_owned()],
@@ -304,7 +304,7 @@ mod tests {
         let (look, rates) = (busy(), Rates::default());
         let all = lay_out_view(&look, &rates, &View::default(), 200, 60).join("\n");
         for word in [
-            "4.13 $/h",
+            "4.12 $/h",
             "READY",
             "BATCH",
             "PIPELINE  STEP",
