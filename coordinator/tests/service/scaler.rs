@@ -41,6 +41,7 @@ fn scale(config: &mut CoordinatorConfig, folder: &Path, min: u32) {
     };
     config.scaler = Some(ScalerConfig {
         interval_s: 1,
+        runpod: None,
         keda: None,
         local: Some(LocalConfig { pools: vec![pool] }),
     });
@@ -126,6 +127,7 @@ async fn kedas_port_tells_its_health_and_nothing_of_ours() {
     let coordinator = Coordinator::start_with(|config| {
         config.scaler = Some(ScalerConfig {
             interval_s: 1,
+            runpod: None,
             keda: Some(KedaConfig { listen }),
             local: None,
         });
