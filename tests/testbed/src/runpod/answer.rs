@@ -107,7 +107,7 @@ impl Asked<'_> {
             }
             ("GET", "/v2/pods/{id}") => match state.pods.iter_mut().find(|pod| pod.id() == self.id)
             {
-                Some(pod) => (200, Some(pod.to_json())),
+                Some(pod) => (200, Some(pod.shown())),
                 None => not_found(),
             },
             ("DELETE", "/v2/pods/{id}") => {
@@ -151,7 +151,7 @@ fn listed(pod: &mut Pod) -> Option<Value> {
         pod.unlisted -= 1;
         return None;
     }
-    Some(pod.to_json())
+    Some(pod.shown())
 }
 
 fn not_found() -> Answer {

@@ -51,6 +51,8 @@ impl Contract {
         let paths = description["paths"].as_object_mut().expect("paths");
         paths.retain(|path, _| PATHS.contains(&path.as_str()));
         assert_eq!(paths.len(), PATHS.len(), "RunPod has other paths now");
+        let components = description["components"].clone();
+        resolve(&mut description["paths"], &components);
         Some(Self {
             schemas: Schemas::of(&description),
             description,
@@ -128,6 +130,24 @@ impl Contract {
             }
             (content, body) => panic!("{status} has {content:?}, answered {body:?}"),
         }
+    }
+}
+
+/// Puts parameters and answers where the description refers to them by name; schemas keep their names.
+fn resolve(part: &mut Value, components: &Value) {
+    let name = part["$ref"]
+        .as_str()
+        .and_then(|reference| reference.strip_prefix("#/components"));
+    let found = name.and_then(|name| components.pointer(name));
+    if let Some(found) = found.filter(|_| name.is_some_and(|name| !name.starts_with("/schemas/"))) {
+        *part = found.clone();
+    }
+    match part {
+        Value::Object(fields) => fields
+            .values_mut()
+            .for_each(|field| resolve(field, components)),
+        Value::Array(items) => items.iter_mut().for_each(|item| resolve(item, components)),
+        _ => {}
     }
 }
 

@@ -126,7 +126,7 @@ impl Pod {
     }
 
     /// As RunPod tells of it.
-    pub fn to_json(&mut self) -> Value {
+    pub fn shown(&mut self) -> Value {
         let status = self.status();
         self.as_of(status)
     }
