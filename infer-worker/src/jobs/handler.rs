@@ -34,8 +34,10 @@ const ANSWERS_AHEAD: usize = 64;
 /// How long the last piece may take when the job was told to stop: a part of what the worker loop gives.
 const LAST_PIECE_LIMIT: Duration = Duration::from_secs(2);
 /// A job is handed on so long before its attempt may take no longer, in parts of that time: the last piece is stored by
-/// then. More than
+/// then. Less than
 const HAND_ON_PART: u32 = 10;
+/// so long is too little for cores that are busy, and more than
+const HAND_ON_MIN: Duration = Duration::from_secs(1);
 /// so long is not needed.
 const HAND_ON_MAX: Duration = Duration::from_secs(600);
 /// How often people are told how far a job is.
@@ -229,7 +231,8 @@ pub(super) struct Ends<'a> {
 
 /// When an attempt that began at `began` hands its job on.
 pub(super) fn hand_on_at(began: Instant, max_runtime: Duration) -> Instant {
-    began + (max_runtime - (max_runtime / HAND_ON_PART).min(HAND_ON_MAX))
+    let before = (max_runtime / HAND_ON_PART).clamp(HAND_ON_MIN, HAND_ON_MAX);
+    began + (max_runtime - before.min(max_runtime / 2))
 }
 
 /// Stores answers piece by piece until there are no more. When the job is told to stop, or is handed on, what is answered

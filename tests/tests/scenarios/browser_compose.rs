@@ -1,8 +1,6 @@
 //! What `deploy/compose.yaml` describes, as processes of this machine: `deploy/local.py` reads the file and runs the same
 //! programs with the same options, and the guide's own words submit to them.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;

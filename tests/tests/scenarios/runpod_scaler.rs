@@ -1,8 +1,6 @@
 //! A coordinator that makes its workers in pods: as many as the jobs need and the budget allows, none twice whatever RunPod does
 //! wrong, and none that is forgotten when the coordinator dies.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::Duration;
