@@ -41,6 +41,8 @@ struct Session {
     first_at: Timestamp,
     /// The first look at which it was missing. Not the last one at which it was there: nobody may have looked for long.
     missing_since: Option<Timestamp>,
+    /// Its instance was ended when it had no job and got none: the next one of that name has nothing to do with it.
+    over: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -152,6 +154,7 @@ impl Memory {
                 let session = known.entry(id.clone()).or_insert(Session {
                     first_at: look.now,
                     missing_since: None,
+                    over: false,
                 });
                 session.missing_since = None;
             }
@@ -161,6 +164,9 @@ impl Memory {
             known.retain(|id, session| {
                 if has(seen, id) {
                     return true;
+                }
+                if session.over {
+                    return false;
                 }
                 let since = *session.missing_since.get_or_insert(look.now);
                 look.now.since(since) < look.lease
@@ -227,9 +233,12 @@ impl Memory {
     }
 
     /// The provider was told to end an instance.
-    pub fn ended(&mut self, instance: &Instance, now: Timestamp) {
+    pub fn ended(&mut self, instance: &Instance, why: Why, now: Timestamp) {
         if let Some(kept) = self.instances.get_mut(&instance.id) {
             kept.ended_at = Some(now);
+        }
+        if let (Why::Idle, Some(known)) = (why, self.sessions.get_mut(&instance.name)) {
+            known.values_mut().for_each(|session| session.over = true);
         }
     }
 

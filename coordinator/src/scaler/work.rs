@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_core::layout;
+use espalier_core::queue::JobKind;
 use espalier_core::time::Timestamp;
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
@@ -39,8 +40,6 @@ const PROVIDER_BACKOFF: Backoff = Backoff {
 };
 /// The record of what was spent is written this often at least.
 const SAVE_INTERVAL: Duration = Duration::from_secs(60);
-/// A lease is over after twice the time for which it lasts, at most of the kinds whose leases last longest.
-const LEASE_MIN: Duration = Duration::from_secs(240);
 
 /// See the module.
 pub(super) struct Work {
@@ -174,10 +173,15 @@ impl Work {
         Ok(by_instance(&workers))
     }
 
-    /// A time after which no lease holds that was not renewed.
+    /// A time after which no lease holds that was not renewed: twice that of the kind whose leases last longest.
     fn lease(&self) -> Duration {
-        let lease = self.shared.config.lease_ttl().unwrap_or_default() * 2;
-        lease.max(LEASE_MIN)
+        let longest = JobKind::ALL.map(JobKind::lease_ttl).into_iter().max();
+        self.shared
+            .config
+            .lease_ttl()
+            .or(longest)
+            .unwrap_or_default()
+            * 2
     }
 
     fn decide(
@@ -310,7 +314,7 @@ impl Work {
                 Ok(()) => {
                     self.tell
                         .deleted(instance, why, self.memory.was_named(instance));
-                    self.memory.ended(instance, now);
+                    self.memory.ended(instance, why, now);
                 }
                 Err(error) => failed = Some(error),
             }

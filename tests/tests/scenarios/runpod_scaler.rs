@@ -38,6 +38,8 @@ impl World {
             url = server.url
         );
         let cluster = Cluster::start_with(Setup {
+            // Whoever takes over ends nothing for twice that time.
+            lease_ttl_ms: 5_000,
             more,
             ..Setup::new("embedded", &model::start().await)
         })
@@ -107,7 +109,8 @@ async fn pods_are_as_many_as_jobs_need_and_the_budget_allows() {
         .trouble("GET /v2/pods", Trouble::Status(429, Some(1)), 1);
     world.server.trouble("POST", Trouble::CutAfter, 1);
     let mut client = world.cluster.client().await;
-    client.submit("b", &sleepers(8, 3_000)).await;
+    // One pod alone is not done with them while the coordinator waits after a failure.
+    client.submit("b", &sleepers(24, 3_000)).await;
     let names = world.until("two pods", |names| names.len() == 3).await;
     let expected = ["espalier-agents-0", "espalier-agents-1", "mine"].map(str::to_owned);
     assert_eq!(names, BTreeSet::from(expected));

@@ -185,7 +185,11 @@ async fn agent_workers_come_and_go_with_the_jobs() {
     check(&scaled.cluster, "b", &result, 44);
     scaled.wait_until_agents("all to be gone", |n| n == 0).await;
     assert_eq!(scaled.logged("an instance was asked for", "agents"), 20);
-    assert_eq!(scaled.logged("\"why\":\"idle\"", "agents"), 20);
+    wait_for("the end of all to be told", DEADLINE, || async {
+        let told = scaled.logged("\"why\":\"idle\"", "agents");
+        if told == 20 { Ok(()) } else { Err(told) }
+    })
+    .await;
     // The same again, from nothing.
     client.submit("again", &sleepers(2, 10)).await;
     let result = client.wait("again", DEADLINE).await;
@@ -426,8 +430,10 @@ async fn keda_is_told_when_there_are_jobs_and_how_many_replicas_they_need() {
         ..Setup::new("embedded", &model::start().await)
     })
     .await;
-    let url = format!("http://{listen}");
-    let mut keda = ExternalScalerClient::connect(url).await.unwrap();
+    let mut keda = wait_for("KEDA's port", DEADLINE, || {
+        ExternalScalerClient::connect(format!("http://{listen}"))
+    })
+    .await;
     let rollouts = object("rollout", "2");
     let is_active = async |keda: &mut ExternalScalerClient<Channel>, object: &ScaledObjectRef| {
         let answer = keda.is_active(object.clone()).await.unwrap();

@@ -176,7 +176,7 @@ fn an_idle_instance_goes_after_a_while_drained_first_and_ended_when_it_still_has
         "until it is gone"
     );
     for instance in scene.instances.clone() {
-        scene.memory.ended(&instance, scene.now);
+        scene.memory.ended(&instance, Why::Idle, scene.now);
     }
     assert_eq!(
         scene.after(59 * SECOND),
@@ -315,7 +315,7 @@ fn one_that_is_still_starting_goes_when_it_is_wanted_no_more() {
 #[test]
 fn a_session_that_is_missing_may_have_jobs_for_as_long_as_a_lease() {
     let mut scene = Scene::new(vec![pool("a", 0, 9)]);
-    scene.pools[0].idle = Duration::ZERO;
+    scene.pools[0].idle = SECOND;
     scene.worker("x-a-0", 3);
     let cpu = "cpu".parse::<WorkerId>().unwrap();
     scene
@@ -333,6 +333,29 @@ fn a_session_that_is_missing_may_have_jobs_for_as_long_as_a_lease() {
     assert_eq!(scene.after(10 * SECOND), ["drain x-a-0"]);
     scene.is_drained("x-a-0");
     assert_eq!(scene.after(10 * SECOND), ["delete x-a-0 idle"]);
+}
+
+#[test]
+fn sessions_of_one_that_was_ended_say_nothing_of_the_next_one_of_its_name() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    scene.worker("x-a-0", 0);
+    scene.is_drained("x-a-0");
+    assert_eq!(scene.after(SECOND), ["delete x-a-0 idle"]);
+    let ended = scene.instances.remove(0);
+    scene.memory.ended(&ended, Why::Idle, scene.now);
+    // Its connection lasts a little longer than it is listed.
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    scene.workers.clear();
+    scene.instance("2", "x-a-0", InstanceState::Running);
+    let seen = Seen {
+        open: vec!["w".parse().unwrap()],
+        processes: ["p".to_owned()].into(),
+        ..Seen::default()
+    };
+    scene.workers.insert("x-a-0".to_owned(), seen);
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    assert_eq!(scene.after(60 * SECOND), ["drain x-a-0"]);
 }
 
 #[test]

@@ -262,6 +262,7 @@ impl World {
                     let is_over = (!real.connected || real.parted) && away >= LEASE;
                     assert!(real.running == 0 || is_over, "a victim: {why:?} {real:?}");
                 }
+                self.memory.ended(&instance, why, self.now);
             }
         }
     }
