@@ -22,7 +22,7 @@ OPTIONS = {
 }
 # Keys that the chart sets from values of its own.
 SET = {
-    "coordinator": {"listen", "queue", "store_url", "drain_limit_s", "tokens", "tls", "scaler"},
+    "coordinator": {"listen", "queue", "store_url", "drain_limit_s", "tokens", "tls"},
     "agent-worker": {
         "coordinator_url", "token", "tls", "data_dir", "store_url", "model_keys", "model_name", "mcp_config",
         "playwright_dir", "slots", "cpu_slots", "grace_s", "health_listen",

@@ -279,12 +279,14 @@ async fn start(
     store: Option<&Store>,
     shutdown: &Shutdown,
 ) -> Result<Served, RunError> {
+    let not_here = |error| RunError::Device(Box::new(error));
+    device::check(options).await.map_err(not_here)?;
     let fetcher = Fetcher::new(environment, options.download_dir.as_deref());
     let source = Source::parse(&options.model, options.revision.as_deref()).await?;
     let folder = fetcher.fetch(&source, Wanted::Model).await?;
     let files = read(&folder).await?;
     let running = with_signs_of_life(device::start(options, &files)).await;
-    let running = running.map_err(|error| RunError::Device(Box::new(error)))?;
+    let running = running.map_err(not_here)?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let base = Model {
         name: options.base_name().to_owned(),

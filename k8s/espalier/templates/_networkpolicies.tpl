@@ -62,6 +62,11 @@ spec:
         - ipBlock: {cidr: 0.0.0.0/0}
         {{- end }}
       ports: {{ include "espalier.ports" $v.redis.ports }}
+    {{- if hasKey (default dict .Values.coordinator.config.scaler) "runpod" }}
+    - to:
+        {{- include "espalier.internet" . | nindent 8 }}
+      ports: [{port: 443, protocol: TCP}]
+    {{- end }}
 {{- with $v.redis.podLabels }}
 ---
 # Redis takes connections from coordinators, and from its own replicas and sentinels.

@@ -27,7 +27,8 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 /// The projects that have a client, the usual one first. They weigh the same.
 pub const PROJECTS: [&str; 2] = ["default", "other"];
 const CLIENT_TOKENS: [&str; 2] = ["client-of-a-test-cluster", "client-of-another-project"];
-const OPERATOR_TOKEN: &str = "operator-of-a-test-cluster";
+/// The token of the operators.
+pub const OPERATOR_TOKEN: &str = "operator-of-a-test-cluster";
 /// Of a coordinator that has a host of its own.
 const COORDINATOR_PORT: u16 = 7411;
 /// The token of the workers.

@@ -7,6 +7,7 @@ pub mod client;
 pub mod cluster;
 pub mod disk;
 pub mod faults;
+pub mod guide;
 pub mod history;
 pub mod model;
 pub mod otlp;

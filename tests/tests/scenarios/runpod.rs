@@ -3,10 +3,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::collections::BTreeSet;
 use std::process::{Command, Output};
 use std::time::Duration;
 
 use espalier_tests::harness::cluster::{Cluster, Setup};
+use espalier_tests::harness::guide::blocks;
 use espalier_tests::harness::process::binary;
 use espalier_tests::harness::runpod::{KEY, Runpod, Trouble};
 use espalier_tests::harness::{tiny, wait_for};
@@ -128,6 +130,67 @@ async fn pods_come_are_told_of_and_go() {
     let none = read(&runpod(&server, &["down", "--name", "night", "--yes", "--json"]).await);
     assert_eq!(none, json!({"ended": []}));
     assert_eq!(server.violations(), Vec::<String>::new());
+}
+
+/// The commands of the guide, in a shell. The training itself needs a model of four billion parameters.
+#[tokio::test]
+async fn a_training_tonight_goes_as_the_guide_says() {
+    let Some(server) = Runpod::start().await else {
+        return;
+    };
+    let commands = blocks("runpod", "sh").swap_remove(0);
+    let commands = commands
+        .lines()
+        .filter(|line| !line.starts_with("export ") && !line.starts_with("espalier train "));
+    let commands: Vec<&str> = commands.collect();
+    // Without a terminal nobody can be asked.
+    let commands = commands
+        .join("\n")
+        .replace("runpod down", "runpod down --yes");
+    let programs = binary("espalier");
+    let programs = programs.parent().unwrap().display().to_string();
+    let mut shell = Command::new("bash");
+    shell.args(["-euxc", &commands]);
+    shell.env(
+        "PATH",
+        format!("{programs}:{}", std::env::var("PATH").unwrap()),
+    );
+    shell
+        .env("RUNPOD_API_URL", &server.url)
+        .env("RUNPOD_API_KEY", KEY);
+    shell.env("ESPALIER_TRAIN_WORKER_TOKEN", TOKEN);
+    for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"] {
+        shell.env(name, "of-a-test");
+    }
+    let run = tokio::task::spawn_blocking(move || shell.output());
+    let output = run.await.unwrap().unwrap();
+    let (table, text) = (String::from_utf8_lossy(&output.stdout), said(&output));
+    assert!(output.status.success(), "{text}");
+    // Once by `up` and once by `status`, as the guide shows it.
+    let shown = blocks("runpod", "text").swap_remove(0);
+    let heading = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    let expected = heading(shown.lines().next().unwrap());
+    let headings = table.lines().filter(|line| heading(line) == expected);
+    assert_eq!(headings.count(), 2, "{table}");
+    for name in ["night-train-0", "night-train-1"] {
+        assert!(table.matches(name).count() >= 2, "{table}");
+    }
+    assert_eq!((server.count("POST"), server.names()), (2, Vec::new()));
+    assert_eq!(server.violations(), Vec::<String>::new());
+    // What the pods are told is what the worker reads.
+    let help = Command::new(binary("espalier-train-worker"))
+        .arg("--help")
+        .output();
+    let help = String::from_utf8(help.unwrap().stdout).unwrap();
+    let told = commands.split(|c: char| !c.is_ascii_uppercase() && c != '_');
+    let told: BTreeSet<&str> = told.filter(|word| word.starts_with("ESPALIER_")).collect();
+    assert_eq!(told.len(), 4, "{told:?}");
+    for variable in told {
+        assert!(
+            help.contains(variable),
+            "{variable} is none of the worker's"
+        );
+    }
 }
 
 #[tokio::test]

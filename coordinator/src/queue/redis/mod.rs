@@ -96,7 +96,15 @@ pub enum ConnectError {
     /// The configuration breaks a rule.
     #[error(transparent)]
     Config(#[from] FieldError),
-    /// The server cannot be reached.
+    /// The server cannot be asked.
+    #[error("`queue` leads to {place}, where Redis cannot be asked")]
+    Unreachable {
+        /// The address without user and password.
+        place: String,
+        /// Why.
+        source: QueueError,
+    },
+    /// The server was reached, and failed.
     #[error(transparent)]
     Queue(#[from] QueueError),
     /// A queue must not lie on this server.
@@ -179,7 +187,11 @@ impl Redis {
             address::Address::parse(&config.url)?,
             config.acknowledge,
         ));
-        let server = server::ask(&link, config.acknowledge).await?;
+        let server = server::ask(&link, config.acknowledge).await;
+        let server = server.map_err(|source| ConnectError::Unreachable {
+            place: address::shown(&config.url),
+            source,
+        })?;
         server.check(config.acknowledge)?;
         for warning in server.warnings(config.acknowledge) {
             tracing::warn!("{warning}");

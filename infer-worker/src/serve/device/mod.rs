@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use espalier_kernels::AUTO_ORDINAL;
 use espalier_kernels::cpu::{Form, KvForm, Pool};
+use espalier_kernels::cuda::report;
 use espalier_qwen3::{Checkpoint, CheckpointError, Config, Lora, Model, ModelError};
 use espalier_runtime::memory::available;
 use espalier_runtime::tasks::{BlockingFailed, blocking};
@@ -43,6 +44,8 @@ pub(super) enum DeviceError {
     Cuda(#[from] LoadError),
     #[error("`--dtype` must be auto or bf16 on a GPU, got {0}")]
     Dtype(&'static str),
+    #[error("`--device cuda:{ordinal}` cannot be used: {why}")]
+    NoGpu { ordinal: u32, why: String },
     #[error("the model's files cannot be read")]
     Files(#[from] CheckpointError),
     #[error("the model cannot be loaded")]
@@ -62,6 +65,19 @@ pub(super) struct Running {
     pub(super) engine: Engine,
     pub(super) load_weights: LoadWeights,
     pub(super) context_tokens: usize,
+}
+
+/// Whether the GPU that `options` name is there: it is told before gigabytes are fetched for it.
+pub(super) async fn check(options: &Options) -> Result<(), DeviceError> {
+    let Device::Cuda(ordinal) = options.device else {
+        return Ok(());
+    };
+    let look = move || {
+        let report = report::look();
+        let usable = report.usable(ordinal as usize).map(drop);
+        usable.map_err(|why| DeviceError::NoGpu { ordinal, why })
+    };
+    blocking("device.look", look).await?
 }
 
 /// Loads the weights and starts the engine on the device that `options` name.
