@@ -137,6 +137,11 @@ pub fn cut(text: &str, max: usize) -> String {
     }
 }
 
+/// The sum; of none 0.0, where `sum` of floats gives -0.0, which is shown as such.
+pub fn total(numbers: impl Iterator<Item = f64>) -> f64 {
+    numbers.fold(0.0, |sum, number| sum + number)
+}
+
 /// 1234567 as 1,234,567.
 pub fn count(n: u64) -> String {
     let digits = n.to_string();

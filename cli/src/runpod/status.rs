@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{Account, patiently};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome};
-use crate::output::{duration, table};
+use crate::output::{duration, table, total};
 
 /// Options of `status`.
 #[derive(Args, Clone, Debug)]
@@ -27,8 +27,8 @@ pub async fn run(context: &Context, args: &Status) -> Outcome {
     let client = args.account.client(context)?;
     let pods = of_name(patiently(|| client.pods()).await?, args.name.as_deref());
     let now = now();
-    let per_hour: f64 = pods.iter().map(|pod| pod.cost).sum();
-    let spent: f64 = pods.iter().map(|pod| spent(pod, now)).sum();
+    let per_hour = total(pods.iter().map(|pod| pod.cost));
+    let spent = total(pods.iter().map(|pod| spent(pod, now)));
     context.out.show(
         || {
             json!({

@@ -10,7 +10,7 @@ use espalier_tests::harness::cluster::{Cluster, OPERATOR_TOKEN, Setup};
 use espalier_tests::harness::guide::blocks;
 use espalier_tests::harness::model::{self, toy_job};
 use espalier_tests::harness::process::{Process, binary};
-use espalier_tests::harness::redis::Redis;
+use espalier_tests::harness::redis::RedisServer;
 use espalier_tests::harness::wait_for;
 use serde_json::json;
 
@@ -62,17 +62,24 @@ async fn done(mut shell: Process) -> String {
     shell.log()
 }
 
+/// The one worker, as soon as the first coordinator has heard of it.
 async fn worker_of(cluster: &Cluster) -> String {
-    let mut operator = cluster.operator_client().await.admin;
-    let workers = operator.list_workers(ListWorkersRequest::default()).await;
-    let workers = workers.unwrap().into_inner().workers;
-    assert_eq!(workers.len(), 1, "{workers:?}");
-    workers[0].worker.clone()
+    let operator = cluster.operator_client().await.admin;
+    wait_for("the worker", DEADLINE, || async {
+        let mut operator = operator.clone();
+        let workers = operator.list_workers(ListWorkersRequest::default()).await;
+        let workers = workers.unwrap().into_inner().workers;
+        match &workers[..] {
+            [worker] => Ok(worker.worker.clone()),
+            _ => Err(workers),
+        }
+    })
+    .await
 }
 
 #[tokio::test]
 async fn a_night_goes_as_the_guide_says() {
-    let redis = Redis::start().await;
+    let redis = RedisServer::start().await;
     let mut cluster = Cluster::start_with(Setup {
         coordinators: 2,
         ..Setup::new(&redis.url(), &model::start().await)
@@ -80,6 +87,7 @@ async fn a_night_goes_as_the_guide_says() {
     .await;
     std::fs::write(cluster.folder.path().join("night.toml"), night()).unwrap();
     let mut worker = cluster.worker("old", SLOTS);
+    let worker_id = worker_of(&cluster).await;
     let guide = blocks("operations", "sh");
 
     // The addresses and tokens are the test's, and there is no terminal whose keys end it.
@@ -90,7 +98,7 @@ async fn a_night_goes_as_the_guide_says() {
         .replace("espalier top", "espalier top --once");
     let said = done(shell(&cluster, "evening", &evening)).await;
     assert!(
-        said.contains("night") && said.contains("at 2 coordinators"),
+        said.contains("0 of 60") && said.contains("workers: 1 at"),
         "{said}"
     );
     let client = cluster.client().await;
@@ -100,7 +108,7 @@ async fn a_night_goes_as_the_guide_says() {
     let release = guide[1]
         .replace("COORDINATOR", &old)
         .replace("coordinator.toml", "coordinator-0.toml");
-    let release = release.replace("WORKER", &worker_of(&cluster).await);
+    let release = release.replace("WORKER", &worker_id);
     let mut release = shell(&cluster, "release", &release);
     // A shell whose child it is has its end in hand; this one is the test's.
     let ended = cluster.coordinators[0].process.wait(DEADLINE).await;

@@ -13,6 +13,7 @@ use tonic::{Code, Status};
 
 use super::rates::Rates;
 use crate::client::Client;
+use crate::output::total;
 use crate::{admin, json};
 
 /// How long a look may take.
@@ -93,7 +94,7 @@ fn per_hour(sessions: &[v1::Worker], prices: &BTreeMap<String, f64>) -> f64 {
         let prices = kinds.filter_map(|kind| prices.get(kind).copied());
         prices.fold(0.0, f64::max)
     };
-    sessions.iter().map(of_session).sum()
+    total(sessions.iter().map(of_session))
 }
 
 impl Look {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use espalier_proto::v1;
 
 use super::look::{Look, done, open};
+use crate::output::total;
 
 /// Rates are over as much time, where there are looks of it: a single second says little of jobs that take minutes.
 const WINDOW: Duration = Duration::from_secs(10);
@@ -62,8 +63,11 @@ impl Rates {
         let queues = changes(&queues(before), &queues(after), rate);
         let workers = granted(before, after, rate);
         Self {
-            grants: after.workers.as_ref().map(|_| workers.values().sum()),
-            ends: Some(queues.values().sum()),
+            grants: after
+                .workers
+                .as_ref()
+                .map(|_| total(workers.values().copied())),
+            ends: Some(total(queues.values().copied())),
             queues,
             batches: changes(&batches(before), &batches(after), rate),
             workers,
