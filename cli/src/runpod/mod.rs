@@ -78,7 +78,8 @@ const UP_HELP: &str = "\
   export RUNPOD_API_KEY=… ESPALIER_TRAIN_WORKER_TOKEN=… AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=…
   espalier runpod up train --image registry.example/espalier/train-worker:0.1.0 \\
     --gpu 'NVIDIA RTX A5000' --gpu 'NVIDIA L4' --max-price 0.40 \\
-    --env ESPALIER_TRAIN_WORKER_COORDINATOR_URL=https://jobs.example:7411 \\
+    --cuda-min 13.0 --env ESPALIER_TRAIN_WORKER_COORDINATOR_URL=https://jobs.example:7411 \\
+    --env ESPALIER_TRAIN_WORKER_COORDINATOR_CA=/etc/ssl/certs/ca-certificates.crt \\
     --env ESPALIER_TRAIN_WORKER_STORE_URL=s3://bucket/espalier \\
     --env ESPALIER_TRAIN_WORKER_TOKEN --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY
 

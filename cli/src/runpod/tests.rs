@@ -15,7 +15,7 @@ const GPU: [&str; 2] = ["--gpu", "NVIDIA L4"];
 const IMAGE: [&str; 2] = ["--image", "r.example/w:1"];
 const TRAIN: [&str; 6] = [
     "--env",
-    "ESPALIER_TRAIN_WORKER_COORDINATOR_URL=https://c:7411",
+    "ESPALIER_TRAIN_WORKER_COORDINATOR_URL=http://c:7411",
     "--env",
     "ESPALIER_TRAIN_WORKER_STORE_URL=s3://b/p",
     "--env",
@@ -111,7 +111,7 @@ fn a_worker_that_serves_is_told_where_it_is() {
     assert!(!pool.env.contains_key("ESPALIER_INFER_WORKER_ADVERTISE_URL"));
     let coordinator = [
         "--env",
-        "ESPALIER_INFER_WORKER_COORDINATOR_URL=https://c:7411",
+        "ESPALIER_INFER_WORKER_COORDINATOR_URL=http://c:7411",
         "--port",
         "8000/http",
     ];
@@ -127,7 +127,7 @@ fn a_worker_that_serves_is_told_where_it_is() {
 #[test]
 fn an_agent_worker_has_a_folder() {
     let told = [
-        "COORDINATOR_URL=https://c:7411",
+        "COORDINATOR_URL=http://c:7411",
         "STORE_URL=s3://b/p",
         "TOKEN=t",
         "MODEL_NAME=m",

@@ -28,8 +28,8 @@ pub struct Memory {
     asked: BTreeMap<String, Asked>,
     /// By pool.
     trouble: BTreeMap<String, Trouble>,
-    /// The highest price that was seen of an instance, by pool; $ per hour.
-    prices: BTreeMap<String, f64>,
+    /// The lowest and the highest price that was seen of an instance, by pool; $ per hour.
+    prices: BTreeMap<String, (f64, f64)>,
     /// Sessions of workers, by the name of their instance.
     sessions: BTreeMap<String, BTreeMap<WorkerId, Session>>,
     looked_at: Option<Timestamp>,
@@ -103,6 +103,9 @@ impl Memory {
     /// Takes a look in, before it is decided upon.
     pub(super) fn see(&mut self, look: &Look<'_>) {
         let now = look.now;
+        if self.looked_at.is_some_and(|at| now.since(at) >= look.lease) {
+            self.forget_seen();
+        }
         self.see_sessions(look);
         self.instances
             .retain(|id, _| look.instances.iter().any(|i| i.id == *id));
@@ -140,11 +143,20 @@ impl Memory {
                 kept.busy_at = now;
             }
             if instance.price_per_hour > 0.0 {
-                let price = self.prices.entry(instance.pool.clone()).or_default();
-                *price = price.max(instance.price_per_hour);
+                let price = instance.price_per_hour;
+                let seen = self.prices.entry(instance.pool.clone());
+                let (lowest, highest) = seen.or_insert((price, price));
+                (*lowest, *highest) = (lowest.min(price), highest.max(price));
             }
         }
         self.looked_at = Some(now);
+    }
+
+    /// Nobody has looked for long, or somebody else may have: what there is now counts as taken over.
+    pub(super) fn forget_seen(&mut self) {
+        self.instances.clear();
+        self.sessions.clear();
+        self.looked_at = None;
     }
 
     fn see_sessions(&mut self, look: &Look<'_>) {
@@ -297,14 +309,16 @@ impl Memory {
         trouble.is_some_and(|trouble| now.since(trouble.last) < trouble.wait())
     }
 
-    /// What an instance of `pool` costs, as far as one was seen; $ per hour.
+    /// What an instance of `pool` costs at least, as far as one was seen; $ per hour. Which one it will be, its provider decides
+    /// by what is left.
     pub(super) fn price(&self, pool: &str) -> Option<f64> {
-        self.prices.get(pool).copied()
+        self.prices.get(pool).map(|(lowest, _)| *lowest)
     }
 
-    /// What those cost that were asked for and are not listed; $ per hour.
+    /// What those cost at most that were asked for and are not listed; $ per hour.
     pub(super) fn price_of_asked(&self) -> f64 {
         let asked = self.asked.values();
-        asked.filter_map(|asked| self.price(&asked.pool)).sum()
+        let highest = asked.filter_map(|asked| self.prices.get(&asked.pool));
+        highest.map(|(_, highest)| highest).sum()
     }
 }

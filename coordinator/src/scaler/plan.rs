@@ -7,7 +7,7 @@
 //!   alone for as long as a lease of its may last.
 //! - A pool has at most `max` instances, those that are on their way out among them.
 //! - Instances are asked for by the names of free slots, so that one which is asked for twice is seen as such.
-//! - Nothing is asked for beyond the budget. What runs is not ended for the budget's sake, but takes no more jobs.
+//! - Nothing is asked for beyond the budget. What runs beyond it, or beyond `max`, is not ended for that, but takes no more jobs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -182,10 +182,19 @@ pub fn plan(look: &Look<'_>, memory: &mut Memory) -> Plan {
     }
     save(look, memory, &mut supply, &mut actions);
     for (pool, instances) in &mut supply {
-        let pool_wanted = wanted.get(*pool).map_or(0, |wanted| wanted.instances);
-        let idle = idle_limit(look, pool);
-        let spare = instances.len().saturating_sub(pool_wanted as usize);
-        release(look, memory, instances, spare, idle, &mut actions);
+        let beyond = instances.len().saturating_sub(most(look, pool));
+        release(look, memory, instances, beyond, Which::All, &mut actions);
+        let wanted = wanted.get(*pool).map_or(0, |wanted| wanted.instances);
+        let spare = instances.len().saturating_sub(wanted as usize);
+        let idle = pool_of(look, pool).map_or(Duration::ZERO, |pool| pool.idle);
+        release(
+            look,
+            memory,
+            instances,
+            spare,
+            Which::Idle(idle),
+            &mut actions,
+        );
     }
     create(look, memory, &wanted, &supply, &mut actions);
     actions.retain(|action| match action {
@@ -271,6 +280,9 @@ fn leave(
 ) {
     let seen = look.workers.get(&instance.name);
     match seen {
+        None if instance.state == InstanceState::Starting => {
+            delete(look, memory, instance, Why::Unneeded, actions)
+        }
         None if is_lost(look, memory, instance) => {
             delete(look, memory, instance, Why::Lost, actions)
         }
@@ -320,11 +332,11 @@ fn want(look: &Look<'_>, pool: &Pool) -> Wanted {
     Wanted { jobs, instances }
 }
 
-/// How long an instance without a job stays where fewer are wanted: not at all where there is nobody to want it again.
-fn idle_limit(look: &Look<'_>, pool: &str) -> Duration {
+/// How many of a pool may take jobs at most.
+fn most(look: &Look<'_>, pool: &str) -> usize {
     match pool_of(look, pool) {
-        Some(pool) if look.demand.is_some() && !is_spent(look) => pool.idle,
-        _ => Duration::ZERO,
+        Some(pool) if look.demand.is_some() && !is_spent(look) => pool.max as usize,
+        _ => 0,
     }
 }
 
@@ -335,35 +347,48 @@ fn price_of_all(look: &Look<'_>) -> f64 {
     costs.map(|instance| instance.price_per_hour).sum()
 }
 
-/// Lets idle instances go while all of them cost more than they may, those of the last pool first.
+/// Lets instances go while those that take jobs cost more than they may: idle ones first, and those of the last pool.
 fn save(look: &Look<'_>, memory: &mut Memory, supply: &mut Supply<'_>, actions: &mut Vec<Action>) {
     let Some(per_hour) = look.budget.per_hour else {
         return;
     };
-    let mut over = price_of_all(look) - per_hour;
-    for pool in look.pools.iter().rev() {
-        let Some(instances) = supply.get_mut(&*pool.name) else {
-            continue;
-        };
-        while over > ROUNDING {
-            let before: f64 = instances.iter().map(|i| i.price_per_hour).sum();
-            release(look, memory, instances, 1, Duration::ZERO, actions);
-            let after: f64 = instances.iter().map(|i| i.price_per_hour).sum();
-            if before - after <= ROUNDING {
-                break;
+    let price =
+        |instances: &Vec<&Instance>| instances.iter().map(|i| i.price_per_hour).sum::<f64>();
+    let mut over = supply.values().map(price).sum::<f64>() - per_hour;
+    for which in [Which::Idle(Duration::ZERO), Which::All] {
+        for pool in look.pools.iter().rev() {
+            let Some(instances) = supply.get_mut(&*pool.name) else {
+                continue;
+            };
+            while over > ROUNDING {
+                let before = price(instances);
+                release(look, memory, instances, 1, which, actions);
+                let saved = before - price(instances);
+                if saved <= ROUNDING {
+                    break;
+                }
+                over -= saved;
             }
-            over -= before - after;
         }
     }
 }
 
-/// Lets up to `spare` of `instances` go that have had no job for `idle`, the longest idle first.
+/// Which instances may be let go.
+#[derive(Clone, Copy)]
+enum Which {
+    /// Those that have had no job for so long.
+    Idle(Duration),
+    /// All: those that have jobs bring them to an end.
+    All,
+}
+
+/// Lets up to `spare` of `instances` go, the longest idle first.
 fn release(
     look: &Look<'_>,
     memory: &mut Memory,
     instances: &mut Vec<&Instance>,
     spare: usize,
-    idle: Duration,
+    which: Which,
     actions: &mut Vec<Action>,
 ) {
     let has_no_job = |instance: &Instance| match look.workers.get(&instance.name) {
@@ -372,8 +397,13 @@ fn release(
         None => instance.state == InstanceState::Starting,
     };
     let mut candidates: Vec<&Instance> = instances.to_vec();
-    candidates.retain(|i| has_no_job(i) && memory.idle(i, look.now) >= idle);
-    candidates.sort_by_key(|i| std::cmp::Reverse((memory.idle(i, look.now), &i.name)));
+    if let Which::Idle(idle) = which {
+        candidates.retain(|i| has_no_job(i) && memory.idle(i, look.now) >= idle);
+    }
+    candidates.sort_by_key(|i| {
+        let longest_idle = std::cmp::Reverse((memory.idle(i, look.now), &i.name));
+        (!has_no_job(i), longest_idle)
+    });
     for instance in candidates.into_iter().take(spare) {
         instances.retain(|other| other.id != instance.id);
         memory.leaves(instance);
@@ -382,7 +412,10 @@ fn release(
                 name: instance.name.clone(),
                 workers: seen.open.clone(),
             }),
-            None => delete(look, memory, instance, Why::Unneeded, actions),
+            None if instance.state == InstanceState::Starting => {
+                delete(look, memory, instance, Why::Unneeded, actions)
+            }
+            None => {}
         }
     }
 }

@@ -10,6 +10,7 @@ use espalier_core::time::Timestamp;
 use espalier_proto::status::ApiError;
 use espalier_proto::v1;
 use espalier_runtime::backoff::Backoff;
+use espalier_runtime::store::StoreError;
 use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry;
 use futures::StreamExt;
@@ -38,6 +39,9 @@ const PROVIDER_BACKOFF: Backoff = Backoff {
     first: Duration::from_secs(5),
     max: Duration::from_secs(300),
 };
+/// After that time what other coordinators had when it was decided is seen: they show it once a second, and what they show is
+/// used for a second.
+const SEEN_AFTER: Duration = Duration::from_secs(2);
 /// The record of what was spent is written this often at least.
 const SAVE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -66,8 +70,6 @@ enum RoundError {
     Queue(#[from] QueueError),
     #[error("the provider cannot be asked")]
     Provider(#[from] ProviderError),
-    #[error("what was spent today cannot be read, so that nothing is asked for")]
-    Ledger(#[source] espalier_runtime::store::StoreError),
     #[error(transparent)]
     Late(#[from] espalier_runtime::tasks::DeadlineExceeded),
 }
@@ -124,8 +126,9 @@ impl Work {
             // Nobody has said yet that they may, this one neither.
             Ok(None) => return Ok(()),
             Err(error) => {
-                // Another one may lead meanwhile, and keep the books.
+                // Another one may lead meanwhile, keep the books, and make instances.
                 self.books = None;
+                self.memory.forget_seen();
                 return Err(error);
             }
         };
@@ -139,10 +142,20 @@ impl Work {
             instances.map_err(|late| ProviderError::Unavailable(late.to_string()))??;
         let asking = demand::read(&*self.shared.queue);
         let demand = with_deadline("scaler.demand", QUEUE_LIMIT, asking).await??;
-        let spent_today = self.count(&instances).await?;
+        let spent_today = self.count(&instances).await;
         let workers = self.workers().await?;
-        let plan = self.decide(leads.then_some(&demand), &instances, &workers, spent_today);
-        self.tell.round(&plan, &instances, spent_today);
+        let spent = spent_today.as_ref().copied().unwrap_or_default();
+        let mut plan = self.decide(leads.then_some(&demand), &instances, &workers, spent);
+        if let Err(error) = &spent_today {
+            let error = telemetry::error_chain(error);
+            tracing::warn!(
+                error,
+                "what was spent today cannot be read, so that nothing is asked for"
+            );
+            plan.actions
+                .retain(|action| !matches!(action, Action::Create { .. }));
+        }
+        self.tell.round(&plan, &instances, spent);
         let failures = self.failures;
         self.perform(plan).await;
         if self.failures == failures {
@@ -206,7 +219,7 @@ impl Work {
     }
 
     /// Enters what there is into the books, where there is a budget of the day. Gives what was spent since midnight, in $.
-    async fn count(&mut self, instances: &[Instance]) -> Result<f64, RoundError> {
+    async fn count(&mut self, instances: &[Instance]) -> Result<f64, StoreError> {
         if self.source.budget.per_day.is_none() {
             return Ok(0.0);
         }
@@ -232,14 +245,14 @@ impl Work {
         Ok(books.ledger.spent_today(now))
     }
 
-    async fn open_books(&self, path: &str) -> Result<Books, RoundError> {
+    async fn open_books(&self, path: &str) -> Result<Books, StoreError> {
         let ledger = match self.shared.store.get(path).await {
             Ok(bytes) => Ledger::parse(&bytes).unwrap_or_else(|| {
                 tracing::error!(path, "the record of what was spent today cannot be read: it begins anew with what runs now");
                 Ledger::default()
             }),
             Err(error) if error.is_not_found() => Ledger::default(),
-            Err(error) => return Err(RoundError::Ledger(error)),
+            Err(error) => return Err(error),
         };
         Ok(Books {
             ledger,
@@ -280,8 +293,9 @@ impl Work {
         tracing::warn!(instance = name, error = %error, "a worker could not be told to take no more jobs");
     }
 
-    /// Ends those that may still be ended by what is seen now.
+    /// Ends those that may still be ended by what is seen then.
     async fn delete(&mut self, deletes: Vec<(Instance, Why)>) {
+        tokio::time::sleep(SEEN_AFTER).await;
         let workers = match self.workers().await {
             Ok(workers) => workers,
             Err(error) => {

@@ -98,7 +98,7 @@ async fn a_night_goes_as_the_guide_says() {
         .replace("espalier top", "espalier top --once");
     let said = done(shell(&cluster, "evening", &evening)).await;
     assert!(
-        said.contains("0 of 60") && said.contains("workers: 1 at"),
+        said.contains(" of 60") && said.contains("workers: 1 at"),
         "{said}"
     );
     let client = cluster.client().await;

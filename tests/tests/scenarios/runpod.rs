@@ -47,6 +47,7 @@ async fn up(server: &Runpod, gpus: &[&str], more: &[&str]) -> Output {
     words.extend(gpus.iter().flat_map(|gpu| ["--gpu", *gpu]));
     for variable in [
         "ESPALIER_TRAIN_WORKER_COORDINATOR_URL=https://jobs.example:7411",
+        "ESPALIER_TRAIN_WORKER_COORDINATOR_CA=/etc/ssl/certs/ca-certificates.crt",
         "ESPALIER_TRAIN_WORKER_STORE_URL=s3://bucket/espalier",
         "ESPALIER_TRAIN_WORKER_TOKEN",
     ] {
@@ -114,7 +115,7 @@ async fn pods_come_are_told_of_and_go() {
         table.contains("night-train-1  running  NVIDIA L4  $0.39"),
         "{table}"
     );
-    assert!(table.contains("\n$0.78 an hour; $0.00 so far"), "{table}");
+    assert!(table.contains("\n$0.78 an hour; $0.0"), "{table}");
 
     let asks = runpod(&server, &["down", "--name", "night"]).await;
     assert_eq!(

@@ -28,7 +28,7 @@ struct World {
 }
 
 impl World {
-    async fn start(max_per_hour: f64) -> Option<Self> {
+    async fn start(max_per_hour: f64, lease_ttl_ms: u64) -> Option<Self> {
         let server = Runpod::start().await?;
         let more = format!(
             "[scaler]\ninterval_s = 1\n\
@@ -38,8 +38,7 @@ impl World {
             url = server.url
         );
         let cluster = Cluster::start_with(Setup {
-            // Whoever takes over ends nothing for twice that time.
-            lease_ttl_ms: 5_000,
+            lease_ttl_ms,
             more,
             ..Setup::new("embedded", &model::start().await)
         })
@@ -98,7 +97,7 @@ fn assert_solved(result: &BatchResult) {
 #[tokio::test]
 async fn pods_are_as_many_as_jobs_need_and_the_budget_allows() {
     // Four pods are wanted, and two of $0.27 are paid for. The second type of GPU is too dear beside the first pod.
-    let Some(world) = World::start(0.6).await else {
+    let Some(world) = World::start(0.6, 30_000).await else {
         return;
     };
     world
@@ -139,7 +138,8 @@ async fn pods_are_as_many_as_jobs_need_and_the_budget_allows() {
 
 #[tokio::test]
 async fn a_coordinator_that_dies_leaves_no_pod_behind_and_makes_none_twice() {
-    let Some(mut world) = World::start(10.0).await else {
+    // Whoever takes over ends nothing for twice the time of a lease.
+    let Some(mut world) = World::start(10.0, 5_000).await else {
         return;
     };
     let mut client = world.cluster.client().await;

@@ -203,7 +203,7 @@ async fn a_worker_that_has_a_job_stays_whatever_is_wanted() {
     let mut client = scaled.cluster.client().await;
     let long = toy_job(
         "long",
-        &json!([{"tool": "sleep", "arguments": {"ms": 15_000}}, {"answer": "done"}]),
+        &json!([{"tool": "sleep", "arguments": {"ms": 45_000}}, {"answer": "done"}]),
         "done",
     );
     // Among others, so that it is not the first slot's.

@@ -190,14 +190,19 @@ fn an_idle_instance_goes_after_a_while_drained_first_and_ended_when_it_still_has
 fn a_training_that_lasts_for_days_keeps_its_instance_whatever_is_wanted() {
     let mut scene = Scene::new(vec![pool("a", 0, 9)]);
     scene.worker("x-a-0", 1);
+    for _ in 0..10_000 {
+        assert_eq!(scene.after(15 * SECOND), [""; 0]);
+    }
+    scene.spent_today = 1e9;
+    scene.budget = Budget {
+        per_hour: Some(0.01),
+        per_day: Some(0.01),
+    };
+    scene.instances[0].price_per_hour = 5.0;
+    assert_eq!(scene.after(SECOND), ["drain x-a-0"], "it takes no other");
+    scene.is_drained("x-a-0");
     for leads in [true, false] {
         scene.leads = leads;
-        scene.spent_today = 1e9;
-        scene.budget = Budget {
-            per_hour: Some(0.01),
-            per_day: Some(0.01),
-        };
-        scene.instances[0].price_per_hour = 5.0;
         for _ in 0..10_000 {
             assert_eq!(scene.after(15 * SECOND), [""; 0]);
         }
@@ -205,7 +210,7 @@ fn a_training_that_lasts_for_days_keeps_its_instance_whatever_is_wanted() {
     scene.pools.clear();
     assert_eq!(scene.after(SECOND), [""; 0], "its pool is no more");
     scene.has_jobs("x-a-0", 0);
-    assert_eq!(scene.after(SECOND), ["drain x-a-0"]);
+    assert_eq!(scene.after(SECOND), ["delete x-a-0 idle"]);
 }
 
 #[test]
@@ -440,14 +445,76 @@ fn where_all_cost_more_than_they_may_idle_ones_of_the_last_pool_go() {
 }
 
 #[test]
-fn when_the_days_money_is_spent_idle_ones_go_at_once_and_none_is_asked_for() {
+fn beyond_the_most_and_the_hourly_budget_those_with_jobs_take_no_more() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9), pool("b", 0, 9)]);
+    scene.jobs = 80;
+    for (name, running) in [("x-a-0", 2), ("x-a-1", 1), ("x-b-0", 1), ("x-b-1", 0)] {
+        scene.worker(name, running);
+    }
+    scene
+        .instances
+        .iter_mut()
+        .for_each(|i| i.price_per_hour = 1.0);
+    scene.budget.per_hour = Some(4.0);
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    scene.budget.per_hour = Some(2.0);
+    assert_eq!(scene.after(SECOND), ["drain x-b-1", "drain x-b-0"]);
+    scene.is_drained("x-b-1");
+    scene.is_drained("x-b-0");
+    // What goes already need not be made up for by others.
+    assert_eq!(scene.after(SECOND), ["delete x-b-1 idle"]);
+    scene.pools[0].max = 1;
+    let told = scene.after(SECOND);
+    assert_eq!(told.last().unwrap(), "drain x-a-1");
+    assert!(!told.iter().any(|action| action.contains("x-a-0")));
+}
+
+#[test]
+fn one_that_is_unneeded_is_ended_again_where_that_failed() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    scene.instance("1", "x-a-0", InstanceState::Starting);
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    for _ in 0..3 {
+        assert_eq!(scene.after(60 * SECOND), ["delete 1 unneeded"]);
+    }
+}
+
+#[test]
+fn of_a_pool_with_a_dear_instance_a_cheaper_one_is_asked_for() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    scene.jobs = 8;
+    scene.budget.per_hour = Some(5.0);
+    for (name, price) in [("x-a-0", 0.5), ("x-a-1", 3.0)] {
+        scene.worker(name, 4);
+        scene.instances.last_mut().unwrap().price_per_hour = price;
+    }
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    scene.jobs = 12;
+    assert_eq!(scene.after(SECOND), ["create x-a-2"]);
+}
+
+#[test]
+fn after_a_time_without_looks_nobody_is_lost() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    scene.jobs = 4;
+    scene.instance("1", "x-a-0", InstanceState::Running);
+    assert_eq!(scene.after(SECOND), [""; 0]);
+    // It came meanwhile, has a job, and is between two streams.
+    assert_eq!(scene.after(10_000 * SECOND), [""; 0]);
+}
+
+#[test]
+fn when_the_days_money_is_spent_none_takes_a_job_and_none_is_asked_for() {
     let mut scene = Scene::new(vec![pool("a", 1, 9)]);
     scene.jobs = 40;
     scene.budget.per_day = Some(20.0);
     scene.worker("x-a-0", 1);
     scene.worker("x-a-1", 0);
+    assert_eq!(scene.after(SECOND), [""; 0]);
     scene.spent_today = 20.0;
-    assert_eq!(scene.after(SECOND), ["drain x-a-1"]);
+    // Or a backlog would keep it for ever.
+    assert_eq!(scene.after(SECOND), ["drain x-a-1", "drain x-a-0"]);
+    scene.is_drained("x-a-0");
     scene.instances.remove(1);
     scene.workers.remove("x-a-1");
     assert_eq!(scene.after(SECOND), [""; 0]);

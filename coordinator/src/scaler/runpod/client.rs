@@ -114,16 +114,8 @@ impl Client {
     pub async fn create(&self, pod: &NewPod) -> Result<Pod, ApiError> {
         const WHAT: &str = "creating a pod";
         let request = self.request(Method::POST, "/v2/pods").json(pod);
-        let body = self
-            .once(WHAT, request)
-            .await
-            .map_err(|error| match error {
-                ApiError::Refused { what, status, says } => {
-                    let says = redacted(says, pod.env.values());
-                    ApiError::Refused { what, status, says }
-                }
-                other => other,
-            })?;
+        let secrets = pod.env.values().collect();
+        let body = self.once(WHAT, request, secrets).await?;
         parse(WHAT, &body)
     }
 
@@ -171,7 +163,7 @@ impl Client {
     ) -> Result<Vec<u8>, ApiError> {
         let mut failures = 0;
         loop {
-            let error = match self.once(what, build()).await {
+            let error = match self.once(what, build(), Vec::new()).await {
                 Ok(body) => return Ok(body),
                 Err(error) => error,
             };
@@ -184,9 +176,15 @@ impl Client {
         }
     }
 
-    async fn once(&self, what: &'static str, request: RequestBuilder) -> Result<Vec<u8>, ApiError> {
+    /// `secrets` are in the request beside the key, and in no error.
+    async fn once(
+        &self,
+        what: &'static str,
+        request: RequestBuilder,
+        secrets: Vec<&Secret>,
+    ) -> Result<Vec<u8>, ApiError> {
         self.check_quiet(what)?;
-        let asked = self.answer(what, request);
+        let asked = self.answer(what, request, secrets);
         with_deadline("scaler.runpod", self.answer_max, asked)
             .await
             .map_err(|source| ApiError::Late { what, source })?
@@ -196,6 +194,7 @@ impl Client {
         &self,
         what: &'static str,
         request: RequestBuilder,
+        mut secrets: Vec<&Secret>,
     ) -> Result<Vec<u8>, ApiError> {
         let unreachable = |source: reqwest::Error| ApiError::Unreachable {
             what,
@@ -214,7 +213,9 @@ impl Client {
             status if status.is_success() => Ok(body),
             status => {
                 let problem: Problem = serde_json::from_slice(&body).unwrap_or_default();
-                let says = redacted(problem.says(), [&self.key]);
+                secrets.push(&self.key);
+                // Before it is shortened, which may cut a secret in two.
+                let says = redacted(problem.says(), secrets);
                 Err(ApiError::Refused {
                     what,
                     status: status.as_u16(),

@@ -391,6 +391,34 @@ impl RunpodPool {
                 return Err(FieldError::new("env", name, rule));
             }
         }
+        self.validate_authorities()
+    }
+
+    /// A worker speaks TLS with authorities that it is told: without, the pod would never connect.
+    fn validate_authorities(&self) -> Result<(), FieldError> {
+        if self.template.is_some() {
+            return Ok(());
+        }
+        for (worker, ca) in [
+            ("AGENT", "TLS__CA"),
+            ("INFER", "COORDINATOR_CA"),
+            ("TRAIN", "COORDINATOR_CA"),
+        ] {
+            let name = |key: &str| format!("ESPALIER_{worker}_WORKER_{key}");
+            let url = self.env.get(&name("COORDINATOR_URL")).map(Secret::expose);
+            let is_secure = url.is_some_and(|url| url.contains("https://"));
+            if is_secure && !self.env.contains_key(&name(ca)) {
+                let rule = format!(
+                    "must be given beside an address with https, such as /etc/ssl/certs/ca-certificates.crt, got {}",
+                    name("COORDINATOR_URL")
+                );
+                return Err(FieldError::new(
+                    format!("env.{}", name(ca)),
+                    "nothing",
+                    rule,
+                ));
+            }
+        }
         Ok(())
     }
 

@@ -193,3 +193,25 @@ fn what_breaks_a_rule_is_named() {
         "{error}"
     );
 }
+
+#[test]
+fn a_worker_that_would_never_connect_is_refused() {
+    for (worker, ca) in [
+        ("AGENT", "TLS__CA"),
+        ("INFER", "COORDINATOR_CA"),
+        ("TRAIN", "COORDINATOR_CA"),
+    ] {
+        let name = |key: &str| format!("ESPALIER_{worker}_WORKER_{key}");
+        let mut pool = RunpodPool::new("p", Some("i".to_owned()), vec!["NVIDIA L4".to_owned()]);
+        let url = Secret::new("https://jobs.example:7411");
+        pool.env.insert(name("COORDINATOR_URL"), url);
+        let refused = pool.validate_pod().unwrap_err();
+        assert_eq!(refused.field, format!("env.{}", name(ca)), "{refused}");
+        pool.template = Some("t".to_owned());
+        pool.validate_pod().unwrap();
+        pool.template = None;
+        let bundle = Secret::new("/etc/ssl/certs/ca-certificates.crt");
+        pool.env.insert(name(ca), bundle);
+        pool.validate_pod().unwrap();
+    }
+}
