@@ -33,7 +33,7 @@ enum Step {
     Forget,
     /// The session with the jobs is lost, and another one of the same worker is not.
     Part(usize),
-    /// Nobody looks for so many steps.
+    /// Nobody looks for so many steps, and for as long as a lease lasts: what begins and ends between two looks is not seen.
     Blind(u8),
 }
 
@@ -134,7 +134,7 @@ impl World {
             Step::LoseReplies(lose) => self.lose_replies = lose,
             Step::Cross(cross) => self.cross = cross,
             Step::Forget => self.memory = Memory::default(),
-            Step::Blind(steps) => self.blind = steps,
+            Step::Blind(steps) => (self.blind, self.now) = (steps, now + LEASE),
             Step::Vanish(n) => {
                 if !self.all.is_empty() {
                     self.all.remove(n % self.all.len());
