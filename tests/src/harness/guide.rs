@@ -1,6 +1,9 @@
 //! What a guide of this repository has its reader do.
 
 use std::path::Path;
+use std::process::Command;
+
+use super::process::binary;
 
 /// The blocks of `docs/guides/{name}.md` in a language, such as `sh`, in their order.
 ///
@@ -25,4 +28,12 @@ pub fn blocks(name: &str, language: &str) -> Vec<String> {
         }
     }
     blocks
+}
+
+/// A shell that does `words`, with the programs of this workspace in its path, up to the first that fails.
+pub fn shell(words: &str) -> Command {
+    let mut command = Command::new("bash");
+    let words = format!("PATH=\"$(dirname \"$0\"):$PATH\"\n{words}");
+    command.args(["-euc", &words]).arg(binary("espalier"));
+    command
 }

@@ -2,14 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::process::Command;
 use std::time::Duration;
 
 use espalier_proto::v1::{Job, ListWorkersRequest};
 use espalier_tests::harness::cluster::{Cluster, OPERATOR_TOKEN, Setup};
-use espalier_tests::harness::guide::blocks;
+use espalier_tests::harness::guide::{self, blocks};
 use espalier_tests::harness::model::{self, toy_job};
-use espalier_tests::harness::process::{Process, binary};
+use espalier_tests::harness::process::Process;
 use espalier_tests::harness::redis::RedisServer;
 use espalier_tests::harness::wait_for;
 use serde_json::json;
@@ -34,25 +33,17 @@ fn night() -> String {
     format!("{defaults}{jobs}")
 }
 
-/// A shell of the reader's that does `words` in the folder of the cluster.
+/// The reader's shell, in the folder of the cluster.
 fn shell(cluster: &Cluster, name: &str, words: &str) -> Process {
-    let programs = binary("espalier");
-    let programs = programs.parent().unwrap().display().to_string();
+    let mut command = guide::shell(words);
+    command.current_dir(cluster.folder.path());
     // Whose token, where and on which store is what `user` says.
     let user = cluster.user();
-    let mut command = Command::new("bash");
-    command
-        .args(["-euc", words])
-        .current_dir(cluster.folder.path());
     command.envs(
         user.get_envs()
             .filter_map(|(key, value)| Some((key, value?))),
     );
     command.env("OPERATOR_TOKEN", OPERATOR_TOKEN);
-    command.env(
-        "PATH",
-        format!("{programs}:{}", std::env::var("PATH").unwrap()),
-    );
     Process::start(name, command, cluster.folder.path())
 }
 
@@ -88,10 +79,10 @@ async fn a_night_goes_as_the_guide_says() {
     std::fs::write(cluster.folder.path().join("night.toml"), night()).unwrap();
     let mut worker = cluster.worker("old", SLOTS);
     let worker_id = worker_of(&cluster).await;
-    let guide = blocks("operations", "sh");
+    let says = blocks("operations", "sh");
 
     // The addresses and tokens are the test's, and there is no terminal whose keys end it.
-    let evening = guide[0].lines().filter(|line| !line.starts_with("export "));
+    let evening = says[0].lines().filter(|line| !line.starts_with("export "));
     let evening: Vec<&str> = evening.collect();
     let evening = evening
         .join("\n")
@@ -105,7 +96,7 @@ async fn a_night_goes_as_the_guide_says() {
     client.wait_until_succeeded("night", 4, DEADLINE).await;
 
     let old = cluster.coordinators[0].process.pid().to_string();
-    let release = guide[1]
+    let release = says[1]
         .replace("COORDINATOR", &old)
         .replace("coordinator.toml", "coordinator-0.toml");
     let release = release.replace("WORKER", &worker_id);

@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use espalier_tests::harness::cluster::{Cluster, Setup};
-use espalier_tests::harness::guide::blocks;
+use espalier_tests::harness::guide::{self, blocks};
 use espalier_tests::harness::process::binary;
 use espalier_tests::harness::runpod::{KEY, Runpod, Trouble};
 use espalier_tests::harness::{tiny, wait_for};
@@ -148,14 +148,7 @@ async fn a_training_tonight_goes_as_the_guide_says() {
     let commands = commands
         .join("\n")
         .replace("runpod down", "runpod down --yes");
-    let programs = binary("espalier");
-    let programs = programs.parent().unwrap().display().to_string();
-    let mut shell = Command::new("bash");
-    shell.args(["-euxc", &commands]);
-    shell.env(
-        "PATH",
-        format!("{programs}:{}", std::env::var("PATH").unwrap()),
-    );
+    let mut shell = guide::shell(&commands);
     shell
         .env("RUNPOD_API_URL", &server.url)
         .env("RUNPOD_API_KEY", KEY);
