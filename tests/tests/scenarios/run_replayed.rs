@@ -60,8 +60,8 @@ impl Lab {
     async fn start() -> Self {
         let extra = ("ESPALIER_AGENT_WORKER_MODEL_EXTRA", CALLS);
         let cluster = Cluster::start_with(Setup {
-            // Who is killed is missed soon.
-            lease_ttl_ms: 2_000,
+            // Who is killed is missed soon, and who waits for a core is not.
+            lease_ttl_ms: 5_000,
             environment: vec![(extra.0.to_owned(), extra.1.to_owned())],
             ..Setup::new("embedded", "")
         })
