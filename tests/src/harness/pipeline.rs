@@ -28,19 +28,23 @@ pub struct Pipeline<'a> {
 impl<'a> Pipeline<'a> {
     /// Writes the files, with a tiny model as the base. `head` and, behind it, `more` follow its name and its base.
     pub fn new(cluster: &'a Cluster, tasks: &str, head: &str, more: &str) -> Self {
-        let folder = cluster.folder.path().join("pipeline");
-        std::fs::create_dir_all(&folder).expect(WRITABLE);
-        let pipeline = Self {
-            cluster,
-            folder,
-            head: head.to_owned(),
-        };
+        let pipeline = Self::written(cluster, head);
+        std::fs::create_dir_all(&pipeline.folder).expect(WRITABLE);
         if !pipeline.base().exists() {
             tiny::write_model(&pipeline.base());
         }
         std::fs::write(pipeline.folder.join("tasks.jsonl"), tasks).expect(WRITABLE);
         pipeline.write(more);
         pipeline
+    }
+
+    /// The one whose files `new` has written; who runs it may be reading them.
+    pub fn written(cluster: &'a Cluster, head: &str) -> Self {
+        Self {
+            cluster,
+            folder: cluster.folder.path().join("pipeline"),
+            head: head.to_owned(),
+        }
     }
 
     /// Writes its file anew.

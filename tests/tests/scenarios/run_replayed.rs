@@ -66,7 +66,7 @@ impl Lab {
             ..Setup::new("embedded", "")
         })
         .await;
-        let base = pipeline(&cluster).base();
+        let base = Pipeline::new(&cluster, &tasks(), HEAD, "").base();
         let lab = Self {
             serving: serve(&cluster, &base).await,
             worker: cluster.worker_with_cpu_slots("a", 2),
@@ -80,7 +80,7 @@ impl Lab {
     }
 
     fn pipeline(&self) -> Pipeline<'_> {
-        pipeline(&self.cluster)
+        Pipeline::written(&self.cluster, HEAD)
     }
 
     fn client(&self, name: &str) -> Process {
@@ -178,10 +178,6 @@ impl Lab {
         }
         rollouts
     }
-}
-
-fn pipeline(cluster: &Cluster) -> Pipeline<'_> {
-    Pipeline::new(cluster, &tasks(), HEAD, "")
 }
 
 async fn serve(cluster: &Cluster, base: &Path) -> Serving {
