@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use espalier_runtime::process::INHERITED;
 use espalier_runtime::tasks::{OnFailure, Tasks, with_deadline};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -25,36 +26,14 @@ const TERMINATE_GRACE: Duration = Duration::from_secs(4);
 const KILL_GRACE: Duration = Duration::from_secs(5);
 /// How long the pipe of a process that has ended may stay open.
 const LAST_WORDS_LIMIT: Duration = Duration::from_millis(500);
-/// What a server inherits. Not the rest: the worker's own environment holds its tokens.
-const INHERITED: &[&str] = &[
-    "PATH",
-    "HOME",
-    "USER",
-    "LOGNAME",
-    "SHELL",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "TERM",
-    "DISPLAY",
-    "WAYLAND_DISPLAY",
-    "XAUTHORITY",
-    "XDG_RUNTIME_DIR",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    "NODE_EXTRA_CA_CERTS",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-];
+/// What a server inherits on top of what any child does.
+const INHERITED_TOO: [&str; 2] = ["WAYLAND_DISPLAY", "XAUTHORITY"];
 
 /// The variables that a server gets from the worker's environment.
 pub(super) fn inherited(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let kept = |name: &&str| Some(((*name).to_owned(), env.get(*name)?.clone()));
-    INHERITED.iter().filter_map(kept).collect()
+    let names = INHERITED.iter().chain(&INHERITED_TOO);
+    names.filter_map(kept).collect()
 }
 
 /// What is started.

@@ -18,6 +18,7 @@ use espalier_core::time::Timestamp;
 use espalier_runtime::clock::Clock;
 use espalier_runtime::config::Environment;
 use espalier_runtime::ids::{IdSource, UuidIds};
+use espalier_runtime::process::INHERITED;
 use espalier_runtime::tasks::{self, BlockingFailed};
 use futures::FutureExt;
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -55,32 +56,8 @@ exit "$status"
 "#;
 /// The file that keepers lock.
 const LOCK_FILE: &str = "scaler-local.lock";
-/// What a worker inherits. Not the rest: the coordinator's own environment may hold its secrets.
-const INHERITED: [&str; 23] = [
-    "PATH",
-    "HOME",
-    "USER",
-    "LOGNAME",
-    "SHELL",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "TERM",
-    "TMPDIR",
-    "DISPLAY",
-    "XDG_RUNTIME_DIR",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    "NODE_EXTRA_CA_CERTS",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-    "LD_LIBRARY_PATH",
-    "ESPALIER_LOG",
-];
+/// What a worker inherits on top of what any child does.
+const INHERITED_TOO: [&str; 3] = ["TMPDIR", "LD_LIBRARY_PATH", "ESPALIER_LOG"];
 /// How long a process that was told to end is waited for, so that most are gone at the next look.
 const END_WAIT: Duration = Duration::from_secs(5);
 /// How often it is looked at meanwhile.
@@ -149,8 +126,9 @@ impl Local {
             .arg(pool.grace_s.to_string())
             .args(pool.command.iter().map(|word| named(word, name)))
             .env_clear();
+        let inherited = [&INHERITED[..], &INHERITED_TOO].concat();
         for (variable, value) in &self.environment {
-            if INHERITED.contains(&&**variable) || pool.pass_env.contains(variable) {
+            if inherited.contains(&&**variable) || pool.pass_env.contains(variable) {
                 command.env(variable, value);
             }
         }

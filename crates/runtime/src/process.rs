@@ -14,6 +14,30 @@ const EXIT_USAGE: u8 = 64;
 /// How long telemetry may take to leave at the end.
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 
+/// The variables that any child inherits. Not the rest: what a process is told holds its secrets.
+pub const INHERITED: [&str; 20] = [
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TERM",
+    "DISPLAY",
+    "XDG_RUNTIME_DIR",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "NODE_EXTRA_CA_CERTS",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+];
+
 /// Why a process did not start, or did not end in order.
 pub type Failure = Box<dyn Error + Send + Sync>;
 

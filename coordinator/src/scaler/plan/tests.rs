@@ -428,36 +428,34 @@ fn the_hourly_budget_bounds_what_is_asked_for() {
     assert_eq!(scene.after(SECOND), [""; 0]);
 }
 
-#[test]
-fn where_all_cost_more_than_they_may_idle_ones_of_the_last_pool_go() {
+/// Two workers in each of two pools, with so many jobs, which cost all that they may.
+fn four_at_a_dollar(jobs: u64, running: [u64; 4]) -> Scene {
     let mut scene = Scene::new(vec![pool("a", 0, 9), pool("b", 0, 9)]);
-    scene.jobs = 8;
-    for (name, running) in [("x-a-0", 0), ("x-a-1", 0), ("x-b-0", 1), ("x-b-1", 0)] {
+    scene.jobs = jobs;
+    for (name, running) in ["x-a-0", "x-a-1", "x-b-0", "x-b-1"]
+        .into_iter()
+        .zip(running)
+    {
         scene.worker(name, running);
     }
-    scene
-        .instances
-        .iter_mut()
-        .for_each(|i| i.price_per_hour = 1.0);
+    for instance in &mut scene.instances {
+        instance.price_per_hour = 1.0;
+    }
     scene.budget.per_hour = Some(4.0);
     assert_eq!(scene.after(SECOND), [""; 0]);
+    scene
+}
+
+#[test]
+fn where_all_cost_more_than_they_may_idle_ones_of_the_last_pool_go() {
+    let mut scene = four_at_a_dollar(8, [0, 0, 1, 0]);
     scene.budget.per_hour = Some(2.5);
     assert_eq!(scene.after(SECOND), ["drain x-b-1", "drain x-a-1"]);
 }
 
 #[test]
 fn beyond_the_most_and_the_hourly_budget_those_with_jobs_take_no_more() {
-    let mut scene = Scene::new(vec![pool("a", 0, 9), pool("b", 0, 9)]);
-    scene.jobs = 80;
-    for (name, running) in [("x-a-0", 2), ("x-a-1", 1), ("x-b-0", 1), ("x-b-1", 0)] {
-        scene.worker(name, running);
-    }
-    scene
-        .instances
-        .iter_mut()
-        .for_each(|i| i.price_per_hour = 1.0);
-    scene.budget.per_hour = Some(4.0);
-    assert_eq!(scene.after(SECOND), [""; 0]);
+    let mut scene = four_at_a_dollar(80, [2, 1, 1, 0]);
     scene.budget.per_hour = Some(2.0);
     assert_eq!(scene.after(SECOND), ["drain x-b-1", "drain x-b-0"]);
     scene.is_drained("x-b-1");
