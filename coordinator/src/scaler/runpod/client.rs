@@ -16,7 +16,7 @@ use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
-use super::config::Cloud;
+use super::config::{Cloud, check_url};
 use super::error::ApiError;
 use super::wire::{GpuType, GpuTypes, NewPod, Pod, Pods, Problem};
 
@@ -53,8 +53,9 @@ impl Client {
     /// A client of the API at `url`, such as `https://api.runpod.io`, also with `/v2` at its end.
     ///
     /// # Errors
-    /// The key cannot be a header.
+    /// The key cannot be a header, or others might read it on its way to `url`.
     pub fn new(url: &str, key: &Secret) -> Result<Self, ApiError> {
+        check_url(url).map_err(|error| ApiError::Client(error.to_string()))?;
         let shown = format!("Bearer {}", key.expose());
         let mut shown = HeaderValue::from_str(&shown)
             .map_err(|_| ApiError::Client("the key must be printable ASCII".to_owned()))?;
@@ -198,6 +199,7 @@ impl Client {
     ) -> Result<Vec<u8>, ApiError> {
         let unreachable = |source: reqwest::Error| ApiError::Unreachable {
             what,
+            at: self.base.clone(),
             source: source.without_url(),
         };
         let response = request.send().await.map_err(unreachable)?;

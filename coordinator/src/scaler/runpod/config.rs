@@ -471,14 +471,16 @@ impl RunpodPool {
 }
 
 /// The key goes there: nobody else may read it on its way.
-fn check_url(url: &str) -> Result<(), FieldError> {
+pub(super) fn check_url(url: &str) -> Result<(), FieldError> {
     let parsed = reqwest::Url::parse(url).ok();
     let is_safe = parsed.as_ref().is_some_and(|url| match url.scheme() {
         "https" => true,
         "http" => matches!(url.host_str(), Some("127.0.0.1" | "[::1]" | "localhost")),
         _ => false,
     });
-    let bare = parsed.is_some_and(|url| url.username().is_empty() && url.query().is_none());
+    let bare = parsed.is_some_and(|url| {
+        url.username().is_empty() && url.password().is_none() && url.query().is_none()
+    });
     match is_safe && bare {
         true => Ok(()),
         false => {

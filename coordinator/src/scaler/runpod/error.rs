@@ -14,10 +14,12 @@ pub enum ApiError {
     #[error("requests to RunPod cannot be made: {0}")]
     Client(String),
     /// It cannot be reached, or the connection broke.
-    #[error("{what}: RunPod cannot be reached")]
+    #[error("{what}: RunPod cannot be reached at {at}")]
     Unreachable {
         /// What was asked.
         what: &'static str,
+        /// Its address.
+        at: String,
         /// Why.
         #[source]
         source: reqwest::Error,

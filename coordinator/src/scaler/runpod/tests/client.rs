@@ -130,7 +130,9 @@ async fn what_may_be_asked_twice_is_asked_again() {
     assert_eq!(server.count("GET /v2/pods"), 3);
     server.trouble("GET /v2/pods", Trouble::Cut, 3);
     let error = client.pods().await.unwrap_err();
-    assert!(error_chain(&error).starts_with("listing pods: RunPod cannot be reached: "));
+    let at = format!("listing pods: RunPod cannot be reached at {}: ", server.url);
+    let said = error_chain(&error);
+    assert!(said.starts_with(&at), "{said}");
     let made = client.create(&pod(&server, "a")).await.unwrap();
     server.trouble("DELETE", Trouble::CutAfter, 1);
     client.delete(&made.id).await.unwrap();
@@ -169,6 +171,20 @@ async fn a_pod_is_asked_for_once_whatever_comes_of_it() {
     let error = nobody.create(&pod(&server, "a")).await.unwrap_err();
     assert!(!error.may_be_done() && error.passes(), "{error:?}");
     assert_spoken(&server);
+}
+
+#[test]
+fn the_key_goes_nowhere_where_others_could_read_it() {
+    for url in [
+        "http://api.runpod.io",
+        "https://:hunter2@api.runpod.io",
+        "api.runpod.io",
+    ] {
+        let error = Client::new(url, &Secret::new(KEY)).unwrap_err();
+        let said = error_chain(&error);
+        assert!(said.contains("`url` must be `https://"), "{said}");
+        assert!(!said.contains("hunter2") && !said.contains(KEY), "{said}");
+    }
 }
 
 #[tokio::test]
