@@ -73,10 +73,11 @@ class Topology:
             value = value.replace(f"{service}:{port}", f"127.0.0.1:{self.ports[service]}")
         if name in PORTS:
             value = value.replace(f"0.0.0.0:{PORTS[name]}", f"127.0.0.1:{self.ports[name]}")
-        for volume in self.services[name].get("volumes", []):
-            source, _, target = volume.removesuffix(":ro").partition(":")
-            if source.startswith("."):
-                value = value.replace(target, str((HERE / source).resolve()))
+        mounts = [volume.removesuffix(":ro").split(":") for volume in self.services[name].get("volumes", []) if ":" in volume]
+        # What is mounted below another one first.
+        for source, target in sorted(mounts, key=lambda mount: -len(mount[1])):
+            place = (HERE / source).resolve() if source.startswith(".") else self.folder(source)
+            value = value.replace(target, str(place))
         return value.replace("--host=0.0.0.0", "--host=127.0.0.1")
 
     def command(self, name):
@@ -94,7 +95,7 @@ class Topology:
             places = [f"-dir={self.folder(name)}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={self.ports[name]}"]
             places += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-filer.localSocket={self.folder(name)}.sock"]
             return [self.s3_server, *kept, *places, *ports]
-        image = self.services[name]["build"]["target"]
+        image = self.services[name]["image"].removeprefix("espalier/").partition(":")[0]
         program = "espalier" if image == "cli" else f"espalier-{image}"
         port = [f"--port={self.ports[name]}"] if image == "infer-worker" else []
         return [str(self.binaries / program), *arguments, *port]
@@ -119,7 +120,13 @@ class Topology:
     def start(self, name, number=1):
         log = (self.data / f"{name}-{number}.log").open("w")
         process = subprocess.Popen(
-            self.command(name), env=self.environment(name, number), stdout=log, stderr=log, cwd=self.folder(name)
+            self.command(name),
+            env=self.environment(name, number),
+            stdout=log,
+            stderr=log,
+            cwd=self.folder(name),
+            # Ctrl-C is for this program alone, which ends them in their order.
+            start_new_session=True,
         )
         self.running.append((f"{name}-{number}", process))
         if name in PORTS:

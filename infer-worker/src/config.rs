@@ -34,7 +34,7 @@ pub struct Options {
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
     /// The address to listen at; 0.0.0.0 is every one of this machine.
-    #[arg(long, default_value = "127.0.0.1")]
+    #[arg(long, env = "ESPALIER_INFER_WORKER_HOST", default_value = "127.0.0.1")]
     pub host: IpAddr,
     /// The port; 0 takes a free one.
     #[arg(long, default_value_t = 8000)]
@@ -43,7 +43,12 @@ pub struct Options {
     #[arg(long, env = "ESPALIER_INFER_WORKER_API_KEY", hide_env_values = true, value_parser = api_key)]
     pub api_key: Option<Secret>,
     /// Name of that key in the configuration of agent workers (`model_keys`), which coordinators tell them.
-    #[arg(long, value_name = "NAME", requires = "coordinator_url")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "ESPALIER_INFER_WORKER_API_KEY_NAME",
+        requires = "coordinator_url"
+    )]
     pub api_key_name: Option<String>,
     /// Where other workers reach this one, which coordinators tell them [http://HOST:PORT/v1]. `${NAME}` stands for a variable
     /// of the environment: a pod of RunPod is at https://${RUNPOD_POD_ID}-8000.proxy.runpod.net/v1.
@@ -94,7 +99,7 @@ pub struct Options {
     #[arg(long, value_name = "RANK", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub max_lora_rank: u32,
     /// auto (a GPU where there is one), cpu, or cuda:N.
-    #[arg(long, default_value = "auto")]
+    #[arg(long, env = "ESPALIER_INFER_WORKER_DEVICE", default_value = "auto")]
     pub device: Device,
     /// How weights are held: auto (bf16, which is what Qwen3's numbers are), f32, bf16, or q8 (half the memory, and on the
     /// CPU faster, but not quite the same numbers).

@@ -35,13 +35,13 @@ pub struct Up {
     /// Id of a template of RunPod's, whose settings are taken where no option says otherwise
     #[arg(long, value_name = "ID")]
     pub template: Option<String>,
-    /// Arguments of the image's entrypoint [infer: --host 0.0.0.0]
+    /// Arguments of the image's entrypoint
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub args: Option<String>,
     /// A type of GPU, as RunPod's catalogue calls it; repeated: the first that there is
     #[arg(long = "gpu", value_name = "TYPE", required = true)]
     pub gpus: Vec<String>,
-    /// GPUs of a pod
+    /// GPUs of a pod, of which its worker uses the first
     #[arg(long, value_name = "COUNT", default_value_t = 1)]
     pub gpu_count: u32,
     /// Most that a pod may cost, in $ an hour
@@ -153,8 +153,9 @@ impl Worker {
         }
     }
 
-    /// Variables without which the worker ends at its start, or serves whoever comes along.
-    fn needs(self) -> &'static [(&'static str, &'static str)] {
+    /// Variables without which the worker ends at its start, or serves whoever comes along. An inference worker needs some
+    /// where it `is_registered` with coordinators.
+    fn needs(self, is_registered: bool) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Agent => &[
                 (
@@ -171,13 +172,10 @@ impl Worker {
                     "the model of jobs that name none",
                 ),
             ],
-            Self::Infer => &[
-                ("ESPALIER_INFER_WORKER_MODEL", "what it serves"),
-                (
-                    "ESPALIER_INFER_WORKER_API_KEY",
-                    "what requests must show: a pod's port is open to the internet",
-                ),
-            ],
+            Self::Infer => match is_registered {
+                false => &INFER_NEEDS[..2],
+                true => &INFER_NEEDS,
+            },
             Self::Train => &[
                 (
                     "ESPALIER_TRAIN_WORKER_COORDINATOR_URL",
@@ -195,6 +193,29 @@ impl Worker {
         }
     }
 }
+
+/// Without it nobody is told of a worker that serves.
+const INFER_COORDINATOR: &str = "ESPALIER_INFER_WORKER_COORDINATOR_URL";
+/// What an inference worker needs: the first two in any case.
+const INFER_NEEDS: [(&str, &str); 5] = [
+    ("ESPALIER_INFER_WORKER_MODEL", "what it serves"),
+    (
+        "ESPALIER_INFER_WORKER_API_KEY",
+        "what requests must show: a pod's port is open to the internet",
+    ),
+    (
+        "ESPALIER_INFER_WORKER_API_KEY_NAME",
+        "how agent workers call that key in their model_keys",
+    ),
+    (
+        "ESPALIER_INFER_WORKER_STORE_URL",
+        "where requests and answers of jobs are",
+    ),
+    (
+        "ESPALIER_INFER_WORKER_TOKEN",
+        "what it shows the coordinator",
+    ),
+];
 
 impl Up {
     /// The account and its one pool. `environment` is the terminal's.
@@ -249,16 +270,12 @@ impl Up {
 
     /// What a worker that serves needs so that it is reached.
     fn serve(&self, pool: &mut RunpodPool) {
-        if pool.args.is_none() && pool.template.is_none() {
-            pool.args = Some("--host 0.0.0.0".to_owned());
-        }
+        let host = pool.env.entry("ESPALIER_INFER_WORKER_HOST".to_owned());
+        host.or_insert_with(|| Secret::new("0.0.0.0"));
         if !pool.ports.iter().any(|port| port == SERVE_PORT) {
             pool.ports.push(SERVE_PORT.to_owned());
         }
-        if pool
-            .env
-            .contains_key("ESPALIER_INFER_WORKER_COORDINATOR_URL")
-        {
+        if pool.env.contains_key(INFER_COORDINATOR) {
             let told = pool
                 .env
                 .entry("ESPALIER_INFER_WORKER_ADVERTISE_URL".to_owned());
@@ -285,7 +302,7 @@ impl Up {
         // A template may have what is missing.
         let needs = self
             .worker
-            .needs()
+            .needs(variables.contains_key(INFER_COORDINATOR))
             .iter()
             .filter(|_| self.template.is_none());
         let missing = needs.filter(|(name, _)| !variables.contains_key(*name));

@@ -104,10 +104,8 @@ fn a_worker_that_serves_is_told_where_it_is() {
     ];
     let alone = config("infer", &[&GPU[..], &IMAGE, &key].concat()).unwrap();
     let pool = &alone.pools[0];
-    assert_eq!(
-        (pool.args.as_deref(), &pool.ports[..]),
-        (Some("--host 0.0.0.0"), &["8000/http".to_owned()][..])
-    );
+    assert_eq!(pool.ports, ["8000/http"]);
+    assert_eq!(pool.env["ESPALIER_INFER_WORKER_HOST"].expose(), "0.0.0.0");
     assert!(!pool.env.contains_key("ESPALIER_INFER_WORKER_ADVERTISE_URL"));
     let coordinator = [
         "--env",
@@ -115,7 +113,21 @@ fn a_worker_that_serves_is_told_where_it_is() {
         "--port",
         "8000/http",
     ];
-    let told = config("infer", &[&GPU[..], &IMAGE, &key, &coordinator].concat()).unwrap();
+    let words = [&GPU[..], &IMAGE, &key, &coordinator].concat();
+    let said = config("infer", &words).unwrap_err();
+    for missing in ["API_KEY_NAME", "STORE_URL", "TOKEN"] {
+        let name = format!("ESPALIER_INFER_WORKER_{missing} (");
+        assert!(said.contains(&name), "{said}");
+    }
+    let rest = [
+        "--env",
+        "ESPALIER_INFER_WORKER_API_KEY_NAME=pods",
+        "--env",
+        "ESPALIER_INFER_WORKER_STORE_URL=s3://b/p",
+        "--env",
+        "ESPALIER_INFER_WORKER_TOKEN=t",
+    ];
+    let told = config("infer", &[&words[..], &rest].concat()).unwrap();
     let pool = &told.pools[0];
     assert_eq!(pool.ports.len(), 1);
     assert_eq!(

@@ -30,6 +30,8 @@ pub struct Memory {
     trouble: BTreeMap<String, Trouble>,
     /// The lowest and the highest price that was seen of an instance, by pool; $ per hour.
     prices: BTreeMap<String, (f64, f64)>,
+    /// How many instances pools should have had of late: each less than those before it. By pool.
+    wanted: BTreeMap<String, Vec<(Timestamp, u32)>>,
     /// Sessions of workers, by the name of their instance.
     sessions: BTreeMap<String, BTreeMap<WorkerId, Session>>,
     looked_at: Option<Timestamp>,
@@ -113,8 +115,12 @@ impl Memory {
             let listed = look.instances.iter().any(|i| i.name == *name);
             !listed && now.since(asked.at) < ASKED_FOR
         });
-        self.trouble
-            .retain(|_, trouble| now.since(trouble.last) < WAIT_MAX * 2);
+        // One that never connects is a failure after `start` only, and follows a wait.
+        self.trouble.retain(|pool, trouble| {
+            let start = look.pools.iter().find(|it| it.name == *pool);
+            let start = start.map_or(Duration::ZERO, |pool| pool.start);
+            now.since(trouble.last) < WAIT_MAX * 2 + start.max(look.lease)
+        });
         for instance in look.instances {
             let kept = self.instances.entry(instance.id.clone()).or_insert(Kept {
                 busy_at: now,
@@ -286,6 +292,21 @@ impl Memory {
         let kept = self.instances.get(&instance.id);
         let since = kept.and_then(|kept| kept.away_since);
         since.map_or(Duration::ZERO, |since| now.since(since))
+    }
+
+    /// The most instances that `pool` should have had since `within` ago, now included. What serves others has no jobs, so that
+    /// nothing else tells that it was needed a moment ago.
+    pub(super) fn most_wanted(
+        &mut self,
+        pool: &str,
+        instances: u32,
+        within: Duration,
+        now: Timestamp,
+    ) -> u32 {
+        let wanted = self.wanted.entry(pool.to_owned()).or_default();
+        wanted.retain(|(at, more)| *more > instances && now.since(*at) < within);
+        wanted.push((now, instances));
+        wanted[0].1
     }
 
     /// For how long it has had no job.

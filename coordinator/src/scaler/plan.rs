@@ -169,6 +169,17 @@ pub struct Plan {
     pub wanted: BTreeMap<String, Wanted>,
     /// In the order in which they are to be done.
     pub actions: Vec<Action>,
+    /// The bound for which instances are not asked for though jobs wait.
+    pub held: Option<Bound>,
+}
+
+/// A bound of what instances may cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// By the hour.
+    Hour,
+    /// From midnight to midnight.
+    Day,
 }
 
 /// Decides by one look.
@@ -185,8 +196,9 @@ pub fn plan(look: &Look<'_>, memory: &mut Memory) -> Plan {
         let beyond = instances.len().saturating_sub(most(look, pool));
         release(look, memory, instances, beyond, Which::All, &mut actions);
         let wanted = wanted.get(*pool).map_or(0, |wanted| wanted.instances);
-        let spare = instances.len().saturating_sub(wanted as usize);
         let idle = pool_of(look, pool).map_or(Duration::ZERO, |pool| pool.idle);
+        let wanted = memory.most_wanted(pool, wanted, idle, look.now);
+        let spare = instances.len().saturating_sub(wanted as usize);
         release(
             look,
             memory,
@@ -196,12 +208,16 @@ pub fn plan(look: &Look<'_>, memory: &mut Memory) -> Plan {
             &mut actions,
         );
     }
-    create(look, memory, &wanted, &supply, &mut actions);
+    let held = create(look, memory, &wanted, &supply, &mut actions);
     actions.retain(|action| match action {
         Action::Delete { instance, .. } => !memory.has_ended(instance, look.now),
         Action::Create { .. } | Action::Drain { .. } => true,
     });
-    Plan { wanted, actions }
+    Plan {
+        wanted,
+        actions,
+        held,
+    }
 }
 
 /// Instances that do or will do jobs, by pool.
@@ -420,14 +436,16 @@ fn release(
     }
 }
 
-/// Asks for what is missing, within the budget.
+/// Asks for what is missing, within the budget; gives the bound that is in the way of more.
 fn create(
     look: &Look<'_>,
     memory: &Memory,
     wanted: &BTreeMap<String, Wanted>,
     supply: &Supply<'_>,
     actions: &mut Vec<Action>,
-) {
+) -> Option<Bound> {
+    let waits = wanted.values().any(|wanted| wanted.jobs > 0);
+    let mut held = Some(Bound::Day).filter(|_| waits && is_spent(look));
     let mut purse = Purse::new(look, memory);
     let mut left = CREATES_MAX;
     for pool in look.pools {
@@ -443,6 +461,7 @@ fn create(
         let mut names = free_names(look, memory, pool);
         for _ in 0..missing {
             if !purse.pays_for(&pool.name, pending) {
+                held = held.or_else(|| purse.bound(&pool.name));
                 break;
             }
             if let Some(name) = names.next() {
@@ -452,6 +471,7 @@ fn create(
             }
         }
     }
+    held
 }
 
 /// Names of slots that nobody has: no instance, none that was asked for, and no worker, which may be on its way out.
@@ -507,6 +527,15 @@ impl<'a> Purse<'a> {
         }
         *left -= price;
         true
+    }
+
+    /// The bound that one more instance would break; none where its price is to be seen first.
+    fn bound(&self, pool: &str) -> Option<Bound> {
+        let price = self.memory.price(pool).unwrap_or(0.0);
+        let is_short = |left: f64| left <= 0.0 || left < price - ROUNDING;
+        self.left
+            .filter(|left| is_short(*left))
+            .map(|_| Bound::Hour)
     }
 }
 

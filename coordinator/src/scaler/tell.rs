@@ -7,13 +7,15 @@ use espalier_runtime::telemetry::{metrics, names::attribute};
 use opentelemetry::KeyValue;
 
 use super::Source;
-use super::plan::{Plan, Wanted, Why};
+use super::plan::{Bound, Budget, Plan, Wanted, Why};
 use super::provider::{INSTANCE_VARIABLE, Instance, InstanceState, ProviderError};
 
 /// See the module.
 pub(super) struct Tell {
     provider: &'static str,
-    per_day: Option<f64>,
+    budget: Budget,
+    /// The bound that holds pools back, as it was told last.
+    held: Option<Bound>,
     /// What was told last, by pool. None: nothing was told yet, or another coordinator does the work.
     wanted: Option<BTreeMap<String, Wanted>>,
     /// Pools of which gauges were told, those of instances that are left over among them.
@@ -33,7 +35,8 @@ impl Tell {
     pub(super) fn new(source: &Source) -> Self {
         Self {
             provider: source.key,
-            per_day: source.budget.per_day,
+            budget: source.budget,
+            held: None,
             wanted: None,
             pools: source.pools.iter().map(|pool| pool.name.clone()).collect(),
         }
@@ -57,8 +60,31 @@ impl Tell {
                 );
             }
         }
+        if plan.held != self.held {
+            self.held = plan.held;
+            self.holds(spent_today);
+        }
         self.wanted = Some(plan.wanted.clone());
         self.gauges(&plan.wanted, instances, spent_today);
+    }
+
+    fn holds(&self, spent_today: f64) {
+        let provider = self.provider;
+        let (max_per_hour, max_per_day) = (self.budget.per_hour, self.budget.per_day);
+        match self.held {
+            Some(Bound::Day) => tracing::warn!(
+                provider,
+                spent_today,
+                max_per_day,
+                "the day's budget is spent: no instance is asked for before midnight UTC, though jobs wait"
+            ),
+            Some(Bound::Hour) => tracing::warn!(
+                provider,
+                max_per_hour,
+                "one more instance would cost more than all of them may by the hour: jobs wait for those that there are"
+            ),
+            None => tracing::info!(provider, "the budget holds no instance back any more"),
+        }
     }
 
     /// Another coordinator does the work now, or none: a gauge shows its last value for ever.
@@ -107,7 +133,7 @@ impl Tell {
             metrics().scaler_demand.record(jobs, &labels);
             metrics().scaler_price.record(sum.price, &labels);
         }
-        if let Some(per_day) = self.per_day {
+        if let Some(per_day) = self.budget.per_day {
             let provider = [KeyValue::new(attribute::SCALER_PROVIDER, self.provider)];
             metrics().scaler_spent_today.record(spent_today, &provider);
             metrics().scaler_budget_day.record(per_day, &provider);

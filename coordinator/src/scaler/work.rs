@@ -54,7 +54,10 @@ pub(super) struct Work {
     books: Option<Books>,
     tell: Tell,
     failures: u32,
+    /// Until then the provider is asked nothing.
     not_before: Instant,
+    /// Until then it is asked for no instance; others are ended all the same.
+    no_creates_before: Instant,
 }
 
 /// What was spent, and when that was last stored.
@@ -85,6 +88,7 @@ impl Work {
             books: None,
             failures: 0,
             not_before: Instant::now(),
+            no_creates_before: Instant::now(),
         }
     }
 
@@ -284,7 +288,7 @@ impl Work {
                 }
             }
         }
-        if !creates.is_empty() {
+        if !creates.is_empty() && Instant::now() >= self.no_creates_before {
             self.create(creates).await;
         }
     }
@@ -340,12 +344,19 @@ impl Work {
 
     async fn create(&mut self, creates: Vec<(String, String)>) {
         let provider = &self.source.provider;
+        let began = Instant::now();
+        // Others take one after the other, each with a time of its own; what is left over waits for the next look.
+        let at_once = if self.source.is_own { CALLS_MAX } else { 1 };
         let calls = creates.iter().map(|(pool, name)| async move {
+            if began.elapsed() >= CALL_LIMIT {
+                return None;
+            }
             let done = within("scaler.create", provider.create(pool, name)).await;
-            (pool, name, done)
+            Some((pool, name, done))
         });
         let calls: Vec<_> = stream::iter(calls.collect::<Vec<_>>())
-            .buffered(CALLS_MAX)
+            .buffered(at_once)
+            .filter_map(|call| async move { call })
             .collect()
             .await;
         let now = self.shared.now();
@@ -397,7 +408,12 @@ impl Work {
             _ if self.source.is_own => Duration::ZERO,
             _ => PROVIDER_BACKOFF.jittered(self.failures),
         };
-        self.not_before = Instant::now() + wait;
+        let until = Instant::now() + wait;
+        match (operation, error) {
+            // What there is goes on costing: it is still looked at.
+            ("create", ProviderError::Unavailable(_)) => self.no_creates_before = until,
+            _ => self.not_before = until,
+        }
         self.tell.failed(operation, error, wait);
     }
 }

@@ -16,6 +16,14 @@ said by values.schema.json.
 {{- if and $v.store.endpoint (not (regexMatch "^https?://[^/]+$" $v.store.endpoint)) }}
 {{- fail (printf "store.endpoint must be http://host:port or https://host:port, got %s" $v.store.endpoint) }}
 {{- end }}
+{{- if and $v.store.endpoint $v.networkPolicy.enabled }}
+{{- $port := default (ternary "443" "80" (hasPrefix "https://" $v.store.endpoint)) (regexFind "[0-9]+$" (regexFind ":[0-9]+$" $v.store.endpoint)) }}
+{{- $open := list }}
+{{- range $v.networkPolicy.store.ports }}{{ $open = append $open (toString .) }}{{ end }}
+{{- if not (has $port $open) }}
+{{- fail (printf "networkPolicy.store.ports must have %s, the port of store.endpoint, got [%s]: no pod would reach it; networkPolicy.store.to names a server that is in the cluster or at a private address" $port (join ", " $open)) }}
+{{- end }}
+{{- end }}
 {{- if and $v.telemetry.otlpEndpoint (not (hasPrefix "http://" $v.telemetry.otlpEndpoint)) }}
 {{- fail (printf "telemetry.otlpEndpoint must begin with http://, got %s: OTLP goes to a collector in the cluster without TLS" $v.telemetry.otlpEndpoint) }}
 {{- end }}

@@ -297,7 +297,7 @@ async fn a_worker_in_a_pod_is_told_to_others_by_the_address_of_its_pod() {
     tiny::write_model(&model);
     server.image("registry.example/espalier/infer-worker:1", move |_| {
         let mut command = Command::new(binary("espalier-infer-worker"));
-        command.args(["--port", "0", "--device", "cpu", "--api-key-name", "pods"]);
+        command.args(["--port", "0", "--device", "cpu"]);
         command.env("HOME", &home);
         command
     });
@@ -308,6 +308,7 @@ async fn a_worker_in_a_pod_is_told_to_others_by_the_address_of_its_pod() {
         variable("STORE_URL", &options[3]),
         variable("TOKEN", &environment[0].1),
         variable("API_KEY", "key-of-the-pods"),
+        variable("API_KEY_NAME", "pods"),
         variable("MODEL", model.to_str().unwrap()),
     ];
     let mut words = vec![

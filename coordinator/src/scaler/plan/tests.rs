@@ -186,6 +186,26 @@ fn an_idle_instance_goes_after_a_while_drained_first_and_ended_when_it_still_has
     assert_eq!(scene.after(SECOND).len(), 2, "it is told again");
 }
 
+/// Rollouts run elsewhere, and ask these.
+#[test]
+fn who_serves_and_has_no_jobs_stays_as_long_as_so_many_were_wanted_a_moment_ago() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    scene.worker("x-a-0", 0);
+    scene.worker("x-a-1", 0);
+    for _ in 0..100 {
+        scene.jobs = 8;
+        assert_eq!(scene.after(30 * SECOND), [""; 0]);
+        // A step of a pipeline has ended, and the next one begins.
+        scene.jobs = 0;
+        assert_eq!(scene.after(30 * SECOND), [""; 0]);
+    }
+    scene.jobs = 4;
+    assert_eq!(scene.after(29 * SECOND), [""; 0]);
+    assert_eq!(scene.after(SECOND), ["drain x-a-1"]);
+    scene.is_drained("x-a-1");
+    assert_eq!(scene.after(SECOND), ["delete x-a-1 idle"]);
+}
+
 #[test]
 fn a_training_that_lasts_for_days_keeps_its_instance_whatever_is_wanted() {
     let mut scene = Scene::new(vec![pool("a", 0, 9)]);
@@ -261,6 +281,50 @@ fn failures_are_cleared_away_and_the_waits_after_them_grow() {
         waits.push(waited);
     }
     assert_eq!(waits, [9, 19, 39, 79, 159, 319, 599, 599]);
+}
+
+/// They cost all that time, so that it is not tried again at once for ever.
+#[test]
+fn waits_after_instances_that_never_connect_grow_however_long_they_may_take_to_start() {
+    let mut scene = Scene::new(vec![Pool {
+        start: 1_200 * SECOND,
+        ..pool("a", 0, 9)
+    }]);
+    scene.jobs = 4;
+    let mut waits = Vec::new();
+    for n in 0..5 {
+        scene.instance(&n.to_string(), "x-a-0", InstanceState::Running);
+        for _ in 0..12 {
+            assert_eq!(scene.after(100 * SECOND), [""; 0]);
+        }
+        assert_eq!(scene.after(100 * SECOND), [format!("delete {n} lost")]);
+        scene.instances.clear();
+        let mut waited = 1;
+        while scene.after(SECOND).is_empty() {
+            waited += 1;
+        }
+        waits.push(waited);
+    }
+    assert_eq!(waits, [10, 20, 40, 80, 160]);
+}
+
+#[test]
+fn a_budget_that_holds_instances_back_is_named_while_it_does() {
+    let mut scene = Scene::new(vec![pool("a", 0, 9)]);
+    scene.budget = Budget {
+        per_hour: Some(1.5),
+        per_day: Some(20.0),
+    };
+    scene.worker("x-a-0", 4);
+    scene.instances[0].price_per_hour = 1.0;
+    scene.jobs = 4;
+    assert_eq!(scene.look().held, None);
+    scene.jobs = 8;
+    assert_eq!(scene.look().held, Some(Bound::Hour));
+    scene.spent_today = 20.0;
+    assert_eq!(scene.look().held, Some(Bound::Day));
+    scene.jobs = 0;
+    assert_eq!(scene.look().held, None);
 }
 
 #[test]
