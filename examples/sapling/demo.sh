@@ -33,3 +33,15 @@ sed -E 's/.*:([0-9]+).*/\1/' "$data/site.ready" >"$data/site.port"
 # Pages are reached as `localhost`, as a person would type it.
 site=$(sed 's/127\.0\.0\.1/localhost/' "$data/site.ready")
 "$bin/espalier" run "$data/improve.toml" --data-dir "$data/up" --var "site=$site" --out "$data/report"
+
+# What it is for: tasks of the depot are learned, and what was known is not forgotten.
+node - "$data/report/report.json" <<'CHECK'
+const {kinds, pooled} = JSON.parse(require("fs").readFileSync(process.argv[2])).report.comparison.comparison;
+const rises = (wanted) => Object.entries(kinds).filter(([kind]) => kind.startsWith("depot_") == wanted).map(([, kind]) => kind.difference.value);
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+const [learned, known] = [mean(rises(true)), mean(rises(false))];
+if (!(learned >= 0.3 && pooled.difference.low > 0 && known > -0.1)) {
+  console.error(`the adapter does not do what it should: depot ${learned}, other kinds ${known}, all from ${pooled.difference.low}`);
+  process.exit(1);
+}
+CHECK

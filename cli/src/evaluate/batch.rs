@@ -189,10 +189,12 @@ impl Evaluation<'_> {
         let mut key = self.key.clone();
         let mut job = waiting::job(&self.client, &key).await?;
         if job.state() == v1::JobState::Dead && job.attempts == 0 {
-            note(
-                "some rollouts are dead, and the comparison with them: what is there is compared without them",
-            );
             key = self.compare_rest(submitted).await?;
+            note(format!(
+                "some rollouts are dead, and the comparison with them: what is there is compared without them, as {}, which is also \
+                 what `adapters promote --comparison` takes",
+                key.batch
+            ));
             let bar = crate::progress::things(0, "comparing");
             let look = || waiting::job(&self.client, &key);
             job = waiting::wait(self.context, bar, look, waiting::in_words).await?;

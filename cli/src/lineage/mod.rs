@@ -6,12 +6,14 @@ mod walk;
 use clap::Args;
 use serde_json::json;
 
-use crate::adapters::{Place, Wanted};
+use crate::adapters::{Opened, Place, Wanted};
 use crate::context::Context;
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{count, note};
 use crate::progress;
 use walk::Walker;
+
+pub use tree::Node;
 
 /// Options of `lineage`.
 #[derive(Args, Clone, Debug)]
@@ -27,28 +29,12 @@ pub struct Lineage {
 /// Runs the command.
 pub async fn run(context: &Context, args: &Lineage) -> Outcome {
     let opened = args.place.open(context).await?;
-    let version = opened.find(&args.adapter).await?;
-    let bar = progress::things(0, "verifying");
-    let walker = Walker {
-        store: &opened.store,
-        project: &opened.project,
-        bar: &bar,
-    };
-    let tree = walker.adapter(&version).await;
-    bar.finish_and_clear();
+    let tree = of(&opened, &args.adapter).await?;
     let [verified, unverified, broken] = tree.counts();
     let counts = json!({"verified": verified, "unverified": unverified, "broken": broken});
     context.out.show(
         || json!({"counts": counts, "lineage": tree}),
-        || {
-            format!(
-                "{}\n\n{} verified, {} cannot be verified here, {} broken",
-                tree.to_text(),
-                count(verified),
-                count(unverified),
-                count(broken)
-            )
-        },
+        || format!("{}\n\n{}", tree.to_text(), counted(&tree)),
     )?;
     if broken > 0 {
         note(format!(
@@ -58,4 +44,24 @@ pub async fn run(context: &Context, args: &Lineage) -> Outcome {
         return Ok(Exit::Failed);
     }
     Ok(Exit::Ok)
+}
+
+/// What a version was made from, held against the digests that were written down.
+pub async fn of(opened: &Opened, adapter: &Wanted) -> Result<Node, Problem> {
+    let version = opened.find(adapter).await?;
+    let bar = progress::things(0, "verifying");
+    let walker = Walker {
+        store: &opened.store,
+        project: &opened.project,
+        bar: &bar,
+    };
+    let tree = walker.adapter(&version).await;
+    bar.finish_and_clear();
+    Ok(tree)
+}
+
+/// How many things of a tree are what was written down.
+pub fn counted(tree: &Node) -> String {
+    let [verified, unverified, broken] = tree.counts().map(count);
+    format!("{verified} verified, {unverified} cannot be verified here, {broken} broken")
 }

@@ -149,7 +149,14 @@ fn tasks(config: &Config, wanted: &Wanted<'_>, faults: &mut Faults) -> Vec<v1::J
     }
     check_jobs(&read, wanted, &place, faults);
     check_count(&read, wanted, faults);
-    read.jobs
+    let mut jobs = read.jobs;
+    if wanted.split == TRAIN {
+        // Of what is learned from, the data set holds out its own share.
+        for rollout in jobs.iter_mut().filter_map(|job| job.rollout.as_mut()) {
+            rollout.split = None;
+        }
+    }
+    jobs
 }
 
 /// The coordinator's rules for the first rollout of each task: the others differ in their numbers alone.
@@ -341,6 +348,10 @@ mod tests {
         let checked = checked(&file, &good_tasks()).unwrap();
         let drafts = &checked.drafts;
         assert_eq!(drafts.evaluation.len(), 1);
+        // Which of the tasks to learn from are held out is for the data set to say.
+        let split = |jobs: &[v1::JobSpec]| jobs[0].rollout.as_ref().unwrap().split.clone();
+        assert_eq!(split(&drafts.evaluation).as_deref(), Some(EVAL));
+        assert_eq!(split(&drafts.rollouts), None);
         assert_eq!(drafts.probe.as_ref().unwrap().len(), 3);
         assert_eq!(drafts.rollouts.len(), 4);
         let hints = |job: &v1::JobSpec| job.rollout.as_ref().unwrap().hints.is_some();

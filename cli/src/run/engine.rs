@@ -195,17 +195,11 @@ impl Engine<'_> {
                 self.comparison(&order, draft).await
             }
             Work::Publish {
-                adapter,
-                comparison,
-                passed,
-                verdict,
+                passed, verdict, ..
             } => {
                 let publish = drafts.publish;
                 match (*passed, publish.enabled) {
-                    (true, true) => {
-                        let share = publish.canary;
-                        self.publish(&order, adapter, comparison, share).await
-                    }
+                    (true, true) => self.publish(&order, publish.canary).await,
                     (true, false) => self.leave(&order, "`publish.enabled` is false").await,
                     (false, _) => self.leave(&order, verdict).await,
                 }

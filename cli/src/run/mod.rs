@@ -53,6 +53,8 @@ use screen::Screen;
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Mistakes that are shown to a person; `--json` has all of them.
 const FAULTS_SHOWN_MAX: usize = 40;
+/// Time between two looks of who looks on at whether the plan is another one.
+const PLAN_EVERY: Duration = Duration::from_secs(5);
 
 /// Options of `run`.
 #[derive(Args, Clone, Debug)]
@@ -135,7 +137,8 @@ pub async fn run(context: &Context, args: &Run) -> Outcome {
         screen: &screen,
     };
     let ended = engine.run(&mut records).await;
-    let story = Story::read(&engine.desk, &plan, &records, screen.rows(), ended).await;
+    let mut story = Story::read(&engine.desk, &plan, &records, screen.rows(), ended).await;
+    story.walk(&engine.desk).await;
     let out = args.out.clone();
     let out = out.unwrap_or_else(|| PathBuf::from(format!("{}-report", config.name)));
     story.write(&out)?;
@@ -175,10 +178,31 @@ pub async fn watch(
         project,
         name: name.clone(),
     };
-    let Some(plan) = desk.plan().await? else {
+    let Some(mut plan) = desk.plan().await? else {
         return Ok(None);
     };
-    look_on(context, desk, &plan, once).await.map(Some)
+    loop {
+        let looked = Box::pin(look_on(context, desk.clone(), &plan, once));
+        let other = tokio::select! {
+            ended = looked => return ended.map(Some),
+            other = other_plan(&desk, &plan) => other,
+        };
+        note("whoever runs the pipeline has given it another file, or asks for steps anew");
+        plan = other;
+    }
+}
+
+/// Waits until the pipeline is to do something else than `plan`.
+async fn other_plan(desk: &Desk, plan: &PipelinePlan) -> PipelinePlan {
+    loop {
+        tokio::time::sleep(PLAN_EVERY).await;
+        // A store that is away is told of by whoever needs it.
+        if let Ok(Some(newest)) = desk.plan().await
+            && !newest.is_like(plan)
+        {
+            return newest;
+        }
+    }
 }
 
 async fn look_on(context: &Context, desk: Desk, plan: &PipelinePlan, once: bool) -> Outcome {

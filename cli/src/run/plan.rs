@@ -80,6 +80,8 @@ pub enum Work {
     Publish {
         /// The version.
         adapter: AdapterRef,
+        /// The model that it was measured against.
+        against: String,
         /// The batch of the comparison.
         comparison: BatchId,
         /// Whether its gate passes.
@@ -340,6 +342,7 @@ impl<'a> Resolved<'a> {
                     passed, verdict, ..
                 } => Some(Work::Publish {
                     adapter: self.adapter(round)?.clone(),
+                    against: self.compared(before(round))?.model,
                     comparison: self.batch(At::new(round, Step::Comparison))?,
                     passed: *passed,
                     verdict: verdict.clone(),

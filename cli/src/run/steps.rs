@@ -150,15 +150,18 @@ impl Engine<'_> {
             .await
     }
 
-    /// The version becomes `latest`, because of its comparison. Repeating it changes nothing, also where somebody has taken it
-    /// back since.
-    pub(super) async fn publish(
-        &self,
-        order: &Order,
-        adapter: &AdapterRef,
-        comparison: &BatchId,
-        share: Option<f64>,
-    ) -> Result<Known, Stop> {
+    /// The version becomes `latest`, because of its comparison, unless it would take the place of one that it was not measured
+    /// against. Repeating it changes nothing, also where somebody has taken it back since.
+    pub(super) async fn publish(&self, order: &Order, share: Option<f64>) -> Result<Known, Stop> {
+        let Work::Publish {
+            adapter,
+            against,
+            comparison,
+            ..
+        } = &order.work
+        else {
+            return Err(Problem::failed("this step publishes nothing").into());
+        };
         let started = SystemClock.now();
         let opened = Opened {
             store: self.desk.store.clone(),
@@ -166,21 +169,28 @@ impl Engine<'_> {
         };
         let current = latest(&opened, &adapter.name).current().await?;
         // The first version has none to stand beside.
-        let is_beside = current.is_some_and(|current| current.version != adapter.version);
-        let canary = share.filter(|_| is_beside);
+        let beside = current.filter(|current| current.version != adapter.version);
+        let canary = share.filter(|_| beside.is_some());
         let wanted = Wanted {
             name: adapter.name.clone(),
             version: Some(adapter.version),
         };
-        let comparison = Comparison {
+        let by = Comparison {
             batch: comparison.clone(),
             job: JobId::new(evaluate::JOB)?,
         };
-        let entry = match made_latest(&opened, &wanted, &comparison, canary).await? {
+        let entry = match made_latest(&opened, &wanted, &by, canary).await? {
             Some(entry) => entry,
             None => {
-                let comparison = Some(&comparison);
-                make_latest(&opened, &wanted, comparison, canary).await?.0
+                let replaced =
+                    beside.map(|current| format!("{}@v{}", adapter.name, current.version));
+                let is_measured = |replaced: &String| canary.is_some() || replaced == against;
+                if let Some(latest) = replaced.filter(|replaced| !is_measured(replaced)) {
+                    return self
+                        .leave(order, &unmeasured(adapter, &latest, against))
+                        .await;
+                }
+                make_latest(&opened, &wanted, Some(&by), canary).await?.0
             }
         };
         let output = StepOutput::Published {
@@ -343,6 +353,14 @@ fn is_followed(version: u32, newest: u32, entry: Option<&LatestEntry>) -> bool {
         entry.version == version || canary == Some(version)
     };
     version == newest || entry.is_some_and(is_named)
+}
+
+/// Why a version does not take the place of another one.
+fn unmeasured(adapter: &AdapterRef, latest: &str, against: &str) -> String {
+    format!(
+        "{latest} is latest, and {adapter} was measured against {against} alone: compare the two by `espalier evaluate --model \
+         {latest} --model {adapter} --tasks FILE`, and let that decide with `espalier adapters promote {adapter} --comparison BATCH`"
+    )
 }
 
 fn outdated(adapter: &AdapterRef, newest: u32) -> Problem {

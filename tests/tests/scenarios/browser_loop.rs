@@ -70,6 +70,11 @@ async fn a_small_model_learns_what_hints_told_it() {
     );
     assert_eq!(last["report"]["published"], "depot@v1", "{last:#}");
 
+    // There is something to learn from only where hints help, in browsers too.
+    let counts = &step(&last["report"], "rollouts")["counts"];
+    let of = |field: &str| counts[field].as_f64().unwrap();
+    assert!(of("solved") >= 0.7 * of("judged"), "{counts}");
+
     let report = comparison(&up, &last["report"]);
     let kinds = &report.comparison.kinds;
     let rise = |kind: &Kind| kinds[kind.as_str()].difference.value;
@@ -85,12 +90,14 @@ async fn a_small_model_learns_what_hints_told_it() {
 
 /// The report that the pipeline's comparison left in the store.
 fn comparison(up: &Up, report: &Value) -> Report {
-    let steps = report["steps"].as_array().unwrap();
-    let step = steps
-        .iter()
-        .find(|step| step["step"] == "comparison")
-        .unwrap();
-    let path = step["output"]["report"].as_str().unwrap();
+    let output = &step(report, "comparison")["output"];
+    let path = output["report"].as_str().unwrap();
     let bytes = std::fs::read(up.store_folder().join(path)).unwrap();
     Report::parse(&bytes).unwrap()
+}
+
+/// What a step of the only round came to.
+fn step<'a>(report: &'a Value, name: &str) -> &'a Value {
+    let steps = report["steps"].as_array().unwrap();
+    steps.iter().find(|step| step["step"] == name).unwrap()
 }

@@ -85,7 +85,7 @@ const PROBED: &str = "[probe]\nsamples = 2\n[rollouts]\nsamples = 4\n[evaluate]\
 
 #[tokio::test]
 async fn a_model_learns_from_what_it_solved_and_takes_the_place_of_the_one_before() {
-    let cluster = cluster(&["shop@v1"]).await;
+    let cluster = cluster(&["shop@v1", "shop@v2"]).await;
     let mut worker = cluster.worker_with_cpu_slots("a", 6);
     let _trainer = cluster.train_worker("trainer");
     let pipeline = shop(&cluster, &tasks(6, 10, None), PROBED);
@@ -200,6 +200,20 @@ async fn a_model_learns_from_what_it_solved_and_takes_the_place_of_the_one_befor
     let once = output(once).await;
     assert!(once.status.success(), "{}", said(&once));
     assert!(said(&once).contains("publish"), "{}", said(&once));
+
+    // A version that was measured against the first model alone does not take the place of another one.
+    pipeline.write(PROBED);
+    let anew = pipeline.run(&["--again", "train"]).await;
+    let told = said(&anew);
+    assert!(anew.status.success(), "{told}");
+    for part in [
+        "The gate passes",
+        "Nothing was published: shop@v1 is latest, and shop@v2 was measured against",
+        "espalier adapters promote shop@v2 --comparison",
+    ] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    assert_eq!(pipeline.latest().len(), 1);
     worker.terminate(DEADLINE).await;
 }
 
@@ -259,6 +273,10 @@ fn report_is_whole(folder: &Path) {
         "USD",
         "agreement not measured",
         "its endpoint gave none",
+        "· adapter ",
+        "data set ",
+        "✓ trace ",
+        "0 broken",
     ] {
         assert!(page.contains(part) && text.contains(part), "{part}");
     }
@@ -268,7 +286,15 @@ fn report_is_whole(folder: &Path) {
         assert!(!page.contains(bad), "{bad}");
     }
     let report: Value = serde_json::from_str(&read("report.json")).unwrap();
-    assert_eq!(report["report"]["published"], "shop@v1");
+    let report = &report["report"];
+    assert_eq!(report["published"], "shop@v1");
+    assert_eq!(report["lineage"]["kind"], "adapter");
+    assert!(
+        !report["comparison"]["sources"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
 }
 
 #[tokio::test]

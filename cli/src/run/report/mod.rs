@@ -8,7 +8,7 @@ use std::path::Path;
 use espalier_core::adapter::Agreement;
 use espalier_core::compare::words::{self, Table};
 use espalier_core::compare::{MARKDOWN_FILE, PAGE_FILE, REPORT_FILE};
-use espalier_core::id::JobKey;
+use espalier_core::id::{AdapterName, JobKey};
 use espalier_core::pipeline::{PipelinePlan, Step, StepOutput, StepRecord};
 use espalier_core::spec::AdapterRef;
 use espalier_runtime::clock::{Clock, SystemClock};
@@ -18,11 +18,14 @@ use super::display::{Frame, Row, State, cost, money, outcome, published, tree};
 use super::engine::Ended;
 use super::plan::{At, End, Records, Resolved, steps};
 use super::records::Desk;
+use crate::adapters::latest::latest;
+use crate::adapters::{Opened, Wanted};
 use crate::context::Context;
-use crate::evaluate;
 use crate::evaluate::show::{Read, in_terminal};
 use crate::exit::{Exit, Outcome, Problem};
+use crate::lineage::Node;
 use crate::output::{count, duration, note, plain};
+use crate::{evaluate, lineage};
 
 /// Columns of the tree where it is no terminal's.
 const COLUMNS: usize = 160;
@@ -34,10 +37,14 @@ pub struct Story<'a> {
     /// What each step came to, in order.
     records: Vec<(At, StepRecord)>,
     ended: Result<Ended, Problem>,
-    /// The last comparison that there is, with its round.
+    /// The comparison that published last, or else the last one that there is, with its round.
     compared: Option<(u32, Read)>,
     /// Why that comparison cannot be shown.
     unread: Option<String>,
+    /// The version that is `latest` now.
+    latest: Option<AdapterRef>,
+    /// What the version was made from, or why that cannot be told.
+    lineage: Option<Result<Node, Problem>>,
 }
 
 impl<'a> Story<'a> {
@@ -52,10 +59,13 @@ impl<'a> Story<'a> {
         let resolved = Resolved::new(plan, records);
         let of = |at: At| Some((at, resolved.record(at)?.clone()));
         let records: Vec<_> = steps(plan).into_iter().filter_map(of).collect();
-        let last = records
-            .iter()
-            .rev()
-            .find(|(at, _)| at.step == Step::Comparison);
+        let is_published =
+            |(_, record): &&(At, StepRecord)| matches!(record.output, StepOutput::Published { .. });
+        let published = records.iter().rev().find(is_published);
+        let told_of = published.map(|(at, _)| at.round);
+        let last = records.iter().rev().find(|(at, _)| {
+            at.step == Step::Comparison && told_of.is_none_or(|round| round == at.round)
+        });
         let read = match last {
             Some((at, record)) => Some((at.round, comparison(desk, record).await)),
             None => None,
@@ -72,6 +82,22 @@ impl<'a> Story<'a> {
             ended,
             compared,
             unread,
+            latest: latest_now(desk).await,
+            lineage: None,
+        }
+    }
+
+    /// Walks from the version that it tells of to everything that this was made from.
+    pub async fn walk(&mut self, desk: &Desk) {
+        let trained = |(_, record): &(At, StepRecord)| record.adapter().cloned();
+        let published = self.published().map(|(adapter, _)| adapter.clone());
+        let version = published.or_else(|| self.records.iter().rev().find_map(trained));
+        if let Some(AdapterRef { name, version }) = version {
+            let wanted = Wanted {
+                name,
+                version: Some(version),
+            };
+            self.lineage = Some(lineage::of(&opened(desk), &wanted).await);
         }
     }
 
@@ -84,7 +110,7 @@ impl<'a> Story<'a> {
         for (name, content) in [
             (MARKDOWN_FILE, text::markdown(self)),
             (PAGE_FILE, page::html(self)),
-            (REPORT_FILE, format!("{:#}\n", self.to_json())),
+            (REPORT_FILE, format!("{:#}\n", self.to_whole_json())),
         ] {
             let path = folder.join(name);
             std::fs::write(&path, content).map_err(|error| cannot(&path, error))?;
@@ -163,6 +189,18 @@ impl<'a> Story<'a> {
         }})
     }
 
+    /// With the comparison's own report and the lineage.
+    fn to_whole_json(&self) -> Value {
+        let mut value = self.to_json();
+        let compared = self.compared.as_ref();
+        let report = compared.and_then(|(_, read)| file(read, REPORT_FILE));
+        value["report"]["comparison"] = report.map_or(Value::Null, |text| {
+            serde_json::from_str(&text).unwrap_or_default()
+        });
+        value["report"]["lineage"] = json!(self.lineage.as_ref().and_then(|of| of.as_ref().ok()));
+        value
+    }
+
     fn end_name(&self) -> &'static str {
         match &self.ended {
             Ok(Ended::Well(End::Complete)) => "complete",
@@ -177,8 +215,12 @@ impl<'a> Story<'a> {
     /// What came of it, in a sentence or two.
     fn verdict(&self) -> String {
         let published = match self.published() {
+            Some((adapter, None)) if self.latest.as_ref() != Some(adapter) => match &self.latest {
+                Some(latest) => format!("{adapter} was made latest; {latest} is now."),
+                None => format!("{adapter} was made latest, and taken back."),
+            },
             Some((adapter, canary)) => format!("{}.", published(adapter, canary)),
-            None => "Nothing was published.".to_owned(),
+            None => format!("Nothing was published{}.", self.held_back()),
         };
         let said = match &self.ended {
             Ok(Ended::Well(End::Complete)) => self.gate(self.plan.rounds),
@@ -221,6 +263,19 @@ impl<'a> Story<'a> {
                 let gate = if *passed { "passes" } else { "does not pass" };
                 format!("The gate {gate}: {}.", plain(verdict))
             }
+            _ => String::new(),
+        }
+    }
+
+    /// Why a version whose gate passed was not published.
+    fn held_back(&self) -> String {
+        let passed = |round| match &self.of(round, Step::Comparison)?.output {
+            StepOutput::Comparison { passed: true, .. } => self.of(round, Step::Publish),
+            _ => None,
+        };
+        let last = (1..=self.plan.rounds).rev().find_map(passed);
+        match last.map(|record| &record.output) {
+            Some(StepOutput::Unpublished { why }) => format!(": {}", plain(why)),
             _ => String::new(),
         }
     }
@@ -315,6 +370,20 @@ impl<'a> Story<'a> {
                 .map(ToString::to_string)
                 .unwrap_or_default(),
         ]
+    }
+
+    /// Which round the comparison that is shown is of, where there are several.
+    fn compared_in(&self) -> Option<String> {
+        let (round, _) = self.compared.as_ref()?;
+        (self.plan.rounds > 1).then(|| format!("What follows is the comparison of round {round}."))
+    }
+
+    /// What the version was made from, as lines, and how much of it is verified.
+    fn lineage(&self) -> Option<[String; 2]> {
+        Some(match self.lineage.as_ref()? {
+            Ok(tree) => [tree.to_text(), lineage::counted(tree)],
+            Err(problem) => [problem.message.clone(), "it cannot be told".to_owned()],
+        })
     }
 
     /// How the rounds went.
@@ -418,6 +487,27 @@ impl<'a> Story<'a> {
             rows: (1..=self.plan.rounds).filter_map(row).collect(),
         }
     }
+}
+
+/// A file of a comparison.
+fn file<'a>(read: &'a Read, name: &str) -> Option<std::borrow::Cow<'a, str>> {
+    let found = read.files.iter().find(|(of, _)| of == name);
+    found.map(|(_, content)| String::from_utf8_lossy(content))
+}
+
+fn opened(desk: &Desk) -> Opened {
+    Opened {
+        store: desk.store.clone(),
+        project: desk.project.clone(),
+    }
+}
+
+/// The version of the pipeline's adapter that is `latest`; none too where nobody can say.
+async fn latest_now(desk: &Desk) -> Option<AdapterRef> {
+    let name: AdapterName = desk.name.as_str().parse().ok()?;
+    let current = latest(&opened(desk), &name).current().await;
+    let version = current.ok()??.version;
+    Some(AdapterRef { name, version })
 }
 
 async fn comparison(desk: &Desk, record: &StepRecord) -> Result<Read, Problem> {

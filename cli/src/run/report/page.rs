@@ -6,7 +6,7 @@ use std::fmt::Write;
 use espalier_core::compare::PAGE_FILE;
 use espalier_core::compare::markup::{POLICY, STYLE, escaped, html_table};
 
-use super::Story;
+use super::{Story, file};
 
 /// The report.
 pub(super) fn html(story: &Story<'_>) -> String {
@@ -38,10 +38,15 @@ pub(super) fn html(story: &Story<'_>) -> String {
             escaped(why)
         );
     }
+    if let Some([tree, counted]) = story.lineage() {
+        let (tree, counted) = (escaped(&tree), escaped(&counted));
+        let _ = write!(out, "<h2>Lineage</h2><p>{counted}:</p><pre>{tree}</pre>");
+    }
+    if let Some(said) = story.compared_in() {
+        let _ = write!(out, "<p>{said}</p>");
+    }
     if let Some((_, read)) = &story.compared {
-        let page = read.files.iter().find(|(name, _)| name == PAGE_FILE);
-        let page = page.map(|(_, content)| String::from_utf8_lossy(content));
-        match page.as_deref().and_then(body) {
+        match file(read, PAGE_FILE).as_deref().and_then(body) {
             Some(body) => out.push_str(body),
             None => out.push_str("<p>The comparison's page has no body.</p>"),
         }

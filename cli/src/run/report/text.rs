@@ -5,7 +5,7 @@ use std::fmt::Write;
 use espalier_core::compare::MARKDOWN_FILE;
 use espalier_core::compare::markup::{inline, markdown_table};
 
-use super::Story;
+use super::{Story, file};
 
 /// The report.
 pub(super) fn markdown(story: &Story<'_>) -> String {
@@ -26,10 +26,15 @@ pub(super) fn markdown(story: &Story<'_>) -> String {
     if let Some(why) = &story.unread {
         let _ = writeln!(out, "The comparison cannot be shown: {}\n", inline(why));
     }
+    if let Some([tree, counted]) = story.lineage() {
+        // No name in it has a line of its own, so that none can end the block.
+        let _ = writeln!(out, "## Lineage\n\n{counted}:\n\n```text\n{tree}\n```\n");
+    }
+    if let Some(said) = story.compared_in() {
+        let _ = writeln!(out, "{said}\n");
+    }
     if let Some((_, read)) = &story.compared {
-        let text = read.files.iter().find(|(name, _)| name == MARKDOWN_FILE);
-        let text = text.map(|(_, content)| String::from_utf8_lossy(content));
-        out.push_str(&text.unwrap_or_default());
+        out.push_str(&file(read, MARKDOWN_FILE).unwrap_or_default());
     }
     out
 }
