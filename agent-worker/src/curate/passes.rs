@@ -7,6 +7,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use espalier_core::error::FieldError;
 use espalier_core::id::JobKey;
+use espalier_core::trace::edits::Corrections;
 use espalier_core::trace::edits::Judgement;
 use espalier_core::trace::{FileEntry, Trace, sha256_hex};
 use espalier_dataset::files::{FileError, Format, Records, jsonl_records, parquet_records};
@@ -116,11 +117,12 @@ pub(super) fn write(
             if stop.is_cancelled() {
                 return Err(CurateError::Stopped);
             }
-            if let Some(sha256) = digest
-                .as_deref()
+            if let Some((sha256, corrections)) = digest
+                .as_ref()
                 .filter(|_| writing.chosen.split(n).is_some())
             {
-                writing.chosen.read_from(n, sha256);
+                let corrections = corrections.as_ref();
+                writing.chosen.read_from(n, sha256, corrections);
             }
             writing.take(n, source)?;
         }
@@ -202,11 +204,14 @@ impl Writing {
     }
 }
 
-/// SHA-256 of the object that conversations come out of; none where it cannot be read.
-fn digest(fed: &Fed) -> Option<String> {
+/// SHA-256 of the object that conversations come out of, and the corrections of a trace; none where it cannot be read.
+fn digest(fed: &Fed) -> Option<(String, Option<Corrections>)> {
     match fed {
-        Fed::Trace(_, Ok(loaded)) => loaded.manifest.trace_file().map(|file| file.sha256.clone()),
-        Fed::File(_, Ok(bytes)) => Some(sha256_hex(bytes)),
+        Fed::Trace(_, Ok(loaded)) => {
+            let file = loaded.manifest.trace_file()?;
+            Some((file.sha256.clone(), Corrections::of(&loaded.log)))
+        }
+        Fed::File(_, Ok(bytes)) => Some((sha256_hex(bytes), None)),
         Fed::Trace(_, Err(_)) | Fed::File(_, Err(_)) | Fed::Skipped => None,
     }
 }

@@ -8,6 +8,7 @@ use espalier_core::adapter::{AdapterVersion, BaseModel, Why};
 use espalier_core::dataset::{DatasetVersion, MANIFEST_FILE};
 use espalier_core::id::{JobKey, ProjectId};
 use espalier_core::layout::{self, UploadName};
+use espalier_core::trace::edits::{Corrections, Patch};
 use espalier_core::trace::{FileEntry, Manifest, sha256_hex};
 use espalier_dataset::DatasetManifest;
 use espalier_runtime::store::Store;
@@ -24,8 +25,15 @@ const PIECE_BYTES: u64 = 32 << 20;
 /// Objects read at once.
 const READS_MAX: usize = 4;
 
-/// Jobs, with the SHA-256 of the trace of each where that was written down.
-type Named = BTreeSet<(JobKey, Option<String>)>;
+/// Jobs, with what was written down of the trace of each.
+type Named = BTreeSet<(JobKey, Written)>;
+
+/// What was written down of a trace where it was used.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Written {
+    sha256: Option<String>,
+    corrections: Option<Corrections>,
+}
 
 /// Traces of one batch.
 #[derive(Default)]
@@ -166,13 +174,16 @@ impl Walker<'_> {
             .filter(|source| source.split.is_some())
         {
             let name = source.source.split('#').next().unwrap_or_default();
-            let sha256 = source.sha256.clone();
+            let written = Written {
+                sha256: source.sha256.clone(),
+                corrections: source.corrections.clone(),
+            };
             match name.parse::<JobKey>() {
                 Ok(job) if job.project == *self.project => {
-                    jobs.insert((job, sha256));
+                    jobs.insert((job, written));
                 }
                 _ => {
-                    uploads.insert(name.to_owned(), sha256);
+                    uploads.insert(name.to_owned(), written.sha256);
                 }
             }
         }
@@ -202,7 +213,7 @@ impl Walker<'_> {
     async fn traces(&self, kind: &'static str, jobs: Named) -> Vec<Node> {
         let reads = jobs
             .into_iter()
-            .map(|(job, sha256)| self.trace(job, sha256));
+            .map(|(job, written)| self.trace(job, written));
         let mut reads = stream::iter(reads).buffered(READS_MAX);
         let mut batches: BTreeMap<String, Batch> = BTreeMap::new();
         while let Some((job, read)) = reads.next().await {
@@ -231,11 +242,11 @@ impl Walker<'_> {
 
     /// A trace, as a batch of one. It is held against its own manifest and against the digest that was written down where it
     /// was used.
-    async fn trace(&self, job: JobKey, sha256: Option<String>) -> (JobKey, Batch) {
+    async fn trace(&self, job: JobKey, written: Written) -> (JobKey, Batch) {
         let traces = Traces::new(self.store.clone(), job.project.clone());
         let listed = Listed {
             job: job.clone(),
-            patches: 0,
+            patches: written.corrections.as_ref().map_or(0, |log| log.count),
         };
         let mut batch = Batch::default();
         let node = match traces.load(&listed).await {
@@ -257,15 +268,22 @@ impl Walker<'_> {
                     sha256: file.map(|file| file.sha256.clone()),
                     ..Node::new("trace", job.to_string(), State::Verified)
                 };
-                let node = match sha256 {
-                    Some(sha256) => written_down(node, Some(&sha256)),
+                let node = match &written.sha256 {
+                    Some(sha256) => written_down(node, Some(sha256)),
                     // It is what its manifest names, at least.
                     None => node,
                 };
+                let node = corrected(node, &written, &loaded.log);
                 // What another trace than the one that was used names was not used, and may lead in a circle.
                 if node.state == State::Verified {
                     let recordings = header.provenance.replay.iter();
-                    let named = recordings.map(|it| (it.job.clone(), Some(it.sha256.clone())));
+                    let named = recordings.map(|it| {
+                        let written = Written {
+                            sha256: Some(it.sha256.clone()),
+                            corrections: None,
+                        };
+                        (it.job.clone(), written)
+                    });
                     batch.recordings.extend(named);
                 }
                 node
@@ -403,6 +421,19 @@ fn written_down(mut node: Node, sha256: Option<&str>) -> Node {
     node
 }
 
+/// A trace with the corrections that it was used with.
+fn corrected(mut node: Node, written: &Written, log: &[Patch]) -> Node {
+    if let Some(corrections) = &written.corrections {
+        node.detail = format!("with {} corrections", corrections.count);
+        if node.state == State::Verified && Corrections::of(log).as_ref() != Some(corrections) {
+            node.state = State::Broken {
+                why: "they are not those that it was used with".to_owned(),
+            };
+        }
+    }
+    node
+}
+
 /// The base model is elsewhere.
 fn base(base: &BaseModel) -> Node {
     let revision = base.revision.as_deref();
@@ -475,7 +506,11 @@ mod tests {
             project: &project,
             bar: &bar,
         };
-        let jobs = Named::from([(key("third"), Some(third))]);
+        let written = Written {
+            sha256: Some(third),
+            ..Written::default()
+        };
+        let jobs = Named::from([(key("third"), written)]);
         let nodes = walker.traces("batch", jobs).await;
         let [batch] = &nodes[..] else {
             panic!("{nodes:?}")

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use espalier_core::error::FieldError;
+use espalier_core::trace::edits::Corrections;
 use espalier_core::trace::sha256_hex;
 use espalier_qwen3_text::Tokenizer;
 use serde::{Deserialize, Serialize};
@@ -264,10 +265,11 @@ pub struct Chosen {
 }
 
 impl Chosen {
-    /// Writes down what source `n` was read from: the SHA-256 of the object, in hex.
-    pub fn read_from(&mut self, n: usize, sha256: &str) {
+    /// Writes down what source `n` was read from: the SHA-256 of the object, in hex, and how it was corrected.
+    pub fn read_from(&mut self, n: usize, sha256: &str, corrections: Option<&Corrections>) {
         if let Some(entry) = self.entries.get_mut(n) {
             entry.sha256 = Some(sha256.to_owned());
+            entry.corrections = corrections.cloned();
         }
     }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use espalier_core::error::{FieldError, shorten};
 use espalier_core::time::Timestamp;
 use espalier_core::trace::FileEntry;
+use espalier_core::trace::edits::Corrections;
 use espalier_qwen3_text::CHAT_TEMPLATE_SHA256;
 use serde::{Deserialize, Serialize};
 
@@ -72,6 +73,10 @@ pub struct SourceEntry {
     /// it was dropped, and in manifests of builds that did not write it down.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
+    /// What people and checks had changed of the trace that its rows were made from. Absent where they had changed nothing, and in
+    /// manifests of builds that did not write it down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub corrections: Option<Corrections>,
     /// Its side; absent where it was dropped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub split: Option<Split>,
@@ -136,6 +141,7 @@ impl SourceEntry {
         Self {
             source: source.to_owned(),
             sha256: None,
+            corrections: None,
             split: None,
             rows: 0,
             dropped: None,

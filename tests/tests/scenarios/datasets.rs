@@ -243,6 +243,13 @@ async fn a_worker_that_is_killed_costs_no_second_version() {
     // The second publishes, and dies before it can say so.
     let mut b = cluster.worker_with_cpu_slots("b", 1);
     leased(&cluster, &key, 2).await;
+    // What a coordinator has granted is on its way to the worker when it dies.
+    wait_for("the grant to arrive", DEADLINE, || {
+        let log = b.process.log();
+        let is_there = log.contains("job granted");
+        async move { is_there.then_some(()).ok_or(log) }
+    })
+    .await;
     cluster.coordinators[0].process.kill();
     cluster.wait_until_published(&key, DEADLINE).await;
     b.kill(DEADLINE).await;

@@ -16,6 +16,8 @@ use serde_json::{Value, json};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const ROLLOUTS: usize = 6;
+/// The rollout whose trace somebody has marked.
+const CORRECTED: &str = "a-red-bicycle-with-a-bent-wheel";
 const SUBJECTS: [&str; ROLLOUTS] = [
     "a red bicycle with a bent wheel",
     "tomorrow's weather over the northern islands",
@@ -50,6 +52,11 @@ async fn roll_out(cluster: &Cluster) {
     let mut client = cluster.client().await;
     assert_eq!(client.submit("b", &jobs).await.accepted as usize, ROLLOUTS);
     assert_eq!(client.wait("b", DEADLINE).await.solved(), ROLLOUTS);
+    let name = format!("b/{CORRECTED}");
+    let words = ["traces", "label", &name, "--accept", "stage=gold"];
+    let marked = cluster.espalier(&words).await;
+    let said = String::from_utf8_lossy(&marked.stderr);
+    assert!(marked.status.success(), "{said}");
 }
 
 async fn build(cluster: &Cluster, eval_share: &str) -> Value {
@@ -196,6 +203,7 @@ async fn lineage(cluster: &Cluster) {
         "default/datasets/shop/v2.json",
         "6 traces by scripted",
         "default/b/a-red-bicycle-with-a-bent-wheel",
+        "with 1 corrections",
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
@@ -203,7 +211,8 @@ async fn lineage(cluster: &Cluster) {
         tree["counts"]["unverified"], 1,
         "only the base model is elsewhere: {text}"
     );
-    let key = cluster.key("b", "a-red-bicycle-with-a-bent-wheel");
+    let key = cluster.key("b", CORRECTED);
+    let patch = cluster.object(&layout::patch(&key, 0));
     let trace = cluster.manifest(&key).trace_file().unwrap().path.clone();
     let path = cluster.object(&trace);
     let bytes = std::fs::read(&path).unwrap();
@@ -214,6 +223,15 @@ async fn lineage(cluster: &Cluster) {
         (code, &tree["counts"]["broken"]),
         (Some(1), &json!(1)),
         "{tree}"
+    );
+    let corrected = std::fs::read_to_string(&patch).unwrap();
+    std::fs::write(&patch, corrected.replace("gold", "lead")).unwrap();
+    let (code, tree) = walk().await;
+    std::fs::write(&patch, corrected).unwrap();
+    let said = tree.to_string();
+    assert!(
+        code == Some(1) && said.contains("they are not those"),
+        "{said}"
     );
 }
 

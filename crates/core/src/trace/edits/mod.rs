@@ -30,6 +30,6 @@ pub use bounds::{
 };
 pub use curated::{Conversation, Curated, Origin, Refused};
 pub use door::{check, recheck};
-pub use patch::{Change, Edit, Judgement, Patch};
+pub use patch::{Change, Corrections, Edit, Judgement, Patch};
 pub use standing::{Standing, live};
 pub use state::check_order;

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use crate::chat::{Message, ToolDef};
 use crate::id::JobKey;
 use crate::time::Timestamp;
-use crate::trace::{SCHEMA_VERSION, Verdict};
+use crate::trace::{SCHEMA_VERSION, Verdict, sha256_hex};
 
 /// One entry of the log of a trace. Its number is the object's name, counted from 0.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,6 +28,24 @@ pub struct Patch {
     /// How many patches its maker had seen. Absent: all before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log: Option<u32>,
+}
+
+/// A log, as whoever used it writes it down: more may follow.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Corrections {
+    /// How many patches there were.
+    pub count: u32,
+    /// SHA-256 of them as a JSON array, in hex.
+    pub sha256: String,
+}
+
+impl Corrections {
+    /// None where nothing was corrected.
+    pub fn of(log: &[Patch]) -> Option<Self> {
+        let count = u32::try_from(log.len()).unwrap_or(u32::MAX);
+        let sha256 = sha256_hex(serde_json::json!(log).to_string().as_bytes());
+        (count > 0).then_some(Self { count, sha256 })
+    }
 }
 
 /// What a patch changes.
