@@ -5,7 +5,7 @@ mod text;
 
 use std::path::Path;
 
-use espalier_core::adapter::Agreement;
+use espalier_core::adapter::{Agreement, LatestEntry};
 use espalier_core::compare::words::{self, Table};
 use espalier_core::compare::{MARKDOWN_FILE, PAGE_FILE, REPORT_FILE};
 use espalier_core::id::{AdapterName, JobKey};
@@ -41,8 +41,8 @@ pub struct Story<'a> {
     compared: Option<(u32, Read)>,
     /// Why that comparison cannot be shown.
     unread: Option<String>,
-    /// The version that is `latest` now.
-    latest: Option<AdapterRef>,
+    /// The version that is `latest` now, where that can be told.
+    latest: Result<Option<AdapterRef>, Problem>,
     /// What the version was made from, or why that cannot be told.
     lineage: Option<Result<Node, Problem>>,
 }
@@ -215,11 +215,13 @@ impl<'a> Story<'a> {
     /// What came of it, in a sentence or two.
     fn verdict(&self) -> String {
         let published = match self.published() {
-            Some((adapter, None)) if self.latest.as_ref() != Some(adapter) => match &self.latest {
-                Some(latest) => format!("{adapter} was made latest; {latest} is now."),
-                None => format!("{adapter} was made latest, and taken back."),
+            Some((adapter, canary)) => match &self.latest {
+                Ok(Some(latest)) if canary.is_none() && latest != adapter => {
+                    format!("{adapter} was made latest; {latest} is now.")
+                }
+                Ok(None) => format!("{adapter} was made latest, and taken back."),
+                _ => format!("{}.", published(adapter, canary)),
             },
-            Some((adapter, canary)) => format!("{}.", published(adapter, canary)),
             None => format!("Nothing was published{}.", self.held_back()),
         };
         let said = match &self.ended {
@@ -502,12 +504,11 @@ fn opened(desk: &Desk) -> Opened {
     }
 }
 
-/// The version of the pipeline's adapter that is `latest`; none too where nobody can say.
-async fn latest_now(desk: &Desk) -> Option<AdapterRef> {
-    let name: AdapterName = desk.name.as_str().parse().ok()?;
-    let current = latest(&opened(desk), &name).current().await;
-    let version = current.ok()??.version;
-    Some(AdapterRef { name, version })
+/// The version of the pipeline's adapter that is `latest`.
+async fn latest_now(desk: &Desk) -> Result<Option<AdapterRef>, Problem> {
+    let name: AdapterName = desk.name.as_str().parse()?;
+    let current = latest(&opened(desk), &name).current().await?;
+    Ok(current.map(|LatestEntry { version, .. }| AdapterRef { name, version }))
 }
 
 async fn comparison(desk: &Desk, record: &StepRecord) -> Result<Read, Problem> {
