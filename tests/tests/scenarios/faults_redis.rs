@@ -18,7 +18,10 @@ async fn a_redis_that_is_killed_and_started_again_loses_nothing() {
 /// Longer than the silence that counts as an outage: leases are prolonged by it, and nobody's result is refused for it.
 #[tokio::test]
 async fn a_redis_that_stalls_ends_no_lease() {
-    let mut world = toy::start(toy::parts().await).await;
+    let mut parts = toy::parts().await;
+    // Half of a stall, and long enough for a core that is slow and busy.
+    parts.lease_ms = 6_000;
+    let mut world = toy::start(parts).await;
     world.after(20).await;
     faults::stall_redis(&mut world).await;
     let results = toy::check(&mut world).await;

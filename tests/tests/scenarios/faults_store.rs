@@ -21,7 +21,7 @@ struct World {
 }
 
 impl World {
-    /// `espalier up` over a far store, with leases of two seconds. The rollouts are submitted.
+    /// `espalier up` over a far store, with leases of six seconds. The rollouts are submitted.
     async fn start() -> Self {
         let store = FarStore::start("up").await;
         let environment = store.environment();
@@ -29,7 +29,8 @@ impl World {
             TempDir::new().unwrap(),
             &toy_servers(),
             &model::start().await,
-            &["--store", store.url(), "--lease-ttl-s", "2"],
+            // Much shorter than a fault, and long enough for a core that is slow and busy.
+            &["--store", store.url(), "--lease-ttl-s", "6"],
             &environment.each_ref().map(|(k, v)| (*k, v.as_str())),
         )
         .await;
