@@ -15,6 +15,7 @@ use espalier_proto::v1::job_service_client::JobServiceClient;
 use espalier_proto::v1::model_service_client::ModelServiceClient;
 use espalier_proto::v1::worker_service_client::WorkerServiceClient;
 use espalier_runtime::config::{Environment, Secret};
+use espalier_runtime::model::ModelEndpoint;
 use espalier_runtime::net::{
     self, Addresses, AuthorizedChannel, ClientTls, MESSAGE_BYTES_MAX, NetError,
 };
@@ -46,6 +47,30 @@ pub struct UpFile {
     pub project: String,
     /// The process.
     pub pid: u32,
+    /// The model, where this process serves it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ServedModel>,
+}
+
+/// A model that `up` serves.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServedModel {
+    /// What requests call it.
+    pub name: String,
+    /// Where its API is, up to and including the version.
+    pub base_url: String,
+    /// What lets requests in.
+    pub api_key: String,
+}
+
+impl ServedModel {
+    /// The same, for whoever asks it.
+    pub fn endpoint(&self) -> ModelEndpoint {
+        ModelEndpoint {
+            api_key: Some(Secret::new(self.api_key.as_str())),
+            ..ModelEndpoint::new(&self.base_url)
+        }
+    }
 }
 
 impl UpFile {
@@ -292,6 +317,7 @@ mod tests {
             store: "memory://".to_owned(),
             project: "default".to_owned(),
             pid: 1,
+            model: None,
         };
         let text = serde_json::to_string(&up).unwrap();
         std::fs::write(UpFile::path(folder.path()), text).unwrap();

@@ -72,7 +72,8 @@ impl Chat {
             config: self.config.clone(),
             ..Up::default()
         };
-        let mut settings = Settings::load(&up, &context.environment)?;
+        let served = context.up_file()?.and_then(|up| up.model);
+        let mut settings = Settings::load(&up, &context.environment, served.as_ref())?;
         // A person reads this terminal; what is not a fault would only disturb.
         if !context.environment.contains_key("ESPALIER_LOG") {
             "warn".clone_into(&mut settings.telemetry.log_filter);

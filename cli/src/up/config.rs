@@ -25,6 +25,8 @@ use espalier_runtime::telemetry::TelemetryConfig;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::devices::Asked;
+use crate::client::ServedModel;
 use crate::exit::Problem;
 use crate::rollout_args::RolloutArgs;
 
@@ -51,6 +53,9 @@ pub struct Up {
     /// Where the coordinator listens; port 0 takes a free one [default: 127.0.0.1:7411]
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Option<SocketAddr>,
+    /// What computes where.
+    #[command(flatten)]
+    pub devices: Asked,
     /// Rollouts at once [default: 8]
     #[arg(long, value_name = "N")]
     pub slots: Option<u32>,
@@ -74,7 +79,7 @@ pub struct Up {
 /// The file.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct UpFileConfig {
+pub(super) struct UpFileConfig {
     listen: Option<SocketAddr>,
     slots: Option<u32>,
     store_url: Option<String>,
@@ -84,22 +89,30 @@ struct UpFileConfig {
     playwright_dir: Option<PathBuf>,
     lease_ttl_ms: Option<u64>,
     grace_s: Option<u64>,
+    /// What trainings run on.
+    pub(super) train_device: Option<String>,
     /// Hosts whose HTTP hooks verifiers may ask.
     http_hook_hosts: Vec<String>,
-    model: ModelConfig,
+    pub(super) model: ModelConfig,
     telemetry: TelemetryConfig,
 }
 
 /// The `[model]` section.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct ModelConfig {
+pub(super) struct ModelConfig {
     /// The model of jobs that name none.
     name: Option<String>,
     /// More fields of every request.
     extra: Map<String, Value>,
     /// Where it is served.
     endpoint: Option<ModelEndpoint>,
+    /// What it runs on where it is served here.
+    pub(super) device: Option<String>,
+    /// Share of a GPU's memory, likewise.
+    pub(super) gpu_memory_utilization: Option<f64>,
+    /// Longest prompt and answer together, likewise.
+    pub(super) max_model_len: Option<u32>,
 }
 
 /// Everything that `up` needs to know.
@@ -131,6 +144,8 @@ pub struct Settings {
     pub model: String,
     /// More fields of every request.
     pub extra: Map<String, Value>,
+    /// What computes where.
+    pub devices: Asked,
     /// Logs, traces and metrics.
     pub telemetry: TelemetryConfig,
     /// File that gets the address.
@@ -152,11 +167,19 @@ impl Settings {
         !self.listen.ip().is_loopback()
     }
 
-    /// Joins options, file and environment.
-    pub fn load(args: &Up, environment: &Environment) -> Result<Self, Problem> {
+    /// Joins options, file and environment. `served` is asked where no endpoint is named.
+    pub fn load(
+        args: &Up,
+        environment: &Environment,
+        served: Option<&ServedModel>,
+    ) -> Result<Self, Problem> {
         let file: UpFileConfig = load(args.config.as_deref(), ENV_PREFIX, environment)?;
         let rollouts = args.rollouts.clone();
-        let (endpoint, model, extra) = model(&rollouts, file.model, environment)?;
+        let devices = args.devices.or_of_file(&file)?;
+        let (endpoint, model, extra) = model(&rollouts, file.model, environment, served)?;
+        if endpoint.is_some() && served.is_none() {
+            devices.check_is_elsewhere()?;
+        }
         let slots = args.slots.or(file.slots).unwrap_or(SLOTS_DEFAULT);
         if !(1..=espalier_runtime::worker::SLOTS_MAX).contains(&slots) {
             let rule = format!("must be in 1..={}", espalier_runtime::worker::SLOTS_MAX);
@@ -185,6 +208,7 @@ impl Settings {
             endpoint,
             model,
             extra,
+            devices,
             telemetry: file.telemetry.or_from(environment),
             ready_file: args.ready_file.clone(),
         })
@@ -198,6 +222,7 @@ fn model(
     args: &RolloutArgs,
     file: ModelConfig,
     environment: &Environment,
+    served: Option<&ServedModel>,
 ) -> Result<NamedModel, Problem> {
     let mut endpoint = match (file.endpoint, &args.model_url) {
         (Some(endpoint), Some(url)) => Some(ModelEndpoint {
@@ -206,7 +231,11 @@ fn model(
         }),
         (endpoint, url) => endpoint.or_else(|| url.clone().map(ModelEndpoint::new)),
     };
-    let name = args.model.clone().or(file.name);
+    let mut name = args.model.clone().or(file.name);
+    if let (None, Some(served)) = (&endpoint, served) {
+        endpoint = Some(served.endpoint());
+        name = name.or_else(|| Some(served.name.clone()));
+    }
     let name = name.ok_or_else(|| Problem::refused("no model is named").fix(EXAMPLE))?;
     if let (Some(variable), Some(endpoint)) = (&args.api_key_env, &mut endpoint) {
         let key = environment.get(variable).filter(|key| !key.is_empty());
@@ -221,10 +250,21 @@ fn model(
 
 #[cfg(test)]
 mod tests {
+    use espalier_infer_worker::config::Device;
+
     use super::*;
     use crate::exit::Exit;
 
     fn settings(args: &Up, toml: &str, environment: &[(&str, &str)]) -> Result<Settings, Problem> {
+        settings_beside(args, toml, environment, None)
+    }
+
+    fn settings_beside(
+        args: &Up,
+        toml: &str,
+        environment: &[(&str, &str)],
+        served: Option<&ServedModel>,
+    ) -> Result<Settings, Problem> {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("espalier.toml");
         std::fs::write(&file, toml).unwrap();
@@ -236,7 +276,7 @@ mod tests {
             config: Some(file),
             ..args.clone()
         };
-        Settings::load(&args, &environment)
+        Settings::load(&args, &environment, served)
     }
 
     #[test]
@@ -302,6 +342,69 @@ mod tests {
                 "{listen} {flag} {more}"
             );
         }
+    }
+
+    #[test]
+    fn what_computes_is_said_by_options_or_the_file() {
+        let toml = "train_device = \"cpu\"\n[model]\nname = \"m\"\ndevice = \"cuda:1\"\nmax_model_len = 4096";
+        let args = Up {
+            devices: Asked {
+                train_device: Some(Device::Cuda(2)),
+                ..Asked::default()
+            },
+            ..Up::default()
+        };
+        let found = settings(
+            &args,
+            toml,
+            &[("ESPALIER_UP_MODEL__GPU_MEMORY_UTILIZATION", "0.4")],
+        );
+        let expected = Asked {
+            device: Some(Device::Cuda(1)),
+            train_device: Some(Device::Cuda(2)),
+            gpu_memory_utilization: Some(0.4),
+            max_model_len: Some(4096),
+        };
+        assert_eq!(found.unwrap().devices, expected);
+        for (toml, field) in [
+            ("train_device = \"tpu\"", "train_device"),
+            ("[model]\ndevice = \"gpu0\"", "model.device"),
+            (
+                "[model]\ngpu_memory_utilization = 1.5",
+                "gpu_memory_utilization",
+            ),
+            ("[model]\nmax_model_len = 8", "max_model_len"),
+        ] {
+            let message = settings(&Up::default(), toml, &[]).unwrap_err().message;
+            assert!(message.contains(&format!("`{field}`")), "{toml}: {message}");
+        }
+    }
+
+    #[test]
+    fn what_is_served_elsewhere_is_served_as_that_place_says() {
+        let toml = "[model]\nname = \"m\"\nmax_model_len = 4096";
+        let endpoint = format!("{toml}\n[model.endpoint]\nbase_url = \"http://a/v1\"");
+        let message = settings(&Up::default(), &endpoint, &[])
+            .unwrap_err()
+            .message;
+        assert!(message.contains("`max_model_len`"), "{message}");
+        // A chat reads the file of the `up` that it asks.
+        let served = ServedModel {
+            name: "of-up".to_owned(),
+            base_url: "http://127.0.0.1:1/v1".to_owned(),
+            api_key: "k3y".to_owned(),
+        };
+        let chat = |toml: &str| settings_beside(&Up::default(), toml, &[], Some(&served)).unwrap();
+        let found = chat(toml);
+        let endpoint = found.served_elsewhere().unwrap();
+        assert_eq!(
+            (&*endpoint.base_url, &*found.model),
+            (&*served.base_url, "m")
+        );
+        assert!(endpoint.api_key.is_some());
+        assert_eq!(chat("").model, "of-up");
+        let named = chat("[model.endpoint]\nbase_url = \"http://a/v1\"\n[model]\nname = \"m\"");
+        assert_eq!(named.served_elsewhere().unwrap().base_url, "http://a/v1");
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! the coordinator, so that those two go last.
 
 mod config;
+mod devices;
 mod model;
 mod place;
 mod train;
@@ -28,8 +29,9 @@ use espalier_runtime::config::{Environment, Secret};
 use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
 use espalier_runtime::store::Store;
-use espalier_runtime::tasks::{OnFailure, Tasks};
+use espalier_runtime::tasks::{OnFailure, Tasks, blocking};
 use espalier_runtime::telemetry::{self, error_chain};
+use espalier_train_worker::trainer::EngineLoader;
 use rand::RngExt;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -41,6 +43,7 @@ use crate::exit::{Exit, Outcome, Problem};
 use crate::output::{facts, note};
 use crate::servers::{self, Probed, Servers};
 pub use config::{Settings, Up};
+use devices::Devices;
 use place::Place;
 
 /// Beyond the grace of rollouts: last results are acknowledged, servers end, the queue is closed.
@@ -54,7 +57,7 @@ const TOKEN_BYTES: usize = 32;
 
 /// Runs the command.
 pub async fn run(context: &Context, args: &Up) -> Outcome {
-    let settings = Settings::load(args, &context.environment)?;
+    let settings = Settings::load(args, &context.environment, None)?;
     let place = Place::take(&context.data_dir()?)?;
     let telemetry = telemetry::init(&settings.telemetry, "espalier-up")
         .map_err(|error| Problem::refused(error_chain(&error)))?;
@@ -73,7 +76,7 @@ async fn serve(context: &Context, settings: Settings, place: &Place) -> Outcome 
         () = shutdown.draining() => Err(Problem::failed("stopped before it was up")),
     };
     let served = match started {
-        Ok((up, found)) => until_drained(context, &settings, place, &up, &found, &shutdown).await,
+        Ok(started) => until_drained(context, &settings, place, &started, &shutdown).await,
         Err(problem) => Err(problem),
     };
     shutdown.drain();
@@ -91,18 +94,17 @@ async fn until_drained(
     context: &Context,
     settings: &Settings,
     place: &Place,
-    up: &UpFile,
-    found: &[(String, Probed)],
+    started: &Started,
     shutdown: &Shutdown,
 ) -> Outcome {
-    place.announce(up)?;
+    place.announce(&started.up)?;
     if let Some(file) = &settings.ready_file {
-        std::fs::write(file, &up.url).map_err(|error| {
+        std::fs::write(file, &started.up.url).map_err(|error| {
             Problem::failed(format!("cannot write {}: {error}", file.display()))
         })?;
     }
     warn_if_open(settings);
-    greet(context, settings, up, found)?;
+    greet(context, settings, started)?;
     shutdown.draining().await;
     note("draining: running rollouts end or go back to the queue; once more to stop at once");
     Ok(Exit::Ok)
@@ -119,6 +121,13 @@ async fn end(tasks: &Tasks, shutdown: &Shutdown, drain_limit: Duration) {
     }
 }
 
+/// What runs.
+struct Started {
+    up: UpFile,
+    devices: Devices,
+    servers: Vec<(String, Probed)>,
+}
+
 /// Starts everything and proves that the coordinator answers.
 async fn start(
     context: &Context,
@@ -126,7 +135,7 @@ async fn start(
     place: &Place,
     tasks: &Tasks,
     shutdown: &Shutdown,
-) -> Result<(UpFile, Vec<(String, Probed)>), Problem> {
+) -> Result<Started, Problem> {
     let environment = &context.environment;
     let data_dir = context.data_dir()?;
     let ready = Box::pin(servers::prepare(settings, environment, tasks)).await?;
@@ -137,10 +146,16 @@ async fn start(
     let store_url = store_url(settings, &data_dir);
     let store = Store::open(&store_url).await?;
     let listener = listen(settings).await?;
+    let devices = Devices::find(settings.devices, settings.endpoint.is_none()).await?;
+    let open = move || EngineLoader::open(devices.train, None, None);
+    let loader = blocking("up.train.device", open)
+        .await
+        .map_err(|error| Problem::failed(error_chain(&error)))?
+        .map_err(|error| Problem::refused(error_chain(&error)))?;
     let here = match &settings.endpoint {
         Some(_) => None,
         None => {
-            let starting = model::start(settings, environment, &store, tasks, &last);
+            let starting = model::start(settings, &devices, environment, &store, tasks, &last);
             Some(Box::pin(starting).await?)
         }
     };
@@ -156,6 +171,7 @@ async fn start(
         store: store_url,
         project: PROJECT_DEFAULT.to_owned(),
         pid: std::process::id(),
+        model: here.as_ref().map(|here| here.served.clone()),
     };
     let parts = Parts {
         up: &up,
@@ -167,9 +183,8 @@ async fn start(
         environment,
     };
     let coordinator = coordinator(settings, &parts, listener, last.clone()).await?;
-    let serves_here = here.is_some();
     let rollouts = worker(settings, &parts, here, shutdown.clone())?;
-    let trainings = train::worker(&parts, settings.grace, serves_here, shutdown.clone())?;
+    let trainings = train::worker(&parts, settings.grace, loader, shutdown.clone())?;
     // A half that fails drains all; the other one ends what it does first.
     let worker: Ending = Box::pin(async {
         let (rollouts, trainings) = tokio::join!(rollouts, trainings);
@@ -183,7 +198,11 @@ async fn start(
         origin: "this process".to_owned(),
     };
     Client::connect(&target, None).await?;
-    Ok((up, ready.found))
+    Ok(Started {
+        up,
+        devices,
+        servers: ready.found,
+    })
 }
 
 /// Drains what was started when the rest was not, however that came.
@@ -294,7 +313,10 @@ fn worker(
         store: parts.store.clone(),
         shutdown: after_rollouts.clone(),
     };
-    let key = |here: &model::Here| (model::KEY_NAME.to_owned(), here.key.clone());
+    let key = |here: &model::Here| {
+        let key = Secret::new(here.served.api_key.as_str());
+        (model::KEY_NAME.to_owned(), key)
+    };
     let config = AgentWorkerConfig {
         coordinator_url,
         token,
@@ -391,17 +413,19 @@ fn warn_if_open(settings: &Settings) {
 }
 
 /// Where things are and what to do next.
-fn greet(
-    context: &Context,
-    settings: &Settings,
-    up: &UpFile,
-    found: &[(String, Probed)],
-) -> Result<(), Problem> {
+fn greet(context: &Context, settings: &Settings, started: &Started) -> Result<(), Problem> {
+    let Started {
+        up,
+        devices,
+        servers,
+    } = started;
+    let is_here = settings.endpoint.is_none();
     if context.out.json {
-        let servers: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+        let servers: Vec<&str> = servers.iter().map(|(name, _)| name.as_str()).collect();
         return Ok(context.out.event(&json!({
             "url": up.url, "store": up.store, "project": up.project, "pid": up.pid,
             "model": settings.model, "slots": settings.slots, "mcp_servers": servers,
+            "device": is_here.then(|| devices.serve.to_string()), "train_device": devices.train.to_string(),
         }))?);
     }
     let mut rows = vec![
@@ -410,14 +434,15 @@ fn greet(
             "model",
             match &settings.endpoint {
                 Some(endpoint) => format!("{} at {}", settings.model, endpoint.base_url),
-                None => format!("{}, served here", settings.model),
+                None => format!("{}, served here on {}", settings.model, devices.serving()),
             },
         ),
         ("rollouts", format!("{} at once", settings.slots)),
+        ("training", format!("on {}", devices.train)),
         ("store", up.store.clone()),
     ];
     rows.extend(
-        found
+        servers
             .iter()
             .map(|(name, probed)| ("server", format!("{name}: {}", probed.text()))),
     );

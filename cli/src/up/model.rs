@@ -14,7 +14,9 @@ use espalier_runtime::tasks::{OnFailure, Tasks};
 use espalier_runtime::telemetry::error_chain;
 use tokio::net::TcpListener;
 
+use super::devices::Devices;
 use super::{Settings, fresh_token};
+use crate::client::ServedModel;
 use crate::context::PROJECT_DEFAULT;
 use crate::exit::Problem;
 use crate::output::note;
@@ -23,8 +25,8 @@ use crate::output::note;
 pub(super) struct Here {
     /// What answers jobs and is told to workers.
     pub(super) answering: Answering,
-    /// What lets them in, which they know by the name of [`KEY_NAME`].
-    pub(super) key: Secret,
+    /// The name and the address, and what lets workers in, which they know by the name of [`KEY_NAME`].
+    pub(super) served: ServedModel,
 }
 
 /// The name of the key among the worker's own.
@@ -33,6 +35,7 @@ pub(super) const KEY_NAME: &str = "up";
 /// Loads the model and serves it until `ends` drains, with the adapters that `store` has for it.
 pub(super) async fn start(
     settings: &Settings,
+    devices: &Devices,
     environment: &Environment,
     store: &Store,
     tasks: &Tasks,
@@ -43,9 +46,13 @@ pub(super) async fn start(
         settings.model
     ));
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-    let key = Secret::new(fresh_token());
+    let key = fresh_token();
     let mut options = Options::of(&settings.model).map_err(Problem::refused)?;
-    options.api_key = Some(key.clone());
+    options.api_key = Some(Secret::new(key.as_str()));
+    options.device = devices.serve;
+    options.gpu_memory_utilization = devices.memory_share;
+    options.max_model_len = settings.devices.max_model_len;
+    options.check().map_err(Problem::refused)?;
     options.follow = vec![Followed {
         project: ProjectId::new(PROJECT_DEFAULT)?,
         which: Which::All,
@@ -53,11 +60,16 @@ pub(super) async fn start(
     let worker = Worker::start(&options, environment, Some(store), ends).await;
     let worker = worker.map_err(|error| Problem::failed(error_chain(&error)))?;
     let url = format!("http://{}/v1", listener.local_addr()?);
-    let answering = worker.answering(url, Some(KEY_NAME.to_owned()));
+    let answering = worker.answering(url.clone(), Some(KEY_NAME.to_owned()));
     tasks.spawn(
         "up.model",
         OnFailure::ShutDown,
         worker.serve(listener, ends.clone()),
     );
-    Ok(Here { answering, key })
+    let served = ServedModel {
+        name: settings.model.clone(),
+        base_url: url,
+        api_key: key,
+    };
+    Ok(Here { answering, served })
 }

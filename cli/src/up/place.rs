@@ -124,6 +124,7 @@ mod tests {
             store: "memory://".to_owned(),
             project: "default".to_owned(),
             pid: 42,
+            model: None,
         }
     }
 

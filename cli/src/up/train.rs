@@ -8,9 +8,7 @@ use espalier_runtime::config::Secret;
 use espalier_runtime::fetch::Fetcher;
 use espalier_runtime::net::Addresses;
 use espalier_runtime::shutdown::Shutdown;
-use espalier_runtime::tasks::blocking;
 use espalier_runtime::telemetry::error_chain;
-use espalier_train_worker::config::DeviceChoice;
 use espalier_train_worker::trainer::EngineLoader;
 use espalier_train_worker::{Permissions, Source};
 
@@ -18,11 +16,11 @@ use super::{Ending, Parts};
 use crate::exit::Problem;
 
 /// Takes `train` jobs until `shutdown` drains. Whoever may submit here is the user of this machine, whose folders jobs
-/// may name. Where a model is served here, it has the memory of the GPU, and the CPU trains.
+/// may name.
 pub(super) fn worker(
     parts: &Parts<'_>,
     grace: Duration,
-    serves_here: bool,
+    loader: EngineLoader,
     shutdown: Shutdown,
 ) -> Result<Ending, Problem> {
     let source = Source {
@@ -39,19 +37,9 @@ pub(super) fn worker(
         health_listen: None,
     };
     let fetcher = Fetcher::new(parts.environment, None);
-    let device = match serves_here {
-        true => DeviceChoice::Cpu,
-        false => DeviceChoice::Auto,
-    };
-    let failed = |error: &(dyn std::error::Error + 'static)| Problem::failed(error_chain(error));
     Ok(Box::pin(async move {
-        let open = move || EngineLoader::open(device, None, None);
-        let loader = blocking("up.train.device", open).await;
-        let loader = loader
-            .map_err(|error| failed(&error))?
-            .map_err(|error| failed(&error))?;
         let loader = Arc::new(loader);
         let ran = espalier_train_worker::run(source, permissions, fetcher, loader, shutdown).await;
-        ran.map_err(|error| failed(&error))
+        ran.map_err(|error| Problem::failed(error_chain(&error)))
     }))
 }

@@ -1,5 +1,6 @@
 //! What a process computes on, as its options name it: one rule for serving and training.
 
+use std::fmt;
 use std::str::FromStr;
 
 /// The GPU that [`DeviceChoice::Auto`] takes, where there is one.
@@ -14,6 +15,16 @@ pub enum DeviceChoice {
     Cpu,
     /// The GPU of that number.
     Cuda(u32),
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
 }
 
 impl FromStr for DeviceChoice {

@@ -3,8 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::io::Write;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use espalier_core::id::JobKey;
@@ -20,6 +21,8 @@ use espalier_tests::harness::wait_for;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+/// Of the model that `up` serves, in tokens: what the tools are told in, and some words.
+const CONTEXT: u64 = 1024;
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Longer than rollouts have to end by themselves.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(180);
@@ -90,7 +93,7 @@ fn serve_here(spoil: impl FnOnce(&Path), more: &[&str]) -> Up {
 
 #[tokio::test]
 async fn up_serves_the_model_itself() {
-    let mut up = serve_here(|_| {}, &[]);
+    let mut up = serve_here(|_| {}, &["--max-model-len", &CONTEXT.to_string()]);
     up.wait_until_ready().await;
     let parts = [
         "loading ",
@@ -98,7 +101,8 @@ async fn up_serves_the_model_itself() {
         "kernels",
         "threads",
         "bf16",
-        "served here",
+        "served here on ",
+        "training ",
     ];
     wait_for("all of it to be said", DEADLINE, || {
         let log = up.process.log();
@@ -116,6 +120,7 @@ async fn up_serves_the_model_itself() {
         assert_eq!(ids.map(Vec::len), Some(8), "the ids that training needs");
     }
     follows(&up, &mut client).await;
+    chats(&up).await;
     // A rollout that runs when it is told to end: the model stays until the rollout is published.
     let store = up.store_folder();
     client.submit("last", &[cut_after(200, "j")]).await;
@@ -135,6 +140,27 @@ async fn up_serves_the_model_itself() {
     let manifest = store.join(layout::manifest(&key));
     assert!(manifest.exists(), "{} is not there", manifest.display());
     up.wait_until_gone(DEADLINE).await;
+}
+
+/// A chat on the same data asks the model that is served there, though nothing names it.
+async fn chats(up: &Up) {
+    let data = up.store_folder().with_file_name("");
+    let mut command = Command::new(binary("espalier"));
+    command.args(["--json", "chat", "--data-dir"]).arg(&data);
+    command.arg("--mcp").arg(data.with_file_name("mcp.json"));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"Hello.\n").unwrap();
+    let talked = tokio::task::spawn_blocking(move || child.wait_with_output());
+    let output = talked.await.unwrap().unwrap();
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let manifest = up.store_folder().join(said["manifest"].as_str().unwrap());
+    let published: Value = serde_json::from_slice(&std::fs::read(manifest).unwrap()).unwrap();
+    // It talks until its context is full.
+    let summary = &published["summary"];
+    assert_eq!(summary["stop"], "cut_answer", "{summary}");
+    let of = |key: &str| summary["totals"][key].as_u64().unwrap();
+    assert_eq!(of("prompt_tokens") + of("completion_tokens"), CONTEXT);
 }
 
 /// What is added to the store is served, without a word.
