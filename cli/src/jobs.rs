@@ -350,6 +350,9 @@ fn job_text(job: &v1::Job) -> String {
             .filter(|(_, text)| !text.is_empty())
             .map(|(name, text)| (name, text.clone())),
     );
+    if !job.needs.is_empty() {
+        rows.push(("needs", job.needs.join(" ")));
+    }
     if !job.labels.is_empty() {
         let labels: Vec<String> = job.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
         rows.push(("labels", labels.join(" ")));
@@ -623,6 +626,7 @@ mod tests {
             priority: 7,
             state: v1::JobState::Dead.into(),
             attempts: 3,
+            needs: vec!["mcp:browser".to_owned(), "model:m".to_owned()],
             last_error: Some(v1::JobError {
                 class: v1::ErrorClass::Handler.into(),
                 message: "no\nmodel".to_owned(),
@@ -640,7 +644,9 @@ mod tests {
             shown.contains("kind       rollout\npriority   7\n"),
             "{shown}"
         );
+        assert!(shown.contains("mcp:browser model:m\n"), "{shown}");
         let value = json::job(&dead);
+        assert_eq!(value["needs"], json!(["mcp:browser", "model:m"]));
         assert_eq!(
             (&value["kind"], &value["priority"]),
             (&json!("rollout"), &json!(7))

@@ -42,6 +42,7 @@ pub fn job(job: &v1::Job) -> Value {
         "id": job.id,
         "kind": kind(job.kind()),
         "priority": job.priority,
+        "needs": job.needs,
         "state": state(job.state()),
         "attempts": job.attempts,
         "handler_failures": job.handler_failures,

@@ -73,6 +73,7 @@ pub fn job(detail: JobDetail) -> v1::Job {
         progress,
         kind: kind(job.kind).into(),
         priority: job.priority.into(),
+        needs: job.needs.into_iter().collect(),
     }
 }
 

@@ -389,6 +389,8 @@ async fn waiting_jobs_are_cancelled_by_job_label_and_batch() {
     submit(&mut jobs, "b1", 0, vec![plain("a"), labelled, plain("b")]).await;
     let seen = get_job(&mut jobs, "b1", "l").await;
     assert_eq!((seen.kind(), seen.priority), (v1::JobKind::Rollout, 9));
+    assert!(seen.needs.is_empty());
+    assert_eq!(get_job(&mut jobs, "b1", "a").await.needs, ["mcp:browser"]);
     let job_ref = v1::JobRef {
         batch: "b1".to_owned(),
         id: "a".to_owned(),
