@@ -208,6 +208,7 @@ The first SIGTERM or Ctrl-C drains: running rollouts end or go back to the queue
 Jobs, traces and the queue stay in the data folder for the next `up`.";
 
 const CHAT_HELP: &str = "\
+  espalier chat                                    # with the model that `espalier up` serves
   espalier chat --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B --mcp mcp.json --headed
 
 /exit or Ctrl-D ends the chat and publishes its trace; `espalier traces show chat/NAME` reads it.";

@@ -5,16 +5,22 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::client::ServedModel;
+
 /// What a rollout needs.
 #[derive(Args, Clone, Debug, Default)]
 pub struct RolloutArgs {
-    /// OpenAI-compatible endpoint, up to and including the version, such as http://localhost:8000/v1 [default for `up`:
-    /// the model is served in the same process]
+    /// OpenAI-compatible endpoint, up to and including the version, such as http://localhost:8000/v1 [default of `up`:
+    /// the model is served in the same process; of `chat`: the one that `up` serves]
     #[arg(long, value_name = "URL")]
     pub model_url: Option<String>,
-    /// Name of the model at that endpoint; without one, what `espalier-infer-worker --model` takes
+    /// Name of the model at that endpoint; without one, of `up` what `espalier-infer-worker --model` takes, of `chat` the
+    /// model that `up` serves or an adapter of it
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
+    /// What is asked where no endpoint is named.
+    #[arg(skip)]
+    pub served: Option<ServedModel>,
     /// Environment variable that holds the endpoint's API key
     #[arg(long, value_name = "VAR")]
     pub api_key_env: Option<String>,

@@ -17,6 +17,9 @@ use crate::serve::Followed;
 
 pub use espalier_kernels::DeviceChoice as Device;
 
+/// Least of `--max-model-len`.
+pub const MODEL_LEN_MIN: u32 = 16;
+
 /// Serves a Qwen3 model over an OpenAI-compatible API.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "espalier-infer-worker", version)]
@@ -60,7 +63,7 @@ pub struct Options {
     )]
     pub advertise_url: Option<String>,
     /// Longest prompt and answer together, in tokens [the model's].
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(16..))]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(i64::from(MODEL_LEN_MIN)..))]
     pub max_model_len: Option<u32>,
     /// Answers that run at once.
     #[arg(long, value_name = "COUNT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]

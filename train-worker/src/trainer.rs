@@ -341,10 +341,11 @@ pub fn plan(
     plan.map_err(|error| unasked(error.into(), settings, device))
 }
 
-/// Where nobody asked for a budget, a plan that does not fit is for a device with more memory.
+/// A plan that does not fit, and would have had to fit less memory than was asked for, is for a device with more of it.
 fn unasked(error: EngineError, settings: &TrainSettings, device: Device) -> EngineError {
+    let asked = settings.memory_budget_bytes.unwrap_or(u64::MAX);
     match error {
-        EngineError::Plan(source) if settings.memory_budget_bytes.is_none() => EngineError::Free {
+        EngineError::Plan(source) if source.budget() < asked => EngineError::Free {
             device: device.to_string(),
             source,
         },

@@ -20,14 +20,14 @@ use espalier_runtime::tasks::Tasks;
 use espalier_runtime::telemetry::{self, error_chain};
 use serde_json::json;
 
-use crate::client::store_dir;
+use crate::client::{ServedModel, store_dir};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::names;
 use crate::output::{note, plain};
 use crate::rollout_args::RolloutArgs;
 use crate::servers::{self, Ready};
-use crate::up::{Settings, Up};
+use crate::up::{Settings, Up, is_taken};
 use terminal::Terminal;
 
 /// The batch of every chat's trace.
@@ -67,19 +67,30 @@ pub struct Chat {
 impl Chat {
     fn settings(&self, context: &Context) -> Result<Settings, Problem> {
         let up = Up {
-            rollouts: self.rollouts.clone(),
+            rollouts: RolloutArgs {
+                served: served(context)?,
+                ..self.rollouts.clone()
+            },
             store: self.store.clone(),
             config: self.config.clone(),
             ..Up::default()
         };
-        let served = context.up_file()?.and_then(|up| up.model);
-        let mut settings = Settings::load(&up, &context.environment, served.as_ref())?;
+        let mut settings = Settings::load(&up, &context.environment)?;
         // A person reads this terminal; what is not a fault would only disturb.
         if !context.environment.contains_key("ESPALIER_LOG") {
             "warn".clone_into(&mut settings.telemetry.log_filter);
         }
         Ok(settings)
     }
+}
+
+/// The model of the `up` that runs on the data folder, where it serves one. A file that was left by one that was killed is of
+/// none.
+fn served(context: &Context) -> Result<Option<ServedModel>, Problem> {
+    if !is_taken(&context.data_dir()?) {
+        return Ok(None);
+    }
+    Ok(context.up_file()?.and_then(|up| up.model))
 }
 
 /// Runs the command.

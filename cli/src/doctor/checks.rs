@@ -113,7 +113,7 @@ pub async fn programs(environment: &Environment) -> Vec<Finding> {
 }
 
 fn node(version: Option<&str>) -> Finding {
-    let fix = "run `make setup`, which brings one, or install a newer Node.js";
+    let fix = "run `make setup`, and put what it brings, target/node/node_modules/.bin, into PATH; or install a newer Node.js";
     let Some(version) = version else {
         return Finding::warn("node", "`node` does not answer; browsers need it", fix);
     };

@@ -174,7 +174,7 @@ mod tests {
             cudnn: found("cuDNN"),
             gpus: Some(Ok(vec![device("H200")])),
             auto: Ok(device("H200")),
-            usable: vec![0],
+            usable: vec![device("H200")],
         }
     }
 

@@ -26,7 +26,6 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::devices::Asked;
-use crate::client::ServedModel;
 use crate::exit::Problem;
 use crate::rollout_args::RolloutArgs;
 
@@ -42,7 +41,7 @@ const SLOTS_DEFAULT: u32 = 8;
 const GRACE_DEFAULT_S: u64 = 30;
 
 /// How a model and its endpoint are named.
-const EXAMPLE: &str = "espalier up --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B";
+const EXAMPLE: &str = "name it: --model-url http://localhost:8000/v1 --model Qwen/Qwen3-4B";
 
 /// Options of `up`.
 #[derive(Args, Clone, Debug, Default)]
@@ -159,7 +158,11 @@ impl Settings {
     /// No endpoint is named.
     pub fn served_elsewhere(&self) -> Result<&ModelEndpoint, Problem> {
         let endpoint = self.endpoint.as_ref();
-        endpoint.ok_or_else(|| Problem::refused("no model endpoint is named").fix(EXAMPLE))
+        endpoint.ok_or_else(|| {
+            let fix =
+                format!("{EXAMPLE}, or start `espalier up` with a model that it serves itself");
+            Problem::refused("no model endpoint is named").fix(fix)
+        })
     }
 
     /// Whether other machines can reach it.
@@ -167,19 +170,12 @@ impl Settings {
         !self.listen.ip().is_loopback()
     }
 
-    /// Joins options, file and environment. `served` is asked where no endpoint is named.
-    pub fn load(
-        args: &Up,
-        environment: &Environment,
-        served: Option<&ServedModel>,
-    ) -> Result<Self, Problem> {
+    /// Joins options, file and environment.
+    pub fn load(args: &Up, environment: &Environment) -> Result<Self, Problem> {
         let file: UpFileConfig = load(args.config.as_deref(), ENV_PREFIX, environment)?;
         let rollouts = args.rollouts.clone();
         let devices = args.devices.or_of_file(&file)?;
-        let (endpoint, model, extra) = model(&rollouts, file.model, environment, served)?;
-        if endpoint.is_some() && served.is_none() {
-            devices.check_is_elsewhere()?;
-        }
+        let (endpoint, model, extra) = model(&rollouts, file.model, environment)?;
         let slots = args.slots.or(file.slots).unwrap_or(SLOTS_DEFAULT);
         if !(1..=espalier_runtime::worker::SLOTS_MAX).contains(&slots) {
             let rule = format!("must be in 1..={}", espalier_runtime::worker::SLOTS_MAX);
@@ -222,7 +218,6 @@ fn model(
     args: &RolloutArgs,
     file: ModelConfig,
     environment: &Environment,
-    served: Option<&ServedModel>,
 ) -> Result<NamedModel, Problem> {
     let mut endpoint = match (file.endpoint, &args.model_url) {
         (Some(endpoint), Some(url)) => Some(ModelEndpoint {
@@ -232,11 +227,17 @@ fn model(
         (endpoint, url) => endpoint.or_else(|| url.clone().map(ModelEndpoint::new)),
     };
     let mut name = args.model.clone().or(file.name);
-    if let (None, Some(served)) = (&endpoint, served) {
+    let mut is_named = true;
+    if let (None, Some(served)) = (&endpoint, &args.served) {
         endpoint = Some(served.endpoint());
-        name = name.or_else(|| Some(served.name.clone()));
+        name = Some(args.model.clone().unwrap_or_else(|| served.name.clone()));
+        is_named = false;
     }
     let name = name.ok_or_else(|| Problem::refused("no model is named").fix(EXAMPLE))?;
+    if let (Some(variable), false) = (&args.api_key_env, is_named) {
+        let rule = "must be given with an endpoint: that of `espalier up` brings its own key";
+        return Err(FieldError::new("--api-key-env", variable, rule).into());
+    }
     if let (Some(variable), Some(endpoint)) = (&args.api_key_env, &mut endpoint) {
         let key = environment.get(variable).filter(|key| !key.is_empty());
         let missing = || {
@@ -253,18 +254,10 @@ mod tests {
     use espalier_infer_worker::config::Device;
 
     use super::*;
+    use crate::client::ServedModel;
     use crate::exit::Exit;
 
     fn settings(args: &Up, toml: &str, environment: &[(&str, &str)]) -> Result<Settings, Problem> {
-        settings_beside(args, toml, environment, None)
-    }
-
-    fn settings_beside(
-        args: &Up,
-        toml: &str,
-        environment: &[(&str, &str)],
-        served: Option<&ServedModel>,
-    ) -> Result<Settings, Problem> {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("espalier.toml");
         std::fs::write(&file, toml).unwrap();
@@ -276,7 +269,7 @@ mod tests {
             config: Some(file),
             ..args.clone()
         };
-        Settings::load(&args, &environment, served)
+        Settings::load(&args, &environment)
     }
 
     #[test]
@@ -368,7 +361,7 @@ mod tests {
         assert_eq!(found.unwrap().devices, expected);
         for (toml, field) in [
             ("train_device = \"tpu\"", "train_device"),
-            ("[model]\ndevice = \"gpu0\"", "model.device"),
+            ("[model]\ndevice = \"gpu0\"", "device"),
             (
                 "[model]\ngpu_memory_utilization = 1.5",
                 "gpu_memory_utilization",
@@ -382,29 +375,54 @@ mod tests {
 
     #[test]
     fn what_is_served_elsewhere_is_served_as_that_place_says() {
-        let toml = "[model]\nname = \"m\"\nmax_model_len = 4096";
-        let endpoint = format!("{toml}\n[model.endpoint]\nbase_url = \"http://a/v1\"");
-        let message = settings(&Up::default(), &endpoint, &[])
-            .unwrap_err()
-            .message;
-        assert!(message.contains("`max_model_len`"), "{message}");
-        // A chat reads the file of the `up` that it asks.
-        let served = ServedModel {
-            name: "of-up".to_owned(),
-            base_url: "http://127.0.0.1:1/v1".to_owned(),
-            api_key: "k3y".to_owned(),
+        for (field, toml) in [
+            ("max_model_len", "max_model_len = 4096"),
+            ("device", "device = \"cpu\""),
+            ("gpu_memory_utilization", "gpu_memory_utilization = 0.5"),
+        ] {
+            let toml = format!(
+                "[model]\nname = \"m\"\n{toml}\n[model.endpoint]\nbase_url = \"http://a/v1\""
+            );
+            let found = settings(&Up::default(), &toml, &[]).unwrap();
+            let message = found.devices.check_is_elsewhere().unwrap_err().to_string();
+            assert!(message.contains(&format!("`{field}`")), "{message}");
+        }
+        let trains = Asked {
+            train_device: Some(Device::Cpu),
+            ..Asked::default()
         };
-        let chat = |toml: &str| settings_beside(&Up::default(), toml, &[], Some(&served)).unwrap();
-        let found = chat(toml);
-        let endpoint = found.served_elsewhere().unwrap();
-        assert_eq!(
-            (&*endpoint.base_url, &*found.model),
-            (&*served.base_url, "m")
-        );
-        assert!(endpoint.api_key.is_some());
-        assert_eq!(chat("").model, "of-up");
-        let named = chat("[model.endpoint]\nbase_url = \"http://a/v1\"\n[model]\nname = \"m\"");
-        assert_eq!(named.served_elsewhere().unwrap().base_url, "http://a/v1");
+        assert!(trains.check_is_elsewhere().is_ok());
+    }
+
+    #[test]
+    fn a_chat_asks_the_model_that_is_served_unless_an_endpoint_is_named() {
+        let chat = |model: Option<&str>, toml: &str| {
+            let rollouts = RolloutArgs {
+                model: model.map(str::to_owned),
+                served: Some(ServedModel {
+                    name: "of-up".to_owned(),
+                    base_url: "http://127.0.0.1:1/v1".to_owned(),
+                    api_key: "k3y".to_owned(),
+                }),
+                ..RolloutArgs::default()
+            };
+            let args = Up {
+                rollouts,
+                ..Up::default()
+            };
+            let found = settings(&args, toml, &[]).unwrap();
+            let endpoint = found.served_elsewhere().unwrap().clone();
+            (endpoint.base_url, found.model, endpoint.api_key.is_some())
+        };
+        let is = |url: &str, model: &str, is_keyed| (url.to_owned(), model.to_owned(), is_keyed);
+        let here = "http://127.0.0.1:1/v1";
+        assert_eq!(chat(None, ""), is(here, "of-up", true));
+        assert_eq!(chat(Some("shop@v1"), ""), is(here, "shop@v1", true));
+        // The file of an `up` that was told another model by an option.
+        let file = "[model]\nname = \"m\"\nmax_model_len = 4096";
+        assert_eq!(chat(None, file), is(here, "of-up", true));
+        let named = "[model]\nname = \"m\"\n[model.endpoint]\nbase_url = \"http://a/v1\"";
+        assert_eq!(chat(None, named), is("http://a/v1", "m", false));
     }
 
     #[test]

@@ -6,23 +6,19 @@ use std::time::Duration;
 
 use clap::Args;
 use espalier_core::error::FieldError;
-use espalier_infer_worker::config::Device;
-use espalier_infer_worker::serve::{Survey, survey};
+use espalier_infer_worker::config::{Device, MODEL_LEN_MIN};
+use espalier_infer_worker::serve::{DeviceFound, Survey, survey};
 use espalier_runtime::tasks::{blocking, with_deadline};
 use espalier_runtime::telemetry::error_chain;
 
 use super::config::UpFileConfig;
 use crate::exit::Problem;
 
-/// Share of a GPU's memory that the model has where it is alone there: `espalier-infer-worker`'s own.
-const SHARE_ALONE: f64 = 0.9;
-/// The same where trainings have what it leaves: they hold the base model too, and activations in place of keys and values.
+/// Share of a GPU's memory for the model where trainings have what it leaves: they hold the base model too, and activations in place
+/// of keys and values.
 const SHARE_BESIDE_TRAININGS: f64 = 0.5;
 /// Longest that a driver may take to show its devices.
 const LOOK_LIMIT: Duration = Duration::from_secs(60);
-
-/// Shortest context that `espalier-infer-worker` takes.
-const CONTEXT_MIN: u32 = 16;
 
 /// What is asked for. None: what suits machine and model.
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq)]
@@ -30,7 +26,7 @@ pub struct Asked {
     /// What a model that is served here runs on: auto (a GPU where there is one), cpu or cuda:N [default: auto]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<Device>,
-    /// What trainings run on, likewise [default: with two GPUs the one that serves no model here, else what `auto` is]
+    /// What trainings run on, likewise; auto is another GPU than that of a model that is served here, where there is one [default: auto]
     #[arg(long, value_name = "DEVICE")]
     pub train_device: Option<Device>,
     /// Share of its GPU's memory for a model that is served here, in (0, 1] [default: 0.9, or 0.5 where trainings run there too]
@@ -44,27 +40,25 @@ pub struct Asked {
 impl Asked {
     /// These, and those of the file where these say nothing.
     pub(super) fn or_of_file(self, file: &UpFileConfig) -> Result<Self, FieldError> {
-        let read = |field, text: &Option<String>| match text.as_deref().map(str::parse) {
-            None => Ok(None),
-            Some(Ok(device)) => Ok(Some(device)),
-            Some(Err(rule)) => Err(FieldError::new(
-                field,
-                text.as_deref().unwrap_or_default(),
-                rule,
-            )),
-        };
+        let read =
+            |field, text: &Option<String>| match text.as_deref().map(|text| (text, text.parse())) {
+                None => Ok(None),
+                Some((_, Ok(device))) => Ok(Some(device)),
+                Some((text, Err(rule))) => Err(FieldError::new(field, text, rule)),
+            };
         let model = &file.model;
         let asked = Self {
-            device: self.device.or(read("model.device", &model.device)?),
+            device: self.device.or(read("device", &model.device)?),
             train_device: self
                 .train_device
                 .or(read("train_device", &file.train_device)?),
             gpu_memory_utilization: self.gpu_memory_utilization.or(model.gpu_memory_utilization),
             max_model_len: self.max_model_len.or(model.max_model_len),
         };
+        let is_share = |share: &f64| *share > 0.0 && *share <= 1.0;
         if let Some(share) = asked
             .gpu_memory_utilization
-            .filter(|share| !(*share > 0.0 && *share <= 1.0))
+            .filter(|share| !is_share(share))
         {
             return Err(FieldError::new(
                 "gpu_memory_utilization",
@@ -72,33 +66,33 @@ impl Asked {
                 "must be in (0, 1]",
             ));
         }
-        if let Some(tokens) = asked.max_model_len.filter(|tokens| *tokens < CONTEXT_MIN) {
-            return Err(FieldError::new(
-                "max_model_len",
-                tokens,
-                format!("must be at least {CONTEXT_MIN}"),
-            ));
+        if let Some(tokens) = asked.max_model_len.filter(|tokens| *tokens < MODEL_LEN_MIN) {
+            let rule = format!("must be at least {MODEL_LEN_MIN}");
+            return Err(FieldError::new("max_model_len", tokens, rule));
         }
         Ok(asked)
     }
 
     /// A model that is served elsewhere is served as that place says.
     pub(super) fn check_is_elsewhere(&self) -> Result<(), FieldError> {
-        let shown =
-            |field, value: Option<&dyn fmt::Display>| value.map(|value| (field, value.to_string()));
-        let given = [
-            shown("device", self.device.as_ref().map(|v| v as _)),
-            shown(
+        let (device, share, tokens) =
+            (self.device, self.gpu_memory_utilization, self.max_model_len);
+        let given: [(_, Option<&dyn fmt::Display>); 3] = [
+            ("device", device.as_ref().map(|device| device as _)),
+            (
                 "gpu_memory_utilization",
-                self.gpu_memory_utilization.as_ref().map(|v| v as _),
+                share.as_ref().map(|share| share as _),
             ),
-            shown("max_model_len", self.max_model_len.as_ref().map(|v| v as _)),
+            ("max_model_len", tokens.as_ref().map(|tokens| tokens as _)),
         ];
-        let Some((field, value)) = given.into_iter().flatten().next() else {
-            return Ok(());
-        };
-        let rule = "must be left out where an endpoint is named: the model is not served here";
-        Err(FieldError::new(field, value, rule))
+        for (field, value) in given {
+            if let Some(value) = value {
+                let rule =
+                    "must be left out where an endpoint is named: the model is not served here";
+                return Err(FieldError::new(field, value, rule));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -107,84 +101,142 @@ impl Asked {
 pub(super) struct Devices {
     /// What a model is served on that is served here.
     pub(super) serve: Device,
-    /// Share of the memory of that GPU which it may use.
-    pub(super) memory_share: f64,
+    /// Share of the memory of that GPU which it may use; none: the worker's own.
+    pub(super) memory_share: Option<f64>,
     /// What trainings run on.
     pub(super) train: Device,
+    /// Whether nobody asked for that sharing.
+    may_yield: bool,
 }
 
 impl Devices {
-    /// Looks at the machine and chooses.
+    /// Looks at the machine, where anything but its CPU is asked for, and chooses.
     pub(super) async fn find(asked: Asked, serves_here: bool) -> Result<Self, Problem> {
+        let is_cpu = |device| device == Some(Device::Cpu);
+        if is_cpu(asked.train_device) && (is_cpu(asked.device) || !serves_here) {
+            return Ok(Self::choose(asked, serves_here, &Gpus::default()));
+        }
         let looking = blocking("up.devices", survey);
         let found = with_deadline("up.devices", LOOK_LIMIT, looking).await;
         let found = found
             .map_err(|error| error_chain(&error))
             .and_then(|found| found.map_err(|error| error_chain(&error)));
         let found = found.map_err(|text| {
-            Problem::failed(text)
-                .fix("look with `nvidia-smi`: a driver that hangs wants a restart of the machine")
+            Problem::failed(text).fix("look with `nvidia-smi`: a driver that hangs wants a restart of the machine; --device cpu \
+                and --train-device cpu do without it")
         })?;
+        let gpus = Gpus::of(&found);
+        for (field, device) in [
+            ("device", asked.device),
+            ("train_device", asked.train_device),
+        ] {
+            gpus.check(field, device)?;
+        }
         if let Err(why) = &found.auto {
             tracing::info!(why, "no GPU is used unless it is named");
         }
-        Ok(Self::choose(asked, serves_here, &Gpus::of(&found)))
+        Ok(Self::choose(asked, serves_here, &gpus))
     }
 
     fn choose(asked: Asked, serves_here: bool, gpus: &Gpus) -> Self {
-        let named = |asked: Option<Device>| match asked.unwrap_or(Device::Auto) {
-            Device::Auto => gpus.auto.map_or(Device::Cpu, Device::Cuda),
-            named => named,
-        };
-        let serve = named(asked.device);
-        let train = match (asked.train_device, serve) {
-            (None, Device::Cuda(taken)) if serves_here => Device::Cuda(gpus.beside(taken)),
-            (train, _) => named(train),
-        };
-        let is_shared = serves_here && serve == train;
-        let share = match is_shared {
-            true => SHARE_BESIDE_TRAININGS,
-            false => SHARE_ALONE,
-        };
+        let named = |asked: Option<Device>| asked.filter(|device| *device != Device::Auto);
+        let auto = gpus.auto.map_or(Device::Cpu, Device::Cuda);
+        let serve = named(asked.device).unwrap_or(auto);
+        let train = named(asked.train_device).unwrap_or(match serve {
+            Device::Cuda(taken) if serves_here => Device::Cuda(gpus.beside(taken)),
+            _ => auto,
+        });
+        let is_shared = serves_here && serve == train && serve != Device::Cpu;
         Self {
             serve,
-            memory_share: asked.gpu_memory_utilization.unwrap_or(share),
+            memory_share: asked
+                .gpu_memory_utilization
+                .or(is_shared.then_some(SHARE_BESIDE_TRAININGS)),
             train,
+            may_yield: is_shared
+                && asked.gpu_memory_utilization.is_none()
+                && named(asked.train_device).is_none(),
         }
+    }
+
+    /// The same with the GPU for the model alone, and the CPU for trainings, where nobody asked for another division.
+    pub(super) fn yielded(self) -> Option<Self> {
+        self.may_yield.then_some(Self {
+            memory_share: None,
+            train: Device::Cpu,
+            may_yield: false,
+            ..self
+        })
     }
 
     /// Where a model is served, in words.
     pub(super) fn serving(&self) -> String {
-        match (self.serve, self.serve == self.train) {
-            (Device::Cuda(_), true) => format!(
-                "{}, with {:.0} % of its memory",
-                self.serve,
-                self.memory_share * 100.0
-            ),
+        match (self.serve, self.memory_share) {
+            (Device::Cuda(_), Some(share)) => {
+                format!("{}, with {:.0} % of its memory", self.serve, share * 100.0)
+            }
             _ => self.serve.to_string(),
         }
     }
 }
 
 /// The GPUs on which models can run.
+#[derive(Default)]
 struct Gpus {
     /// The one that is taken where none is named.
     auto: Option<u32>,
-    all: Vec<u32>,
+    /// Of each N of `cuda:N` and the bytes of its memory.
+    all: Vec<(u32, usize)>,
+    /// Why there are none.
+    none: Option<String>,
 }
 
 impl Gpus {
     fn of(found: &Survey) -> Self {
+        let gpu = |gpu: &DeviceFound| (gpu.ordinal as u32, gpu.memory_bytes);
         Self {
-            auto: found.auto.as_ref().ok().map(|gpu| gpu.ordinal as u32),
-            all: found.usable.clone(),
+            auto: found.auto.as_ref().ok().map(|found| gpu(found).0),
+            all: found.usable.iter().map(gpu).collect(),
+            none: found.auto.as_ref().err().cloned(),
         }
     }
 
-    /// Another one than that, where there is one.
+    /// Refuses a GPU that cannot be used.
+    fn check(&self, field: &str, asked: Option<Device>) -> Result<(), FieldError> {
+        let Some(device @ Device::Cuda(ordinal)) = asked else {
+            return Ok(());
+        };
+        let names: Vec<String> = self
+            .all
+            .iter()
+            .map(|(gpu, _)| Device::Cuda(*gpu).to_string())
+            .collect();
+        let rule = match (&self.none, &names[..]) {
+            _ if self.all.iter().any(|(gpu, _)| *gpu == ordinal) => return Ok(()),
+            (Some(why), []) => format!("must be cpu: no GPU can be used here ({why})"),
+            (_, names) => format!(
+                "must be cpu or one of {}: no other GPU can be used here",
+                names.join(", ")
+            ),
+        };
+        Err(FieldError::new(field, device, rule))
+    }
+
+    /// The largest other one than that, unless that is more than twice as large.
     fn beside(&self, taken: u32) -> u32 {
-        let mut others = self.all.iter().filter(|gpu| **gpu != taken);
-        others.next().copied().unwrap_or(taken)
+        let memory = |wanted: u32| {
+            self.all
+                .iter()
+                .find(|(gpu, _)| *gpu == wanted)
+                .map_or(0, |(_, bytes)| *bytes)
+        };
+        let others = self
+            .all
+            .iter()
+            .filter(|(gpu, bytes)| *gpu != taken && *bytes >= memory(taken) / 2);
+        // The first of equals.
+        let largest = others.rev().max_by_key(|(_, bytes)| *bytes);
+        largest.map_or(taken, |(gpu, _)| *gpu)
     }
 }
 
@@ -192,12 +244,21 @@ impl Gpus {
 mod tests {
     use super::*;
 
-    fn chosen(asked: Asked, serves_here: bool, gpus: &[u32]) -> (String, String, f64) {
-        let gpus = Gpus {
-            auto: gpus.contains(&0).then_some(0),
-            all: gpus.to_vec(),
-        };
-        let found = Devices::choose(asked, serves_here, &gpus);
+    /// Of GPUs with so many GB each.
+    fn gpus(memory: &[(u32, usize)]) -> Gpus {
+        Gpus {
+            auto: memory.iter().any(|(gpu, _)| *gpu == 0).then_some(0),
+            all: memory.iter().map(|(gpu, gb)| (*gpu, *gb << 30)).collect(),
+            none: memory.is_empty().then(|| "there is no driver".to_owned()),
+        }
+    }
+
+    fn chosen(
+        asked: Asked,
+        serves_here: bool,
+        memory: &[(u32, usize)],
+    ) -> (String, String, Option<f64>) {
+        let found = Devices::choose(asked, serves_here, &gpus(memory));
         (
             found.serve.to_string(),
             found.train.to_string(),
@@ -205,63 +266,101 @@ mod tests {
         )
     }
 
+    fn asked(device: Option<Device>, train_device: Option<Device>, share: Option<f64>) -> Asked {
+        Asked {
+            device,
+            train_device,
+            gpu_memory_utilization: share,
+            max_model_len: None,
+        }
+    }
+
     #[test]
     fn a_model_and_trainings_share_what_there_is() {
-        for (gpus, expected) in [
-            (&[][..], ("cpu", "cpu")),
-            (&[0], ("cuda:0", "cuda:0")),
-            (&[0, 1, 2], ("cuda:0", "cuda:1")),
+        for (memory, expected) in [
+            (&[][..], ("cpu", "cpu", None)),
+            (&[(0, 24)], ("cuda:0", "cuda:0", Some(0.5))),
+            (&[(0, 24), (1, 24), (2, 24)], ("cuda:0", "cuda:1", None)),
+            (&[(0, 24), (1, 24), (2, 80)], ("cuda:0", "cuda:2", None)),
+            // A small one beside it would hold less than half of it does.
+            (&[(0, 24), (1, 8)], ("cuda:0", "cuda:0", Some(0.5))),
             // The first one is of no use: none is taken that is not named.
-            (&[1], ("cpu", "cpu")),
+            (&[(1, 24)], ("cpu", "cpu", None)),
         ] {
-            let (serve, train, share) = chosen(Asked::default(), true, gpus);
-            assert_eq!((&*serve, &*train), expected, "{gpus:?}");
-            assert!(
-                share == if gpus == [0] { 0.5 } else { 0.9 } || serve == "cpu",
-                "{gpus:?}"
-            );
+            for auto in [None, Some(Device::Auto)] {
+                let (serve, train, share) = chosen(asked(auto, auto, None), true, memory);
+                assert_eq!((&*serve, &*train, share), expected, "{memory:?}");
+            }
         }
     }
 
     #[test]
     fn a_model_that_is_served_elsewhere_leaves_the_gpu_to_trainings() {
-        let (_, train, _) = chosen(Asked::default(), false, &[0, 1]);
-        assert_eq!(train, "cuda:0");
+        let (_, train, share) = chosen(Asked::default(), false, &[(0, 24), (1, 24)]);
+        assert_eq!((&*train, share), ("cuda:0", None));
         assert_eq!(chosen(Asked::default(), false, &[]).1, "cpu");
     }
 
     #[test]
     fn what_is_asked_for_wins() {
-        let asked = |device, train_device, gpu_memory_utilization| Asked {
-            device,
-            train_device,
-            gpu_memory_utilization,
-            max_model_len: None,
-        };
         let (cpu, first, second) = (
             Some(Device::Cpu),
             Some(Device::Cuda(0)),
             Some(Device::Cuda(1)),
         );
-        for (asked, gpus, expected) in [
-            (asked(None, cpu, None), &[0][..], ("cuda:0", "cpu", 0.9)),
-            (asked(cpu, None, None), &[0], ("cpu", "cuda:0", 0.9)),
+        let (one, two) = (&[(0, 24)][..], &[(0, 24), (1, 24)][..]);
+        for (asked, memory, expected) in [
+            (asked(None, cpu, None), one, ("cuda:0", "cpu", None)),
+            (asked(cpu, None, None), one, ("cpu", "cuda:0", None)),
+            (asked(second, None, None), two, ("cuda:1", "cuda:0", None)),
             (
-                asked(second, None, None),
-                &[0, 1],
-                ("cuda:1", "cuda:0", 0.9),
+                asked(None, first, None),
+                two,
+                ("cuda:0", "cuda:0", Some(0.5)),
             ),
-            (asked(None, first, None), &[0, 1], ("cuda:0", "cuda:0", 0.5)),
             (
                 asked(None, None, Some(0.3)),
-                &[0],
-                ("cuda:0", "cuda:0", 0.3),
+                one,
+                ("cuda:0", "cuda:0", Some(0.3)),
             ),
-            // Whoever names one that is not there is told so when it is opened.
-            (asked(first, second, None), &[], ("cuda:0", "cuda:1", 0.9)),
         ] {
-            let (serve, train, share) = chosen(asked, true, gpus);
-            assert_eq!((&*serve, &*train, share), expected, "{asked:?} on {gpus:?}");
+            let (serve, train, share) = chosen(asked, true, memory);
+            assert_eq!(
+                (&*serve, &*train, share),
+                expected,
+                "{asked:?} on {memory:?}"
+            );
         }
+    }
+
+    #[test]
+    fn a_model_gets_the_whole_gpu_where_nobody_asked_for_a_part() {
+        let yields = |asked| Devices::choose(asked, true, &gpus(&[(0, 24)])).yielded();
+        let alone = yields(Asked::default()).unwrap();
+        assert_eq!((alone.train, alone.memory_share), (Device::Cpu, None));
+        assert_eq!(alone.yielded(), None);
+        assert_eq!(yields(asked(None, None, Some(0.5))), None);
+        assert_eq!(yields(asked(None, Some(Device::Cuda(0)), None)), None);
+        assert_eq!(yields(asked(Some(Device::Cpu), None, None)), None);
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_there_is_refused_by_its_field() {
+        let says = |memory: &[(u32, usize)], device| {
+            let refused = gpus(memory).check("train_device", Some(device));
+            refused.map_err(|error| error.to_string())
+        };
+        assert_eq!(says(&[(0, 24)], Device::Cuda(0)), Ok(()));
+        assert_eq!(says(&[], Device::Auto), Ok(()));
+        let other = says(&[(0, 24), (2, 24)], Device::Cuda(1)).unwrap_err();
+        assert!(
+            other.contains("`train_device` must be cpu or one of cuda:0, cuda:2"),
+            "{other}"
+        );
+        let none = says(&[], Device::Cuda(0)).unwrap_err();
+        assert!(
+            none.contains("there is no driver") && none.contains("cuda:0"),
+            "{none}"
+        );
     }
 }

@@ -45,6 +45,7 @@ use crate::servers::{self, Probed, Servers};
 pub use config::{Settings, Up};
 use devices::Devices;
 use place::Place;
+pub use place::is_taken;
 
 /// Beyond the grace of rollouts: last results are acknowledged, servers end, the queue is closed.
 const DRAIN_MARGIN: Duration = Duration::from_secs(40);
@@ -57,7 +58,10 @@ const TOKEN_BYTES: usize = 32;
 
 /// Runs the command.
 pub async fn run(context: &Context, args: &Up) -> Outcome {
-    let settings = Settings::load(args, &context.environment, None)?;
+    let settings = Settings::load(args, &context.environment)?;
+    if settings.endpoint.is_some() {
+        settings.devices.check_is_elsewhere()?;
+    }
     let place = Place::take(&context.data_dir()?)?;
     let telemetry = telemetry::init(&settings.telemetry, "espalier-up")
         .map_err(|error| Problem::refused(error_chain(&error)))?;
@@ -146,19 +150,19 @@ async fn start(
     let store_url = store_url(settings, &data_dir);
     let store = Store::open(&store_url).await?;
     let listener = listen(settings).await?;
-    let devices = Devices::find(settings.devices, settings.endpoint.is_none()).await?;
+    let mut devices = Devices::find(settings.devices, settings.endpoint.is_none()).await?;
+    let here = match &settings.endpoint {
+        Some(_) => None,
+        None => {
+            let starting = model::start(settings, &mut devices, environment, &store, tasks, &last);
+            Some(Box::pin(starting).await?)
+        }
+    };
     let open = move || EngineLoader::open(devices.train, None, None);
     let loader = blocking("up.train.device", open)
         .await
         .map_err(|error| Problem::failed(error_chain(&error)))?
-        .map_err(|error| Problem::refused(error_chain(&error)))?;
-    let here = match &settings.endpoint {
-        Some(_) => None,
-        None => {
-            let starting = model::start(settings, &devices, environment, &store, tasks, &last);
-            Some(Box::pin(starting).await?)
-        }
-    };
+        .map_err(|error| Problem::failed(error_chain(&error)))?;
     let tokens = Tokens {
         client: place.token(fresh_token)?,
         admin: fresh_token(),

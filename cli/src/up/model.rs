@@ -32,10 +32,11 @@ pub(super) struct Here {
 /// The name of the key among the worker's own.
 pub(super) const KEY_NAME: &str = "up";
 
-/// Loads the model and serves it until `ends` drains, with the adapters that `store` has for it.
+/// Loads the model and serves it until `ends` drains, with the adapters that `store` has for it. Where it does not fit beside
+/// trainings on its GPU, and nobody asked for that, it has the GPU alone.
 pub(super) async fn start(
     settings: &Settings,
-    devices: &Devices,
+    devices: &mut Devices,
     environment: &Environment,
     store: &Store,
     tasks: &Tasks,
@@ -47,17 +48,26 @@ pub(super) async fn start(
     ));
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let key = fresh_token();
-    let mut options = Options::of(&settings.model).map_err(Problem::refused)?;
-    options.api_key = Some(Secret::new(key.as_str()));
-    options.device = devices.serve;
-    options.gpu_memory_utilization = devices.memory_share;
-    options.max_model_len = settings.devices.max_model_len;
-    options.check().map_err(Problem::refused)?;
-    options.follow = vec![Followed {
-        project: ProjectId::new(PROJECT_DEFAULT)?,
-        which: Which::All,
-    }];
-    let worker = Worker::start(&options, environment, Some(store), ends).await;
+    let load = |devices: Devices| {
+        let key = Secret::new(key.as_str());
+        async move {
+            let options = options(settings, devices, key)?;
+            let worker = Worker::start(&options, environment, Some(store), ends).await;
+            Ok::<_, Problem>(worker)
+        }
+    };
+    let mut worker = load(*devices).await?;
+    if let (Err(error), Some(alone)) = (&worker, devices.yielded())
+        && error.is_of_gpu_memory()
+    {
+        note(format!(
+            "the model does not fit into half of the memory of {}: it has that GPU alone, and trainings run on the CPU; \
+             --max-model-len, --gpu-memory-utilization and --train-device divide it otherwise",
+            devices.serve
+        ));
+        *devices = alone;
+        worker = load(alone).await?;
+    }
     let worker = worker.map_err(|error| Problem::failed(error_chain(&error)))?;
     let url = format!("http://{}/v1", listener.local_addr()?);
     let answering = worker.answering(url.clone(), Some(KEY_NAME.to_owned()));
@@ -72,4 +82,20 @@ pub(super) async fn start(
         api_key: key,
     };
     Ok(Here { answering, served })
+}
+
+/// What the worker is told.
+fn options(settings: &Settings, devices: Devices, key: Secret) -> Result<Options, Problem> {
+    let mut options = Options::of(&settings.model).map_err(Problem::refused)?;
+    options.api_key = Some(key);
+    options.device = devices.serve;
+    options.max_model_len = settings.devices.max_model_len;
+    if let Some(share) = devices.memory_share {
+        options.gpu_memory_utilization = share;
+    }
+    options.follow = vec![Followed {
+        project: ProjectId::new(PROJECT_DEFAULT)?,
+        which: Which::All,
+    }];
+    Ok(options)
 }

@@ -32,6 +32,7 @@ use crate::api::backend::{AdapterError, Model};
 use crate::api::{self, Api, Parts};
 use crate::config::Options;
 use crate::engine::Health;
+use crate::executor::cuda::LoadError;
 use crate::grammar::GrammarError;
 use crate::jobs::{self, Answering};
 use crate::load::{ModelError, ModelFiles};
@@ -43,6 +44,7 @@ pub use device::{DTYPE_AUTO, DeviceFound, Library, Survey, survey};
 use adapters::Adapters;
 use backend::Served;
 use base::Base;
+use device::DeviceError;
 use follow::Follower;
 use text::Text;
 
@@ -89,6 +91,19 @@ pub enum RunError {
     /// Work off the async threads failed.
     #[error(transparent)]
     Blocking(#[from] BlockingFailed),
+}
+
+impl RunError {
+    /// Whether the model takes more memory of a GPU than it may use.
+    pub fn is_of_gpu_memory(&self) -> bool {
+        let Self::Device(error) = self else {
+            return false;
+        };
+        matches!(
+            error.downcast_ref(),
+            Some(DeviceError::Cuda(LoadError::Memory(_)))
+        )
+    }
 }
 
 /// A model that runs, and is not served yet.

@@ -86,7 +86,7 @@ pub enum EngineError {
     /// No plan fits.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// No plan fits what is free, and no other budget was set.
+    /// No plan fits what is free, and no smaller budget was set.
     #[error("training needs more memory than is free on {device}")]
     Free {
         /// Where.
@@ -190,9 +190,10 @@ fn open(ordinal: usize) -> Result<Cuda, EngineError> {
     Cuda::open(&options).map_err(|source| EngineError::Open { ordinal, source })
 }
 
-/// What kernels take beside buffers is not known before they run.
+/// What kernels take beside buffers is not known before they run, nor is what others of the device do.
 fn left_by_kernels(free: u64) -> u64 {
-    free - free / 20
+    const LEAST: u64 = 512 << 20;
+    free.saturating_sub((free / 20).max(LEAST))
 }
 
 /// A model that is trained.
@@ -245,7 +246,7 @@ impl Engine {
         Ok(left_by_kernels(open(ordinal)?.free_bytes()?))
     }
 
-    /// The same on a GPU that was opened. Where no budget is set, the plan may take what is free there.
+    /// The same on a GPU that was opened. The plan may take what is free there, within the budget where one is set.
     ///
     /// # Errors
     /// As [`Engine::load`].
@@ -266,7 +267,9 @@ impl Engine {
             });
         }
         let free = left_by_kernels(gpu.free_bytes()?);
-        let budget = settings.memory_budget_bytes.unwrap_or(free);
+        let budget = settings
+            .memory_budget_bytes
+            .map_or(free, |asked| asked.min(free));
         let settings = Settings {
             memory_budget_bytes: Some(budget),
             ..settings.clone()

@@ -115,6 +115,15 @@ pub enum PlanError {
     },
 }
 
+impl PlanError {
+    /// What the plan was to fit into, in bytes.
+    #[must_use]
+    pub fn budget(&self) -> u64 {
+        let Self::TooLittleMemory { budget, .. } = self;
+        *budget
+    }
+}
+
 fn fitting(tokens: Option<usize>) -> String {
     match tokens {
         Some(tokens) => format!("; micro-batches of {tokens} tokens would fit"),

@@ -27,8 +27,8 @@ pub struct Survey {
     pub gpus: Option<Result<Vec<DeviceFound>, String>>,
     /// The GPU that `--device auto` takes, or why it takes the CPU.
     pub auto: Result<DeviceFound, String>,
-    /// Those that models can run on: each N of `cuda:N`.
-    pub usable: Vec<u32>,
+    /// Those that models can run on.
+    pub usable: Vec<DeviceFound>,
 }
 
 /// Looks. Takes no memory of a GPU. The driver may take seconds.
@@ -37,8 +37,8 @@ pub fn survey() -> Survey {
     let report = report::look();
     let isa = Isa::detect();
     let devices = report.driver.iter().flat_map(|driver| &driver.devices);
-    let ordinals = devices.flatten().map(|device| device.ordinal);
-    let usable = ordinals.filter(|ordinal| report.usable(*ordinal).is_ok());
+    let devices = devices.flatten();
+    let usable = devices.filter(|device| report.usable(device.ordinal).is_ok());
     Survey {
         instructions: isa.name(),
         has_vectors: isa != Isa::Portable,
@@ -47,7 +47,7 @@ pub fn survey() -> Survey {
         libraries: report.libraries(),
         cudnn: report.cudnn(),
         auto: report.usable(AUTO_ORDINAL as usize).cloned(),
-        usable: usable.map(|ordinal| ordinal as u32).collect(),
+        usable: usable.cloned().collect(),
         gpus: report.driver.map(|driver| driver.devices),
     }
 }
