@@ -79,6 +79,11 @@ impl UpFile {
         data_dir.join(UP_FILE)
     }
 
+    /// Whether the process that wrote it is there: one that was killed has left it.
+    pub fn is_of_the_living(&self) -> bool {
+        Path::new("/proc").join(self.pid.to_string()).exists()
+    }
+
     /// The file, where there is one.
     pub fn read(data_dir: &Path) -> Result<Option<Self>, Problem> {
         let path = Self::path(data_dir);

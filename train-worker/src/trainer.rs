@@ -291,8 +291,9 @@ pub struct Budget {
     pub is_asked: bool,
 }
 
-/// What a training on `device` may take. Where its settings say nothing, it is what is free: on a GPU all but a twentieth, on
-/// the CPU all but a tenth, and but for a copy of what is trained, which a checkpoint is on its way to the store.
+/// What a training on `device` may take. Where its settings say nothing, it is what is free: on a GPU all but a twentieth, which
+/// it is at most where they say more; on the CPU all but a tenth, and but for a copy of what is trained, which a checkpoint
+/// is on its way to the store.
 ///
 /// # Errors
 /// The settings do not fit the model, or the GPU does not answer.
@@ -302,15 +303,13 @@ pub fn budget(
     tokens: usize,
     device: Device,
 ) -> Result<Budget, EngineError> {
-    if let Some(bytes) = settings.memory_budget_bytes {
-        return Ok(Budget {
-            bytes,
-            is_asked: true,
-        });
-    }
-    let bytes = match device {
-        Device::Cuda { ordinal } => Engine::free_bytes(ordinal)?,
-        Device::Cpu { .. } => {
+    let asked = settings.memory_budget_bytes;
+    let bytes = match (device, asked) {
+        (Device::Cuda { ordinal }, _) => {
+            Engine::free_bytes(ordinal)?.min(asked.unwrap_or(u64::MAX))
+        }
+        (Device::Cpu { .. }, Some(asked)) => asked,
+        (Device::Cpu { .. }, None) => {
             let told = engine_settings(settings, config, tokens, device);
             told.check(config)?;
             let copy = Plan::choose(config, &told, tokens, None)?.bytes.trained;
@@ -320,7 +319,7 @@ pub fn budget(
     };
     Ok(Budget {
         bytes,
-        is_asked: false,
+        is_asked: asked == Some(bytes),
     })
 }
 
@@ -341,14 +340,15 @@ pub fn plan(
     plan.map_err(|error| unasked(error.into(), settings, device))
 }
 
-/// A plan that does not fit, and would have had to fit less memory than was asked for, is for a device with more of it.
+/// A plan that does not fit, though what was asked for would have been enough, is for a device with more memory.
 fn unasked(error: EngineError, settings: &TrainSettings, device: Device) -> EngineError {
     let asked = settings.memory_budget_bytes.unwrap_or(u64::MAX);
     match error {
-        EngineError::Plan(source) if source.budget() < asked => EngineError::Free {
+        EngineError::Plan(source) if source.least() <= asked => EngineError::Free {
             device: device.to_string(),
             source,
         },
+        EngineError::Plan(source) => EngineError::Plan(source.within(asked)),
         other => other,
     }
 }
@@ -413,5 +413,19 @@ mod tests {
         assert!(source.contains("must be at least"), "{source}");
         // Another worker may have more.
         assert_eq!(class_of(&free), ErrorClass::Handler);
+        // On a GPU that others use, less is free than was asked for.
+        let capped = |asked: u64| {
+            let mut settings = TrainSettingsDraft::default().check().unwrap();
+            settings.memory_budget_bytes = Some(asked);
+            let free = Budget {
+                bytes: 64 << 20,
+                is_asked: false,
+            };
+            plan(&giant(), &settings, 512, device, free).unwrap_err()
+        };
+        assert_eq!(class_of(&capped(u64::MAX)), ErrorClass::Handler);
+        let hopeless = capped(128 << 20);
+        assert!(hopeless.to_string().contains("got 128;"), "{hopeless}");
+        assert_eq!(class_of(&hopeless), ErrorClass::Invalid);
     }
 }

@@ -20,14 +20,14 @@ use espalier_runtime::tasks::Tasks;
 use espalier_runtime::telemetry::{self, error_chain};
 use serde_json::json;
 
-use crate::client::{ServedModel, store_dir};
+use crate::client::{ServedModel, UpFile, store_dir};
 use crate::context::Context;
 use crate::exit::{Exit, Outcome, Problem};
 use crate::names;
 use crate::output::{note, plain};
 use crate::rollout_args::RolloutArgs;
 use crate::servers::{self, Ready};
-use crate::up::{Settings, Up, is_taken};
+use crate::up::{Settings, Up};
 use terminal::Terminal;
 
 /// The batch of every chat's trace.
@@ -84,13 +84,10 @@ impl Chat {
     }
 }
 
-/// The model of the `up` that runs on the data folder, where it serves one. A file that was left by one that was killed is of
-/// none.
+/// The model of the `up` that runs on the data folder, where it serves one.
 fn served(context: &Context) -> Result<Option<ServedModel>, Problem> {
-    if !is_taken(&context.data_dir()?) {
-        return Ok(None);
-    }
-    Ok(context.up_file()?.and_then(|up| up.model))
+    let up = context.up_file()?.filter(UpFile::is_of_the_living);
+    Ok(up.and_then(|up| up.model))
 }
 
 /// Runs the command.

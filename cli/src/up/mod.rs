@@ -45,7 +45,6 @@ use crate::servers::{self, Probed, Servers};
 pub use config::{Settings, Up};
 use devices::Devices;
 use place::Place;
-pub use place::is_taken;
 
 /// Beyond the grace of rollouts: last results are acknowledged, servers end, the queue is closed.
 const DRAIN_MARGIN: Duration = Duration::from_secs(40);

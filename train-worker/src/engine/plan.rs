@@ -116,11 +116,19 @@ pub enum PlanError {
 }
 
 impl PlanError {
-    /// What the plan was to fit into, in bytes.
+    /// What the smallest plan takes, in bytes.
     #[must_use]
-    pub fn budget(&self) -> u64 {
-        let Self::TooLittleMemory { budget, .. } = self;
-        *budget
+    pub fn least(&self) -> u64 {
+        let Self::TooLittleMemory { least, .. } = self;
+        *least
+    }
+
+    /// The same, said of another budget.
+    #[must_use]
+    pub fn within(mut self, bytes: u64) -> Self {
+        let Self::TooLittleMemory { budget, .. } = &mut self;
+        *budget = bytes;
+        self
     }
 }
 
