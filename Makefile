@@ -28,7 +28,9 @@ PYTHON_NEEDS := examples/python/requirements.txt examples/first-adapter/requirem
 K8S := target/k8s
 HELM := $(K8S)/helm
 K8S_READY := $(K8S)/venv/ready
-TEST_BINS := cargo build --locked --workspace --bins
+# Tests bring features of libraries that programs do without: built together, nothing is built twice. `check` sees to it that programs
+# need none of them.
+TEST_BUILD := cargo build --locked --workspace --bins --tests
 # What some tests hold programs against and is not ours to give away: RunPod's description, the workshop's traces. Where there
 # is no copy they are left out, and counted as skipped.
 NEED_COPIES := test(/the_workshops_/) | test(/^(scaler::runpod::tests::(client|provider)|runpod::contract)::/) \
@@ -149,12 +151,13 @@ demo-cluster: setup-servers ## The same with Redis, S3, two coordinators and thr
 	examples/practice/demo-cluster.sh target/release $(VENV)/bin/weed
 
 test: setup-test ## Runs all tests, with real browsers and real processes
-	$(TEST_BINS)
+	$(TEST_BUILD)
 	cargo nextest run --locked --workspace $(TESTS)
 
 check: ## Format, lints, rules of the tree
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo check --locked --workspace --bins
 
 check-k8s: $(K8S_READY) $(HELM) ## What the Helm chart renders to, by schemas, by rules of safety, and against the programs
 	$(K8S)/venv/bin/python k8s/check.py $(HELM)
@@ -169,5 +172,5 @@ bench: ## Measures; JSON lines on standard output, everything else on standard e
 	@examples/practice/bench.sh target/release target/bench
 
 soak: setup-test ## 1,000 rounds of random kill -9, and as many of random faults over a cluster
-	$(TEST_BINS)
-	ESPALIER_SOAK_ROUNDS=1000 cargo nextest run --locked -p espalier-tests --profile soak -E 'test(/::random_/)'
+	$(TEST_BUILD)
+	ESPALIER_SOAK_ROUNDS=1000 cargo nextest run --locked --workspace --profile soak -E 'package(espalier-tests) & test(/::random_/)'
