@@ -17,6 +17,7 @@ mod evaluate;
 mod exit;
 mod expand;
 mod generate;
+mod hardware;
 mod hub;
 mod jobs;
 mod json;

@@ -1,24 +1,16 @@
 //! What models can run on here: the CPU, NVIDIA's libraries, and GPUs. A machine without a GPU lacks nothing: its CPU
 //! serves and trains.
 
-use std::time::Duration;
-
-use espalier_infer_worker::serve::{DTYPE_AUTO, DeviceFound, Library, Survey, survey};
-use espalier_runtime::tasks::{blocking, with_deadline};
+use espalier_infer_worker::serve::{DTYPE_AUTO, DeviceFound, Library, Survey};
 
 use super::Finding;
-
-/// Longest that a driver may take to show its devices.
-const LOOK_LIMIT: Duration = Duration::from_secs(60);
+use crate::hardware;
 
 /// Looks at all of it.
 pub async fn findings() -> Vec<Finding> {
-    let looking = blocking("doctor.hardware", survey);
-    let fix = "look with `nvidia-smi`: a driver that hangs wants a restart of the machine";
-    match with_deadline("doctor.hardware", LOOK_LIMIT, looking).await {
-        Ok(Ok(found)) => shown(&found),
-        Ok(Err(error)) => vec![Finding::fail("hardware", error.to_string(), fix)],
-        Err(error) => vec![Finding::fail("hardware", error.to_string(), fix)],
+    match hardware::look().await {
+        Ok(found) => shown(&found),
+        Err(text) => vec![Finding::fail("hardware", text, hardware::FIX)],
     }
 }
 

@@ -2,23 +2,19 @@
 //! of its own where there are two, and a part of the memory where there is one.
 
 use std::fmt;
-use std::time::Duration;
 
 use clap::Args;
 use espalier_core::error::FieldError;
 use espalier_infer_worker::config::{Device, MODEL_LEN_MIN};
-use espalier_infer_worker::serve::{DeviceFound, Survey, survey};
-use espalier_runtime::tasks::{blocking, with_deadline};
-use espalier_runtime::telemetry::error_chain;
+use espalier_infer_worker::serve::{DeviceFound, Survey};
 
 use super::config::UpFileConfig;
 use crate::exit::Problem;
+use crate::hardware;
 
 /// Share of a GPU's memory for the model where trainings have what it leaves: they hold the base model too, and activations in place
 /// of keys and values.
 const SHARE_BESIDE_TRAININGS: f64 = 0.5;
-/// Longest that a driver may take to show its devices.
-const LOOK_LIMIT: Duration = Duration::from_secs(60);
 
 /// What is asked for. None: what suits machine and model.
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq)]
@@ -116,14 +112,12 @@ impl Devices {
         if is_cpu(asked.train_device) && (is_cpu(asked.device) || !serves_here) {
             return Ok(Self::choose(asked, serves_here, &Gpus::default()));
         }
-        let looking = blocking("up.devices", survey);
-        let found = with_deadline("up.devices", LOOK_LIMIT, looking).await;
-        let found = found
-            .map_err(|error| error_chain(&error))
-            .and_then(|found| found.map_err(|error| error_chain(&error)));
-        let found = found.map_err(|text| {
-            Problem::failed(text).fix("look with `nvidia-smi`: a driver that hangs wants a restart of the machine; --device cpu \
-                and --train-device cpu do without it")
+        let found = hardware::look().await.map_err(|text| {
+            let fix = format!(
+                "{}; --device cpu and --train-device cpu do without it",
+                hardware::FIX
+            );
+            Problem::failed(text).fix(fix)
         })?;
         let gpus = Gpus::of(&found);
         for (field, device) in [
