@@ -214,7 +214,8 @@ def main():
         url = f"http://127.0.0.1:{topology.ports['coordinator-a']}"
         told = {"ESPALIER_URL": url, "ESPALIER_TOKEN": topology.secrets["CLIENT_TOKEN"]}
         told["OPERATOR_TOKEN"] = topology.secrets["OPERATOR_TOKEN"]
-        told["SITE"] = f"http://localhost:{topology.ports['site']}"
+        # Where the browsers find it, by the rule in the file of Compose.
+        told["SITE"] = f"http://localhost:{PORTS['site']}"
         print(f"up: ESPALIER_URL={url}, tokens in {topology.data}/env", file=sys.stderr)
         command = given.command[given.command[:1] == ["--"] :]
         if command:
