@@ -70,7 +70,15 @@ pub enum ConfigError {
         /// The rule that it breaks.
         rule: String,
     },
-    /// A key is unknown, missing, or holds what it must not.
+    /// A key that has no default is nowhere.
+    #[error("`{key}` is missing: set it in {place}")]
+    Missing {
+        /// The path of the key, such as `model.base_url`.
+        key: String,
+        /// The file, and the variable that would do as well.
+        place: String,
+    },
+    /// A key is unknown, or holds what it must not.
     #[error("`{key}` {rule}, got `{value}` (from {origin})")]
     Key {
         /// The path of the key, such as `model.base_url`.
@@ -137,7 +145,7 @@ pub fn load<T: DeserializeOwned>(
             .get_mut(&refused.key)
             .filter(|overlay| overlay.can_be_text())
         else {
-            return Err(refused.into_error(&merged, file, &overlays));
+            return Err(refused.into_error(&merged, file, prefix, &overlays));
         };
         overlay.value = Value::String(overlay.text.clone());
         overlay.apply(&mut merged)?;
@@ -274,6 +282,9 @@ pub fn expand(text: &str, environment: &Environment) -> Result<String, String> {
     Ok(out)
 }
 
+/// How the deserializer begins to say that a key is missing.
+const MISSING_FIELD: &str = "missing field `";
+
 /// A refusal of the merged table, before its value and origin are looked up.
 struct Refused {
     key: String,
@@ -284,14 +295,16 @@ fn parse<T: DeserializeOwned>(merged: &Table) -> Result<T, Refused> {
     serde_path_to_error::deserialize(Value::Table(merged.clone())).map_err(|error| {
         let message = error.inner().message().to_owned();
         let mut key = error.path().to_string();
-        // For an unknown key the path ends at its parent; the message names it.
-        if let Some(unknown) = quoted_after(&message, "unknown field `")
-            && key.rsplit('.').next() != Some(unknown)
+        // For a key that is unknown or missing the path may end at its parent; the message names it.
+        let named = quoted_after(&message, "unknown field `")
+            .or_else(|| quoted_after(&message, MISSING_FIELD));
+        if let Some(name) = named
+            && key.rsplit('.').next() != Some(name)
         {
             key = if key == "." {
-                unknown.to_owned()
+                name.to_owned()
             } else {
-                format!("{key}.{unknown}")
+                format!("{key}.{name}")
             };
         }
         Refused { key, message }
@@ -303,8 +316,21 @@ impl Refused {
         self,
         merged: &Table,
         file: Option<&Path>,
+        prefix: &str,
         overlays: &BTreeMap<String, Overlay>,
     ) -> ConfigError {
+        if self.message.starts_with(MISSING_FIELD) {
+            let mut place = file.map_or("a configuration file".to_owned(), |file| {
+                format!("file {}", file.display())
+            });
+            // What stands in a list has no variable of its own.
+            if !self.key.contains('[') {
+                let path = self.key.to_uppercase().replace('.', "__");
+                place = format!("{place}, or in environment variable {prefix}{path}");
+            }
+            let key = self.key;
+            return ConfigError::Missing { key, place };
+        }
         let secret = speaks_of_secrets(&self.key);
         let value = match lookup(merged, &self.key) {
             Some(_) if secret => "[redacted]".to_owned(),

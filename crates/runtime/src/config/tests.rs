@@ -153,6 +153,33 @@ fn a_wrong_type_names_the_key_and_its_origin() {
 }
 
 #[test]
+fn a_missing_key_is_named_with_the_places_where_it_can_be_set() {
+    #[derive(Debug, Deserialize)]
+    struct Needs {
+        #[serde(rename = "store_url")]
+        _store_url: String,
+        #[serde(default, rename = "tokens")]
+        _tokens: Vec<Token>,
+    }
+    #[derive(Debug, Deserialize)]
+    struct Token {
+        #[serde(rename = "name")]
+        _name: String,
+    }
+    let error = load::<Needs>(None, "ESPALIER_UP_", &env(&[])).unwrap_err();
+    let places = "a configuration file, or in environment variable ESPALIER_UP_STORE_URL";
+    let said = format!("`store_url` is missing: set it in {places}");
+    assert_eq!(error.to_string(), said);
+    let file = file("store_url = \"s3://b\"\ntokens = [{}]\n");
+    let error = load::<Needs>(Some(file.path()), "ESPALIER_UP_", &env(&[])).unwrap_err();
+    let said = format!(
+        "`tokens[0].name` is missing: set it in file {}",
+        file.path().display()
+    );
+    assert_eq!(error.to_string(), said);
+}
+
+#[test]
 fn variables_that_can_mean_no_key_are_refused() {
     for name in [
         "ESPALIER_",
