@@ -22,7 +22,7 @@ use espalier_runtime::net::{
 use espalier_runtime::tasks::with_deadline;
 use espalier_runtime::telemetry::error_chain;
 use serde::{Deserialize, Serialize};
-use tonic::Code;
+use tonic::{Code, Status};
 
 use crate::exit::{Exit, Problem};
 
@@ -295,9 +295,19 @@ pub fn root_cause(error: &(dyn Error + 'static)) -> String {
     while let Some(deeper) = cause.source() {
         cause = deeper;
     }
-    match cause.downcast_ref::<tonic::Status>() {
+    match cause.downcast_ref::<Status>() {
         Some(status) => status.message().to_owned(),
         None => cause.to_string(),
+    }
+}
+
+/// Whether a call failed because nobody answered it, or because its connection broke, which tonic gives as `Unknown` with a
+/// source. Nothing is said by the coordinator then.
+pub fn nobody_answered(status: &Status) -> bool {
+    match status.code() {
+        Code::Unavailable | Code::DeadlineExceeded => true,
+        Code::Unknown => status.source().is_some(),
+        _ => false,
     }
 }
 

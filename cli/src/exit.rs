@@ -13,6 +13,8 @@ use espalier_runtime::traces::TracesError;
 use serde_json::{Value, json};
 use tonic::{Code, Status};
 
+use crate::client::nobody_answered;
+
 /// What the process ends with. Documented in `--help`; the greater one counts where two apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Exit {
@@ -139,7 +141,7 @@ impl From<Status> for Problem {
             Code::Unavailable if status.source().is_none() => {
                 Self::unreachable(message).fix("then try again: what was accepted is kept")
             }
-            Code::Unavailable | Code::DeadlineExceeded => {
+            _ if nobody_answered(&status) => {
                 Self::unreachable(format!("the coordinator does not answer: {message}"))
                     .fix("start one with `espalier up`, or try again: what was accepted is kept")
             }

@@ -12,10 +12,10 @@ use espalier_runtime::tasks::{OnFailure, Tasks, blocking, with_deadline};
 use futures::StreamExt;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status};
+use tonic::Status;
 
 use super::file::{Chunk, JobFile, Piece, Refusal};
-use crate::client::Client;
+use crate::client::{Client, nobody_answered};
 use crate::exit::Problem;
 use crate::progress;
 
@@ -202,8 +202,7 @@ where
             Err(timeout) => Status::deadline_exceeded(timeout.to_string()),
         };
         failures += 1;
-        let may_pass = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded);
-        if !may_pass || failures >= TRIES_MAX {
+        if !nobody_answered(&status) || failures >= TRIES_MAX {
             return Err(status.into());
         }
         client.leave(used);
@@ -230,7 +229,8 @@ mod tests {
             let call = calls.fetch_add(1, Ordering::SeqCst);
             async move {
                 match call {
-                    0 | 1 => Err(Status::unavailable("away")),
+                    0 => Err(Status::unavailable("away")),
+                    1 => Err(Status::from_error("the connection broke".into())),
                     _ => Ok(tonic::Response::new(call)),
                 }
             }
