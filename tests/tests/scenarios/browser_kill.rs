@@ -16,7 +16,8 @@ use espalier_tests::harness::{model, wait_for};
 use espalier_tests::scripted_model::Config;
 use serde_json::Value;
 
-const DEADLINE: Duration = Duration::from_secs(60);
+/// Sixteen rollouts in browsers on two cores that others use too.
+const DEADLINE: Duration = Duration::from_secs(180);
 /// How long the processes of a killed worker may stay: the removal of its files may need ten tries, a second apart.
 const GONE_DEADLINE: Duration = Duration::from_secs(20);
 /// Short enough to wait for its end, long enough for a worker that starts browsers on two busy cores to renew it.
